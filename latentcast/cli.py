@@ -1,0 +1,65 @@
+"""What every tool shares: arguments, one-line errors, the JSON line that ends stdout."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+# libgomp's spinning makes two threads slower than one beside another busy process; must be set before torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+logger = logging.getLogger("latentcast")
+
+
+class UserError(Exception):
+    """Something the user can mend; printed as one line, without a traceback."""
+
+
+def run_tool(main, parser, argv=None):
+    """Parse the command line, run ``main(args) -> dict``, and leave through the exit status.
+
+    Logs and progress bars go to stderr; the last line on stdout is ``main``'s result as one JSON object. Status 0: done;
+    1: an error, as one clear line (``--debug`` adds the traceback); 2: usage; 130: interrupted.
+    """
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # libraries that print must not spoil the last line
+            result = main(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        kind = "" if isinstance(error, (UserError, ValueError, OSError)) else f"{type(error).__name__}: "
+        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(result), flush=True)
+
+
+def experiment_parser(description):
+    """``TOOL.py EXPERIMENT [key=value ...]``"""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("experiment", help="a name under configs/experiment/ or the path of a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. prior.n_layers=4 or prior=st_pixelcnn")
+    return parser
+
+
+def prepare_run_dir(path):
+    """Create ``run_dir`` and make sure it can be written to."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run_dir {path}: not writable ({error.strerror})") from None
+    return path

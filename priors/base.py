@@ -1,0 +1,61 @@
+"""The interface of stage two: a prior predicts the future of a clip in the space of its latents."""
+
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.utils import BaseOutput
+
+from latentcast.modeling import VideoModel
+
+
+@dataclass
+class PriorOutput(BaseOutput):
+    """What ``forward`` returns: ``loss``, a scalar to minimise, and ``logs``, name -> detached scalar tensor."""
+
+    loss: torch.Tensor
+    logs: dict = field(default_factory=dict)
+
+
+class Prior(VideoModel):
+    """Base class of stage two.
+
+    The first init argument of every prior is ``latent_spec``, the dict that ``FrameTokenizer.latent_spec`` returns; it
+    is saved with the model. ``accepts`` names the space of the clips that the prior is trained on: "codes"
+    (B, T, h, w, n_codebooks), "latents" (B, T, D, h, w) or "pixels" (B, T, C, H, W) in [-1, 1].
+
+    Contract, tested for every subclass: any ``n_frames``, any ``n_context`` from ``min_context`` up, seeded sampling is
+    reproducible, and no future frame leaks into the past (by gradient).
+    """
+
+    accepts = "codes"
+    min_context = 1
+
+    def forward(self, clip, n_context):
+        """Training loss of predicting ``clip[:, n_context:]`` by teacher forcing -> PriorOutput."""
+        raise NotImplementedError
+
+    def sample(self, context, n_frames, *, num_samples=1, generator=None, progress=None):
+        """Continue ``context`` (B, n_context, ...) by ``n_frames`` frames -> (B, num_samples, n_frames, ...).
+
+        Subclasses add sampler options as keyword arguments, and take ``progress``: a callable like ``tqdm`` that
+        is given ``total=`` and returns a bar to ``update``.
+        """
+        raise NotImplementedError
+
+    def log_prob(self, clip, n_context):
+        """Log-likelihood in nats of ``clip[:, n_context:]`` given the context -> (B,). Likelihood priors only."""
+        raise NotImplementedError(f"{type(self).__name__} has no tractable likelihood")
+
+    @classmethod
+    def sampler_options(cls):
+        """The names that ``sample`` takes beyond the common ones: what ``pipe(..., **sampler)`` may pass."""
+        common = {"self", "context", "n_frames", "num_samples", "generator", "progress"}
+        return sorted(set(inspect.signature(cls.sample).parameters) - common)
+
+    def check_context(self, n_context, n_total):
+        """Refuse a context that is too short for the prior or leaves nothing to predict."""
+        if n_context < self.min_context:
+            raise ValueError(f"n_context: expected at least {self.min_context}, found {n_context}")
+        if n_context >= n_total:
+            raise ValueError(f"n_context: expected fewer than the clip's {n_total} frames, found {n_context}")

@@ -1,0 +1,61 @@
+"""Packaging. The stage folders stand at the top level of the repository and are installed *inside* the
+``latentcast`` package, so that they never collide with other packages of the same name (HuggingFace's
+``tokenizers`` above all). See docs/architecture.md."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, find_packages, setup
+
+ROOT = Path(__file__).parent
+MOUNTED = ["tokenizers", "priors", "pipelines", "configs"]
+
+
+def mounted_packages():
+    """``latentcast.<folder>`` -> ``<folder>`` for every mounted folder and the folders nested in it."""
+    mapping = {}
+    for top in MOUNTED:
+        for name in [top, *(f"{top}.{sub}" for sub in find_namespace_packages(str(ROOT / top)))]:
+            if "__pycache__" not in name:
+                mapping[f"latentcast.{name}"] = name.replace(".", "/")
+    return mapping
+
+
+mounted = mounted_packages()
+version = re.search(r'__version__ = "(.+?)"', (ROOT / "latentcast/__init__.py").read_text()).group(1)
+
+setup(
+    name="latentcast",
+    version=version,
+    description="Video prediction in latent space: frame tokenizers, swappable priors, one pipeline.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["latentcast", "latentcast.*"]), *mounted],
+    package_dir={"latentcast": "latentcast", **mounted},
+    package_data={name: ["*.yaml"] for name in mounted if name.startswith("latentcast.configs")},
+    install_requires=[
+        "torch>=2.6",
+        "pytorch-lightning>=2.5",
+        "einops>=0.8",
+        "vector-quantize-pytorch>=1.20",
+        "diffusers>=0.32",
+        "torchsde>=0.2.6",
+        "omegaconf>=2.3",
+        "wandb>=0.19",
+        # decord publishes wheels for these platforms only; elsewhere PyAV reads the videos.
+        'decord>=0.6; platform_machine in "x86_64 AMD64" and sys_platform != "darwin"',
+        "av>=12",
+        "pillow>=10",
+        "numpy>=1.26",
+        "safetensors>=0.4",
+        "torchmetrics>=1.4",
+        "matplotlib>=3.8",
+        "scikit-learn>=1.4",
+        "tqdm>=4.66",
+    ],
+    extras_require={"dev": ["pytest>=8", "ruff>=0.9", "build>=1.2", "psutil>=5.9", "scikit-image>=0.22", "transformers>=4.46"]},
+    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+)

@@ -1,0 +1,112 @@
+"""The interface of stage one: a frame tokenizer turns frames into latents (and codes) and back."""
+
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.utils import BaseOutput
+
+from latentcast.modeling import VideoModel
+
+
+@dataclass
+class TokenizerOutput(BaseOutput):
+    """What ``encode`` returns.
+
+    latents: (B, T, D, h, w) float, multiplied by ``scaling_factor``. For a discrete tokenizer these are the quantised
+        latents, exactly what the decoder sees.
+    codes: (B, T, h, w, n_codebooks) int64, or None for a continuous tokenizer.
+    """
+
+    latents: torch.Tensor
+    codes: torch.Tensor | None = None
+
+
+@dataclass
+class ReconstructionOutput(BaseOutput):
+    """What ``forward`` returns.
+
+    frames: (B, T, C, H, W) reconstruction in [-1, 1].
+    loss: scalar training loss.
+    logs: name -> detached scalar tensor, for the logger.
+    """
+
+    frames: torch.Tensor
+    loss: torch.Tensor
+    logs: dict = field(default_factory=dict)
+
+
+def check_frames(frames, channels=None, height=None, width=None, name="frames"):
+    """Refuse anything that is not a float (B, T, C, H, W) batch in [-1, 1] of the given sizes."""
+    if not torch.is_tensor(frames) or frames.ndim != 5:
+        found = tuple(frames.shape) if torch.is_tensor(frames) else type(frames).__name__
+        raise ValueError(f"{name}: expected a tensor of shape (B, T, C, H, W), found {found}")
+    if not frames.is_floating_point():
+        raise ValueError(f"{name}: expected floats in [-1, 1], found {frames.dtype} (divide uint8 by 127.5, subtract 1)")
+    for index, (axis, expected) in enumerate(zip("CHW", (channels, height, width)), start=2):
+        if expected is not None and frames.shape[index] != expected:
+            raise ValueError(f"{name}: expected {axis} = {expected}, found {tuple(frames.shape)} (B, T, C, H, W)")
+    if frames.numel():
+        low, high = torch.aminmax(frames.detach())
+        if not (low >= -1.01 and high <= 1.01):  # also catches NaN; the margin is for half precision and resampling
+            raise ValueError(f"{name}: expected values in [-1, 1], found [{low.item():.4g}, {high.item():.4g}]")
+
+
+def check_codes(codes, codebook_sizes, grid=None, name="codes"):
+    """Refuse anything that is not an int64 (B, T, h, w, n_codebooks) tensor within the codebooks."""
+    n = len(codebook_sizes)
+    if not torch.is_tensor(codes) or codes.ndim != 5 or codes.shape[-1] != n:
+        found = tuple(codes.shape) if torch.is_tensor(codes) else type(codes).__name__
+        raise ValueError(f"{name}: expected shape (B, T, h, w, {n}), found {found}")
+    if grid is not None and tuple(codes.shape[2:4]) != tuple(grid):
+        raise ValueError(f"{name}: expected a grid of {tuple(grid)} (h, w), found {tuple(codes.shape[2:4])}")
+    if codes.dtype != torch.int64:
+        raise ValueError(f"{name}: expected int64, found {codes.dtype}")
+    if codes.numel():
+        sizes = torch.as_tensor(list(codebook_sizes), device=codes.device)
+        if bool((codes < 0).any()) or bool((codes >= sizes).any()):
+            low, high = codes.min().item(), codes.max().item()
+            raise ValueError(f"{name}: expected values in [0, {min(codebook_sizes)}), found [{low}, {high}]")
+
+
+class FrameTokenizer(VideoModel):
+    """Base class of stage one.
+
+    A tokenizer works frame by frame: time is only carried along. Contract, tested for every subclass:
+    ``decode(codes_to_latents(codes))`` equals ``decode(latents)``; encoding to disk, reading back and decoding equals
+    ``forward``; ``decode`` never quantises.
+    """
+
+    @property
+    def latent_spec(self):
+        """JSON-able description of the latents: ``kind`` ("discrete", "continuous" or "pixels"), ``channels``,
+        ``height``, ``width``, ``codebook_sizes`` (list, empty when continuous), ``scaling_factor``, and
+        ``frame_channels``, ``frame_height``, ``frame_width`` of the frames they stand for."""
+        raise NotImplementedError
+
+    @property
+    def is_discrete(self):
+        return len(self.latent_spec["codebook_sizes"]) > 0
+
+    def encode(self, frames):
+        """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput."""
+        raise NotImplementedError
+
+    def decode(self, latents):
+        """(B, T, D, h, w) -> (B, T, C, H, W) in [-1, 1]. Never quantises."""
+        raise NotImplementedError
+
+    def codes_to_latents(self, codes):
+        """(B, T, h, w, n_codebooks) int64 -> (B, T, D, h, w). Discrete tokenizers only."""
+        raise ValueError(f"{type(self).__name__} is a continuous tokenizer: it has no codes")
+
+    def latents_to_codes(self, latents):
+        """(B, T, D, h, w) -> (B, T, h, w, n_codebooks), by nearest code. Discrete tokenizers only."""
+        raise ValueError(f"{type(self).__name__} is a continuous tokenizer: it has no codes")
+
+    def quantize(self, latents):
+        """Snap the output of a continuous prior to the codebook: (B, T, D, h, w) -> the same shape."""
+        return self.codes_to_latents(self.latents_to_codes(latents))
+
+    def forward(self, frames):
+        """Reconstruct: (B, T, C, H, W) in [-1, 1] -> ReconstructionOutput."""
+        raise NotImplementedError
