@@ -42,6 +42,7 @@ setup(
         "einops>=0.8",
         "vector-quantize-pytorch>=1.20",
         "diffusers>=0.32",
+        "accelerate>=0.31",  # diffusers needs it to load weights in half precision with fp32 codebooks
         "torchsde>=0.2.6",
         "omegaconf>=2.3",
         "wandb>=0.19",
@@ -56,6 +57,8 @@ setup(
         "scikit-learn>=1.4",
         "tqdm>=4.66",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.9", "build>=1.2", "psutil>=5.9", "scikit-image>=0.22", "transformers>=4.46"]},
+    extras_require={
+        "dev": ["pytest>=8", "ruff>=0.9", "build>=1.2", "psutil>=5.9", "scikit-image>=0.22", "transformers>=4.46"]
+    },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )

@@ -1,12 +1,17 @@
 """The base class of every network in latentcast, and how a saved one is loaded."""
 
+import hashlib
 import importlib
 import json
 from pathlib import Path
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 
 import latentcast
+from latentcast.config import instantiate
+
+STAGES = ("latentcast.tokenizers.", "latentcast.priors.")
 
 
 def adopt(cls):
@@ -31,6 +36,18 @@ class VideoModel(ModelMixin, ConfigMixin):
         super().__init_subclass__(**kwargs)
         adopt(cls)
 
+    @classmethod
+    def from_pretrained(cls, path, **kwargs):
+        """As in diffusers, except that weights which do not fill the model are an error, not a random start."""
+        want_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{path}: the weights do not fit {cls.config_name}: {len(info['missing_keys'])} tensors are missing, "
+                f"{info['missing_keys'][0]!r} among them"
+            )
+        return (model, info) if want_info else model
+
 
 def load_model(path, **kwargs):
     """Load the tokenizer or prior saved in a folder by ``save_pretrained``, whatever its class.
@@ -44,27 +61,73 @@ def load_model(path, **kwargs):
         FileNotFoundError: no ``config.json`` or no weights there.
         ValueError: the config is not JSON or names a class that latentcast does not export.
     """
+    return saved_class(path).from_pretrained(path, use_safetensors=True, **kwargs)
+
+
+def saved_class(path):
+    """The class of the model saved in a folder; raises like ``load_model`` when the folder is not complete."""
     folder = Path(path)
     config = folder / VideoModel.config_name
     if not config.is_file():
         raise FileNotFoundError(f"{folder}: no {config.name} here; expected a folder written by save_pretrained")
-    try:
-        name = json.loads(config.read_text()).get("_class_name")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config}: not valid JSON ({error})") from None
-    if name not in latentcast._EXPORTS:
+    name = read_json(config).get("_class_name")
+    if not latentcast._EXPORTS.get(name, "").startswith(STAGES):
         known = ", ".join(sorted(known_models()))
         raise ValueError(f"{config}: unknown model class {name!r}; expected one of {known}")
     if not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder}: no safetensors weights beside {config.name}")
-    return getattr(latentcast, name).from_pretrained(folder, use_safetensors=True, **kwargs)
+    return getattr(latentcast, name)
+
+
+def read_json(path):
+    """The dict in a JSON file; raises ValueError when it holds anything else."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def known_models():
     """Exported name -> class, for every tokenizer and prior."""
-    stages = ("latentcast.tokenizers.", "latentcast.priors.")
     return {
         name: getattr(importlib.import_module(module), name)
         for name, module in latentcast._EXPORTS.items()
-        if module.startswith(stages) and not module.endswith(".base")
+        if module.startswith(STAGES) and not module.endswith(".base")
     }
+
+
+def fingerprint(model):
+    """The identity of a model: sha256 (hex) over its class, its config and the bytes of its weights and buffers.
+
+    The same for a model in memory and for its copy saved and loaded again, on any device; another dtype is another
+    model.
+    """
+    digest = hashlib.sha256(type(model).__name__.encode())
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def find_tokenizer(config, run_dir):
+    """The tokenizer of an experiment: the trained one in ``run_dir/tokenizer``, else one that has nothing to learn.
+
+    Args:
+        config: the experiment, whose ``tokenizer`` group is built when its class has no parameters (PixelTokenizer).
+        run_dir: folder of the experiment.
+    Raises:
+        FileNotFoundError: the tokenizer is to be trained first.
+    """
+    folder = Path(run_dir) / "tokenizer"
+    if folder.is_dir():
+        return load_model(folder)
+    if config.tokenizer is not None:
+        tokenizer = instantiate(config.tokenizer)
+        if next(tokenizer.parameters(), None) is None:
+            return tokenizer.eval()
+    raise FileNotFoundError(f"{folder}: no trained tokenizer here; run tools/train_tokenizer.py first")

@@ -41,7 +41,9 @@ def check_frames(frames, channels=None, height=None, width=None, name="frames"):
         found = tuple(frames.shape) if torch.is_tensor(frames) else type(frames).__name__
         raise ValueError(f"{name}: expected a tensor of shape (B, T, C, H, W), found {found}")
     if not frames.is_floating_point():
-        raise ValueError(f"{name}: expected floats in [-1, 1], found {frames.dtype} (divide uint8 by 127.5, subtract 1)")
+        raise ValueError(
+            f"{name}: expected floats in [-1, 1], found {frames.dtype} (divide uint8 by 127.5, subtract 1)"
+        )
     for index, (axis, expected) in enumerate(zip("CHW", (channels, height, width)), start=2):
         if expected is not None and frames.shape[index] != expected:
             raise ValueError(f"{name}: expected {axis} = {expected}, found {tuple(frames.shape)} (B, T, C, H, W)")
@@ -66,6 +68,16 @@ def check_codes(codes, codebook_sizes, grid=None, name="codes"):
         if bool((codes < 0).any()) or bool((codes >= sizes).any()):
             low, high = codes.min().item(), codes.max().item()
             raise ValueError(f"{name}: expected values in [0, {min(codebook_sizes)}), found [{low}, {high}]")
+
+
+def check_latents(latents, channels, height, width, name="latents"):
+    """Refuse anything that is not a float (B, T, channels, height, width) tensor."""
+    expected = f"(B, T, {channels}, {height}, {width})"
+    if not torch.is_tensor(latents) or latents.ndim != 5 or tuple(latents.shape[2:]) != (channels, height, width):
+        found = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
+        raise ValueError(f"{name}: expected shape {expected}, found {found}")
+    if not latents.is_floating_point():
+        raise ValueError(f"{name}: expected floats, found {latents.dtype}")
 
 
 class FrameTokenizer(VideoModel):
@@ -110,3 +122,28 @@ class FrameTokenizer(VideoModel):
     def forward(self, frames):
         """Reconstruct: (B, T, C, H, W) in [-1, 1] -> ReconstructionOutput."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def fit_scaling_factor(self, batches):
+        """Choose ``scaling_factor`` so that the latents of ``batches`` have unit variance, and keep it in the config.
+
+        Latents and caches made before are on the old scale, so call it once, after training and before encoding.
+
+        Args:
+            batches: an iterable of frames (B, T, C, H, W).
+        Returns:
+            the new factor, a float.
+        Raises:
+            ValueError: no batches, or latents that do not vary.
+        """
+        n, total, total_of_squares = 0, 0.0, 0.0
+        for frames in batches:
+            latents = self.encode(frames).latents.double() / self.config.scaling_factor
+            n += latents.numel()
+            total += latents.sum().item()
+            total_of_squares += latents.square().sum().item()
+        variance = total_of_squares / n - (total / n) ** 2 if n else 0.0
+        if not variance > 0:
+            raise ValueError(f"scaling_factor: expected latents that vary, found variance {variance} over {n} numbers")
+        self.register_to_config(scaling_factor=variance**-0.5)
+        return self.config.scaling_factor

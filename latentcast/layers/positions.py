@@ -1,0 +1,40 @@
+"""Position encodings over a (t, h, w) grid: fixed sinusoids and learned relative biases."""
+
+import torch
+from torch import nn
+
+
+def sinusoidal_positions_3d(grid, dim):
+    """Sinusoids of the three coordinates, concatenated: (t * h * w, dim), in raster order.
+
+    Each axis gets ``dim // 6`` frequencies from 1 down to 1/10,000; the remainder of ``dim`` stays zero.
+    """
+    n = dim // 6
+    frequencies = 10000 ** -(torch.arange(n, dtype=torch.float32) / max(n, 1))
+    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float32) for size in grid), indexing="ij")
+    angles = torch.stack(axes, -1).flatten(0, 2)[..., None] * frequencies  # (N, 3, n)
+    encoding = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+    return nn.functional.pad(encoding, (0, dim - encoding.shape[1]))
+
+
+class RelativeBias3D(nn.Module):
+    """Attention bias B = B_t[dt] + B_h[dh] + B_w[dw], one learned table per axis and head, zero at the start.
+
+    ``forward()`` returns (n_heads, N, N) with N = t * h * w: entry [m, q, k] is added to the logit of query q and key k.
+    """
+
+    def __init__(self, grid, n_heads):
+        super().__init__()
+        self.grid = tuple(grid)
+        self.tables = nn.ParameterList(nn.Parameter(torch.zeros(n_heads, 2 * size - 1)) for size in self.grid)
+
+    def forward(self):
+        bias = 0
+        for axis, (size, table) in enumerate(zip(self.grid, self.tables)):
+            index = torch.arange(size, device=table.device)
+            per_axis = table[:, index[:, None] - index + size - 1]  # (heads, size, size)
+            shape = [-1, 1, 1, 1, 1, 1, 1]
+            shape[1 + axis], shape[4 + axis] = size, size
+            bias = bias + per_axis.view(shape)
+        n = self.grid[0] * self.grid[1] * self.grid[2]
+        return bias.reshape(-1, n, n)

@@ -1,0 +1,43 @@
+"""Drawing codes from logits, shared by the autoregressive priors."""
+
+import torch
+
+
+def check_sampling(temperature, top_k, top_p):
+    """Refuse sampling options outside their ranges."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature: expected a number >= 0, found {temperature}")
+    if top_k is not None and (int(top_k) != top_k or top_k < 1):
+        raise ValueError(f"top_k: expected an integer >= 1 or None, found {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1] or None, found {top_p}")
+
+
+def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
+    """Sample codes by inverting the distribution function at given uniform numbers.
+
+    Taking the randomness as an argument makes a sample the same with and without a cache, and lets a whole step be
+    recorded as a CUDA graph.
+
+    Args:
+        logits: (..., K).
+        uniform: (...) in [0, 1).
+        temperature: divides the logits; 0 takes the most likely code.
+        top_k: keep the k most likely codes. top_p: keep the fewest codes that hold this much probability.
+    Returns:
+        (...) int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(int(top_k)).values[..., -1:], -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)  # a code stays if those before it fall short
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    cumulative = probabilities.cumsum(-1)
+    # Below the total even after rounding, so that a code of probability zero at the end is never drawn.
+    threshold = uniform.clamp(max=1 - 1e-6)[..., None] * cumulative[..., -1:]
+    return (cumulative <= threshold).sum(-1)

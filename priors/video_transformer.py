@@ -1,0 +1,598 @@
+"""Latent Video Transformer (LVT), the prior.
+
+Rakhimov et al., "Latent Video Transformer", 2020, sections 3.2 and 4. The generator is the Video Transformer of
+Weissenborn et al. ("Scaling Autoregressive Video Models", 2020) over the codes of a frame tokenizer: a video is cut into
+interleaved slices (subscaling); an encoder summarises the slices generated so far, and a causal decoder generates the
+current one code by code.
+
+Shape letters: B clips, M slices (a batch of (clip, slice) pairs), N positions of a slice in raster order, d model width.
+"""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from latentcast.layers.masked_convolutions import CausalConv3d
+from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
+from latentcast.tokenizers.base import check_codes
+
+from .base import Prior, PriorOutput, no_progress
+from .sampling import check_sampling, draw
+
+ATTENTION_FORMS = ("query_key_relative", "key_relative", "relative")
+
+
+class Attention(nn.Module):
+    """Multi-head attention in one of the three forms of section 4.4, with relative distance bias b.
+
+    - query_key_relative: A ~ exp(x_q' Q' K x_k + b), the default;
+    - key_relative: A ~ exp(u' K x_k + b), u learned per head;
+    - relative: A ~ exp(b).
+    """
+
+    def __init__(self, dim, n_heads, head_dim, form):
+        super().__init__()
+        self.form, self.n_heads, self.head_dim = form, n_heads, head_dim
+        inner = n_heads * head_dim
+        self.norm = nn.LayerNorm(dim)
+        if form == "query_key_relative":
+            self.to_query = nn.Linear(dim, inner, bias=False)
+        elif form == "key_relative":
+            self.query = nn.Parameter(torch.randn(n_heads, 1, head_dim))
+        if form != "relative":
+            self.to_key = nn.Linear(dim, inner, bias=False)
+        self.to_value = nn.Linear(dim, inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def _heads(self, x):
+        return x.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (M, heads, N, head_dim)
+
+    def forward(self, x, bias, cache=None, positions=None):
+        """(M, L, dim) -> (M, L, dim). ``bias``: (heads, L, S) over the S keys, minus infinity where a key is hidden.
+
+        With a ``cache`` (keys, values), the keys and values of ``positions`` are written there first and the first S
+        cached ones are attended to; without one, keys are the queries' own positions.
+        """
+        x = self.norm(x)
+        key = None if self.form == "relative" else self._heads(self.to_key(x))
+        value = self._heads(self.to_value(x))
+        if cache is not None:
+            keys, values = cache
+            if key is not None:
+                keys.index_copy_(2, positions, key.to(keys.dtype))
+                key = keys[:, :, : bias.shape[-1]]
+            values.index_copy_(2, positions, value.to(values.dtype))
+            value = values[:, :, : bias.shape[-1]]
+        bias = bias.to(value.dtype)
+        if self.form == "relative":
+            out = bias.softmax(-1) @ value
+        else:
+            if self.form == "query_key_relative":
+                query = self._heads(self.to_query(x))
+            else:
+                query = self.query.to(value.dtype).expand(x.shape[0], -1, x.shape[1], -1)
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and a feed-forward network of the same width (no expansion)."""
+
+    def __init__(self, grid, dim, n_heads, head_dim, form):
+        super().__init__()
+        self.attention = Attention(dim, n_heads, head_dim, form)
+        self.relative = RelativeBias3D(grid, n_heads)
+        self.feed_forward = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+
+    def forward(self, x, bias, **cache):
+        x = x + self.attention(x, bias, **cache)
+        return x + self.feed_forward(x)
+
+
+class SliceEncoder(nn.Module):
+    """Summarises the slices generated so far, as seen from each position of the slice that comes next.
+
+    The published encoder is a strided convolution over the one-hot video, shifted so that it is centred on the slice,
+    with everything not generated yet zeroed. A convolution over one-hot vectors is a sum of table rows, one for each
+    (tap, codebook, code), which is how it is computed here.
+    """
+
+    def __init__(self, n_slices, n_taps, grid, codebook_sizes, dim, embed_dim, n_layers, n_heads, head_dim, form):
+        super().__init__()
+        n_rows = sum(codebook_sizes)
+        self.unseen = n_taps * n_rows
+        self.taps = nn.EmbeddingBag(self.unseen + 1, embed_dim, mode="sum", padding_idx=self.unseen)
+        nn.init.normal_(self.taps.weight, std=(n_taps * len(codebook_sizes)) ** -0.5)
+        nn.init.zeros_(self.taps.weight[self.unseen])
+        self.slice_embedding = nn.Embedding(n_slices, embed_dim)
+        self.project = nn.Linear(embed_dim, dim)
+        self.blocks = nn.ModuleList(Block(grid, dim, n_heads, head_dim, form) for _ in range(n_layers))
+        self.register_buffer("tap_rows", torch.arange(n_taps)[:, None] * n_rows, persistent=False)
+
+    def forward(self, rows, seen, slice_ids):
+        """rows (M, N, taps, n_codebooks) int64 and seen (M, N, taps) bool, slice_ids (M,) -> (M, N, d)."""
+        index = torch.where(seen[..., None], rows + self.tap_rows, self.unseen)
+        x = self.taps(index.flatten(2).flatten(0, 1)).unflatten(0, index.shape[:2])
+        x = self.project(x + self.slice_embedding(slice_ids)[:, None])
+        for block in self.blocks:
+            x = block(x, block.relative())
+        return x
+
+
+class SliceDecoder(nn.Module):
+    """Causal over the positions of one slice, given the encoder's memory of the earlier slices."""
+
+    def __init__(self, grid, codebook_sizes, dim, embed_dim, n_layers, n_heads, head_dim, form):
+        super().__init__()
+        self.grid = tuple(grid)
+        self.embed_codes = nn.Embedding(sum(codebook_sizes), embed_dim)
+        nn.init.normal_(self.embed_codes.weight, std=len(codebook_sizes) ** -0.5)
+        self.conv = CausalConv3d(embed_dim, dim, (3, 3, 3), mask="A")
+        self.from_memory = nn.Linear(dim, dim)
+        self.blocks = nn.ModuleList(Block(grid, dim, n_heads, head_dim, form) for _ in range(n_layers))
+        n = math.prod(self.grid)
+        self.register_buffer("positions", sinusoidal_positions_3d(grid, dim), persistent=False)
+        self.register_buffer("neighbours", self.conv.neighbours(self.grid), persistent=False)
+        self.register_buffer("causal", torch.full((n, n), -torch.inf).triu(1), persistent=False)
+
+    def biases(self):
+        """Relative bias plus causal mask of every block: a list of (heads, N, N)."""
+        return [block.relative() + self.causal for block in self.blocks]
+
+    def embed(self, rows):
+        """Sum of the codebooks' embeddings: (M, L, n_codebooks) rows -> (M, L, embed_dim)."""
+        return self.embed_codes(rows).sum(-2)
+
+    def forward(self, rows, memory):
+        """All positions at once: rows (M, N, n_codebooks), memory (M, N, d) -> (M, N, d)."""
+        grid = self.embed(rows).unflatten(1, self.grid).movedim(-1, 1)
+        x = self.conv(grid).flatten(2).transpose(1, 2) + self.positions.to(memory.dtype) + self.from_memory(memory)
+        for block, bias in zip(self.blocks, self.biases()):
+            x = block(x, bias)
+        return x
+
+    def advance(self, state, positions, stop):
+        """Some positions only, (M, L, d), with keys and values of the earlier ones taken from ``state``.
+
+        positions: (L,) int64, all below ``stop``; the codes before each of them must have been fed to the state.
+        """
+        near = state.embedded[:, self.neighbours[positions]].flatten(2)  # (M, L, taps * embed_dim)
+        x = near @ state.tap_weight + state.base[:, positions]
+        for block, bias, cache in zip(self.blocks, state.biases, state.caches):
+            x = block(x, bias[:, positions, :stop], cache=cache, positions=positions)
+        return x
+
+
+class DecoderState:
+    """Pre-allocated buffers of step-by-step decoding for M rows; reused from slice to slice."""
+
+    def __init__(self, decoder, n_rows, dtype, device):
+        attention = decoder.blocks[0].attention
+        n = decoder.positions.shape[0]
+        shape = (n_rows, attention.n_heads, n, attention.head_dim)
+        self.decoder = decoder
+        self.caches = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)) for _ in decoder.blocks]
+        self.biases = [bias.to(dtype) for bias in decoder.biases()]
+        self.tap_weight = decoder.conv.tap_weight().to(dtype)
+        # Row N of the embeddings stays zero: it is what neighbours outside the slice read.
+        self.embedded = torch.zeros(n_rows, n + 1, decoder.embed_codes.embedding_dim, dtype=dtype, device=device)
+        self.base = torch.zeros(n_rows, n, decoder.positions.shape[1], dtype=dtype, device=device)
+
+    def start_slice(self, memory):
+        """Begin a slice: memory (M, N, d). The caches need no clearing: the causal bias hides stale entries."""
+        decoder = self.decoder
+        self.base.copy_(decoder.from_memory(memory) + decoder.positions.to(memory.dtype))
+        if decoder.conv.bias is not None:
+            self.base.add_(decoder.conv.bias)
+
+    def feed(self, rows, positions):
+        """Write the codes' embeddings at ``positions``: rows (M, L, n_codebooks)."""
+        self.embedded.index_copy_(1, positions, self.decoder.embed(rows).to(self.embedded.dtype))
+
+
+class ChannelHead(nn.Module):
+    """The codes of one position, one after the other: u_k = ReLU(U_k [LN(y); onehot(c_1 .. c_{k-1})]), logits P_k u_k."""
+
+    def __init__(self, codebook_sizes, dim):
+        super().__init__()
+        self.sizes = list(codebook_sizes)
+        self.norm = nn.LayerNorm(dim)
+        self.hidden = nn.Linear(dim, dim * len(self.sizes))
+        # The part of U_k that multiplies the one-hot codes, as tables; k sees the codebooks before it.
+        self.previous = nn.ModuleList(nn.Embedding(sum(self.sizes[:k]), dim) for k in range(1, len(self.sizes)))
+        for table in self.previous:
+            nn.init.uniform_(table.weight, -(dim**-0.5), dim**-0.5)
+        self.logits = nn.ModuleList(nn.Linear(dim, size) for size in self.sizes)
+
+    def features(self, y):
+        """(..., d) -> one (..., d) for each codebook: what does not depend on the codes of the position."""
+        return self.hidden(self.norm(y)).chunk(len(self.sizes), dim=-1)
+
+    def channel(self, features, k, rows):
+        """Logits of codebook k, (..., size_k), given the rows of the codes before it, (..., k)."""
+        u = features[k]
+        if k > 0:
+            u = u + self.previous[k - 1](rows[..., :k]).sum(-2)
+        return self.logits[k](u.relu())
+
+    def forward(self, y, rows):
+        """Teacher forcing: (..., d), (..., n_codebooks) -> list of (..., size_k)."""
+        features = self.features(y)
+        return [self.channel(features, k, rows) for k in range(len(self.sizes))]
+
+
+class VideoTransformer(Prior):
+    """The Latent Video Transformer over the codes of any discrete tokenizer.
+
+    The defaults are the paper's: 49.9M parameters with four codebooks of 512 codes on a 16 x 16 grid.
+
+    Args:
+        latent_spec: ``FrameTokenizer.latent_spec`` of the tokenizer; codebooks, height and width are used.
+        n_frames: T, the clip length that the model is trained on.
+        subscale: (s_t, s_h, s_w); divides (T, h, w). Single frame (T, 1, 1), spatial (1, 2, 2), spatio-temporal
+            (4, 2, 2) in the paper. Slices are generated in the order (0, 0, 0), (0, 0, 1), ...
+        attention: "query_key_relative", "key_relative" or "relative" (section 4.4).
+        dim, embed_dim: width of the transformer and of the code embeddings.
+        n_heads, head_dim: attention heads and the width of **each**.
+        n_layers: blocks of the encoder, and of the decoder.
+        context_frames: how many frames back the encoder's convolution sees from the position being generated. None
+            keeps the published kernels (single frame: 7 x 1 x 1, of which only the 3 past taps ever see a code; spatial
+            1 x 3 x 3; spatio-temporal 5 x 3 x 3), for which the paper's parameter counts hold.
+        slices_per_clip: random slices trained on in one step, per clip (the paper: 1); None takes all of them.
+    """
+
+    accepts = "codes"
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_spec,
+        n_frames=16,
+        subscale=(16, 1, 1),
+        attention="query_key_relative",
+        dim=512,
+        embed_dim=128,
+        n_heads=8,
+        head_dim=128,
+        n_layers=8,
+        context_frames=None,
+        slices_per_clip=1,
+    ):
+        super().__init__()
+        sizes = list(latent_spec["codebook_sizes"])
+        if not sizes:
+            raise ValueError(f"latent_spec: the video transformer needs codes, found kind {latent_spec['kind']!r}")
+        grid = (n_frames, latent_spec["height"], latent_spec["width"])
+        subscale = tuple(subscale)
+        if len(subscale) != 3 or any(s < 1 or size % s for s, size in zip(subscale, grid)):
+            raise ValueError(f"subscale: expected three divisors of (T, h, w) = {grid}, found {list(subscale)}")
+        if attention not in ATTENTION_FORMS:
+            raise ValueError(f"attention: expected one of {', '.join(ATTENTION_FORMS)}, found {attention!r}")
+        if context_frames is not None and context_frames < 1:
+            raise ValueError(f"context_frames: expected at least 1 or None, found {context_frames}")
+        self.codebook_sizes, self.grid, self.subscale = sizes, grid, subscale
+        self.single_frame = subscale[0] == n_frames and subscale[1:] == (1, 1)
+        slice_grid = tuple(size // s for size, s in zip(grid, subscale))
+
+        taps = encoder_taps(subscale, n_frames, context_frames)
+        slice_pixels, neighbours = slice_geometry(grid, subscale, taps)
+        # Codes become rows of one table over all codebooks: code c of codebook k is row first_row[k] + c.
+        first_row = torch.tensor([0, *itertools.accumulate(sizes)][:-1])
+        self.register_buffer("slice_pixels", slice_pixels, persistent=False)  # (n_slices, N) raster index in the clip
+        self.register_buffer("neighbours", neighbours, persistent=False)  # (n_slices, N, taps), T * h * w: unseen
+        self.register_buffer("first_row", first_row, persistent=False)
+
+        shared = (dim, embed_dim, n_layers, n_heads, head_dim, attention)
+        self.encoder = SliceEncoder(len(slice_pixels), len(taps), slice_grid, sizes, *shared)
+        self.decoder = SliceDecoder(slice_grid, sizes, *shared)
+        self.head = ChannelHead(sizes, dim)
+
+    # Likelihood -------------------------------------------------------------------------------------------------
+
+    def slice_logits(self, codes, slice_ids):
+        """Teacher-forced logits of one slice a row.
+
+        Args:
+            codes: (M, T, h, w, n_codebooks); slice_ids: (M,).
+        Returns:
+            list over codebooks of (M, N, size_k), and the slice's own codes (M, N, n_codebooks).
+        """
+        rows = (codes + self.first_row).flatten(1, 3)
+        memory = self._encode(rows, slice_ids)
+        own = self._take(rows, self.slice_pixels[slice_ids])
+        return self.head(self.decoder(own, memory), own), own - self.first_row
+
+    def _encode(self, rows, slice_ids):
+        """The encoder's memory: rows (M, T * h * w, n_codebooks), slice_ids (M,) -> (M, N, d)."""
+        neighbours = self.neighbours[slice_ids]
+        seen = neighbours < rows.shape[1]
+        near = self._take(rows, neighbours.clamp(max=rows.shape[1] - 1))
+        return self.encoder(near, seen, slice_ids)
+
+    @staticmethod
+    def _take(rows, index):
+        """rows (M, P, n), index (M, ...) -> (M, ..., n)."""
+        batch = torch.arange(rows.shape[0], device=rows.device).view(-1, *[1] * (index.ndim - 1))
+        return rows[batch, index]
+
+    def _slice_log_prob(self, codes, slice_ids, n_context):
+        """Summed log-probability of the predicted codes of a slice (M,), in nats, and how many codes that are (M,)."""
+        logits, own = self.slice_logits(codes, slice_ids)
+        future = self._times(slice_ids) >= n_context  # (M, N)
+        total = 0
+        for k, logits_k in enumerate(logits):
+            nll = F.cross_entropy(logits_k.float().transpose(1, 2), own[..., k], reduction="none")
+            total = total - (nll * future).sum(1)
+        return total, future.sum(1) * len(logits)
+
+    def _times(self, slice_ids):
+        """Frame index of each position of a slice."""
+        return self.slice_pixels[slice_ids] // (self.grid[1] * self.grid[2])
+
+    def _check_clip(self, clip, n_context):
+        check_codes(clip, self.codebook_sizes, self.grid[1:], name="clip")
+        if clip.shape[1] != self.grid[0]:
+            raise ValueError(f"clip: expected {self.grid[0]} frames (n_frames of the prior), found {clip.shape[1]}")
+        self.check_context(n_context, clip.shape[1])
+
+    def _predicted_slices(self, n_context):
+        """Indices of the slices that hold at least one code to predict."""
+        all_slices = torch.arange(len(self.slice_pixels), device=self.slice_pixels.device)
+        return all_slices[(self._times(all_slices) >= n_context).any(1)]
+
+    def forward(self, clip, n_context):
+        """Mean cross-entropy of the codes after the context, in nats a code.
+
+        In training on ``slices_per_clip`` random slices of each clip; in eval mode on all of them, so a validation
+        loss is exact.
+
+        Args:
+            clip: (B, T, h, w, n_codebooks) int64. n_context: context frames, which the loss skips.
+        """
+        self._check_clip(clip, n_context)
+        if not self.training:
+            loss = -self._mean_log_prob(clip, n_context).mean()
+        else:
+            slices = self._predicted_slices(n_context)
+            per_clip = min(self.config.slices_per_clip or len(slices), len(slices))
+            order = torch.rand(clip.shape[0], len(slices), device=clip.device).argsort(1)[:, :per_clip]
+            log_prob, count = self._slice_log_prob(
+                clip.repeat_interleave(per_clip, 0), slices[order].flatten(), n_context
+            )
+            loss = -log_prob.sum() / count.sum()
+        return PriorOutput(loss=loss, logs={"bits_per_code": loss.detach() / math.log(2)})
+
+    def log_prob(self, clip, n_context):
+        """Log-likelihood of the codes after the context, in nats: (B, T, h, w, n_codebooks) -> (B,).
+
+        The product of the conditionals in generation order (section 3.2), as the paper's bits/dim: each code given
+        all codes before it in that order.
+        """
+        self._check_clip(clip, n_context)
+        total = 0
+        for index in self._predicted_slices(n_context):
+            total = total + self._slice_log_prob(clip, index.expand(clip.shape[0]), n_context)[0]
+        return total
+
+    def _mean_log_prob(self, clip, n_context):
+        return self.log_prob(clip, n_context) / (clip[0, n_context:].numel())
+
+    def bits_per_code(self, clip, n_context):
+        """The paper's bits/dim: -log2 of the likelihood, averaged over the predicted latent codes -> (B,)."""
+        return -self._mean_log_prob(clip, n_context) / math.log(2)
+
+    # Sampling ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        context,
+        n_frames,
+        *,
+        num_samples=1,
+        generator=None,
+        progress=None,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        use_cache=True,
+    ):
+        """Continue codes (B, n_context, h, w, n_codebooks) -> (B, num_samples, n_frames, h, w, n_codebooks).
+
+        Past the trained clip length T the model slides: the window is refilled with the last T - 1 frames (single-frame
+        subscaling) or the last T // 2 (otherwise), generated ones included.
+
+        Args:
+            context: int64 codes, at least one frame. n_frames: how many to predict.
+            num_samples: futures for each context; what they share is computed once.
+            generator: a ``torch.Generator`` for reproducible samples.
+            progress: a callable like ``tqdm``; counts generated positions.
+            temperature: divides the logits; 0 is greedy. top_k, top_p: truncate the distribution.
+            use_cache: False re-runs the decoder over the whole slice for each position, as the published sampler does
+                (a reference for tests and benchmarks).
+        """
+        check_sampling(temperature, top_k, top_p)
+        check_codes(context, self.codebook_sizes, self.grid[1:], name="context")
+        for name, value in (("n_frames", n_frames), ("num_samples", num_samples)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
+        n_context = context.shape[1]
+        self.check_context(n_context, n_context + n_frames)
+        overlap = self.grid[0] - 1 if self.single_frame else max(1, self.grid[0] // 2)
+        first = context[:, -overlap:] if n_context >= self.grid[0] else context
+        windows = [(first.shape[1], min(n_frames, self.grid[0] - first.shape[1]))]
+        while (done := sum(new for _, new in windows)) < n_frames:
+            windows.append((overlap, min(n_frames - done, self.grid[0] - overlap)))
+
+        choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        video = context.repeat_interleave(num_samples, 0)
+        with (progress or no_progress)(total=sum(self._count_steps(*window) for window in windows)) as bar:
+            for index, (known, new) in enumerate(windows):
+                shared = num_samples if index == 0 else 1
+                window = self._sample_window(video[:, -known:], new, shared, generator, choose, use_cache, bar)
+                video = torch.cat([video, window[:, known : known + new]], 1)
+        return video[:, n_context:].unflatten(0, (-1, num_samples))
+
+    def _plan(self, known, new):
+        """(slice, first position) to generate from, when ``known`` frames are given and ``new`` wanted.
+
+        Frames after the wanted ones are left out where nothing depends on them (single-frame slices).
+        """
+        plan = []
+        for index in range(len(self.slice_pixels)):
+            times = self._times(index)
+            start = int((times < known).sum())  # the known positions lead: raster order is time-major
+            if start < len(times) and not (self.single_frame and index >= known + new):
+                plan.append((index, start))
+        return plan
+
+    def _count_steps(self, known, new):
+        return sum(self.slice_pixels.shape[1] - start for _, start in self._plan(known, new))
+
+    def _sample_window(self, known, new, num_shared, generator, choose, use_cache, bar):
+        """Fill one window: known (M, n, h, w, n_codebooks) -> (M, T, h, w, n_codebooks).
+
+        Rows come in groups of ``num_shared`` with the same known frames, so the first slice's memory is computed once
+        a group.
+        """
+        n_rows, n_known = known.shape[:2]
+        rows = torch.zeros(n_rows, *self.grid, len(self.codebook_sizes), dtype=torch.int64, device=known.device)
+        rows[:, :n_known] = known
+        rows = (rows + self.first_row).flatten(1, 3)
+        stepper = None
+        for order, (index, start) in enumerate(self._plan(n_known, new)):
+            share = num_shared if order == 0 else 1
+            slice_id = torch.tensor([index], device=known.device)
+            memory = self._encode(rows[::share], slice_id.expand(n_rows // share)).repeat_interleave(share, 0)
+            own = rows[:, self.slice_pixels[index]]
+            shape = (own.shape[1], n_rows, len(self.codebook_sizes))
+            source = generator.device if generator is not None else known.device
+            uniform = torch.rand(shape, generator=generator, device=source).to(known.device)
+            if stepper is None:
+                stepper = (CachedStepper if use_cache else FullStepper)(self, memory, choose)
+            stepper.start_slice(memory, own, start, uniform)
+            for position in range(start, own.shape[1]):
+                stepper.step(position)
+                bar.update(1)
+            rows[:, self.slice_pixels[index]] = stepper.own
+        return (rows - self.first_row).unflatten(1, self.grid)
+
+    def _draw_codes(self, y, uniform, choose):
+        """Sample one position channel by channel: y (M, d), uniform (M, n_codebooks) -> rows (M, n_codebooks)."""
+        features = self.head.features(y)
+        rows = torch.empty(y.shape[0], 0, dtype=torch.int64, device=y.device)
+        for k in range(len(self.codebook_sizes)):
+            code = draw(self.head.channel(features, k, rows), uniform[:, k], **choose)
+            rows = torch.cat([rows, (code + self.first_row[k])[:, None]], 1)
+        return rows
+
+
+class FullStepper:
+    """Reference sampler: the decoder re-runs over the whole slice for every position."""
+
+    def __init__(self, model, memory, choose):
+        self.model, self.choose = model, choose
+
+    def start_slice(self, memory, own, start, uniform):
+        self.memory, self.own, self.uniform = memory, own.clone(), uniform
+
+    def step(self, position):
+        y = self.model.decoder(self.own, self.memory)[:, position]
+        self.own[:, position] = self.model._draw_codes(y, self.uniform[position], self.choose)
+
+
+class CachedStepper:
+    """Key/value cache: a position costs one column of work.
+
+    Everything a step touches lives in fixed buffers and its position in a tensor, so on CUDA the step is recorded once
+    as a graph and replayed: at this size, launching the kernels one by one would take longer than running them.
+    """
+
+    def __init__(self, model, memory, choose):
+        self.model, self.choose, self.device = model, choose, memory.device
+        n_rows, n = memory.shape[:2]
+        n_codebooks = len(model.codebook_sizes)
+        self.state = DecoderState(model.decoder, n_rows, memory.dtype, self.device)
+        self.own = torch.zeros(n_rows, n, n_codebooks, dtype=torch.int64, device=self.device)
+        self.uniform = torch.zeros(n, n_rows, n_codebooks, device=self.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.graph = self._record() if self.device.type == "cuda" else None
+
+    def start_slice(self, memory, own, start, uniform):
+        self.own.copy_(own)
+        self.uniform.copy_(uniform)
+        self.state.start_slice(memory)
+        if start:  # the known positions, all at once
+            positions = torch.arange(start, device=self.device)
+            self.state.feed(self.own[:, :start], positions)
+            self.model.decoder.advance(self.state, positions, start)
+
+    def step(self, position):
+        self.position.fill_(position)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._step(position + 1)
+
+    def _step(self, stop):
+        """Generate the position held in ``self.position``, attending to the first ``stop`` cached ones."""
+        y = self.model.decoder.advance(self.state, self.position, stop)[:, 0]
+        rows = self.model._draw_codes(y, self.uniform.index_select(0, self.position)[0], self.choose)
+        self.own.index_copy_(1, self.position, rows[:, None])
+        self.state.feed(rows[:, None], self.position)
+
+    def _record(self):
+        n = self.own.shape[1]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries set themselves up on the first runs, which a graph must not record
+                self._step(n)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step(n)
+        return graph
+
+
+def encoder_taps(subscale, n_frames, context_frames=None):
+    """Offsets (dt, dy, dx) of the slice encoder's convolution.
+
+    Published kernels: 7 frames for single-frame slices; otherwise, on each axis, 2 * (s // 2) + 1.
+    """
+    reach = [s // 2 for s in subscale]
+    if subscale[0] == n_frames:
+        reach[0] = 3
+    if context_frames is not None:
+        reach[0] = context_frames
+    times = range(-reach[0], reach[0] + 1)
+    if context_frames is not None and subscale == (n_frames, 1, 1):
+        times = range(-reach[0], 0)  # with one whole frame a slice, only past taps can see anything
+    return list(itertools.product(times, *(range(-r, r + 1) for r in reach[1:])))
+
+
+def slice_geometry(grid, subscale, taps):
+    """Which positions form each slice, and what the encoder sees from them.
+
+    Returns:
+        pixels: (n_slices, N) raster index of each slice's positions in the clip.
+        neighbours: (n_slices, N, taps) raster index of each tap; T * h * w where it is outside the clip or belongs to
+            a slice that is not generated yet.
+    """
+    size, step = torch.tensor(grid), torch.tensor(subscale)
+    index = torch.arange(math.prod(grid)).view(grid)
+    starts = itertools.product(*(range(s) for s in subscale))
+    pixels = torch.stack([index[a :: step[0], b :: step[1], c :: step[2]].flatten() for a, b, c in starts])
+    slice_of = torch.empty(math.prod(grid), dtype=torch.int64)
+    slice_of[pixels] = torch.arange(len(pixels))[:, None].expand_as(pixels)
+    coordinates = torch.stack(torch.unravel_index(pixels, grid), -1)
+    located = coordinates[:, :, None] + torch.tensor(taps)
+    inside = ((located >= 0) & (located < size)).all(-1)
+    located = located.clamp(min=0).minimum(size - 1)
+    neighbours = (located[..., 0] * grid[1] + located[..., 1]) * grid[2] + located[..., 2]
+    earlier = slice_of[neighbours] < torch.arange(len(pixels))[:, None, None]
+    return pixels, torch.where(inside & earlier, neighbours, index.numel())
