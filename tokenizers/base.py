@@ -28,11 +28,13 @@ class ReconstructionOutput(BaseOutput):
     frames: (B, T, C, H, W) reconstruction in [-1, 1].
     loss: scalar training loss.
     logs: name -> detached scalar tensor, for the logger.
+    codes: (B, T, h, w, n_codebooks) int64 that were decoded, or None for a continuous tokenizer.
     """
 
     frames: torch.Tensor
     loss: torch.Tensor
     logs: dict = field(default_factory=dict)
+    codes: torch.Tensor | None = None
 
 
 def check_frames(frames, channels=None, height=None, width=None, name="frames"):
@@ -41,9 +43,7 @@ def check_frames(frames, channels=None, height=None, width=None, name="frames"):
         found = tuple(frames.shape) if torch.is_tensor(frames) else type(frames).__name__
         raise ValueError(f"{name}: expected a tensor of shape (B, T, C, H, W), found {found}")
     if not frames.is_floating_point():
-        raise ValueError(
-            f"{name}: expected floats in [-1, 1], found {frames.dtype} (divide uint8 by 127.5, subtract 1)"
-        )
+        raise ValueError(f"{name}: expected floats in [-1, 1], found {frames.dtype} (for uint8: x / 127.5 - 1)")
     for index, (axis, expected) in enumerate(zip("CHW", (channels, height, width)), start=2):
         if expected is not None and frames.shape[index] != expected:
             raise ValueError(f"{name}: expected {axis} = {expected}, found {tuple(frames.shape)} (B, T, C, H, W)")
@@ -134,8 +134,10 @@ class FrameTokenizer(VideoModel):
         Returns:
             the new factor, a float.
         Raises:
-            ValueError: no batches, or latents that do not vary.
+            ValueError: no batches, latents that do not vary, or a tokenizer without a ``scaling_factor``.
         """
+        if "scaling_factor" not in self.config:
+            raise ValueError(f"{type(self).__name__}: has no scaling_factor to fit")
         n, total, total_of_squares = 0, 0.0, 0.0
         for frames in batches:
             latents = self.encode(frames).latents.double() / self.config.scaling_factor

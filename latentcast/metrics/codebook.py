@@ -1,0 +1,42 @@
+"""How well the codebooks of a discrete tokenizer are used."""
+
+import torch
+from torchmetrics import Metric
+
+from .perplexity import perplexity
+
+
+class CodebookUsage(Metric):
+    """Exact usage of every codebook over everything seen since the last ``reset``, over all ranks.
+
+    Args:
+        codebook_sizes: number of codes in each codebook, as in ``latent_spec["codebook_sizes"]``.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+
+    def __init__(self, codebook_sizes, **kwargs):
+        super().__init__(**kwargs)
+        self.codebook_sizes = list(codebook_sizes)
+        counts = torch.zeros(len(self.codebook_sizes), max(self.codebook_sizes), dtype=torch.int64)
+        self.add_state("counts", counts, dist_reduce_fx="sum")
+
+    def update(self, codes):
+        """Count ``codes`` (..., n_codebooks) int64."""
+        if codes.shape[-1] != len(self.codebook_sizes):
+            raise ValueError(f"codes: expected {len(self.codebook_sizes)} codebooks, found {codes.shape[-1]}")
+        for counts, size, column in zip(self.counts, self.codebook_sizes, codes.flatten(0, -2).unbind(-1)):
+            histogram = torch.bincount(column, minlength=size)
+            if len(histogram) > size:
+                raise ValueError(f"codes: expected values in [0, {size}), found {column.max().item()}")
+            counts[:size] += histogram
+
+    def compute(self):
+        """name -> (n_codebooks,) float64 array: ``usage`` (fraction of the codes seen at least once), ``dead_fraction``
+        (its complement) and ``perplexity`` (1 to codebook size)."""
+        sizes = torch.tensor(self.codebook_sizes, device=self.counts.device)
+        usage = (self.counts > 0).sum(-1) / sizes
+        figures = {"usage": usage, "dead_fraction": 1 - usage, "perplexity": perplexity(self.counts)}
+        # NumPy, because torchmetrics would squeeze the tensor of a single codebook.
+        return {name: values.double().cpu().numpy() for name, values in figures.items()}

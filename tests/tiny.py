@@ -1,0 +1,65 @@
+"""Tiny instances of the real models, by name: what the contract tests run over. A new model adds one line."""
+
+import torch
+
+from latentcast import VQVAE, PixelTokenizer, VideoTransformer
+
+SMALL_VQVAE = {"hidden_channels": 16, "residual_channels": 8, "n_residual_blocks": 1, "embedding_dim": 8}
+
+TINY_TOKENIZERS = {
+    "vqvae": lambda: VQVAE(height=16, width=16, codebook_size=12, **SMALL_VQVAE),
+    # height, width and channels differ from one another, so that a swapped axis shows
+    "sliced_vqvae": lambda: VQVAE(
+        1, 8, 16, n_codebooks=4, codebook_size=6, stride=2, scaling_factor=1.7, **SMALL_VQVAE
+    ),
+    "pixel": lambda: PixelTokenizer(3, 4, 6, levels=256),
+    "continuous_pixel": lambda: PixelTokenizer(1, 4, 6, levels=None),
+}
+
+
+def random_frames(tokenizer, batch=2, n_frames=3, seed=0):
+    """(batch, n_frames, C, H, W) in [-1, 1], of the sizes that the tokenizer takes."""
+    spec = tokenizer.latent_spec
+    shape = (batch, n_frames, spec["frame_channels"], spec["frame_height"], spec["frame_width"])
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def tiny_tokenizer(name):
+    """A tiny tokenizer after one training step's forward (so that data-dependent state is set), in eval mode."""
+    torch.manual_seed(0)
+    tokenizer = TINY_TOKENIZERS[name]().train()
+    tokenizer(random_frames(tokenizer, batch=4, seed=1))
+    return tokenizer.eval()
+
+
+CODES_SPEC = {
+    "kind": "discrete",
+    "channels": 8,
+    "height": 4,
+    "width": 2,
+    "codebook_sizes": [5, 7],
+    "scaling_factor": 1.0,
+    "frame_channels": 1,
+    "frame_height": 16,
+    "frame_width": 8,
+}
+SMALL_TRANSFORMER = {"n_frames": 4, "dim": 24, "embed_dim": 12, "n_heads": 2, "head_dim": 8, "n_layers": 1}
+
+TINY_PRIORS = {
+    "video_transformer": lambda: VideoTransformer(CODES_SPEC, subscale=[4, 1, 1], **SMALL_TRANSFORMER),
+    "video_transformer_spatial": lambda: VideoTransformer(CODES_SPEC, subscale=[1, 2, 2], **SMALL_TRANSFORMER),
+    "video_transformer_spatiotemporal": lambda: VideoTransformer(CODES_SPEC, subscale=[2, 2, 2], **SMALL_TRANSFORMER),
+}
+
+
+def random_clip(prior, batch=2, n_frames=4, seed=0):
+    """A clip in the space that the prior accepts."""
+    spec = prior.config.latent_spec
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, n_frames, spec["height"], spec["width"])
+    return torch.stack([torch.randint(size, shape, generator=generator) for size in spec["codebook_sizes"]], -1)
+
+
+def tiny_prior(name):
+    torch.manual_seed(0)
+    return TINY_PRIORS[name]().eval()

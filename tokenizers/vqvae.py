@@ -1,0 +1,181 @@
+"""The frame autoencoder of the Latent Video Transformer (Rakhimov et al. 2020, sections 3.1 and 4.1): a VQ-VAE."""
+
+from itertools import pairwise
+
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from latentcast.layers.convolutions import ResidualBlock
+
+from .base import FrameTokenizer, ReconstructionOutput, TokenizerOutput, check_codes, check_frames, check_latents
+from .quantizers.sliced import SlicedQuantizer
+
+
+class VQVAE(FrameTokenizer):
+    """VQ-VAE over single frames, with Sliced VQ when ``n_codebooks`` is above 1.
+
+    The defaults are the paper's for BAIR (3.68M numbers with the codebook); for Kinetics-600 it has 4 residual blocks.
+    Frames of another size need another ``height`` and ``width``; the weights do not depend on them, so
+    ``VQVAE.from_pretrained(path, height=128, width=128)`` reuses a trained model.
+
+    Args:
+        in_channels: C of the frames, 3 (RGB) or 1 (grey).
+        height, width: H and W of the frames in pixels, multiples of ``stride``.
+        hidden_channels: width of the network; the outermost convolution has half of it.
+        residual_channels: width inside a residual block.
+        n_residual_blocks: in the encoder and in the decoder.
+        stride: 2, 4, 8 or 16: pixels a latent, by that many halvings.
+        embedding_dim: D, channels of the latents over all codebooks.
+        n_codebooks: parts that the channels are split into, a codebook each (the paper's n_c).
+        codebook_size: codes in EACH codebook (the paper's K = 2048 for n_c = 4 is 4 x 512).
+        commitment_weight: weight of the second term of eq. 1.
+        ema_decay, ema_eps: of the codebooks' moving averages.
+        kmeans_iters: Lloyd iterations that place the codes on the first training batch; 0 draws them from it.
+        dead_code_threshold: codes used less than this fraction of the average are drawn anew; 0 switches it off.
+        output_activation: "tanh", or "linear": clamped to [-1, 1] outside the loss. Frames that are mostly black or
+            white saturate tanh within a few steps at high learning rates, and nothing is learned from then on.
+        scaling_factor: latents are code vectors times this; see ``fit_scaling_factor``.
+    """
+
+    _keep_in_fp32_modules = ["quantizer"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        height: int = 64,
+        width: int = 64,
+        hidden_channels: int = 256,
+        residual_channels: int = 128,
+        n_residual_blocks: int = 2,
+        stride: int = 4,
+        embedding_dim: int = 256,
+        n_codebooks: int = 1,
+        codebook_size: int = 512,
+        commitment_weight: float = 1.0,
+        ema_decay: float = 0.99,
+        ema_eps: float = 1e-5,
+        kmeans_iters: int = 10,
+        dead_code_threshold: float = 0.1,
+        output_activation: str = "tanh",
+        scaling_factor: float = 1.0,
+    ):
+        super().__init__()
+        if output_activation not in ("tanh", "linear"):
+            raise ValueError(f"output_activation: expected 'tanh' or 'linear', found {output_activation!r}")
+        if stride not in (2, 4, 8, 16):
+            raise ValueError(f"stride: expected 2, 4, 8 or 16, found {stride}")
+        if height % stride or width % stride:
+            raise ValueError(f"height, width: expected multiples of the stride {stride}, found {height}, {width}")
+        n_halvings = stride.bit_length() - 1
+        widths = [in_channels, hidden_channels // 2] + [hidden_channels] * (n_halvings - 1)
+
+        encoder = []
+        for narrow, wide in pairwise(widths):
+            encoder += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1), nn.ReLU()]
+        encoder += [nn.Conv2d(widths[-1], hidden_channels, 3, padding=1)]
+        encoder += [ResidualBlock(hidden_channels, residual_channels) for _ in range(n_residual_blocks)]
+        if embedding_dim != hidden_channels:
+            encoder += [nn.Conv2d(hidden_channels, embedding_dim, 1)]
+        self.encoder = nn.Sequential(*encoder)
+
+        self.quantizer = SlicedQuantizer(
+            embedding_dim,
+            n_codebooks,
+            codebook_size,
+            decay=ema_decay,
+            eps=ema_eps,
+            kmeans_iters=kmeans_iters,
+            dead_code_threshold=dead_code_threshold,
+        )
+
+        decoder = [nn.Conv2d(embedding_dim, hidden_channels, 3, padding=1)]
+        decoder += [ResidualBlock(hidden_channels, residual_channels) for _ in range(n_residual_blocks)]
+        widths = [hidden_channels, *widths[-2::-1]]
+        for wide, narrow in pairwise(widths):
+            decoder += [nn.ReLU(), nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1)]
+        self.decoder = nn.Sequential(*decoder)
+
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):  # as in the published code
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    @property
+    def latent_spec(self):
+        config = self.config
+        return {
+            "kind": "discrete",
+            "channels": config.embedding_dim,
+            "height": config.height // config.stride,
+            "width": config.width // config.stride,
+            "codebook_sizes": [config.codebook_size] * config.n_codebooks,
+            "scaling_factor": config.scaling_factor,
+            "frame_channels": config.in_channels,
+            "frame_height": config.height,
+            "frame_width": config.width,
+        }
+
+    def encode(self, frames):
+        """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput. Never changes the codebooks, in training mode neither."""
+        codes = self.quantizer.nearest(self._features(frames))
+        return TokenizerOutput(latents=self.codes_to_latents(codes), codes=codes)
+
+    def decode(self, latents):
+        """(B, T, D, h, w) -> (B, T, C, H, W) fp32 in [-1, 1]. Never quantises."""
+        return self._decode(latents).clamp(-1, 1)
+
+    def codes_to_latents(self, codes):
+        """(B, T, h, w, n_codebooks) int64 -> (B, T, D, h, w) fp32."""
+        spec = self.latent_spec
+        check_codes(codes, spec["codebook_sizes"], (spec["height"], spec["width"]))
+        return self._to_latents(self.quantizer.lookup(codes))
+
+    def latents_to_codes(self, latents):
+        """(B, T, D, h, w) -> (B, T, h, w, n_codebooks) int64, the nearest code of every part."""
+        spec = self.latent_spec
+        check_latents(latents, spec["channels"], spec["height"], spec["width"])
+        return self.quantizer.nearest(latents.float().movedim(2, -1) / self.config.scaling_factor)
+
+    def forward(self, frames):
+        """Reconstruct, and in training mode update the codebooks.
+
+        The loss is eq. 1 with means for the norms: mse(frames, D(z_q)) + commitment_weight * mse(z_e, sg[z_q]).
+
+        Args:
+            frames: (B, T, C, H, W) in [-1, 1].
+        Returns:
+            ReconstructionOutput; ``logs`` has ``reconstruction_loss``, ``commitment_loss`` (unweighted) and
+            ``perplexity`` (of this batch's codes, mean over the codebooks).
+        """
+        quantized = self.quantizer(self._features(frames))
+        reconstruction = self._decode(self._to_latents(quantized.latents))
+        reconstruction_loss = F.mse_loss(reconstruction, frames.float())
+        return ReconstructionOutput(
+            frames=reconstruction.clamp(-1, 1),
+            loss=reconstruction_loss + self.config.commitment_weight * quantized.commitment_loss,
+            codes=quantized.codes,
+            logs={
+                "reconstruction_loss": reconstruction_loss.detach(),
+                "commitment_loss": quantized.commitment_loss.detach(),
+                "perplexity": quantized.perplexity.mean(),
+            },
+        )
+
+    def _features(self, frames):
+        """Encoder output with the channels last: (B, T, C, H, W) -> (B, T, h, w, D)."""
+        check_frames(frames, self.config.in_channels, self.config.height, self.config.width)
+        features = self.encoder(frames.to(self.dtype).flatten(0, 1)).unflatten(0, frames.shape[:2])
+        return features.movedim(2, -1)
+
+    def _decode(self, latents):
+        """``decode`` before the clamp, which would stop the gradient of a linear output."""
+        spec = self.latent_spec
+        check_latents(latents, spec["channels"], spec["height"], spec["width"])
+        features = (latents / self.config.scaling_factor).to(self.dtype)
+        frames = self.decoder(features.flatten(0, 1)).unflatten(0, latents.shape[:2]).float()
+        return frames.tanh() if self.config.output_activation == "tanh" else frames
+
+    def _to_latents(self, vectors):
+        return vectors.movedim(-1, 2).contiguous() * self.config.scaling_factor
