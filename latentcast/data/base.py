@@ -1,10 +1,15 @@
 """The interface of a data set of videos, shared by folders of files, synthetic sets and prepared benchmarks."""
 
+import random
 from dataclasses import dataclass
 
 from torch.utils.data import Dataset
 
 SPLITS = ("train", "val", "test")
+
+
+class EmptySplitError(ValueError):
+    """A split without a single usable video; the message counts what fell out and why."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,9 @@ class VideoDataset(Dataset):
         raise NotImplementedError
 
     def read_video(self, index, start, stop):
-        """Frames ``start:stop`` of video ``index`` -> (stop - start, C, size, size) float32 in [-1, 1]."""
+        """Frames ``start:stop`` of video ``index`` -> (stop - start, C, size, size) float32 in [-1, 1].
+
+        Raises VideoError (see video_reader) when the video turns out to be unreadable."""
         raise NotImplementedError
 
     def describe(self):
@@ -58,3 +65,8 @@ class VideoDataset(Dataset):
 def check_split(split):
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
+
+
+def window_start(seed, epoch, index, n_starts):
+    """A random start in [0, n_starts) for item ``index``, the same in every process, worker and Python."""
+    return random.Random(f"{seed} {epoch} {index}").randrange(n_starts)

@@ -1,0 +1,184 @@
+"""Data sets as LightningDataModules: what a Trainer needs to feed a model clips of video or of latents."""
+
+import itertools
+import logging
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from .base import EmptySplitError
+from .latent_cache import LatentCacheDataset
+
+logger = logging.getLogger("latentcast")
+
+
+class _SharedEpoch(Dataset):
+    """A data set whose epoch lies in shared memory, so that persistent workers see it change."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch):
+        self.epoch.fill_(epoch)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        self.dataset.set_epoch(int(self.epoch))
+        return self.dataset[index]
+
+
+class _EpochSampler(DistributedSampler):
+    """Shuffles by (seed, epoch), a share for each rank, and moves the data set to the epoch's windows.
+
+    Lightning keeps a DistributedSampler as it is. A pass leaves out the first ``skip`` clips."""
+
+    skip = 0
+
+    def set_epoch(self, epoch):
+        super().set_epoch(epoch)
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), self.skip, None)
+
+
+class _ResumableLoader(DataLoader):
+    """A train loader whose state Lightning saves and restores, so that a resumed run sees the right batches.
+
+    It counts its own epochs, because Lightning's count jumps when ``max_steps`` ends a run inside an epoch; a pass that
+    was left early goes on where it stopped."""
+
+    _epoch, _n_done = 0, 0  # batches of the epoch that were served
+
+    def __iter__(self):
+        if self._n_done == len(self):
+            self._epoch, self._n_done = self._epoch + 1, 0
+        self.sampler.set_epoch(self._epoch)
+        self.sampler.skip = self._n_done * self.batch_size
+        for batch in super().__iter__():
+            self._n_done += 1
+            yield batch
+
+    def state_dict(self):
+        return {"epoch": self._epoch, "n_done": self._n_done}
+
+    def load_state_dict(self, state):
+        self._epoch, self._n_done = state["epoch"], state["n_done"]
+
+
+class _ClipDataModule(pl.LightningDataModule):
+    """Loaders over ``open_split(split)``; subclasses say what that is. ``train_set``, ``val_set``: the data sets."""
+
+    def __init__(self, batch_size, num_workers=0, seed=0):
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, found {value}")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._sets = {}
+
+    def open_split(self, split):
+        raise NotImplementedError
+
+    @property
+    def train_set(self):
+        return self._set("train")
+
+    @property
+    def val_set(self):
+        """The val split's data set, or None if there is nothing in it."""
+        return self._set("val")
+
+    @property
+    def test_set(self):
+        return self._set("test")
+
+    def _set(self, split):
+        if split not in self._sets:
+            self._sets[split] = self.open_split(split)
+        return self._sets[split]
+
+    def setup(self, stage):
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
+            self._set(split)
+
+    def train_dataloader(self):
+        world = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        dataset = _SharedEpoch(self.train_set)
+        sampler = _EpochSampler(dataset, *world, shuffle=True, seed=self.seed)
+        if len(sampler) < self.batch_size:
+            logger.warning("train: %d clips a process are fewer than batch_size=%d", len(sampler), self.batch_size)
+        drop_last = len(sampler) >= self.batch_size
+        return self._loader(dataset, _ResumableLoader, sampler=sampler, drop_last=drop_last)
+
+    def val_dataloader(self):
+        return [] if self.val_set is None else self._loader(self.val_set)
+
+    def test_dataloader(self):
+        return self._loader(self.test_set)
+
+    def _loader(self, dataset, kind=DataLoader, **kwargs):
+        return kind(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **kwargs,
+        )
+
+
+class VideoDataModule(_ClipDataModule):
+    """Batches ``{"frames": (B, T, C, H, W)}`` of a video data set.
+
+    Args:
+        dataset: called with ``split="train"`` and so on, gives a VideoDataset: a class with its other arguments bound.
+        batch_size: clips a batch and process. The train loader drops the last, smaller batch of an epoch unless it is
+            the only one.
+        num_workers: loader processes.
+        seed: of the order of clips.
+    Raises:
+        EmptySplitError: nothing in the train split. An empty val split is logged and leaves out validation.
+    """
+
+    def __init__(self, dataset, batch_size, num_workers=0, seed=0):
+        super().__init__(batch_size, num_workers, seed)
+        self.dataset = dataset
+
+    def open_split(self, split):
+        try:
+            return self.dataset(split=split)
+        except EmptySplitError as error:
+            if split != "val":
+                raise
+            logger.warning("no validation: %s", error)
+            return None
+
+
+class LatentDataModule(_ClipDataModule):
+    """Batches ``{"codes": (B, T, h, w, n)}`` or ``{"latents": (B, T, D, h, w)}`` of a latents cache.
+
+    Args:
+        cache_root: folder that holds ``train/`` and, unless validation is to be left out, ``val/``.
+        clip_length, stride: see LatentCacheDataset.
+        batch_size, num_workers, seed: as for VideoDataModule; ``seed`` also sets the random windows.
+        expect: keyword arguments for ``LatentCacheDataset.expect``, checked on every split.
+    """
+
+    def __init__(self, cache_root, clip_length, batch_size, stride=1, num_workers=0, seed=0, expect=None):
+        super().__init__(batch_size, num_workers, seed)
+        self.cache_root, self.clip_length, self.stride = Path(cache_root), clip_length, stride
+        self.expect = expect or {}
+
+    def open_split(self, split):
+        folder = self.cache_root / split
+        if split == "val" and not folder.is_dir():
+            logger.warning("no validation: %s: no such folder", folder)
+            return None
+        dataset = LatentCacheDataset(folder, self.clip_length, stride=self.stride, split=split, seed=self.seed)
+        return dataset.expect(**self.expect)

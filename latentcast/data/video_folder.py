@@ -1,0 +1,325 @@
+"""A folder tree of video files as a data set, with an index of what each file really holds."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..files import replacing, user_cache
+from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_split, window_start
+from .video_reader import VideoError, VideoInfo, probe, read_clip
+
+try:
+    import fcntl
+except ImportError:  # Windows: several processes then index the same files, which costs time only
+    fcntl = None
+
+logger = logging.getLogger("latentcast")
+
+SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".ogv", ".gif")
+INDEX_NAME = ".latentcast-index.json"
+INDEX_FORMAT = 1
+SAVE_EVERY = 30  # seconds between saves of an index that is being built
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+class VideoFolder(VideoDataset):
+    """Clips and whole videos of every mp4, avi, mov, mkv, webm, ogv and gif file under a folder.
+
+    A file's split follows from a hash of its path below ``root``, so adding files moves no other file; where ``root``
+    holds the folders ``train``, ``val`` and ``test``, those are the splits. An epoch takes ``n_frames // clip_length``
+    clips of each video: at random places in the train split, side by side in the others.
+
+    The first use decodes each file once, with a progress bar, and keeps what it found in an index; later uses look only
+    at new and changed files. Damaged and too short files are named in the log, counted and left out.
+
+    Args:
+        root: the folder.
+        split: "train", "val" or "test".
+        clip_length: frames a clip.
+        size: H = W of the frames in pixels: the central square, resized with antialiasing.
+        channels: 3 (RGB) or 1 (grey, BT.601 luma).
+        frame_stride: take every ``frame_stride``-th frame.
+        fps: take the frames nearest in time to this rate instead (slower videos then repeat frames).
+        val_fraction, test_fraction: share of the files in these splits.
+        seed: of the split and of the random windows.
+        index_dir: folder for the index; default: a hidden file in ``root``, or in the user's cache if ``root`` is
+            read-only.
+        backend: see ``read_clip``.
+    Raises:
+        FileNotFoundError: no such folder.
+        EmptySplitError: no usable video in this split; counts what fell out and why.
+    """
+
+    def __init__(
+        self,
+        root,
+        split,
+        clip_length,
+        size,
+        channels=3,
+        frame_stride=1,
+        fps=None,
+        val_fraction=0.05,
+        test_fraction=0.05,
+        seed=0,
+        index_dir=None,
+        backend="auto",
+    ):
+        check_split(split)
+        for name, value in (("clip_length", clip_length), ("size", size), ("frame_stride", frame_stride)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
+        if channels not in (1, 3):
+            raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), found {channels}")
+        if fps is not None and not (fps > 0 and frame_stride == 1):
+            raise ValueError(f"fps: expected a rate above 0 and frame_stride=1, found {fps} with {frame_stride}")
+        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction > 1:
+            raise ValueError(f"val_fraction, test_fraction: not shares of one whole: {val_fraction}, {test_fraction}")
+        self.root, self.split, self.clip_length, self.size, self.channels = (
+            Path(root),
+            split,
+            clip_length,
+            size,
+            channels,
+        )
+        self.frame_stride, self.target_fps, self.seed, self.backend = frame_stride, fps, seed, backend
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self._files = self._choose(build_index(self.root, index_dir))
+        self._videos = [VideoEntry(name, *self._rate(info)) for name, _, info in self._files]
+        self.fps = statistics.median(entry.fps for entry in self._videos)
+        self._clips = [
+            (video, k * clip_length) for video, e in enumerate(self._videos) for k in range(e.n_frames // clip_length)
+        ]
+
+    @property
+    def videos(self):
+        """list of VideoEntry, sorted by path; ``n_frames`` and ``fps`` after stride or resampling."""
+        return self._videos
+
+    def __len__(self):
+        return len(self._clips)
+
+    def __getitem__(self, index):
+        video, start = self._clips[index]
+        if self.split == "train":
+            start = window_start(self.seed, self.epoch, index, self._videos[video].n_frames - self.clip_length + 1)
+        return {"frames": self.read_video(video, start, start + self.clip_length)}
+
+    def read_video(self, index, start, stop):
+        entry, (name, _, info) = self._videos[index], self._files[index]
+        if not 0 <= start < stop <= entry.n_frames:
+            raise ValueError(f"{name}: expected 0 <= start < stop <= {entry.n_frames}, found {start}:{stop}")
+        places = sampled_places(info, range(start, stop), self.frame_stride, self.target_fps)
+        return load_frames(self.root / name, places, self.size, self.channels, self.backend)
+
+    def describe(self):
+        files = [[name, size, info.n_frames] for name, size, info in self._files]
+        return {
+            "type": "VideoFolder",
+            "source": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
+            "n_videos": len(files),
+            "split": self.split,
+            "size": self.size,
+            "channels": self.channels,
+            "frame_stride": self.frame_stride,
+            "fps": self.target_fps,
+            "val_fraction": self.val_fraction,
+            "test_fraction": self.test_fraction,
+            "seed": self.seed,
+        }
+
+    def _rate(self, info):
+        return sampled_rate(info, self.frame_stride, self.target_fps)
+
+    def _choose(self, index):
+        """The usable files of this split as (name, size in bytes, VideoInfo)."""
+        explicit = all((self.root / split).is_dir() for split in SPLITS)
+        usable, damaged, short, slow, elsewhere = [], [], [], 0, 0
+        for name, record in sorted(index.items()):
+            if (name.partition("/")[0] if explicit else self._split_of(name)) != self.split:
+                elsewhere += 1
+            elif "error" in record:
+                damaged.append(f"{name} ({record['error']})")
+            else:
+                info = VideoInfo(**record["info"])
+                n_frames, _ = self._rate(info)
+                if n_frames < self.clip_length:
+                    short.append(f"{name} ({n_frames} frames)")
+                    continue
+                if info.seek == "start":
+                    logger.warning("%s: %s: timestamps run backwards; read by decoding from its start", self.root, name)
+                slow += self.target_fps is not None and info.fps < 0.99 * self.target_fps
+                usable.append((name, record["size"], info))
+        rate = f"fps={self.target_fps:g}" if self.target_fps else f"frame_stride={self.frame_stride}"
+        short_of = f"shorter than clip_length={self.clip_length} at {rate}"
+        if not usable:
+            lost = [f"{len(damaged)} damaged{_listed(damaged)}", f"{len(short)} {short_of}{_listed(short)}"]
+            advice = f"raise {self.split}_fraction"
+            if explicit or self.split == "train":
+                advice = "add files"
+            raise EmptySplitError(
+                f"{self.root}: no usable video in split {self.split!r}: of {len(index)} files, {', '.join(lost)}, "
+                f"{elsewhere} in other splits; {advice} or ask for shorter clips"
+            )
+        for reason, names in (("damaged", damaged), (short_of, short)):
+            if names:
+                logger.warning("%s: %s: skipped %d %s%s", self.root, self.split, len(names), reason, _listed(names))
+        if slow:
+            logger.warning(
+                "%s: %d videos are slower than fps=%g: their frames repeat", self.root, slow, self.target_fps
+            )
+        logger.info("%s: %s: %d of %d files", self.root, self.split, len(usable), len(index))
+        return usable
+
+    def _split_of(self, name):
+        digest = hashlib.sha256(f"{self.seed} {name}".encode("utf-8", "surrogateescape")).digest()
+        place = int.from_bytes(digest[:8], "big") / 2**64
+        if place < self.test_fraction:
+            return "test"
+        return "val" if place < self.test_fraction + self.val_fraction else "train"
+
+
+def sampled_rate(info, frame_stride=1, fps=None):
+    """(frames, frames per second) that a file gives at a stride, or resampled to a rate."""
+    if fps is None:
+        return (info.n_frames - 1) // frame_stride + 1, info.fps / frame_stride
+    last = info.times[-1] if info.times else (info.n_frames - 1) / info.fps
+    return int(last * fps + 1e-6) + 1, fps
+
+
+def sampled_places(info, frames, frame_stride=1, fps=None):
+    """Numbers of frames at that stride or rate -> numbers of the file's frames."""
+    if fps is None:
+        return [i * frame_stride for i in frames]
+    if info.times is None:
+        return [min(round(i * info.fps / fps), info.n_frames - 1) for i in frames]
+    times = torch.tensor(info.times, dtype=torch.float64)
+    asked = torch.tensor([i / fps for i in frames], dtype=torch.float64)
+    return (times[None] - asked[:, None]).abs().argmin(1).tolist()
+
+
+def load_frames(path, places, size, channels=3, backend="auto"):
+    """The file's frames numbered ``places``, central square -> (len(places), channels, size, size) in [-1, 1]."""
+    frames = read_clip(path, places, size=size, backend=backend).float()
+    if channels == 1:
+        frames = (frames * torch.tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    return (frames / 127.5 - 1).clamp_(-1, 1)
+
+
+def build_index(root, index_dir=None):
+    """What every video file under ``root`` holds, from the index on disk, brought up to date.
+
+    Returns:
+        path below root -> {"size", "mtime", and "info": fields of VideoInfo, or "error": why it cannot be read}.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder of videos")
+    found = _find(root)
+    if not found:
+        raise EmptySplitError(f"{root}: no video files here; expected any of {', '.join(SUFFIXES)}")
+    path = _index_path(root, index_dir)
+    index = _load(path, found)
+    if len(index) == len(found):
+        return index
+    with _locked(path):  # another rank may have done the work meanwhile
+        index = _load(path, found)
+        missing = [name for name in found if name not in index]
+        saved = time.monotonic()
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            jobs = {pool.submit(_examine, root / name): name for name in missing}
+            try:
+                for job in tqdm(as_completed(jobs), "indexing videos", len(jobs), unit="file", file=sys.stderr):
+                    index[jobs[job]] = found[jobs[job]] | job.result()
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        _save(path, index)
+                        saved = time.monotonic()
+            finally:
+                pool.shutdown(cancel_futures=True)
+                _save(path, index)
+    return index
+
+
+def _examine(path):
+    try:
+        return {"info": asdict(probe(path))}
+    except VideoError as error:
+        return {"error": str(error).removeprefix(f"{path}: ")}
+
+
+def _find(root):
+    found, seen = {}, set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix.lower() in SUFFIXES and not name.startswith(".") and path.is_file():
+                status = path.stat()
+                found[path.relative_to(root).as_posix()] = {"size": status.st_size, "mtime": status.st_mtime_ns}
+    return dict(sorted(found.items()))
+
+
+def _index_path(root, index_dir):
+    unique = f"{root.name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}.json"
+    if index_dir is not None:
+        return Path(index_dir) / unique
+    return root / INDEX_NAME if os.access(root, os.W_OK) else user_cache() / "indices" / unique
+
+
+def _load(path, found):
+    """Entries of the index on disk that still hold."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        logger.warning("%s: not valid JSON; indexing again", path)
+        return {}
+    if content.get("format") != INDEX_FORMAT:
+        return {}
+    stamp = ("size", "mtime")
+    return {
+        name: record
+        for name, record in content["files"].items()
+        if name in found and all(record[key] == found[name][key] for key in stamp)
+    }
+
+
+def _save(path, index):
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"format": INDEX_FORMAT, "files": index}))
+    except OSError as error:
+        logger.warning("%s: the index cannot be kept (%s); the next run indexes again", path, error.strerror)
+
+
+@contextlib.contextmanager
+def _locked(path):
+    """Let one process at a time build an index; without file locks all build it, to the same end."""
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _listed(names, limit=20):
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f": {', '.join(names[:limit])}{more}" if names else ""

@@ -1,0 +1,23 @@
+"""Fixtures that several test files share."""
+
+import pytest
+from video_files import counter_frames, cut_off, encode
+
+
+@pytest.fixture(scope="session")
+def video_folder(tmp_path_factory):
+    """A tree of videos: six good ones of 24 to 34 frames, a short one (5), one cut off, and a text file called .mp4."""
+    root = tmp_path_factory.mktemp("videos")
+    (root / "deep" / "er").mkdir(parents=True)
+    encode(root / "a.mp4", counter_frames(24, first=0), options={"crf": "12", "g": "6"})
+    encode(root / "b.mkv", counter_frames(26, first=30, height=49, width=67), pix_fmt="yuv444p")
+    encode(root / "deep" / "c.avi", counter_frames(28, first=60), codec="mpeg4", options={"b": "2000000"})
+    encode(root / "deep" / "d.webm", counter_frames(30, first=90), codec="libvpx", options={"b": "2000000"})
+    encode(root / "deep" / "er" / "e.gif", counter_frames(32, first=120), codec="gif", pix_fmt="rgb8")
+    encode(root / "deep" / "er" / "f.MOV", counter_frames(34, first=160))
+    encode(root / "short.mp4", counter_frames(5, first=200))
+    cut_off(encode(root / "deep" / "g.mp4", counter_frames(40)), root / "cut.mp4")
+    (root / "deep" / "g.mp4").unlink()
+    (root / "text.mp4").write_text("these are not frames\n" * 40)
+    (root / "notes.txt").write_text("not looked at")
+    return root

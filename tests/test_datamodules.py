@@ -1,0 +1,117 @@
+"""The data modules under a real Trainer: batches, epochs in persistent workers, ranks, missing val splits."""
+
+import functools
+import logging
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from video_files import counter_frames, encode
+
+from latentcast import LatentCacheWriter, MovingDigits, VideoDataModule, VideoFolder
+from latentcast.data.base import EmptySplitError
+from latentcast.data.datamodules import LatentDataModule
+
+DIGITS = functools.partial(
+    MovingDigits, clip_length=4, size=32, video_length=12, n_videos=10, n_heldout_videos=3, lattice=1
+)
+
+
+class Recorder(pl.LightningModule):
+    """Keeps what it is fed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.batches, self.val_batches = {}, []
+
+    def training_step(self, batch, _):
+        (clips,) = batch.values()
+        self.batches.setdefault(self.current_epoch, []).append(clips)
+        return self.weight * 0
+
+    def validation_step(self, batch, _):
+        self.val_batches += list(batch.values())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(data, max_epochs=3, **kwargs):
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    options |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "max_epochs": max_epochs}
+    model = Recorder()
+    trainer = pl.Trainer(**(options | kwargs))
+    trainer.fit(model, datamodule=data)
+    return model, trainer
+
+
+def expected_epoch(epoch):
+    """The clips of an epoch, as a set of bytes."""
+    dataset = DIGITS("train")
+    dataset.set_epoch(epoch)
+    return {dataset[i]["frames"].numpy().tobytes() for i in range(len(dataset))}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_epochs_bring_new_windows_also_to_persistent_workers(num_workers):
+    model, _ = fit(VideoDataModule(DIGITS, batch_size=5, num_workers=num_workers))
+    orders = []
+    for epoch in range(3):
+        clips = torch.cat(model.batches[epoch])
+        assert {clip.numpy().tobytes() for clip in clips} == expected_epoch(epoch)
+        dataset = DIGITS("train")
+        dataset.set_epoch(epoch)
+        plain = [dataset[i]["frames"].numpy().tobytes() for i in range(10)]
+        orders.append([plain.index(clip.numpy().tobytes()) for clip in clips])
+    assert len(set(map(tuple, orders))) == 3 and all(order != list(range(10)) for order in orders)
+    assert torch.cat(model.val_batches[-1:]).shape == (3, 4, 1, 32, 32)
+
+
+def test_last_batch_is_dropped_unless_it_is_the_only_one(caplog):
+    model, _ = fit(VideoDataModule(DIGITS, batch_size=4), max_epochs=1)
+    assert [len(batch) for batch in model.batches[0]] == [4, 4]
+    model, trainer = fit(VideoDataModule(DIGITS, batch_size=64), max_epochs=1)
+    assert [len(batch) for batch in model.batches[0]] == [10] and trainer.global_step == 1
+    assert "train: 10 clips a process are fewer than batch_size=64" in caplog.text
+
+
+def test_empty_val_split_leaves_out_validation(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "latentcast")
+    encode(tmp_path / "a.mp4", counter_frames(12))
+    folder = functools.partial(VideoFolder, tmp_path, clip_length=4, size=16, val_fraction=0.0, test_fraction=0.0)
+    data = VideoDataModule(folder, batch_size=3)
+    model, trainer = fit(data, max_epochs=2, num_sanity_val_steps=2)
+    assert data.val_set is None and trainer.global_step == 2 and not model.val_batches
+    assert "no validation: " in caplog.text and "1 in other splits" in caplog.text
+    everything_in_test = functools.partial(folder, test_fraction=1.0)
+    with pytest.raises(EmptySplitError, match="no usable video in split 'train'"):
+        fit(VideoDataModule(everything_in_test, batch_size=3))
+
+
+def test_wrong_sizes():
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, found 0"):
+        VideoDataModule(DIGITS, batch_size=0)
+    with pytest.raises(ValueError, match="num_workers"):
+        VideoDataModule(DIGITS, batch_size=1, num_workers=-1)
+
+
+def _ddp(rank, port, folder):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    data = VideoDataModule(DIGITS, batch_size=5)
+    data.trainer = type("Ranks", (), {"world_size": 2, "global_rank": rank})()
+    loader = data.train_dataloader()
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        torch.save(torch.cat([batch["frames"] for batch in loader]), folder / f"{epoch}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_share_an_epoch(tmp_path):
+    mp.start_processes(_ddp, (29400 + torch.randint(1000, ()).item(), tmp_path), nprocs=2, start_method="fork")
+    for epoch in range(2):
+        halves = [torch.load(tmp_path / f"{epoch}-{rank}.pt") for rank in range(2)]
+        clips = [clip.numpy().tobytes() for clip in torch.cat(halves)]
+        assert len(clips) == 10 and set(clips) == expected_epoch(epoch)
