@@ -1,11 +1,11 @@
 """Latent Video Transformer (LVT), the prior.
 
 Rakhimov et al., "Latent Video Transformer", 2020, sections 3.2 and 4. The generator is the Video Transformer of
-Weissenborn et al. ("Scaling Autoregressive Video Models", 2020) over the codes of a frame tokenizer: a video is cut into
-interleaved slices (subscaling); an encoder summarises the slices generated so far, and a causal decoder generates the
-current one code by code.
+Weissenborn et al. ("Scaling Autoregressive Video Models", 2020) over the codes of a frame tokenizer: a video is cut
+into interleaved slices (subscaling); an encoder summarises the slices generated so far, and a causal decoder generates
+the current one code by code.
 
-Shape letters: B clips, M slices (a batch of (clip, slice) pairs), N positions of a slice in raster order, d model width.
+Shape letters: B clips, M slices (a batch of (clip, slice) pairs), N positions of a slice in raster order, d width.
 """
 
 import itertools
@@ -75,7 +75,7 @@ class Attention(nn.Module):
                 query = self._heads(self.to_query(x))
             else:
                 query = self.query.to(value.dtype).expand(x.shape[0], -1, x.shape[1], -1)
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
@@ -195,7 +195,10 @@ class DecoderState:
 
 
 class ChannelHead(nn.Module):
-    """The codes of one position, one after the other: u_k = ReLU(U_k [LN(y); onehot(c_1 .. c_{k-1})]), logits P_k u_k."""
+    """The codes of one position, one after the other.
+
+    u_k = ReLU(U_k [LN(y); onehot(c_1 .. c_{k-1})]), logits P_k u_k.
+    """
 
     def __init__(self, codebook_sizes, dim):
         super().__init__()

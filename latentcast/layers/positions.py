@@ -20,7 +20,8 @@ def sinusoidal_positions_3d(grid, dim):
 class RelativeBias3D(nn.Module):
     """Attention bias B = B_t[dt] + B_h[dh] + B_w[dw], one learned table per axis and head, zero at the start.
 
-    ``forward()`` returns (n_heads, N, N) with N = t * h * w: entry [m, q, k] is added to the logit of query q and key k.
+    ``forward()`` returns (n_heads, N, N) with N = t * h * w: entry [m, q, k] is added to the logit of query q and
+    key k.
     """
 
     def __init__(self, grid, n_heads):

@@ -1,0 +1,111 @@
+"""What every prior promises, whatever its kind."""
+
+import pytest
+import torch
+from tiny import TINY_PRIORS, random_clip, tiny_prior
+
+from latentcast import load_model
+
+
+@pytest.fixture(params=TINY_PRIORS)
+def prior(request):
+    return tiny_prior(request.param)
+
+
+def sample(prior, context, n_frames, seed=0, **options):
+    return prior.sample(context, n_frames, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def test_loss_is_a_scalar_and_reaches_every_parameter(prior):
+    prior.train()
+    output = prior(random_clip(prior), 1)
+    for _ in range(20):  # random slices: every part of the model gets its turn
+        prior(random_clip(prior), 1).loss.backward()
+    assert output.loss.ndim == 0 and torch.isfinite(output.loss)
+    assert all(torch.is_tensor(value) and not value.requires_grad for value in output.logs.values())
+    silent = [name for name, p in prior.named_parameters() if p.grad is None or not p.grad.any()]
+    # A table that nothing can look at on this small grid stays at zero; everything else must learn.
+    assert not [name for name in silent if "relative.tables" not in name], silent
+
+
+def test_learns_a_fixed_clip(prior):
+    torch.manual_seed(0)
+    prior.train()
+    clip = random_clip(prior)
+    optimizer = torch.optim.Adam(prior.parameters(), 1e-2)
+    before = prior.eval()(clip, 1).loss.item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        prior.train()(clip, 1).loss.backward()
+        optimizer.step()
+    assert prior.eval()(clip, 1).loss.item() < 0.5 * before
+
+
+@pytest.mark.parametrize("n_context, n_frames", [(1, 3), (2, 1), (3, 6), (6, 2)])
+def test_any_context_and_any_horizon(prior, n_context, n_frames):
+    context = random_clip(prior, n_frames=n_context)
+    kept = context.clone()
+    future = sample(prior, context, n_frames, num_samples=2)
+    assert future.shape == (2, 2, n_frames, *context.shape[2:]) and future.dtype == context.dtype
+    assert torch.equal(context, kept)
+
+
+def test_seeded_samples_are_reproducible_and_differ_otherwise(prior):
+    context = random_clip(prior, n_frames=1)
+    first = sample(prior, context, 4, num_samples=2, seed=3)
+    assert torch.equal(first, sample(prior, context, 4, num_samples=2, seed=3))
+    assert not torch.equal(first, sample(prior, context, 4, num_samples=2, seed=4))
+    assert not torch.equal(first[:, 0], first[:, 1])
+
+
+def test_the_context_matters(prior):
+    torch.manual_seed(1)
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    one, other = (random_clip(prior, n_frames=2, seed=seed) for seed in (0, 1))
+    assert not torch.equal(sample(prior, one, 3), sample(prior, other, 3))
+
+
+def test_saved_and_loaded_it_samples_the_same(prior, tmp_path):
+    prior.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert type(loaded) is type(prior) and dict(loaded.config.latent_spec) == dict(prior.config.latent_spec)
+    context = random_clip(prior, n_frames=2)
+    assert torch.equal(sample(prior, context, 3), sample(loaded, context, 3))
+
+
+def test_likelihood_is_that_of_the_future_only(prior):
+    clip = random_clip(prior)
+    with torch.no_grad():
+        given_one, given_three = prior.log_prob(clip, 1), prior.log_prob(clip, 3)
+    assert given_one.shape == (2,) and (given_one < given_three).all() and (given_three < 0).all()
+
+
+def test_progress_counts_to_its_total(prior):
+    class Bar:
+        done = 0
+
+        def __call__(self, total):
+            self.total = total
+            return self
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            return False
+
+        def update(self, n=1):
+            self.done += n
+
+    bar = Bar()
+    sample(prior, random_clip(prior, n_frames=2), 7, progress=bar)
+    assert bar.done == bar.total > 0
+
+
+def test_bad_context_is_refused(prior):
+    clip = random_clip(prior)
+    for call in (lambda: prior(clip, 4), lambda: prior(clip, 0), lambda: sample(prior, clip[:, :0], 2)):
+        with pytest.raises(ValueError, match="n_context") as caught:
+            call()
+        assert "\n" not in str(caught.value)
