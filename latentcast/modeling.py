@@ -54,7 +54,7 @@ def load_model(path, **kwargs):
 
     Args:
         path: a folder with ``config.json`` and safetensors weights.
-        **kwargs: passed on to ``from_pretrained`` (``torch_dtype=torch.bfloat16``, say).
+        **kwargs: passed on to ``from_pretrained`` (``dtype=torch.bfloat16``, say).
     Returns:
         the model, in eval mode.
     Raises:
@@ -124,7 +124,7 @@ def find_tokenizer(config, run_dir):
         FileNotFoundError: the tokenizer is to be trained first.
     """
     folder = Path(run_dir) / "tokenizer"
-    if folder.is_dir():
+    if (folder / VideoModel.config_name).is_file():
         return load_model(folder)
     if config.tokenizer is not None:
         tokenizer = instantiate(config.tokenizer)

@@ -1,0 +1,234 @@
+"""Encode whole data sets: frames through a tokenizer into a latents cache."""
+
+import contextlib
+import datetime
+import itertools
+import logging
+import os
+import shutil
+import time
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from latentcast.modeling import fingerprint
+
+from .latent_cache import LatentCacheWriter, read_manifest
+from .video_reader import VideoError
+
+logger = logging.getLogger("latentcast")
+
+
+@contextlib.contextmanager
+def process_group():
+    """Under torchrun: the group of processes that share the work. Alone: nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    # Only barriers pass through it, and a rank may wait for hours at the last one.
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """The block runs on rank 0 before the others, which find the files that it made."""
+    rank = _rank()[0]
+    if rank > 0:
+        _barrier()
+    yield
+    if rank == 0:
+        _barrier()
+
+
+@torch.no_grad()
+def encode_dataset(
+    dataset,
+    tokenizer,
+    root,
+    *,
+    store="auto",
+    dtype="float32",
+    batch_frames=256,
+    shard_videos=64,
+    num_workers=0,
+    overwrite=False,
+    device=None,
+):
+    """Encode every video of a VideoDataset into the cache at ``root``; continues what an earlier run left there.
+
+    Reading (``num_workers`` processes) overlaps with encoding. A batch is ``batch_frames`` frames of one shard: short
+    videos share it, long ones are spread over several, so memory depends on neither the videos' lengths nor their
+    number, and batches do not depend on how many processes share the work. A video that cannot be read is named and
+    skipped.
+
+    Args:
+        dataset: a VideoDataset.
+        tokenizer: a FrameTokenizer; its weights stay as they are.
+        root: folder of the cache.
+        store, dtype, shard_videos, overwrite: see LatentCacheWriter.
+        batch_frames: frames encoded at once.
+        device: default: a GPU when there is one.
+    Returns:
+        dict of ``videos``, ``frames``, ``bytes``, ``skipped`` of the whole cache and ``frames_per_s`` of this run (None
+        when nothing was left to do).
+    Raises:
+        ValueError: frames of another size than the tokenizer's, a cache of another tokenizer or data set, no videos.
+        OSError: not enough space (needed and free are named), or the folder cannot be written.
+    """
+    if batch_frames < 1:
+        raise ValueError(f"cache.batch_frames: expected at least 1, found {batch_frames}")
+    rank, world_size = _rank()
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    spec = tokenizer.latent_spec
+    expected = (spec["frame_channels"], spec["frame_height"], spec["frame_width"])
+    found = (dataset.channels, dataset.size, dataset.size)
+    if found != expected:
+        raise ValueError(f"frames: the tokenizer takes (C, H, W) = {expected}, the data set serves {found}")
+    videos = dataset.videos
+    identity = fingerprint(tokenizer)
+    with rank_zero_first():
+        writer = LatentCacheWriter(
+            root,
+            spec,
+            identity,
+            videos=videos,
+            data=dataset.describe(),
+            fps=dataset.fps,
+            store=store,
+            dtype=dtype,
+            shard_videos=shard_videos,
+            overwrite=overwrite,
+            rank=rank,
+            world_size=world_size,
+        )
+    if writer.finished:
+        logger.info("latents cache %s: finished before, nothing to do", root)
+        return _figures(root, None)
+
+    n_frames = writer.n_frames(writer.pending(every_rank=True))
+    if rank == 0:
+        _check_space(writer)
+    work = writer.pending()
+    batches = [(s, segments) for s in work for segments in _batches(videos, writer.shard_videos(s), batch_frames)]
+    reader = DataLoader(_Reader(dataset, batches), batch_size=None, num_workers=num_workers)
+    tokenizer = tokenizer.eval().to(device)
+    began = time.perf_counter()
+    bar = tqdm(total=writer.n_frames(work), desc=f"encode {dataset.split}", unit="frame", disable=rank > 0)
+    # Fixed algorithms: the same batch gives the same bits on every rank and in every run.
+    with bar, torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        for shard, group in itertools.groupby(zip(batches, reader), key=lambda pair: pair[0][0]):
+            with writer.open_shard(shard) as file:
+                for (_, segments), (frames, unreadable) in group:
+                    for video, reason in unreadable.items():
+                        if video not in file.skipped:
+                            logger.warning("%s: skipped (%s)", videos[video].name, reason)
+                            file.skip(video, reason)
+                    kept = [segment for segment in segments if segment[0] not in unreadable]
+                    if kept:
+                        encoded = getattr(tokenizer.encode(frames.to(device)[None]), writer.job["store"])[0].cpu()
+                        lengths = [stop - start for _, start, stop in kept]
+                        for (video, *_), piece in zip(kept, encoded.split(lengths)):
+                            file.append(video, piece)
+                    bar.update(sum(stop - start for _, start, stop in segments))
+    _barrier()
+    seconds = time.perf_counter() - began
+    if fingerprint(tokenizer) != identity:
+        raise RuntimeError(f"{type(tokenizer).__name__}: encoding changed its weights; the cache is not completed")
+    with rank_zero_first():
+        if rank == 0:
+            writer.finish()
+    return _figures(root, n_frames / seconds)
+
+
+class _Reader(Dataset):
+    """Batches of frames, read in the loader's processes."""
+
+    def __init__(self, dataset, batches):
+        self.dataset, self.batches = dataset, batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        """-> frames (N, C, H, W) of the readable segments, None if there are none; and {video: reason} of the others"""
+        frames, unreadable = [], {}
+        for video, start, stop in self.batches[index][1]:
+            try:
+                piece = self.dataset.read_video(video, start, stop)
+                if len(piece) != stop - start:
+                    raise VideoError(f"expected {stop - start} frames from {start} on, found {len(piece)}")
+                frames.append(piece)
+            except VideoError as error:
+                unreadable[video] = str(error)
+        return torch.cat(frames) if frames else None, unreadable
+
+
+def _batches(videos, indices, batch_frames):
+    """Cut the videos of a shard into lists of (video, start, stop) of ``batch_frames`` frames in all."""
+    batch, room = [], batch_frames
+    for video in indices:
+        start = 0
+        while start < videos[video].n_frames:
+            stop = min(start + room, videos[video].n_frames)
+            batch.append((video, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield batch
+                batch, room = [], batch_frames
+    if batch:
+        yield batch
+
+
+def _check_space(writer):
+    work = writer.pending(every_rank=True)
+    needed, free = writer.n_bytes(work), shutil.disk_usage(writer.root).free
+    logger.info(
+        "latents cache %s: %d of %d shards to write, %d frames as %s %s, %s (%s free)",
+        writer.root,
+        len(work),
+        writer.n_shards,
+        writer.n_frames(work),
+        writer.job["dtype"],
+        writer.job["store"],
+        _size(needed),
+        _size(free),
+    )
+    if needed > free:
+        raise OSError(f"latents cache {writer.root}: needs {_size(needed)}, but {_size(free)} are free")
+
+
+def _figures(root, frames_per_s):
+    manifest = read_manifest(root)
+    kept = [video for i, video in enumerate(manifest["videos"]) if str(i) not in manifest["skipped"]]
+    return {
+        "videos": len(kept),
+        "frames": sum(video["n_frames"] for video in kept),
+        "bytes": sum(note["bytes"] for note in manifest["shards"]),
+        "frames_per_s": frames_per_s and round(frames_per_s, 1),
+        "skipped": len(manifest["skipped"]),
+    }
+
+
+def _size(n_bytes):
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
+
+
+def _rank():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _barrier():
+    if dist.is_initialized():
+        dist.barrier()

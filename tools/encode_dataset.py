@@ -1,0 +1,66 @@
+"""Between the stages: encode a data set with the trained tokenizer into ``run_dir/latents/{train,val,test}``.
+
+Continues what an earlier run left. Several GPUs: ``torchrun --nproc-per-node N tools/encode_dataset.py EXPERIMENT``.
+"""
+
+import logging
+from pathlib import Path
+
+from latentcast.cli import UserError, experiment_parser, prepare_run_dir, run_tool
+
+logger = logging.getLogger("latentcast")
+
+
+def main(args):
+    from latentcast.config import load_config
+    from latentcast.data.encoding import encode_dataset, process_group, rank_zero_first
+    from latentcast.modeling import find_tokenizer
+
+    config = load_config(args.experiment, args.overrides, tool="encode_dataset")
+    if args.verify:
+        return verify(config)
+    run_dir = prepare_run_dir(config.run_dir)
+    tokenizer = find_tokenizer(config, run_dir)
+    options = {name: value for name, value in config.cache.items() if name != "splits"}
+    figures = {}
+    with process_group():
+        for split in config.cache.splits:
+            with rank_zero_first():  # a data set may write an index or download when it is built
+                dataset = open_split(config, split)
+            if dataset is not None:
+                root = run_dir / "latents" / split
+                figures[split] = encode_dataset(dataset, tokenizer, root, num_workers=config.num_workers, **options)
+    return {"splits": figures}
+
+
+def open_split(config, split):
+    """The split's VideoDataset; None for an empty val or test split."""
+    from latentcast.config import instantiate
+    from latentcast.data.base import EmptySplitError
+
+    if config.data is None:
+        raise UserError("data: the experiment names none; choose one by data=NAME")
+    try:
+        return instantiate(config.data)(split=split)
+    except EmptySplitError as error:
+        if split == "train":
+            raise
+        logger.warning("%s: nothing to encode: %s", split, error)
+        return None
+
+
+def verify(config):
+    """Compare every shard of the splits that are encoded with its checksum."""
+    from latentcast.data.latent_cache import verify_cache
+
+    root = Path(config.run_dir) / "latents"
+    splits = [split for split in config.cache.splits if (root / split).is_dir()]
+    if not splits:
+        raise UserError(f"{root}: no latents cache here; run tools/encode_dataset.py")
+    return {"splits": {split: {"verified_shards": verify_cache(root / split)} for split in splits}}
+
+
+if __name__ == "__main__":
+    parser = experiment_parser(__doc__.partition("\n")[0])
+    parser.add_argument("--verify", action="store_true", help="compare the finished cache with its checksums, and end")
+    run_tool(main, parser)
