@@ -41,7 +41,7 @@ setup(
         "pytorch-lightning>=2.5",
         "einops>=0.8",
         "vector-quantize-pytorch>=1.20",
-        "diffusers>=0.32",
+        "diffusers>=0.42",
         "accelerate>=0.31",  # diffusers needs it to load weights in half precision with fp32 codebooks
         "torchsde>=0.2.6",
         "omegaconf>=2.3",
@@ -58,7 +58,15 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.9", "build>=1.2", "psutil>=5.9", "scikit-image>=0.22", "transformers>=4.46"]
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.9",
+            "build>=1.2",
+            "setuptools>=77",
+            "psutil>=5.9",
+            "scikit-image>=0.22",
+            "transformers>=4.46",
+        ]
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )

@@ -22,8 +22,8 @@ class UserError(Exception):
 def run_tool(main, parser, argv=None):
     """Parse the command line, run ``main(args) -> dict``, and leave through the exit status.
 
-    Logs and progress bars go to stderr; the last line on stdout is ``main``'s result as one JSON object. Status 0: done;
-    1: an error, as one clear line (``--debug`` adds the traceback); 2: usage; 130: interrupted.
+    Logs and progress bars go to stderr; the last line on stdout is ``main``'s result as one JSON object. Status 0:
+    done; 1: an error, as one clear line (``--debug`` adds the traceback); 2: usage; 130: interrupted.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
@@ -40,7 +40,7 @@ def run_tool(main, parser, argv=None):
         kind = "" if isinstance(error, (UserError, ValueError, OSError)) else f"{type(error).__name__}: "
         print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0:  # torchrun's, Lightning's
         print(json.dumps(result), flush=True)
 
 
@@ -52,8 +52,8 @@ def experiment_parser(description):
     return parser
 
 
-def prepare_run_dir(path):
-    """Create ``run_dir`` and make sure it can be written to."""
+def prepare_run_dir(path, name="run_dir"):
+    """Create ``run_dir`` and make sure it can be written to; ``name`` is what errors call it."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -61,5 +61,5 @@ def prepare_run_dir(path):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"run_dir {path}: not writable ({error.strerror})") from None
+        raise UserError(f"{name} {path}: not writable ({error.strerror})") from None
     return path

@@ -1,13 +1,15 @@
 """Experiment configs: composed from YAML groups, checked for misspelt keys, built from an allow-list of packages."""
 
+import copy
 import difflib
 import functools
 import importlib
 import inspect
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import latentcast
 
@@ -31,7 +33,7 @@ def load_config(experiment, overrides=(), tool=None):
     ``configs/base.yaml`` holds every root key. An experiment lists a file for each group under ``defaults`` and then
     overrides what it likes. A section named after a tool (``train_prior:``) is merged over the root when that tool
     runs. Overrides come last: ``key.sub=value``, or ``group=name`` to swap a group's file (the experiment's own
-    settings of that group, which were about another class, are then dropped).
+    settings of that group, which were about another class, are then dropped; ``group=null`` empties it).
 
     Args:
         experiment: a name under ``configs/experiment/`` or the path of a YAML file.
@@ -45,14 +47,18 @@ def load_config(experiment, overrides=(), tool=None):
     root = config_root()
     groups = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name != "experiment")
     body = _load_yaml(_experiment_path(root, experiment))
-    choices = dict(body.pop("defaults", {}))
+    choices = body.pop("defaults", {})
+    if not isinstance(choices, (dict, DictConfig)):
+        raise ConfigError(f"{experiment}: expected a mapping group: name under defaults, found {choices}")
+    choices = dict(choices)
     swapped, settings = {}, []
     for override in overrides:
         key, separator, value = override.partition("=")
-        if not separator:
+        if not separator or not all(key.split(".")):
             raise ConfigError(f"override {override!r}: expected key=value")
         if key in groups:
-            swapped[key] = value
+            if choices.get(key) != value:
+                swapped[key] = None if value == "null" else value
         else:
             settings.append((key, value))
 
@@ -61,21 +67,23 @@ def load_config(experiment, overrides=(), tool=None):
         if group not in groups:
             raise ConfigError(f"{experiment}: unknown group {group!r} under defaults{_nearest(group, groups)}")
     for group, choice in (choices | swapped).items():
-        config[group] = _load_yaml(_group_path(root, group, choice))
-    sections = {name: body.pop(name, {}) for name in TOOLS}
-    for part in (body, sections.get(tool, {})):
+        if choice is not None:
+            config[group] = _load_yaml(_group_path(root, group, choice))
+    sections = {name: OmegaConf.create(body.pop(name, None) or {}) for name in TOOLS}
+    for part in (body, *sections.values()):
         for key in [key for key in part if key in swapped]:
             part.pop(key)
-        _merge(config, part, "")
-    for name in TOOLS:  # sections of other tools are only checked
-        if name != tool:
-            trial = OmegaConf.create(OmegaConf.to_container(config))
-            _merge(trial, {k: v for k, v in sections[name].items() if k not in swapped}, "")
+    _merge(config, body, "")
+    for name, section in sections.items():  # those of other tools are only checked
+        _merge(config if name == tool else copy.deepcopy(config), section, "")
     for key, value in settings:
         try:
             parsed = OmegaConf.from_dotlist([f"{key}={value}"])
-        except (OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(f"override '{key}={value}': {str(error).splitlines()[0]}") from None
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"override '{key}={value}': {' '.join(str(error).split())}") from None
+        group = key.partition(".")[0]
+        if group in groups and config[group] is None:
+            raise ConfigError(f"override '{key}={value}': the experiment has no {group}; choose one by {group}=NAME")
         _merge(config, parsed, "")
     if not config.name:
         config.name = Path(str(experiment)).stem
@@ -96,11 +104,11 @@ def instantiate(config, **kwargs):
         config: a DictConfig, dict or list.
         **kwargs: arguments that the config does not hold; they win over its own.
     Raises:
-        ConfigError: a target outside latentcast, torch, diffusers and pytorch_lightning, one that does not exist, or
-            arguments that it does not take.
+        ConfigError: a target outside latentcast, torch, diffusers and pytorch_lightning, one that does not exist,
+            arguments that it does not take, or one that it needs and did not get.
     """
     if isinstance(config, (DictConfig, ListConfig)):
-        config = OmegaConf.to_container(config, resolve=True)
+        config = to_container(config)
     if isinstance(config, list):
         return [instantiate(item) for item in config]
     if not isinstance(config, dict):
@@ -116,12 +124,19 @@ def instantiate(config, **kwargs):
         )
     if config.get("_partial_"):
         return functools.partial(target, **arguments)
+    missing = [name for name in _parameters(target, required=True) if name not in arguments]
+    if missing:
+        raise ConfigError(f"{config['_target_']}: missing argument {missing[0]!r}")
     return target(**arguments)
 
 
 def find_target(path):
-    """Import ``package.module.Name`` from an allowed package."""
-    package = path.partition(".")[0]
+    """Import the class ``package.module.Name`` from an allowed package.
+
+    A config may come from a stranger, so functions are allowed from latentcast alone: torch and others have some that
+    run shell commands.
+    """
+    package = str(path).partition(".")[0]
     if package not in ALLOWED_PACKAGES:
         raise ConfigError(f"_target_ {path!r}: only targets in {', '.join(ALLOWED_PACKAGES)} are built from configs")
     module, _, name = path.rpartition(".")
@@ -131,23 +146,41 @@ def find_target(path):
         target = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
         raise ConfigError(f"_target_ {path!r}: no such class or function") from None
-    if not (inspect.isclass(target) or inspect.isfunction(target)):
-        raise ConfigError(f"_target_ {path!r}: expected a class or function")
+    if not (inspect.isclass(target) or (inspect.isfunction(target) and package == "latentcast")):
+        raise ConfigError(f"_target_ {path!r}: expected a class")
+    if target.__module__.partition(".")[0] not in ALLOWED_PACKAGES:  # something that the module only imports
+        raise ConfigError(f"_target_ {path!r}: defined in {target.__module__}, which configs may not build from")
     return target
 
 
 def to_container(config):
-    """A DictConfig as plain, resolved Python (JSON-able): what models and Lightning's hyper-parameters need."""
-    return OmegaConf.to_container(config, resolve=True)
+    """A DictConfig as plain, resolved Python (JSON-able): what models and Lightning's hyper-parameters need.
+
+    Raises:
+        ConfigError: a value that must be given (``???``) was not.
+    """
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: a value must be given ({error.full_key}=...)") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
 
 
-def _parameters(target):
-    return [name for name in inspect.signature(target).parameters if name not in ("self", "args", "kwargs")]
+def _parameters(target, required=False):
+    """Names of the arguments that a class or function takes, or of those that it cannot do without."""
+    return [
+        name
+        for name, parameter in inspect.signature(target).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and not (required and parameter.default is not parameter.empty)
+    ]
 
 
 def _takes(target, name):
-    parameters = inspect.signature(target).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return name in _parameters(target) or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(target).parameters.values()
+    )
 
 
 def _nearest(name, known):
@@ -161,7 +194,7 @@ def _load_yaml(path):
         loaded = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except Exception as error:  # PyYAML raises a family of errors with multi-line messages
+    except (yaml.YAMLError, OmegaConfBaseException) as error:  # their messages have several lines
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(loaded).__name__}")
@@ -185,28 +218,34 @@ def _group_path(root, group, choice):
     return path
 
 
+def _is_mapping(node):
+    return isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation()
+
+
 def _merge(config, part, prefix):
     """Merge ``part`` into ``config`` in place, refusing keys that nothing knows."""
-    items = part.items_ex(resolve=False) if isinstance(part, DictConfig) else part.items()
-    for key, value in items:
+    for key in part:
         name = f"{prefix}{key}"
-        current = config._get_node(key)
+        current, value = config._get_node(key), part._get_node(key)  # nodes keep interpolations as they are
+        old, new = _is_mapping(current), _is_mapping(value)
         if current is None:
             target = config.get("_target_")
-            if target is not None:
-                known = [*_parameters(find_target(target)), "_target_", "_partial_"]
-            else:
-                known = list(config)
+            known = list(config) if target is None else [*_parameters(find_target(target)), "_target_", "_partial_"]
             # An empty mapping with no target ({}) is open: it holds names that only its reader knows.
-            if key not in known and (known or target is not None):
+            if known and not (target is not None and _takes(find_target(target), key)) and key not in known:
                 raise ConfigError(f"unknown key {name!r}{_nearest(key, known)}")
             config[key] = value
-        elif isinstance(current, DictConfig) and isinstance(value, (dict, DictConfig)) and not current._is_none():
-            if value.get("_target_") not in (None, current.get("_target_")):
-                config[key] = value  # another class: its arguments replace the old one's
-            else:
+        elif old and new:
+            if value.get("_target_") in (None, current.get("_target_")):
                 _merge(current, value, f"{name}.")
-        elif isinstance(current, DictConfig) and not current._is_none() and "_target_" in current and value is not None:
-            raise ConfigError(f"{name}: expected a mapping, found {value!r}")
+            else:  # another class: its arguments replace the old one's
+                partial = current.get("_partial_")
+                config[key] = value
+                if partial is not None:
+                    config[key].setdefault("_partial_", partial)
+        elif old and not value._is_none() and not value._is_interpolation():
+            raise ConfigError(f"{name}: expected a mapping, found {value}")
+        elif new and not current._is_none() and "_target_" not in value:
+            raise ConfigError(f"{name}: expected a value like {current}, found a mapping")
         else:
             config[key] = value

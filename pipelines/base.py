@@ -1,0 +1,64 @@
+"""The base class of pipelines: diffusers' DiffusionPipeline, made to load pipelines that diffusers does not know."""
+
+import os
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+import latentcast
+from latentcast.modeling import adopt, read_json, saved_class
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+
+class VideoPipeline(DiffusionPipeline):
+    """Saves, loads and moves as diffusers users expect; ``from_pretrained`` picks the class that was saved."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        adopt(cls)
+
+    @classmethod
+    def from_pretrained(cls, path, **kwargs):
+        """Load a pipeline from a folder written by ``save_pretrained``, or from the hub.
+
+        Args:
+            path: a folder, or ``owner/name`` on the hub.
+            **kwargs: as in diffusers: ``dtype``, components that replace the saved ones, hub options.
+        Raises:
+            OSError: no such folder, no ``model_index.json``, or a component without weights or with damaged ones.
+            ValueError: the folder holds another kind of pipeline.
+        """
+        if os.path.isdir(path):
+            folder = Path(path)
+        elif Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+            raise NotADirectoryError(f"pipeline {path}: not a folder")
+        else:
+            folder = Path(cls.download(str(path), **kwargs))
+            kwargs = {key: value for key, value in kwargs.items() if key not in HUB_OPTIONS}
+        index_file = folder / cls.config_name
+        if not index_file.is_file():
+            raise FileNotFoundError(f"pipeline {folder}: no {cls.config_name} in it")
+        index = read_json(index_file)
+        name = index.get("_class_name")
+        if name != cls.__name__:
+            saved = getattr(latentcast, name) if name in latentcast._EXPORTS else None
+            if not (isinstance(saved, type) and issubclass(saved, cls)):
+                raise ValueError(f"pipeline {folder}: expected a {cls.__name__}, found {name!r}")
+            return saved.from_pretrained(folder, **kwargs)
+        for component, origin in index.items():
+            # Only what is ours is checked; diffusers' schedulers have no weights.
+            if component not in kwargs and isinstance(origin, list) and origin[0] == "latentcast":
+                saved_class(folder / component)
+        return super().from_pretrained(folder, use_safetensors=True, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name, **kwargs):
+        """Fetch ``owner/name`` from the hub -> folder. (diffusers refuses components of packages it does not know.)"""
+        options = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
+        try:
+            return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **options)
+        except (OSError, ValueError) as error:  # what huggingface_hub and its network libraries raise
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(f"pipeline {pretrained_model_name}: not a folder, and not on the hub ({reason})") from None

@@ -1,0 +1,199 @@
+"""From context frames to predicted futures."""
+
+import contextlib
+import difflib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.utils import BaseOutput
+
+from latentcast.tokenizers.base import check_frames
+
+from .base import VideoPipeline
+
+OUTPUT_TYPES = ("pt", "np", "pil")
+
+
+@dataclass
+class VideoPipelineOutput(BaseOutput):
+    """What a pipeline returns, for B contexts with S futures each.
+
+    frames: "pt": (B, S, T, C, H, W) float32 tensor in [-1, 1]; "np": (B, S, T, H, W, C) float32 array in [0, 1];
+        "pil": lists of lists of lists of images, [B][S][T].
+    """
+
+    frames: torch.Tensor | np.ndarray | list
+
+
+class VideoPredictionPipeline(VideoPipeline):
+    """Encode the context, let the prior continue it, decode the continuation.
+
+    Args:
+        prior: the model that predicts, in the space that its ``accepts`` names.
+        tokenizer: the tokenizer whose latents the prior was trained on. A prior over pixels needs none.
+        scheduler: noise scheduler, for priors whose sampler takes one.
+        n_context: number of context frames that the prior was trained with; kept for tools.
+        fps: frames per second of the clips that the prior was trained on; kept for tools.
+    Raises:
+        ValueError: the prior was trained on the latents of another tokenizer, or does not take the scheduler.
+    """
+
+    _optional_components = ["tokenizer", "scheduler"]  # noqa: RUF012 (diffusers' name)
+    model_cpu_offload_seq = "tokenizer->prior->tokenizer"
+
+    def __init__(self, prior, tokenizer=None, scheduler=None, n_context=None, fps=None):
+        super().__init__()
+        spec = prior.config.latent_spec
+        if tokenizer is None and prior.accepts != "pixels":
+            if spec["kind"] != "pixels":
+                raise ValueError(
+                    f"{type(prior).__name__} predicts {prior.accepts}: it needs the tokenizer they came from"
+                )
+            # 256 levels a channel: frames are codes already.
+            from latentcast.tokenizers.pixel import PixelTokenizer
+
+            tokenizer = PixelTokenizer.from_spec(spec)
+        if tokenizer is not None:
+            _check_same_spec(spec, tokenizer.latent_spec)
+            if prior.accepts == "codes" and not tokenizer.is_discrete:
+                raise ValueError(f"{type(prior).__name__} predicts codes; {type(tokenizer).__name__} has none")
+        if scheduler is not None and "scheduler" not in prior.sampler_options():
+            raise ValueError(f"{type(prior).__name__}: its sampler takes no scheduler")
+        self.register_modules(prior=prior, tokenizer=tokenizer, scheduler=scheduler)
+        self.register_to_config(n_context=n_context, fps=fps)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        frames,
+        n_frames=16,
+        num_samples=1,
+        generator=None,
+        output_type="pt",
+        frame_times=None,
+        decode_batch=256,
+        **sampler,
+    ):
+        """Predict futures.
+
+        Args:
+            frames: (B, T, C, H, W) or (T, C, H, W) float in [-1, 1], the context.
+            n_frames: number of frames to predict.
+            num_samples: number of futures for each context.
+            generator: torch.Generator; the same seed gives the same futures.
+            output_type: "pt", "np" or "pil".
+            frame_times: (n_frames,) or (B, n_frames) float, in units of the context's frame interval, with its last
+                frame at 0. Only for priors over continuous time.
+            decode_batch: number of frames decoded at once, which bounds the memory.
+            **sampler: options of the prior's sampler; ``prior.sampler_options()`` lists them.
+        Returns:
+            VideoPipelineOutput
+        Raises:
+            ValueError: wrong shape or range of frames, too short a context, or an option that is not known.
+        """
+        frames = self.check_inputs(frames, n_frames, num_samples, output_type, frame_times, sampler, decode_batch)
+        if frame_times is not None:
+            sampler["frame_times"] = torch.as_tensor(frame_times, dtype=torch.float32, device=self._execution_device)
+        if self.scheduler is not None:
+            sampler["scheduler"] = self.scheduler
+
+        with _eval_mode(self.prior, self.tokenizer):
+            context = self.encode(frames)
+            future = self.prior.sample(
+                context,
+                n_frames,
+                num_samples=num_samples,
+                generator=generator,
+                progress=self.progress_bar,
+                **sampler,
+            )
+            predicted = self.decode(future, decode_batch)
+        self.maybe_free_model_hooks()
+        return VideoPipelineOutput(frames=_convert(predicted, output_type))
+
+    def encode(self, frames):
+        """(B, T, C, H, W) in [-1, 1] -> what the prior accepts: codes, latents or the frames themselves."""
+        frames = frames.to(self._execution_device)
+        if self.prior.accepts == "pixels":
+            return frames.to(self.prior.dtype)
+        output = self.tokenizer.encode(frames)
+        return output.codes if self.prior.accepts == "codes" else output.latents.to(self.prior.dtype)
+
+    def decode(self, future, decode_batch=256):
+        """What the prior predicts, (B, S, T, ...) -> (B, S, T, C, H, W) float32 in [-1, 1]. Never quantises."""
+        if self.prior.accepts == "pixels":
+            return future.float().clamp(-1, 1)
+        frames = []
+        for part in future.flatten(0, 2).split(decode_batch):
+            part = part[:, None]
+            latents = self.tokenizer.codes_to_latents(part) if self.prior.accepts == "codes" else part
+            frames.append(self.tokenizer.decode(latents)[:, 0].float().clamp(-1, 1))
+        return torch.cat(frames).unflatten(0, future.shape[:3])
+
+    def check_inputs(self, frames, n_frames, num_samples, output_type, frame_times=None, sampler=(), decode_batch=1):
+        """Refuse what cannot be predicted from -> frames as (B, T, C, H, W)."""
+        if torch.is_tensor(frames) and frames.ndim == 4:
+            frames = frames[None]
+        spec = self.prior.config.latent_spec
+        check_frames(frames, spec["frame_channels"], spec["frame_height"], spec["frame_width"])
+        for name, value in {"n_frames": n_frames, "num_samples": num_samples, "decode_batch": decode_batch}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
+        self.prior.check_context(frames.shape[1], frames.shape[1] + n_frames)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, found {output_type!r}")
+        known = self.prior.sampler_options()
+        if frame_times is not None:
+            if "frame_times" not in known:
+                raise ValueError(f"{type(self.prior).__name__} predicts whole frame steps: it takes no frame_times")
+            shape = tuple(torch.as_tensor(frame_times).shape)
+            if shape not in ((n_frames,), (len(frames), n_frames)):
+                raise ValueError(
+                    f"frame_times: expected shape ({n_frames},) or ({len(frames)}, {n_frames}), found {shape}"
+                )
+        known = [name for name in known if name not in ("frame_times", "scheduler")]
+        for name in sampler:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"unknown sampler option {name!r}{hint} (known: {', '.join(known) or 'none'})")
+        return frames
+
+
+def _check_same_spec(prior_spec, tokenizer_spec):
+    """Refuse a prior and a tokenizer that speak of different latents, naming both sides."""
+    ours, theirs = (json.loads(json.dumps(dict(spec))) for spec in (prior_spec, tokenizer_spec))
+    differing = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    if differing:
+        sides = "; ".join(f"{key} {ours.get(key)} against {theirs.get(key)}" for key in differing)
+        raise ValueError(
+            f"the prior was trained on other latents than the tokenizer gives (prior against tokenizer): {sides}"
+        )
+
+
+@contextlib.contextmanager
+def _eval_mode(*models):
+    """Switch models to eval mode (no dropout, no codebook updates), and back afterwards."""
+    modules = [module for model in models if model is not None for module in model.modules() if module.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+def _convert(frames, output_type):
+    """(B, S, T, C, H, W) in [-1, 1] -> what ``output_type`` names."""
+    if output_type == "pt":
+        return frames
+    array = ((frames + 1) / 2).movedim(-3, -1).cpu().numpy()
+    if output_type == "np":
+        return array
+    pixels = (array * 255).round().astype(np.uint8)
+    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    return [[[PIL.Image.fromarray(image) for image in future] for future in futures] for futures in pixels]

@@ -1,0 +1,373 @@
+"""VideoPredictionPipeline: shapes, sampling, output types, bad input, and saving and loading in a fresh process."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.configuration_utils import register_to_config
+from tiny import random_frames, tiny_tokenizer
+
+from latentcast import PixelTokenizer, Prior, VideoPredictionPipeline, VideoTransformer
+from latentcast.pipelines.base import VideoPipeline
+
+
+def transformer(spec, **kwargs):
+    """A video transformer over any codes, with weights that make it far from uniform."""
+    torch.manual_seed(0)
+    size = {"dim": 16, "embed_dim": 8, "n_heads": 2, "head_dim": 8, "n_layers": 1}
+    prior = VideoTransformer(spec, n_frames=4, subscale=[4, 1, 1], **size, **kwargs)
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return prior
+
+
+class Drift(Prior):
+    """The shortest prior there can be: the last frame, plus noise. For the spaces that no prior here works in yet."""
+
+    @register_to_config
+    def __init__(self, latent_spec, accepts="latents", noise=0.1):
+        super().__init__()
+        self.accepts = accepts
+        self.scale = torch.nn.Parameter(torch.tensor(noise))
+
+    def sample(
+        self, context, n_frames, *, num_samples=1, generator=None, progress=None, frame_times=None, scheduler=None
+    ):
+        self.seen = {"context": context, "frame_times": frame_times, "scheduler": scheduler}
+        last = context[:, None, -1:].expand(-1, num_samples, n_frames, *context.shape[2:])
+        return last + self.scale * torch.randn(last.shape, generator=generator, dtype=context.dtype)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    tokenizer = tiny_tokenizer("sliced_vqvae")
+    pipe = VideoPredictionPipeline(transformer(tokenizer.latent_spec).eval(), tokenizer, n_context=2, fps=12.5)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def frames(pipe):
+    return random_frames(pipe.tokenizer, batch=2, n_frames=2)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_futures_of_any_length_and_number(pipe, frames):
+    for n_frames, num_samples in [(1, 1), (2, 3), (7, 2)]:  # 7: beyond the trained clip
+        futures = pipe(frames, n_frames=n_frames, num_samples=num_samples).frames
+        assert futures.shape == (2, num_samples, n_frames, *frames.shape[2:])
+        assert futures.dtype == torch.float32
+        assert futures.abs().max() <= 1
+    assert pipe(frames[0], n_frames=2).frames.shape == (1, 1, 2, *frames.shape[2:])
+
+
+def test_the_result_is_encode_sample_decode(pipe, frames):
+    futures = pipe(frames, n_frames=3, num_samples=2, generator=seeded(), temperature=0.7).frames
+    codes = pipe.tokenizer.encode(frames).codes
+    sampled = pipe.prior.sample(codes, 3, num_samples=2, generator=seeded(), temperature=0.7)
+    with torch.no_grad():
+        for b in range(2):
+            expected = pipe.tokenizer.decode(pipe.tokenizer.codes_to_latents(sampled[b]))
+            torch.testing.assert_close(futures[b], expected)
+
+
+def test_sampling_is_reproducible_and_samples_differ(pipe, frames):
+    one = pipe(frames, n_frames=3, num_samples=2, generator=seeded(1)).frames
+    same = pipe(frames, n_frames=3, num_samples=2, generator=seeded(1)).frames
+    other = pipe(frames, n_frames=3, num_samples=2, generator=seeded(2)).frames
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one[:, 0], one[:, 1])
+
+
+def test_the_context_is_encoded_once_and_decoding_is_bounded(pipe, frames, monkeypatch):
+    encoded, decoded = [], []
+    encode, decode = pipe.tokenizer.encode, pipe.tokenizer.decode
+    monkeypatch.setattr(pipe.tokenizer, "encode", lambda x: encoded.append(len(x)) or encode(x))
+    monkeypatch.setattr(pipe.tokenizer, "decode", lambda x: decoded.append(x.shape[0] * x.shape[1]) or decode(x))
+    parts = pipe(frames, n_frames=3, num_samples=4, generator=seeded(), decode_batch=5).frames
+    assert encoded == [2]
+    assert max(decoded) == 5
+    assert sum(decoded) == 2 * 4 * 3
+    torch.testing.assert_close(parts, pipe(frames, n_frames=3, num_samples=4, generator=seeded()).frames)
+
+
+def test_output_types(pipe, frames):
+    tensor = pipe(frames, n_frames=2, num_samples=3, generator=seeded()).frames
+    array = pipe(frames, n_frames=2, num_samples=3, generator=seeded(), output_type="np").frames
+    images = pipe(frames, n_frames=2, num_samples=3, generator=seeded(), output_type="pil").frames
+    assert array.shape == (2, 3, 2, 8, 16, 1)
+    np.testing.assert_allclose(array, (tensor.permute(0, 1, 2, 4, 5, 3).numpy() + 1) / 2, atol=1e-6)
+    assert (len(images), len(images[0]), len(images[0][0])) == (2, 3, 2)
+    image = images[1][2][0]
+    assert (image.size, image.mode) == ((16, 8), "L")
+    np.testing.assert_allclose(np.asarray(image) / 255, array[1, 2, 0, ..., 0], atol=0.5 / 255 + 1e-6)
+    grey = PixelTokenizer(3, 4, 6)
+    rgb = VideoPredictionPipeline(transformer(grey.latent_spec).eval(), grey)
+    rgb.set_progress_bar_config(disable=True)
+    image = rgb(random_frames(grey), n_frames=1, output_type="pil").frames[0][0][0]
+    assert isinstance(image, PIL.Image.Image)
+    assert (image.size, image.mode) == ((6, 4), "RGB")
+
+
+def test_models_in_training_are_sampled_in_eval_mode_and_left_as_they_were(frames):
+    tokenizer = tiny_tokenizer("sliced_vqvae")
+    pipe = VideoPredictionPipeline(transformer(tokenizer.latent_spec).train(), tokenizer.train())
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+    pipe.prior.decoder.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    pipe.tokenizer.decoder.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    pipe.tokenizer.encoder.eval()
+    weights = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+    pipe(frames, n_frames=1)
+    assert seen and not any(seen)
+    assert pipe.prior.training and pipe.tokenizer.decoder.training and not pipe.tokenizer.encoder.training
+    assert all(torch.equal(weights[name], value) for name, value in tokenizer.state_dict().items())
+
+
+def test_pixels_as_codes_need_no_tokenizer():
+    spec = PixelTokenizer(1, 4, 4).latent_spec
+    prior = transformer(spec).eval()
+    # The code of pixel i is drawn from the channel head; with one-hot biases the sample is known in advance.
+    with torch.no_grad():
+        for name, parameter in prior.head.named_parameters():
+            parameter.zero_() if "bias" not in name else parameter.copy_(100.0 * (torch.arange(len(parameter)) == 51))
+    bare, named = VideoPredictionPipeline(prior), VideoPredictionPipeline(prior, PixelTokenizer.from_spec(spec))
+    frames = random_frames(bare.tokenizer)
+    for pipe in (bare, named):
+        pipe.set_progress_bar_config(disable=True)
+        futures = pipe(frames, n_frames=2).frames
+        torch.testing.assert_close(futures, torch.full_like(futures, 51 / 127.5 - 1))
+
+
+def test_a_prior_over_latents_gets_latents_and_is_not_quantised():
+    tokenizer = tiny_tokenizer("sliced_vqvae")
+    frames = random_frames(tokenizer)
+    pipe = VideoPredictionPipeline(Drift(tokenizer.latent_spec), tokenizer)
+    futures = pipe(frames, n_frames=2, num_samples=2, generator=seeded()).frames
+    latents = tokenizer.encode(frames).latents
+    torch.testing.assert_close(pipe.prior.seen["context"], latents)
+    drifted = pipe.prior.sample(latents, 2, num_samples=2, generator=seeded())
+    with torch.no_grad():
+        torch.testing.assert_close(futures[:, 1], tokenizer.decode(drifted[:, 1]))
+        assert not torch.allclose(futures[:, 1], tokenizer.decode(tokenizer.quantize(drifted[:, 1])))
+
+
+def test_a_prior_over_frames_needs_no_tokenizer():
+    spec = PixelTokenizer(3, 4, 6, levels=None).latent_spec
+    pipe = VideoPredictionPipeline(Drift(spec, accepts="pixels", noise=3.0))
+    frames = torch.rand(2, 3, 3, 4, 6) * 2 - 1
+    futures = pipe(frames, n_frames=2, num_samples=2, generator=seeded()).frames
+    expected = pipe.prior.sample(frames, 2, num_samples=2, generator=seeded())
+    torch.testing.assert_close(futures, expected.clamp(-1, 1))
+    with pytest.raises(ValueError, match=r"frames: expected H = 4, found"):
+        pipe(torch.zeros(1, 2, 3, 5, 6))
+
+
+def test_frame_times_and_scheduler_reach_the_priors_that_take_them():
+    tokenizer = tiny_tokenizer("pixel")
+    scheduler = DDPMScheduler()
+    pipe = VideoPredictionPipeline(Drift(tokenizer.latent_spec), tokenizer, scheduler)
+    frames = random_frames(tokenizer)
+    pipe(frames, n_frames=3, frame_times=[0.5, 1.0, 2.5])
+    assert pipe.prior.seen["frame_times"].tolist() == [0.5, 1.0, 2.5]
+    assert pipe.prior.seen["scheduler"] is scheduler
+    pipe(frames, n_frames=3, frame_times=torch.ones(2, 3))
+    assert pipe.prior.seen["frame_times"].shape == (2, 3)
+    with pytest.raises(ValueError, match=r"frame_times: expected shape \(3,\) or \(2, 3\), found \(2,\)"):
+        pipe(frames, n_frames=3, frame_times=[1.0, 2.0])
+
+
+def test_the_progress_bar_follows_the_sampler(frames, capfd):
+    tokenizer = tiny_tokenizer("sliced_vqvae")
+    pipe = VideoPredictionPipeline(transformer(tokenizer.latent_spec).eval(), tokenizer)
+    pipe.set_progress_bar_config(desc="futures")
+    pipe(frames, n_frames=2)
+    assert "futures: 100%" in capfd.readouterr().err
+    pipe.set_progress_bar_config(disable=True)
+    pipe(frames, n_frames=2)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"frames": torch.zeros(2, 2, 3, 8, 16)}, "frames: expected C = 1"),
+        ({"frames": torch.zeros(2, 2, 1, 16, 16)}, "frames: expected H = 8"),
+        ({"frames": torch.zeros(1, 8, 16)}, r"frames: expected a tensor of shape \(B, T, C, H, W\)"),
+        ({"frames": np.zeros((2, 2, 1, 8, 16))}, "frames: expected a tensor"),
+        ({"frames": torch.zeros(2, 2, 1, 8, 16, dtype=torch.uint8)}, "frames: expected floats"),
+        ({"frames": torch.full((2, 2, 1, 8, 16), 255.0)}, r"frames: expected values in \[-1, 1\]"),
+        ({"frames": torch.zeros(2, 0, 1, 8, 16)}, "n_context: expected at least 1, found 0"),
+        ({"n_frames": 0}, "n_frames: expected a whole number of at least 1, found 0"),
+        ({"n_frames": 2.5}, "n_frames: expected a whole number"),
+        ({"num_samples": 0}, "num_samples: expected a whole number of at least 1, found 0"),
+        ({"output_type": "latent"}, "output_type: expected one of pt, np, pil, found 'latent'"),
+        ({"frame_times": [1.0, 2.0]}, "VideoTransformer predicts whole frame steps: it takes no frame_times"),
+        ({"temperatur": 1.0}, "unknown sampler option 'temperatur'; did you mean 'temperature'"),
+        ({"steps": 3}, r"unknown sampler option 'steps' \(known: temperature, top_k, top_p, use_cache\)"),
+        ({"decode_batch": 0}, "decode_batch: expected a whole number of at least 1, found 0"),
+    ],
+)
+def test_bad_calls_are_refused(pipe, frames, change, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"frames": frames, "n_frames": 2, **change})
+
+
+def test_models_that_do_not_belong_together_are_refused():
+    tokenizer, other = tiny_tokenizer("sliced_vqvae"), tiny_tokenizer("vqvae")
+    prior = transformer(tokenizer.latent_spec)
+    with pytest.raises(ValueError, match=r"prior against tokenizer.*codebook_sizes \[6, 6, 6, 6\] against \[12\]"):
+        VideoPredictionPipeline(prior, other)
+    with pytest.raises(ValueError, match="VideoTransformer predicts codes: it needs the tokenizer they came from"):
+        VideoPredictionPipeline(prior)
+    with pytest.raises(ValueError, match="VideoTransformer: its sampler takes no scheduler"):
+        VideoPredictionPipeline(prior, tokenizer, DDPMScheduler())
+    continuous = tiny_tokenizer("continuous_pixel")
+    with pytest.raises(ValueError, match="Drift predicts codes; PixelTokenizer has none"):
+        VideoPredictionPipeline(Drift(continuous.latent_spec, accepts="codes"), continuous)
+
+
+# Saving and loading -------------------------------------------------------------------------------------------------
+
+FRESH = """
+import sys, torch
+from latentcast import VideoPredictionPipeline
+from latentcast.pipelines.base import VideoPipeline
+folder, frames_file, option, dtype = sys.argv[1:]
+pipe = VideoPipeline.from_pretrained(folder, **{option: getattr(torch, dtype)})
+assert type(pipe) is VideoPredictionPipeline, type(pipe)
+assert "pytorch_lightning" not in sys.modules and "wandb" not in sys.modules
+assert pipe.prior.dtype == getattr(torch, dtype)
+assert not pipe.prior.training and not pipe.tokenizer.training
+codebooks = {tensor.dtype for tensor in pipe.tokenizer.quantizer.state_dict().values() if tensor.is_floating_point()}
+assert codebooks == {torch.float32}, codebooks
+frames, expected = torch.load(frames_file, weights_only=True)
+futures = pipe(frames, n_frames=3, num_samples=2, generator=torch.Generator().manual_seed(3)).frames
+assert futures.dtype == torch.float32 and futures.shape == expected.shape and futures.isfinite().all()
+if dtype == "float32":
+    torch.testing.assert_close(futures, expected)
+print(pipe.config.n_context, pipe.config.fps)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("option, dtype", [("dtype", "float32"), ("torch_dtype", "bfloat16")])  # the new and old name
+def test_a_saved_pipeline_works_in_a_fresh_process(pipe, frames, saved, tmp_path, option, dtype):
+    futures = pipe(frames, n_frames=3, num_samples=2, generator=seeded(3)).frames
+    torch.save((frames, futures), tmp_path / "frames.pt")
+    command = [sys.executable, "-c", FRESH, str(saved), str(tmp_path / "frames.pt"), option, dtype]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "12.5"]
+
+
+def test_the_index_names_public_classes(saved):
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["_class_name"] == "VideoPredictionPipeline"
+    assert index["prior"] == ["latentcast", "VideoTransformer"]
+    assert index["tokenizer"] == ["latentcast", "VQVAE"]
+
+
+def test_pixel_pipelines_are_saved_and_loaded(tmp_path):
+    tokenizer = tiny_tokenizer("pixel")
+    pipe = VideoPredictionPipeline(transformer(tokenizer.latent_spec).eval())
+    pipe.save_pretrained(tmp_path / "pixels")
+    loaded = VideoPredictionPipeline.from_pretrained(tmp_path / "pixels")
+    loaded.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=True)
+    frames = random_frames(tokenizer)
+    futures = [p(frames, n_frames=2, generator=seeded()).frames for p in (pipe, loaded)]
+    torch.testing.assert_close(*futures)
+
+
+def test_components_can_be_replaced_on_loading_and_pipelines_moved(saved, pipe, frames):
+    loaded = VideoPredictionPipeline.from_pretrained(saved, tokenizer=pipe.tokenizer)
+    assert loaded.tokenizer is pipe.tokenizer
+    assert loaded.to("meta").prior.device.type == "meta"
+    shared = VideoPredictionPipeline(**pipe.components)
+    assert shared.prior is pipe.prior
+
+
+def refused(folder, cls=VideoPredictionPipeline):
+    """The message of the error that loading raises; one line that names the folder."""
+    with pytest.raises((OSError, ValueError)) as caught:
+        cls.from_pretrained(folder)
+    message = str(caught.value)
+    assert "\n" not in message.strip()
+    assert str(folder) in message
+    return message
+
+
+def test_a_folder_without_weights_is_refused(copy):
+    next((copy / "prior").glob("*.safetensors")).unlink()
+    assert "no safetensors weights" in refused(copy)
+
+
+def test_a_folder_without_a_component_is_refused(copy):
+    shutil.rmtree(copy / "tokenizer")
+    assert "tokenizer" in refused(copy)
+
+
+def test_damaged_weights_are_refused(copy):
+    weights = next((copy / "prior").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert weights.name in refused(copy)
+
+
+def test_weights_of_another_model_are_refused(copy):
+    config = json.loads((copy / "prior/config.json").read_text())
+    (copy / "prior/config.json").write_text(json.dumps(config | {"n_layers": 2}))
+    assert "tensors are missing" in refused(copy)
+
+
+def test_what_is_no_pipeline_is_refused(copy, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no model_index.json" in refused(tmp_path / "empty")
+    (tmp_path / "file").write_text("text")
+    assert "not a folder" in refused(tmp_path / "file")
+    assert "not a folder" in refused(tmp_path / "nowhere")
+    assert "not a folder" in refused("runs/quickstart/pipeline")
+    (copy / "model_index.json").write_text("{")
+    assert "not valid JSON" in refused(copy)
+    (copy / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    assert "expected a VideoPipeline, found 'StableDiffusionPipeline'" in refused(copy, VideoPipeline)
+
+
+def test_a_name_on_the_hub_is_fetched(saved, monkeypatch):
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(options, name=name)
+        return str(saved)
+
+    monkeypatch.setattr("latentcast.pipelines.base.snapshot_download", snapshot_download)
+    loaded = VideoPredictionPipeline.from_pretrained("someone/videos", revision="v1", dtype=torch.float32)
+    assert type(loaded.prior) is VideoTransformer
+    assert asked == {"name": "someone/videos", "revision": "v1", "allow_patterns": ["*.json", "*.safetensors"]}
+
+    def unreachable(name, **options):
+        raise OSError("offline\nand more")
+
+    monkeypatch.setattr("latentcast.pipelines.base.snapshot_download", unreachable)
+    assert refused("someone/videos") == "pipeline someone/videos: not a folder, and not on the hub (offline)"

@@ -1,0 +1,179 @@
+"""tools/sample.py: from a saved pipeline and real video files to predicted futures on disk."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+from latentcast import VQVAE, VideoPredictionPipeline, VideoTransformer, probe, read_clip, write_video
+from latentcast.cli import run_tool
+
+TOOL = Path(__file__).parents[1] / "tools" / "sample.py"
+SIZE, SCALE, BORDER, GAP = 32, 4, 2, 2
+CELL = (SIZE + 2 * BORDER) * SCALE  # width of one frame in the output
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("sample_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline at 10 frames a second with 2 context frames, and videos at 20: good, short, damaged, and no video."""
+    root = tmp_path_factory.mktemp("sample")
+    torch.manual_seed(0)
+    size = {
+        "hidden_channels": 8,
+        "residual_channels": 4,
+        "n_residual_blocks": 1,
+        "embedding_dim": 4,
+        "codebook_size": 8,
+    }
+    tokenizer = VQVAE(1, SIZE, SIZE, stride=16, **size)
+    size = {"dim": 8, "embed_dim": 4, "n_heads": 1, "head_dim": 8, "n_layers": 1}
+    prior = VideoTransformer(tokenizer.latent_spec, n_frames=4, subscale=[4, 1, 1], **size)
+    VideoPredictionPipeline(prior, tokenizer, n_context=2, fps=10).save_pretrained(root / "run/pipeline")
+
+    ramp = torch.linspace(-1, 1, 20).view(20, 1, 1, 1).expand(20, 3, 48, 64)  # frame i has grey level i
+    write_video(root / "videos/long.mp4", ramp, 20)
+    write_video(root / "videos/deep/er/brief.mp4", ramp[:4], 20)  # enough for the context alone
+    write_video(root / "videos/short.gif", ramp[:2], 20)
+    (root / "videos/text.mp4").write_text("not a video")
+    whole = (root / "videos/long.mp4").read_bytes()
+    (root / "videos/cut.avi").write_bytes(whole[: len(whole) // 2])
+    (root / "videos/notes.txt").write_text("not looked at")
+    return root
+
+
+def call(tool, capsys, *arguments):
+    """Run the tool in this process -> its JSON, or its one-line error."""
+    try:
+        run_tool(tool.main, tool.make_parser(), [str(argument) for argument in arguments])
+    except SystemExit as stop:
+        assert stop.code == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        return error
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def cells(path, row_count):
+    """The frames in a written video: (row_count, T, 3, height, width) without borders and gaps."""
+    info = probe(path)
+    video = read_clip(path, range(info.n_frames)).float() / 127.5 - 1
+    edge = BORDER * SCALE
+    starts = [i * (CELL + GAP) for i in range(row_count)]
+    assert video.shape[3] - (starts[-1] + CELL) in (0, 1)  # h264 wants even sizes
+    return torch.stack([video[:, :, edge : CELL - edge, s + edge : s + CELL - edge] for s in starts])
+
+
+def test_a_folder_of_videos_from_the_shell(folder, tmp_path):
+    command = [sys.executable, TOOL, "--pipeline", folder / "run/pipeline", "--input", folder / "videos"]
+    done = subprocess.run(
+        [*command, "--n-frames", "5", "--num-samples", "3", "temperature=0.8", "top_k=4"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    samples = folder / "run/samples"
+    names = ["deep_er_brief.mp4", "deep_er_brief.gif", "long.mp4", "long.gif", "contact_sheet.png"]
+    assert result["outputs"] == [str(samples / name) for name in names]
+    assert sorted(path.name for path in samples.iterdir()) == sorted(names)
+    assert sorted(Path(path).name for path in result["skipped"]) == ["cut.avi", "short.gif", "text.mp4"]
+    for name in ("cut.avi", "short.gif", "text.mp4"):
+        assert f"skipped: {folder / 'videos' / name}" in done.stderr
+    assert result["seconds"] > 0 and result["frames_per_s"] > 0
+    assert len(done.stdout.strip().splitlines()) == 1
+
+    # Every second frame, for the pipeline was trained at half the rate; the truth first, then the samples.
+    for suffix in (".mp4", ".gif"):
+        info = probe(samples / f"long{suffix}")
+        assert (info.n_frames, round(info.fps, 2)) == (2 + 5, 10)
+        shown = cells(samples / f"long{suffix}", 4)
+        expected = torch.linspace(-1, 1, 20)[: 2 * 7 : 2]
+        torch.testing.assert_close(shown[0].mean((1, 2, 3)), expected, atol=0.03, rtol=0)
+        torch.testing.assert_close(shown[:, :2].mean((2, 3, 4)), expected[:2].expand(4, 2), atol=0.03, rtol=0)
+    cells(samples / "deep_er_brief.mp4", 3)  # no truth
+    sheet = PIL.Image.open(samples / "contact_sheet.png")
+    cell = (SIZE + 2 * BORDER) * 2
+    assert sheet.size == (7 * cell + 6 * GAP, 7 * cell + 6 * GAP)  # 7 frames; 3 + 4 rows
+
+
+def test_given_frames_are_marked(folder, tool, capsys, tmp_path):
+    given, predicted = (torch.tensor(colour).view(3, 1) for colour in (tool.GIVEN, tool.PREDICTED))
+    call(
+        tool, capsys, "--pipeline", folder / "run/pipeline", "--input", folder / "videos/long.mp4", "--output", tmp_path
+    )
+    video = read_clip(tmp_path / "long.mp4", range(2 + 16)).float() / 127.5 - 1
+    edge = video[:, :, 3, 20:100]  # inside the top border of the first sample
+    torch.testing.assert_close(edge[:2], given.expand(2, 3, 80), atol=0.15, rtol=0)
+    torch.testing.assert_close(edge[2:], predicted.expand(16, 3, 80), atol=0.15, rtol=0)
+
+
+def test_the_seed_decides(folder, tool, capsys, tmp_path):
+    futures = []
+    for number, seed in enumerate((1, 1, 2)):
+        output = tmp_path / str(number)
+        arguments = ["--input", folder / "videos/long.mp4", "--output", output, "--n-frames", 4, "--seed", seed]
+        call(tool, capsys, "--pipeline", folder / "run/pipeline", *arguments)
+        futures.append((output / "long.gif").read_bytes())
+    assert futures[0] == futures[1]
+    assert futures[0] != futures[2]
+
+
+@pytest.mark.parametrize(
+    "arguments, n_frames, fps, first, last",
+    [
+        (["--fps", "5"], 4, 5, 0, 12),  # every fourth
+        (["--frame-stride", "1"], 4, 20, 0, 3),
+        (["--frame-stride", "3", "--n-context", "3", "--start", "1"], 5, 20 / 3, 3, 15),
+    ],
+)
+def test_which_frames_are_taken(folder, tool, capsys, tmp_path, arguments, n_frames, fps, first, last):
+    common = ["--input", folder / "videos/long.mp4", "--output", tmp_path, "--n-frames", 2, "--num-samples", 1]
+    call(tool, capsys, "--pipeline", folder / "run/pipeline", *common, *arguments)
+    info = probe(tmp_path / "long.mp4")
+    assert info.n_frames == n_frames
+    assert info.fps == pytest.approx(fps, rel=0.01)
+    truth = cells(tmp_path / "long.mp4", 2)[0].mean((1, 2, 3))
+    levels = torch.linspace(-1, 1, 20)
+    torch.testing.assert_close(truth[[0, -1]], levels[[first, last]], atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["temperatur=1"], "unknown sampler option 'temperatur'; did you mean 'temperature'"),
+        (["hot"], "'hot': expected an option of the sampler as key=value"),
+        (["--n-frames", "0"], "--n-frames: expected at least 1, found 0"),
+        (["--n-context", "0"], "--n-context: expected at least 1, found 0"),
+        (["--start", "-1"], "--start: expected at least 0, found -1"),
+        (["--fps", "0"], "--fps: expected a rate above 0, found 0.0"),
+        (["--device", "abacus"], "--device abacus: not available"),
+        (["--pipeline", "{root}/run"], "no model_index.json"),
+        (["--pipeline", "{root}/nowhere/at/all"], "not a folder"),
+        (["--input", "{root}/nowhere"], "no such file or folder"),
+        (["--input", "{root}/run/pipeline"], "no video files here"),
+        (["--input", "{root}/videos/text.mp4"], "none of 1 videos could be used: {root}/videos"),
+        (["--n-context", "30"], "none of 1 videos could be used: {root}/videos"),
+        (["--output", "{root}/videos"], "this is where the input lies"),
+        (["--output", "{root}/videos/notes.txt"], "notes.txt: not writable"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_1(folder, tool, capsys, tmp_path, arguments, message):
+    common = ["--pipeline", folder / "run/pipeline", "--input", folder / "videos/long.mp4", "--output", tmp_path]
+    error = call(tool, capsys, *common, *(argument.format(root=folder) for argument in arguments))
+    assert message.format(root=folder) in error
+    assert not list(tmp_path.glob("*.mp4"))
