@@ -38,7 +38,7 @@ setup(
     package_data={name: ["*.yaml"] for name in mounted if name.startswith("latentcast.configs")},
     install_requires=[
         "torch>=2.6",
-        "pytorch-lightning>=2.5",
+        "pytorch-lightning>=2.6",
         "einops>=0.8",
         "vector-quantize-pytorch>=1.20",
         "diffusers>=0.42",

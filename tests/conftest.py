@@ -1,5 +1,10 @@
 """Fixtures that several test files share."""
 
+import os
+
+# Before torch is loaded: on tiny tensors, threads that wait for each other are ten times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from video_files import counter_frames, cut_off, encode
 

@@ -6,12 +6,10 @@ import logging
 import pytest
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from video_files import counter_frames, encode
 
-from latentcast import LatentCacheWriter, MovingDigits, VideoDataModule, VideoFolder
-from latentcast.data.base import EmptySplitError
+from latentcast import LatentCacheWriter, MovingDigits, PixelTokenizer, VideoDataModule, VideoFolder
+from latentcast.data.base import EmptySplitError, VideoEntry
 from latentcast.data.datamodules import LatentDataModule
 
 DIGITS = functools.partial(
@@ -39,10 +37,10 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(data, max_epochs=3, **kwargs):
+def fit(data, model=None, max_epochs=3, **kwargs):
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     options |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "max_epochs": max_epochs}
-    model = Recorder()
+    model = model or Recorder()
     trainer = pl.Trainer(**(options | kwargs))
     trainer.fit(model, datamodule=data)
     return model, trainer
@@ -98,20 +96,59 @@ def test_wrong_sizes():
         VideoDataModule(DIGITS, batch_size=1, num_workers=-1)
 
 
-def _ddp(rank, port, folder):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    data = VideoDataModule(DIGITS, batch_size=5)
-    data.trainer = type("Ranks", (), {"world_size": 2, "global_rank": rank})()
-    loader = data.train_dataloader()
-    for epoch in range(2):
-        loader.sampler.set_epoch(epoch)
-        torch.save(torch.cat([batch["frames"] for batch in loader]), folder / f"{epoch}-{rank}.pt")
-    dist.destroy_process_group()
+class RankRecorder(Recorder):
+    """Leaves its clips in a file, for the process that started the ranks."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self):
+        clips = [torch.cat(self.batches[epoch]) for epoch in range(2)]
+        torch.save((clips, torch.cat(self.val_batches)), self.folder / f"{self.global_rank}.pt")
 
 
 def test_ranks_share_an_epoch(tmp_path):
-    mp.start_processes(_ddp, (29400 + torch.randint(1000, ()).item(), tmp_path), nprocs=2, start_method="fork")
+    fit(VideoDataModule(DIGITS, batch_size=5), RankRecorder(tmp_path), max_epochs=2, strategy="ddp_fork", devices=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for epoch in range(2):
-        halves = [torch.load(tmp_path / f"{epoch}-{rank}.pt") for rank in range(2)]
-        clips = [clip.numpy().tobytes() for clip in torch.cat(halves)]
+        clips = [clip.numpy().tobytes() for clip in torch.cat([trained[epoch] for trained, _ in ranks])]
         assert len(clips) == 10 and set(clips) == expected_epoch(epoch)
+    assert all(len(validated) == 2 * 2 for _, validated in ranks)  # two epochs, 3 clips over 2 ranks
+
+
+def write_cache(folder, lengths):
+    """A cache of random codes, one tensor a video."""
+    spec = PixelTokenizer(1, 2, 2, levels=256).latent_spec
+    videos = [VideoEntry(f"v{i}", n, 10.0) for i, n in enumerate(lengths)]
+    codes = [torch.randint(256, (n, 2, 2, 1)) for n in lengths]
+    writer = LatentCacheWriter(folder, spec, "f" * 64, videos=videos, data={"size": 2}, fps=10.0)
+    with writer.open_shard(0) as shard:
+        for i, tensor in enumerate(codes):
+            shard.append(i, tensor)
+    writer.finish()
+    return codes
+
+
+def test_latents(tmp_path, caplog):
+    codes = write_cache(tmp_path / "train", [9] * 6)
+    data = LatentDataModule(tmp_path, clip_length=5, batch_size=3, num_workers=1, expect={"data": {"size": 2}})
+    model, _ = fit(data, max_epochs=2)
+    assert data.val_set is None and "no validation: " in caplog.text
+    for epoch in range(2):
+        clips = torch.cat(model.batches[epoch])
+        assert clips.shape == (6, 5, 2, 2, 1) and clips.dtype == torch.int64
+        windows = [
+            [(v, s) for v, c in enumerate(codes) for s in range(5) if torch.equal(c[s : s + 5], clip)] for clip in clips
+        ]
+        assert sorted(v for ((v, _),) in windows) == list(range(6))
+    assert not torch.equal(*(torch.cat(model.batches[epoch]) for epoch in range(2)))
+
+    val_codes = write_cache(tmp_path / "val", [7, 8])
+    model, _ = fit(LatentDataModule(tmp_path, clip_length=5, batch_size=3), max_epochs=1)
+    assert torch.equal(torch.cat(model.val_batches), torch.stack([c[:5] for c in val_codes]))
+
+    with pytest.raises(ValueError, match="size"):
+        _ = LatentDataModule(tmp_path, clip_length=5, batch_size=3, expect={"data": {"size": 4}}).train_set
+    with pytest.raises(FileNotFoundError):
+        _ = LatentDataModule(tmp_path / "nowhere", clip_length=5, batch_size=3).train_set

@@ -81,6 +81,8 @@ class MovingDigits(VideoDataset):
         for name, value in (("n_digits", n_digits), ("lattice", lattice), ("n_videos", n_videos)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, found {value}")
+        if not speeds or min(speeds) < 0:
+            raise ValueError(f"speeds: expected pixels a frame, at least 0, found {list(speeds)}")
         self.split, self.clip_length, self.size, self.channels, self.seed = split, clip_length, size, channels, seed
         self.n_digits, self.digit_size, self.speeds, self.lattice = n_digits, digit_size, list(speeds), lattice
         self.source, self.video_length = source, video_length

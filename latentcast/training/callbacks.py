@@ -1,0 +1,344 @@
+"""What happens around the training steps: one job a callback."""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from pytorch_lightning.callbacks import Callback, WeightAveraging
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch.optim.swa_utils import AveragedModel
+
+from latentcast.data.pictures import contact_sheet, side_by_side
+from latentcast.data.video_writer import write_image, write_video
+from latentcast.metrics.codebook import CodebookUsage
+
+from .loggers import WandbRun
+
+logger = logging.getLogger("latentcast")
+
+LOW_USAGE = 0.1  # fraction of a codebook below which a warning names it
+
+
+class WeightAverage(WeightAveraging):
+    """Exponential moving average of the weights, which validation, previews and the saved model use.
+
+    Codebooks and other floating-point buffers of the state dict are averaged like the weights: a codebook then lags
+    behind exactly as its encoder does.
+
+    Args:
+        decay: the decay rises to it as (1 + n) / (10 + n) over the updates n, so that a short run is not dominated by
+            its random start.
+    """
+
+    def __init__(self, decay):
+        super().__init__()
+        self.decay = decay
+
+    def setup(self, trainer, pl_module, stage):
+        if stage == "fit":
+            self._average_model = _Average(pl_module, self.decay)
+
+    def on_train_end(self, trainer, pl_module):
+        """Nothing yet: the last checkpoint must hold the weights that training goes on with. See ``apply``."""
+
+    def apply(self, pl_module):
+        """Make the average the module's weights, for good."""
+        self._copy_average_to_current(pl_module)
+        self._average_model = None
+
+    @contextlib.contextmanager
+    def averaged(self, pl_module):
+        """The module has the averaged weights inside the block."""
+        self._swap_models(pl_module)
+        try:
+            yield
+        finally:
+            self._swap_models(pl_module)
+
+
+class _Average(AveragedModel):
+    # torch's own update averages every buffer, and a mask of minus infinities would become NaN.
+    def __init__(self, model, decay):
+        super().__init__(model)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model):
+        n = int(self.n_averaged)
+        averages, currents = [], []
+        for average, current in zip(_state(self.module), _state(model)):
+            if average.is_floating_point():
+                averages.append(average)
+                currents.append(current)
+            else:
+                average.copy_(current)
+        torch._foreach_lerp_(averages, currents, 1 - min(self.decay, (1 + n) / (10 + n)))
+        self.n_averaged += 1
+
+
+def _state(module):
+    """Parameters and those buffers that are saved: the others are constants."""
+    saved = module.state_dict().keys()
+    yield from (parameter.data for parameter in module.parameters())
+    yield from (buffer for name, buffer in module.named_buffers() if name in saved)
+
+
+def find_average(trainer):
+    """The run's WeightAverage, or None."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)), None)
+
+
+class StepSeed(Callback):
+    """Makes the randomness of a training step depend on the seed, the rank and the step alone.
+
+    A resumed run then continues exactly like one that was never stopped, and how often pictures are made does not
+    change the training.
+    """
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        entropy = [self.seed, trainer.global_rank, trainer.fit_loop.epoch_loop.total_batch_idx]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+
+
+class LastCheckpoint(Callback):
+    """Writes ``path`` every so many steps, at the end, and when the run is asked to stop (SIGTERM, ctrl-C).
+
+    The file is replaced as a whole, so a ``kill -9`` leaves the one before. An error leaves it as it is.
+    """
+
+    def __init__(self, path, every_n_steps):
+        self.path = Path(path)
+        self.every_n_steps = every_n_steps
+        self._saved_step = None
+
+    def on_train_start(self, trainer, pl_module):
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer, pl_module):
+        self._save(trainer)
+
+    def on_exception(self, trainer, pl_module, exception):
+        if isinstance(exception, SIGTERMException):
+            self._save(trainer)
+
+    def _save(self, trainer):
+        if trainer.global_step != self._saved_step:
+            trainer.save_checkpoint(self.path)
+            self._saved_step = trainer.global_step
+
+
+class FinishStepOnInterrupt(Callback):
+    """The first ctrl-C ends the run after the step at hand, like SIGTERM; the second one at once."""
+
+    _previous = None
+
+    def on_train_start(self, trainer, pl_module):
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, signum, frame):
+        self._restore()
+        logger.warning("interrupted: finishing this step and saving it; press ctrl-C again to stop at once")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _restore(self):
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def on_train_end(self, trainer, pl_module):
+        self._restore()
+
+    def on_exception(self, trainer, pl_module, exception):
+        self._restore()
+
+
+class CodebookMonitor(Callback):
+    """Logs usage, perplexity and dead fraction of every codebook over each training epoch and each validation.
+
+    Args:
+        codebook_sizes: as in ``latent_spec``.
+    """
+
+    def __init__(self, codebook_sizes):
+        self.train, self.val = CodebookUsage(codebook_sizes), CodebookUsage(codebook_sizes)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.train.to(pl_module.device).update(outputs["codes"])
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.val.to(pl_module.device).update(outputs["codes"])
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self._report(trainer, pl_module, self.train, "train")
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self._report(trainer, pl_module, self.val, "val")
+
+    def _report(self, trainer, pl_module, metric, split):
+        if not metric.update_called:
+            return
+        figures = {name: values.reshape(-1) for name, values in metric.compute().items()}
+        metric.reset()
+        for name, values in figures.items():
+            pl_module.log_dict(
+                {f"{split}/{name}_{index}": value for index, value in enumerate(values)}, on_epoch=True, sync_dist=True
+            )
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        for index, usage in enumerate(figures["usage"].tolist()):
+            if usage < LOW_USAGE:
+                logger.warning(
+                    "codebook %d: only %.1f %% of its %d codes are used (%s, step %d)",
+                    *(index, 100 * usage, metric.codebook_sizes[index], split, trainer.global_step),
+                )
+
+
+class Throughput(Callback):
+    """Logs how much is trained on a second: clips, frames, and codes where a batch has them.
+
+    The time that validation and previews take is left out."""
+
+    def on_train_start(self, trainer, pl_module):
+        self._restart()
+
+    def on_validation_end(self, trainer, pl_module):
+        self._restart()
+
+    def _restart(self):
+        self._since, self._seen = time.perf_counter(), {}
+
+    def leave_out(self, seconds):
+        """Do not count that many seconds that have just passed."""
+        self._since += seconds
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for name, clips in batch.items():
+            counts = {"clips": clips.shape[0], "frames": clips.shape[0] * clips.shape[1]}
+            if name == "codes":
+                counts["codes"] = clips.numel()
+            for unit, count in counts.items():
+                self._seen[unit] = self._seen.get(unit, 0) + count * trainer.world_size
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            seconds = time.perf_counter() - self._since
+            pl_module.log_dict({f"throughput/{unit}_per_s": count / seconds for unit, count in self._seen.items()})
+            self._restart()
+
+
+class Preview(Callback):
+    """Makes pictures of the same clips every so many steps and at the end, with the averaged weights.
+
+    Args:
+        clips: (N, T, C, H, W) in [-1, 1].
+        folder: the pictures are called ``step_0000500.png`` and so on.
+        every_n_steps: 0 makes them at the end only.
+    """
+
+    def __init__(self, clips, folder, every_n_steps):
+        self.clips, self.folder, self.every_n_steps = clips, Path(folder), every_n_steps
+        self._made_step = None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._make(trainer, pl_module)
+
+    def on_train_end(self, trainer, pl_module):
+        self._make(trainer, pl_module)
+
+    def _make(self, trainer, pl_module):
+        step = trainer.global_step
+        if not trainer.is_global_zero or step == self._made_step:
+            return
+        self._made_step, started = step, time.perf_counter()
+        average = find_average(trainer)
+        training = pl_module.training
+        pl_module.eval()
+        with (
+            torch.no_grad(),
+            trainer.precision_plugin.forward_context(),
+            average.averaged(pl_module) if average else contextlib.nullcontext(),
+        ):
+            files = self.draw(pl_module, self.folder / f"step_{step:07d}")
+        pl_module.train(training)
+        for run in trainer.loggers:
+            if isinstance(run, WandbRun):
+                run.log_files(files, step - 1)  # Lightning counts from 0 the step that has just been made
+        for callback in trainer.callbacks:
+            if isinstance(callback, Throughput):
+                callback.leave_out(time.perf_counter() - started)
+
+    def draw(self, pl_module, path):
+        """Write pictures called ``path`` plus a suffix -> name for the logger -> file."""
+        raise NotImplementedError
+
+
+class ReconstructionPreview(Preview):
+    """A PNG with, for each clip, a row of its frames above a row of their reconstructions; clips of a single frame
+    share one row."""
+
+    def draw(self, pl_module, path):
+        model = pl_module.model
+        clips = self.clips.to(pl_module.device)
+        reconstructions = model(clips.to(model.dtype)).frames
+        pairs = torch.stack([clips, reconstructions.float()], 1)  # (N, 2, T, C, H, W)
+        if clips.shape[1] == 1:
+            pairs = pairs.transpose(0, 2)
+        file = path.with_suffix(".png")
+        write_image(file, contact_sheet(pairs.flatten(0, 1)))
+        return {"reconstructions": file}
+
+
+class PredictionPreview(Preview):
+    """Videos (mp4, GIF) of each clip beside futures predicted from its first frames, and a PNG with their frames.
+
+    In the videos a row holds the true clip, then the samples; all show the same context first. In the PNG each of them
+    is a row of its own.
+
+    Args:
+        make_pipeline: prior -> VideoPredictionPipeline.
+        n_context: frames of the clip that are given.
+        fps: frame rate of the clips.
+        num_samples: futures a clip.
+        sampler: options of the prior's sampler.
+        seed: of the samples, the same each time so that pictures can be compared.
+    """
+
+    def __init__(self, clips, folder, every_n_steps, make_pipeline, n_context, fps, num_samples, sampler, seed):
+        super().__init__(clips, folder, every_n_steps)
+        self.make_pipeline, self.n_context, self.fps = make_pipeline, n_context, fps
+        self.num_samples, self.sampler, self.seed = num_samples, sampler, seed
+
+    def draw(self, pl_module, path):
+        pipeline = self.make_pipeline(pl_module.model).to(pl_module.device)
+        pipeline.set_progress_bar_config(disable=True)
+        context, future = self.clips[:, : self.n_context], self.clips[:, self.n_context :]
+        predicted = pipeline(
+            context,
+            n_frames=future.shape[1],
+            num_samples=self.num_samples,
+            generator=torch.Generator(pl_module.device).manual_seed(self.seed),
+            **self.sampler,
+        ).frames.cpu()
+        context = context[:, None].expand(-1, self.num_samples, -1, -1, -1, -1)
+        samples = torch.cat([context, predicted], 2)  # (N, S, T, C, H, W)
+        videos = torch.cat([self.clips[:, None], samples], 1)
+        rows = [side_by_side(list(row)) for row in videos]  # N x (T, C, H, W')
+        video = torch.stack([contact_sheet(torch.stack(frames)[:, None]) for frames in zip(*rows)])
+        files = {suffix: path.with_suffix(f".{suffix}") for suffix in ("mp4", "gif", "png")}
+        write_video(files["mp4"], video, self.fps)
+        write_video(files["gif"], video, self.fps)
+        write_image(files["png"], contact_sheet(videos.flatten(0, 1)))
+        return {"predictions": files["mp4"], "predicted_frames": files["png"]}

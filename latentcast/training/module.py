@@ -1,0 +1,77 @@
+"""What training a tokenizer and training a prior have in common."""
+
+import math
+
+import pytorch_lightning as pl
+import torch
+from diffusers.optimization import get_scheduler
+
+
+class TrainingModule(pl.LightningModule):
+    """A thin wrapper that optimises ``model``; subclasses say what a step is.
+
+    Args:
+        model: a FrameTokenizer or a Prior.
+        optimizer: callable, parameters -> torch optimizer (``instantiate`` of a config with ``_partial_: true``).
+        lr_scheduler: arguments of ``diffusers.optimization.get_scheduler``; stepped once an optimizer step.
+        config: the experiment as plain Python (JSON-able), kept in checkpoints and sent to the loggers.
+    """
+
+    stage = None  # "tokenizer" or "prior"
+
+    def __init__(self, model, optimizer, lr_scheduler=None, config=None):
+        super().__init__()
+        self.model = model
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.save_hyperparameters(config or {})
+        self._loss = None  # summed over the batches of one optimizer step
+        self._build_optimizer(1)  # so that a mistake in the settings shows now
+
+    def compute(self, batch):
+        """batch -> the model's output, which has ``loss`` and ``logs``."""
+        raise NotImplementedError
+
+    def training_step(self, batch, batch_idx):
+        """One batch -> the dict that callbacks see: ``loss``, and ``codes`` where the model gives some."""
+        output = self.compute(batch)
+        self._loss = output.loss.detach() + (0 if self._loss is None else self._loss)
+        self.log("train/loss", output.loss, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in output.logs.items()})
+        return {"loss": output.loss, "codes": output.get("codes")}
+
+    def validation_step(self, batch, batch_idx):
+        """One batch -> the same dict."""
+        output = self.compute(batch)
+        size = next(iter(batch.values())).shape[0]
+        figures = {"loss": output.loss, **output.logs}
+        self.log_dict({f"val/{name}": value for name, value in figures.items()}, batch_size=size, sync_dist=True)
+        # Lightning logs under the step of this name: that of the last training step, after the end of the run too.
+        self.log("step", float(self.trainer.global_step - 1), batch_size=size, sync_dist=True)
+        return {"loss": output.loss, "codes": output.get("codes")}
+
+    def on_before_optimizer_step(self, optimizer):
+        """Log the gradient norm; stop before a loss or gradient that is not finite reaches the weights."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        self.log("train/grad_norm", norm)
+        loss, self._loss = self._loss, None
+        loss, norm = torch.stack([loss.float(), norm.float()]).tolist()  # one wait for the device, not two
+        # Gradients overflow now and then in fp16; there the gradient scaler skips the step.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        for name, value in (("loss", loss), ("gradient norm", 0 if scaled else norm)):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{type(self.model).__name__}: the training {name} is {value} at step {self.trainer.global_step}; "
+                    "stopped before it reached the weights. A lower learning rate or precision=32-true may help"
+                )
+
+    def configure_optimizers(self):
+        steps = self.trainer.estimated_stepping_batches
+        return self._build_optimizer(None if math.isinf(steps) else int(steps))
+
+    def _build_optimizer(self, n_steps):
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = get_scheduler(optimizer=optimizer, num_training_steps=n_steps, **self.lr_scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

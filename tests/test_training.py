@@ -1,0 +1,294 @@
+"""The training loop: resuming, averaging, stopping, what is logged and drawn."""
+
+import math
+import os
+import signal
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from tiny_experiment import N_CLIPS, call_tool, tiny_config
+from torch import nn
+
+from latentcast import MovingDigits, PriorModule, TokenizerModule, VideoDataModule, instantiate, load_model, probe
+from latentcast.config import to_container
+from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, WeightAverage
+from latentcast.training.loggers import read_metrics
+from latentcast.training.run import TrainingRun, check_checkpoint, preview_clips, replacing_folder
+
+
+class Stop(pl.Callback):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, step, number=signal.SIGTERM):
+        self.step, self.number = step, number
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def build(config, stage):
+    """-> (TrainingRun, module, data) of the tiny experiment; the prior learns pixels, so that it needs no tokenizer."""
+    run = TrainingRun.open(config, stage)
+    pl.seed_everything(config.seed)
+    data = VideoDataModule(instantiate(config.data), config.batch_size, config.num_workers, config.seed)
+    arguments = (instantiate(config.optimizer), to_container(config.lr_scheduler))
+    if stage == "tokenizer":
+        module = TokenizerModule(instantiate(config.tokenizer), *arguments, config=to_container(config))
+    else:
+        tokenizer = instantiate(config.tokenizer)
+        prior = instantiate(config.prior, latent_spec=tokenizer.latent_spec)
+        module = PriorModule(prior, *arguments, config.n_context, tokenizer, to_container(config))
+    return run, module, data
+
+
+def fit(config, stage="tokenizer", callbacks=()):
+    run, module, data = build(config, stage)
+    return run.fit(module, data, callbacks), module, run
+
+
+def last(run):
+    return torch.load(run.last, weights_only=True)
+
+
+def curves(run):
+    figures = defaultdict(list)
+    for step, name, value in read_metrics(run.run_dir / "metrics" / f"{run.stage}.csv"):
+        figures[name].append((step, value))
+    return figures
+
+
+PIXEL_PRIOR = [
+    "tokenizer=pixel",
+    "tokenizer.levels=4",
+    "frame_size=8",
+    "data.digit_size=6",
+    "data.speeds=[2]",
+    "batch_size=4",
+]
+EXACT = ["trainer.max_steps=9", "lr_scheduler.name=cosine", "lr_scheduler.num_warmup_steps=3", "data.n_videos=20"]
+
+
+@pytest.mark.parametrize(
+    "stage, extra, number",
+    [
+        ("tokenizer", ["trainer.accumulate_grad_batches=2", "batch_size=4", "num_workers=1"], signal.SIGTERM),
+        ("prior", PIXEL_PRIOR, signal.SIGINT),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tmp_path, stage, extra, number):
+    """5 batches an epoch, stopped inside the second or third one: weights, average, optimizer and rate are equal."""
+    _, _, whole = fit(tiny_config(tmp_path, *EXACT, *extra, f"run_dir={tmp_path}/whole"), stage)
+    half = [*EXACT, *extra, f"run_dir={tmp_path}/half"]
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_config(tmp_path, *half), stage, [Stop(6, number)])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    _, _, resumed = fit(tiny_config(tmp_path, *half, "resume=true"), stage)
+
+    expected, found = last(whole), last(resumed)
+    assert found["global_step"] == expected["global_step"] == 9
+    for part in ("state_dict", "current_model_state", "averaging_state"):
+        assert expected[part].keys() == found[part].keys()
+        for name, tensor in expected[part].items():
+            assert torch.equal(tensor, found[part][name]), (part, name)
+    assert str(expected["optimizer_states"]) == str(found["optimizer_states"])
+    assert expected["lr_schedulers"] == found["lr_schedulers"]
+    assert curves(whole)["train/loss"] == curves(resumed)["train/loss"]
+    assert [step for step, _ in curves(resumed)["train/loss"]] == list(range(9))
+
+
+def test_average_follows_the_formula_and_keeps_masks_and_flags():
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.full((2,), -torch.inf), persistent=False)
+    model.register_buffer("codebook", torch.zeros(3))
+    model.register_buffer("flag", torch.tensor(False))
+    callback = WeightAverage(decay=0.4)
+    callback.setup(None, model, "fit")
+    weight, codebook = model.weight.detach().clone(), torch.zeros(3)
+    for n in range(6):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 2))
+            model.codebook.add_(1)
+        model.flag.fill_(True)
+        callback._average_model.update_parameters(model)
+        decay = min(0.4, (1 + n) / (10 + n))
+        weight = decay * weight + (1 - decay) * model.weight.detach()
+        codebook = decay * codebook + (1 - decay) * model.codebook
+    current = model.weight.detach().clone()
+    with callback.averaged(model):
+        assert torch.allclose(model.weight, weight) and torch.allclose(model.codebook, codebook)
+        assert model.flag and torch.equal(model.mask, torch.full((2,), -torch.inf))
+    assert torch.equal(model.weight, current)
+    callback.apply(model)
+    assert torch.allclose(model.weight, weight)
+
+
+def test_validation_and_the_kept_weights_are_the_average(tmp_path):
+    figures, module, run = fit(tiny_config(tmp_path, "optimizer.lr=0.05"))
+    checkpoint = last(run)
+    assert not torch.equal(
+        checkpoint["state_dict"]["model.encoder.0.weight"], checkpoint["current_model_state"]["model.encoder.0.weight"]
+    )
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, checkpoint["state_dict"][name]), name
+    data = VideoDataModule(instantiate(run.config.data), run.config.batch_size)
+    with torch.no_grad():
+        loss = module.model.eval()(next(iter(data.val_dataloader()))["frames"]).loss
+    assert figures["val"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_best_weights_can_be_kept(tmp_path):
+    _, module, run = fit(tiny_config(tmp_path, "optimizer.lr=0.3", "final_weights=best", "ema_decay=0"))
+    best = torch.load(run.best, weights_only=True)
+    steps = curves(run)["val/loss"][:-1]  # the last is of the weights that are kept
+    assert best["global_step"] == min(steps, key=lambda point: point[1])[0] + 1
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, best["state_dict"][name]), name
+
+
+def test_previews_do_not_change_the_training(tmp_path):
+    call_tool("train_tokenizer", tmp_path, f"run_dir={tmp_path}/a", "preview.every_n_steps=1")
+    call_tool("train_tokenizer", tmp_path, f"run_dir={tmp_path}/b")
+    a, b = (load_model(tmp_path / name / "tokenizer").state_dict() for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    pictures = {name: sorted(p.name for p in (tmp_path / name / "previews/tokenizer").iterdir()) for name in "ab"}
+    assert pictures == {"a": [f"step_{step:07d}.png" for step in (1, 2, 3, 4)], "b": ["step_0000004.png"]}
+
+
+@pytest.mark.parametrize("clip_length, size", [(3, (3 * 16 + 4, 4 * 16 + 6)), (1, (2 * 16 + 2, 2 * 16 + 2))])
+def test_reconstruction_grid_shows_each_frame_above_its_reconstruction(tmp_path, clip_length, size):
+    config = tiny_config(tmp_path, f"clip_length={clip_length}", "trainer.max_steps=1")
+    run, module, data = build(config, "tokenizer")
+    clips, _ = preview_clips(data, 2)
+    run.fit(module, data, [ReconstructionPreview(clips, run.preview_dir, 0)])
+    picture = Image.open(run.preview_dir / "step_0000001.png").convert("L")
+    assert picture.size == size
+    # The kept weights drew it: the last frame of the last clip stands in the corner.
+    with torch.no_grad():
+        expected = module.model.eval()(clips).frames[1, -1, 0]
+    corner = torch.from_numpy(np.array(picture)[-16:, -16:]) / 127.5 - 1
+    assert torch.allclose(corner, expected.clamp(-1, 1), atol=0.02)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_weights_or_checkpoint(tmp_path):
+    run, module, data = build(tiny_config(tmp_path, "checkpoint_every_n_steps=1"), "tokenizer")
+
+    class Poison(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 2:
+                pl_module.model.decoder[0].bias.data[0] = torch.inf
+
+    with pytest.raises(FloatingPointError, match=r"^VQVAE: the training loss is (nan|inf) at step 2;"):
+        run.fit(module, data, [Poison()])
+    checkpoint = last(run)
+    assert checkpoint["global_step"] == 2
+    assert all(t.isfinite().all() for t in checkpoint["current_model_state"].values() if t.is_floating_point())
+
+
+def test_trainer_keys_reach_the_trainer(tmp_path):
+    overrides = ["trainer.precision=bf16-mixed", "trainer.max_time=00:00:10:00", "trainer.val_check_interval=2"]
+    _, module, run = fit(tiny_config(tmp_path, *overrides))
+    assert module.trainer.precision == "bf16-mixed"
+    assert module.model.dtype == torch.float32
+    assert [step for step, _ in curves(run)["val/loss"]][:1] == [1]
+
+
+def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
+    overrides = [
+        "lr_scheduler.name=linear",
+        "lr_scheduler.num_warmup_steps=2",
+        "trainer.max_steps=6",
+        "optimizer.lr=.01",
+    ]
+    _, _, run = fit(tiny_config(tmp_path, *overrides))
+    figures = curves(run)
+    expected = [0, 0.005, 0.01, 0.0075, 0.005, 0.0025]  # warm-up over 2 steps, then down to 0 at step 6
+    assert [value for _, value in figures["lr-AdamW"]] == pytest.approx(expected)
+    assert all(math.isfinite(value) and value > 0 for _, value in figures["train/grad_norm"])
+    clips, frames = (dict(figures[f"throughput/{unit}_per_s"]) for unit in ("clips", "frames"))
+    assert clips and all(frames[step] == pytest.approx(4 * clips[step]) for step in clips)
+    assert (run.run_dir / "metrics/tokenizer_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_codebook_usage_covers_the_whole_epoch_and_warns_by_name(tmp_path, caplog):
+    seen = []
+
+    class Record(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(outputs["codes"].clone())
+
+    overrides = ["tokenizer.n_codebooks=2", "tokenizer.codebook_size=512", "tokenizer.dead_code_threshold=0"]
+    n_batches = N_CLIPS // 8
+    _, _, run = fit(
+        tiny_config(tmp_path, *overrides, f"trainer.max_steps={n_batches}"),
+        callbacks=[Record(), CodebookMonitor([512, 512])],
+    )
+    codes = torch.cat(seen).flatten(0, -2)
+    assert len(codes) == N_CLIPS * 4 * 2 * 2  # clips, frames, grid
+    for index in range(2):
+        used = len(set(codes[:, index].tolist()))
+        figures = {
+            name: curves(run)[f"train/{name}_{index}"][-1][1] for name in ("usage", "dead_fraction", "perplexity")
+        }
+        share = torch.bincount(codes[:, index]).double() / len(codes)
+        share = share[share > 0]
+        assert figures["usage"] == pytest.approx(used / 512)
+        assert figures["dead_fraction"] == pytest.approx(1 - used / 512, abs=1e-6)
+        assert figures["perplexity"] == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-4)
+    text = [record.message for record in caplog.records if "% of its 512 codes are used" in record.message]
+    assert all(message.startswith(("codebook 0:", "codebook 1:")) for message in text)
+    assert bool(text) == any(value < 0.1 for i in range(2) for _, value in curves(run)[f"val/usage_{i}"])
+
+
+def test_checkpoints_are_plain_and_bad_ones_are_refused_in_one_line(tmp_path):
+    _, module, run = fit(tiny_config(tmp_path))
+    assert last(run)["hyper_parameters"]["batch_size"] == 8
+    assert check_checkpoint(run.last, module, averaging=True) == 4
+    with pytest.raises(ValueError, match=r"without a moving average|with a moving average"):
+        check_checkpoint(run.last, module, averaging=False)
+    other = build(tiny_config(tmp_path, "tokenizer.embedding_dim=4", "overwrite=true"), "tokenizer")[1]
+    with pytest.raises(
+        ValueError, match=r"of another model than the config's: model\.\S+ is \(.* in the checkpoint, .* in the config"
+    ):
+        check_checkpoint(run.last, other, averaging=True)
+    whole = run.last.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        run.last.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"last\.ckpt: damaged, cannot be resumed") as error:
+            fit(tiny_config(tmp_path, "resume=true"))
+        assert "\n" not in str(error.value)
+        assert run.last.read_bytes() == damaged
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "model"
+    with replacing_folder(folder) as new:
+        new.mkdir()
+        (new / "weights").write_text("1")
+    with pytest.raises(RuntimeError), replacing_folder(folder) as new:
+        new.mkdir()
+        (new / "weights").write_text("2")
+        raise RuntimeError
+    assert (folder / "weights").read_text() == "1"
+    with replacing_folder(folder) as new:
+        new.mkdir()
+        (new / "weights").write_text("3")
+    assert (folder / "weights").read_text() == "3"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_prior_over_pixel_codes_needs_no_cache_and_draws_its_futures(tmp_path):
+    figures = call_tool("train_prior", tmp_path, *PIXEL_PRIOR, "n_context=2", "preview.num_samples=3")
+    assert figures["steps"] == 4 and figures["val"]["bits_per_code"] > 0
+    previews = tmp_path / "run/previews/prior"
+    assert {path.suffix for path in previews.iterdir()} == {".mp4", ".gif", ".png"}
+    info = probe(previews / "step_0000004.mp4")
+    dataset = instantiate(tiny_config(tmp_path, *PIXEL_PRIOR).data)(split="val")
+    assert isinstance(dataset, MovingDigits)
+    assert info.fps == pytest.approx(dataset.fps) and info.n_frames == 4
+    clips, fps = preview_clips(VideoDataModule(instantiate(tiny_config(tmp_path, *PIXEL_PRIOR).data), 4), 2)
+    assert fps == dataset.fps and torch.equal(clips[1], dataset[1]["frames"])

@@ -1,0 +1,94 @@
+"""Stage two: train a prior over the cached latents and save it with its tokenizer in ``run_dir/pipeline``."""
+
+from latentcast.cli import experiment_parser, run_tool
+
+
+def main(args):
+    from pytorch_lightning import seed_everything
+
+    from latentcast import VideoPredictionPipeline
+    from latentcast.config import instantiate, load_config, to_container
+    from latentcast.data.datamodules import VideoDataModule
+    from latentcast.modeling import find_tokenizer
+    from latentcast.training.callbacks import PredictionPreview
+    from latentcast.training.prior_module import PriorModule
+    from latentcast.training.run import TrainingRun, preview_clips, replacing_folder
+
+    config = load_config(args.experiment, args.overrides, tool="train_prior")
+    run = TrainingRun.open(config, "prior")
+    seed_everything(config.seed)
+    tokenizer = find_tokenizer(config, run.run_dir).requires_grad_(False)
+    over_pixels = tokenizer.latent_spec["kind"] == "pixels"
+    prior = instantiate(config.prior, latent_spec=tokenizer.latent_spec)
+    prior.check_context(config.n_context, config.clip_length)
+
+    videos = VideoDataModule(instantiate(config.data), config.batch_size, config.num_workers, config.seed)
+    data = videos if over_pixels else open_cache(config, run.run_dir, tokenizer, prior, videos)
+    clips, fps = preview_clips(videos, config.preview.n_clips)
+    sampler = to_container(config.preview.sampler)
+
+    def make_pipeline(prior):
+        used = None if prior.accepts == "pixels" else tokenizer
+        return VideoPredictionPipeline(prior, used, n_context=config.n_context, fps=fps)
+
+    # Predict one frame now: a mistake in preview.sampler must not wait for the first preview.
+    make_pipeline(prior)(clips[:1, : config.n_context], n_frames=1, num_samples=config.preview.num_samples, **sampler)
+    preview = PredictionPreview(
+        clips,
+        run.preview_dir,
+        config.preview.every_n_steps,
+        make_pipeline,
+        config.n_context,
+        fps,
+        config.preview.num_samples,
+        sampler,
+        config.seed,
+    )
+    module = PriorModule(
+        prior,
+        instantiate(config.optimizer),
+        to_container(config.lr_scheduler),
+        n_context=config.n_context,
+        tokenizer=tokenizer if over_pixels else None,
+        config=to_container(config),
+    )
+    figures = run.fit(module, data, [preview])
+    pipeline_dir = run.run_dir / "pipeline"
+    if module.trainer.is_global_zero:
+        run.save(prior)
+        with replacing_folder(pipeline_dir) as folder:
+            make_pipeline(prior.eval()).save_pretrained(folder)
+    return figures | {"prior": str(run.model_dir), "pipeline": str(pipeline_dir)}
+
+
+def open_cache(config, run_dir, tokenizer, prior, videos):
+    """The latents cache, made sure to be what the tokenizer gives for the experiment's videos."""
+    from latentcast.cli import UserError
+    from latentcast.data.datamodules import LatentDataModule
+    from latentcast.modeling import fingerprint
+
+    root = run_dir / "latents"
+    if not (root / "train").is_dir():
+        raise UserError(f"{root / 'train'}: no latents cache here; run tools/encode_dataset.py first")
+    expect = {"tokenizer_fingerprint": fingerprint(tokenizer), "latent_spec": tokenizer.latent_spec}
+    data = LatentDataModule(
+        root,
+        config.clip_length,
+        config.batch_size,
+        num_workers=config.num_workers,
+        seed=config.seed,
+        expect=expect,
+    )
+    for cached, source in ((data.train_set, videos.train_set), (data.val_set, videos.val_set)):
+        if cached is not None and source is not None:
+            cached.expect(data=source.describe())
+            if cached.manifest["store"] != prior.accepts:
+                raise UserError(
+                    f"{cached.root}: it holds {cached.manifest['store']}, and {type(prior).__name__} takes "
+                    f"{prior.accepts}; encode again with cache.store={prior.accepts} cache.overwrite=true"
+                )
+    return data
+
+
+if __name__ == "__main__":
+    run_tool(main, experiment_parser(__doc__))

@@ -1,0 +1,43 @@
+"""Stage one: train a frame tokenizer and save it in ``run_dir/tokenizer``."""
+
+from latentcast.cli import UserError, experiment_parser, run_tool
+
+
+def main(args):
+    from itertools import islice
+
+    from pytorch_lightning import seed_everything
+
+    from latentcast.config import instantiate, load_config, to_container
+    from latentcast.data.datamodules import VideoDataModule
+    from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview
+    from latentcast.training.run import TrainingRun, preview_clips
+    from latentcast.training.tokenizer_module import TokenizerModule
+
+    config = load_config(args.experiment, args.overrides, tool="train_tokenizer")
+    run = TrainingRun.open(config, "tokenizer")
+    seed_everything(config.seed)
+    tokenizer = instantiate(config.tokenizer)
+    if next(tokenizer.parameters(), None) is None:
+        raise UserError(f"{type(tokenizer).__name__} has nothing to learn; go on with tools/train_prior.py")
+    data = VideoDataModule(instantiate(config.data), config.batch_size, config.num_workers, config.seed)
+    clips, _ = preview_clips(data, config.preview.n_clips)
+    callbacks = [ReconstructionPreview(clips, run.preview_dir, config.preview.every_n_steps)]
+    if tokenizer.is_discrete:
+        callbacks.append(CodebookMonitor(tokenizer.latent_spec["codebook_sizes"]))
+    module = TokenizerModule(
+        tokenizer, instantiate(config.optimizer), to_container(config.lr_scheduler), config=to_container(config)
+    )
+    figures = run.fit(module, data, callbacks)
+    if module.trainer.is_global_zero:
+        tokenizer.eval().to(module.trainer.strategy.root_device)
+        batches = (batch["frames"].to(tokenizer.device) for batch in data.train_dataloader())
+        figures["scaling_factor"] = tokenizer.fit_scaling_factor(islice(batches, SCALING_BATCHES))
+        run.save(tokenizer)
+    return figures | {"tokenizer": str(run.model_dir)}
+
+
+SCALING_BATCHES = 16  # of the train split, from which the variance of the latents is measured
+
+if __name__ == "__main__":
+    run_tool(main, experiment_parser(__doc__))
