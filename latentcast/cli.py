@@ -38,7 +38,10 @@ def run_tool(main, parser, argv=None):
         if args.debug:
             traceback.print_exc()
         kind = "" if isinstance(error, (UserError, ValueError, OSError)) else f"{type(error).__name__}: "
-        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        message = str(error).strip()
+        if message.startswith("Caught "):  # out of a loader's worker: its whole traceback, the message in the last line
+            message = message.splitlines()[-1].partition(": ")[2]
+        print(f"error: {kind}{' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(1) from None
     if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0:  # torchrun's, Lightning's
         print(json.dumps(result), flush=True)

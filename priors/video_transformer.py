@@ -82,10 +82,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and a feed-forward network of the same width (no expansion)."""
 
-    def __init__(self, grid, dim, n_heads, head_dim, form):
+    def __init__(self, grid, dim, n_heads, head_dim, form, relative_scale):
         super().__init__()
         self.attention = Attention(dim, n_heads, head_dim, form)
-        self.relative = RelativeBias3D(grid, n_heads)
+        self.relative = RelativeBias3D(grid, n_heads, relative_scale)
         self.feed_forward = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def forward(self, x, bias, **cache):
@@ -101,7 +101,7 @@ class SliceEncoder(nn.Module):
     (tap, codebook, code), which is how it is computed here.
     """
 
-    def __init__(self, n_slices, n_taps, grid, codebook_sizes, dim, embed_dim, n_layers, n_heads, head_dim, form):
+    def __init__(self, n_slices, n_taps, grid, codebook_sizes, dim, embed_dim, n_layers, block, absolute):
         super().__init__()
         n_rows = sum(codebook_sizes)
         self.unseen = n_taps * n_rows
@@ -110,14 +110,16 @@ class SliceEncoder(nn.Module):
         nn.init.zeros_(self.taps.weight[self.unseen])
         self.slice_embedding = nn.Embedding(n_slices, embed_dim)
         self.project = nn.Linear(embed_dim, dim)
-        self.blocks = nn.ModuleList(Block(grid, dim, n_heads, head_dim, form) for _ in range(n_layers))
+        self.blocks = nn.ModuleList(block() for _ in range(n_layers))
         self.register_buffer("tap_rows", torch.arange(n_taps)[:, None] * n_rows, persistent=False)
+        self.register_buffer("positions", sinusoidal_positions_3d(grid, dim) * absolute, persistent=False)
 
     def forward(self, rows, seen, slice_ids):
         """rows (M, N, taps, n_codebooks) int64 and seen (M, N, taps) bool, slice_ids (M,) -> (M, N, d)."""
         index = torch.where(seen[..., None], rows + self.tap_rows, self.unseen)
         x = self.taps(index.flatten(2).flatten(0, 1)).unflatten(0, index.shape[:2])
         x = self.project(x + self.slice_embedding(slice_ids)[:, None])
+        x = x + self.positions.to(x.dtype)
         for block in self.blocks:
             x = block(x, block.relative())
         return x
@@ -126,14 +128,14 @@ class SliceEncoder(nn.Module):
 class SliceDecoder(nn.Module):
     """Causal over the positions of one slice, given the encoder's memory of the earlier slices."""
 
-    def __init__(self, grid, codebook_sizes, dim, embed_dim, n_layers, n_heads, head_dim, form):
+    def __init__(self, grid, codebook_sizes, dim, embed_dim, n_layers, block):
         super().__init__()
         self.grid = tuple(grid)
         self.embed_codes = nn.Embedding(sum(codebook_sizes), embed_dim)
         nn.init.normal_(self.embed_codes.weight, std=len(codebook_sizes) ** -0.5)
         self.conv = CausalConv3d(embed_dim, dim, (3, 3, 3), mask="A")
         self.from_memory = nn.Linear(dim, dim)
-        self.blocks = nn.ModuleList(Block(grid, dim, n_heads, head_dim, form) for _ in range(n_layers))
+        self.blocks = nn.ModuleList(block() for _ in range(n_layers))
         n = math.prod(self.grid)
         self.register_buffer("positions", sinusoidal_positions_3d(grid, dim), persistent=False)
         self.register_buffer("neighbours", self.conv.neighbours(self.grid), persistent=False)
@@ -246,6 +248,9 @@ class VideoTransformer(Prior):
             keeps the published kernels (single frame: 7 x 1 x 1, of which only the 3 past taps ever see a code; spatial
             1 x 3 x 3; spatio-temporal 5 x 3 x 3), for which the paper's parameter counts hold.
         slices_per_clip: random slices trained on in one step, per clip (the paper: 1); None takes all of them.
+        encoder_positions: give the encoder the decoder's sinusoidal positions too. Without them (as published) it cannot
+            tell where the frame ends, so it does not know where things bounce or leave.
+        relative_scale: multiplies the relative bias tables, see RelativeBias3D; 1 as published.
     """
 
     accepts = "codes"
@@ -264,6 +269,8 @@ class VideoTransformer(Prior):
         n_layers=8,
         context_frames=None,
         slices_per_clip=1,
+        encoder_positions=False,
+        relative_scale=1.0,
     ):
         super().__init__()
         sizes = list(latent_spec["codebook_sizes"])
@@ -289,9 +296,12 @@ class VideoTransformer(Prior):
         self.register_buffer("neighbours", neighbours, persistent=False)  # (n_slices, N, taps), T * h * w: unseen
         self.register_buffer("first_row", first_row, persistent=False)
 
-        shared = (dim, embed_dim, n_layers, n_heads, head_dim, attention)
-        self.encoder = SliceEncoder(len(slice_pixels), len(taps), slice_grid, sizes, *shared)
-        self.decoder = SliceDecoder(slice_grid, sizes, *shared)
+        def block():
+            return Block(slice_grid, dim, n_heads, head_dim, attention, relative_scale)
+
+        shared = (slice_grid, sizes, dim, embed_dim, n_layers, block)
+        self.encoder = SliceEncoder(len(slice_pixels), len(taps), *shared, absolute=encoder_positions)
+        self.decoder = SliceDecoder(*shared)
         self.head = ChannelHead(sizes, dim)
 
     # Likelihood -------------------------------------------------------------------------------------------------

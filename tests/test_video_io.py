@@ -102,6 +102,25 @@ def test_central_square_is_resized_as_pillow_does(encoded, backend, size):
     assert (found.int() - expected.int()).abs().max() <= 1
 
 
+def test_trimmed_video_shows_only_what_its_edit_list_keeps(tmp_path):
+    """As phones trim: the first frames stay in the file, marked as not to be shown."""
+    whole = encode(tmp_path / "whole.mp4", counter_frames(60), options={"crf": "12", "g": "30"})
+    with (
+        av.open(str(whole)) as source,
+        av.open(str(tmp_path / "trimmed.mp4"), "w", options={"avoid_negative_ts": "disabled"}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                shift = round(10 / 25 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                target.mux(packet)
+    assert probe(tmp_path / "trimmed.mp4").n_frames == 50
+    assert read_counter(read_clip(tmp_path / "trimmed.mp4", range(50))) == list(range(10, 60))
+    for backend in ("auto", "pyav"):
+        assert read_counter(read_clip(tmp_path / "trimmed.mp4", [49, 48], backend=backend)) == [59, 58]
+
+
 def test_wrong_requests(encoded):
     path = encoded / "closed_gop.mp4"
     for indices in ([], [-1]):

@@ -11,7 +11,7 @@ from latentcast import VideoTransformer
 from latentcast.layers.masked_convolutions import CausalConv3d
 from latentcast.layers.positions import RelativeBias3D
 from latentcast.priors.sampling import draw
-from latentcast.priors.video_transformer import DecoderState, encoder_taps
+from latentcast.priors.video_transformer import CachedStepper, DecoderState, encoder_taps
 
 SUBSCALES = [(4, 1, 1), (1, 2, 2), (2, 2, 2)]
 ATTENTION = ["query_key_relative", "key_relative", "relative"]
@@ -141,7 +141,7 @@ def soft_logits(model, soft, index):
     near = padded[:, neighbours]  # (1, N, taps, n_codebooks, rows)
     tables = model.encoder.taps.weight[: model.encoder.unseen].view(near.shape[2], near.shape[4], -1)
     x = torch.einsum("bntkr,tre->bne", near, tables)
-    x = model.encoder.project(x + model.encoder.slice_embedding.weight[index])
+    x = model.encoder.project(x + model.encoder.slice_embedding.weight[index]) + model.encoder.positions
     for block in model.encoder.blocks:
         x = block(x, block.relative())
     own = soft[:, pixels]
@@ -342,3 +342,26 @@ def test_cuda_graph_samples_equal_uncached(subscale):
         for cache in (True, False)
     ]
     assert torch.equal(*samples)
+
+
+def test_encoder_positions_and_relative_scale_change_what_they_name():
+    clip = random_codes()
+    plain = tiny().bits_per_code(clip, 1)
+    assert not torch.allclose(plain, tiny(encoder_positions=True).bits_per_code(clip, 1))
+    scaled = tiny(relative_scale=2.0)
+    assert not torch.allclose(plain, scaled.bits_per_code(clip, 1))
+    with torch.no_grad():  # halving the tables undoes the scale
+        for name, parameter in scaled.named_parameters():
+            if "relative.tables" in name:
+                parameter /= 2
+    torch.testing.assert_close(plain, scaled.bits_per_code(clip, 1))
+
+
+def test_a_step_needs_no_host_synchronisation():
+    """What a CUDA graph may record: no value may travel to the host. Fake tensors raise on any that would."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = tiny((2, 2, 2))
+    stepper = CachedStepper(model, torch.zeros(3, 8, 24), {"temperature": 0.9, "top_k": 3, "top_p": 0.9})
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        stepper._step(8)

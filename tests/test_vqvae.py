@@ -179,3 +179,36 @@ def test_config_files(tmp_path, name):
     if name != "pixel":
         tokenizer = instantiate(load_config(experiment, ["tokenizer.n_codebooks=2"]).tokenizer)
         assert tokenizer.latent_spec["codebook_sizes"] == [512, 512]
+
+
+def test_linear_output_learns_where_it_is_out_of_range_and_decodes_within():
+    torch.manual_seed(0)
+    model = VQVAE(1, 16, 16, output_activation="linear", codebook_size=8, **SMALL_VQVAE)
+    with torch.no_grad():
+        model.decoder[-1].bias.fill_(3.0)  # far outside of [-1, 1]
+    output = model.train()(torch.full((1, 2, 1, 16, 16), -1.0))
+    output.loss.backward()
+    assert output.logs["reconstruction_loss"] > 4 and output.frames.abs().max() <= 1
+    assert model.decoder[-1].bias.grad.abs() > 1  # a clamp before the loss would stop it
+    assert model.eval().decode(torch.zeros(1, 1, 8, 4, 4)).abs().max() <= 1
+
+
+def test_replicate_padding_makes_codes_the_same_wherever_a_thing_is():
+    """On a plain background, an object that moves by one stride moves its features; zeros tell where the edge is."""
+    frames = torch.full((1, 2, 1, 64, 64), -1.0)
+    frames[0, 0, 0, 26:30, 25:31] = 1
+    frames[0, 1, 0, 26:30, 33:39] = 1
+    for mode in ("zeros", "replicate"):
+        torch.manual_seed(0)
+        model = VQVAE(1, 64, 64, padding_mode=mode, stride=8, codebook_size=8, **SMALL_VQVAE)
+        before, after = model._features(frames)[0]
+        blank = model._features(torch.full((1, 1, 1, 64, 64), -1.0))[0, 0]
+        moved = torch.allclose(before[:, :7], after[:, 1:], atol=1e-5)
+        plain = torch.allclose(blank, blank[:1, :1], atol=1e-5)
+        assert moved == plain == (mode == "replicate")
+
+
+@pytest.mark.parametrize("option", ["output_activation", "padding_mode"])
+def test_unknown_variant_is_refused(option):
+    with pytest.raises(ValueError, match=f"{option}: expected .*, found 'relu'"):
+        VQVAE(**{option: "relu"})

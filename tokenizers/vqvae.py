@@ -35,6 +35,9 @@ class VQVAE(FrameTokenizer):
         dead_code_threshold: codes used less than this fraction of the average are drawn anew; 0 switches it off.
         output_activation: "tanh", or "linear": clamped to [-1, 1] outside the loss. Frames that are mostly black or
             white saturate tanh within a few steps at high learning rates, and nothing is learned from then on.
+        padding_mode: "zeros" (grey, in frames of [-1, 1]) or "replicate": what the convolutions see beyond the edges of
+            a frame. Zeros give codes near an edge a look of their own; with replicate, a thing on a plain background
+            has the same codes wherever it is.
         scaling_factor: latents are code vectors times this; see ``fit_scaling_factor``.
     """
 
@@ -59,11 +62,14 @@ class VQVAE(FrameTokenizer):
         kmeans_iters: int = 10,
         dead_code_threshold: float = 0.1,
         output_activation: str = "tanh",
+        padding_mode: str = "zeros",
         scaling_factor: float = 1.0,
     ):
         super().__init__()
         if output_activation not in ("tanh", "linear"):
             raise ValueError(f"output_activation: expected 'tanh' or 'linear', found {output_activation!r}")
+        if padding_mode not in ("zeros", "replicate"):
+            raise ValueError(f"padding_mode: expected 'zeros' or 'replicate', found {padding_mode!r}")
         if stride not in (2, 4, 8, 16):
             raise ValueError(f"stride: expected 2, 4, 8 or 16, found {stride}")
         if height % stride or width % stride:
@@ -73,9 +79,9 @@ class VQVAE(FrameTokenizer):
 
         encoder = []
         for narrow, wide in pairwise(widths):
-            encoder += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1), nn.ReLU()]
-        encoder += [nn.Conv2d(widths[-1], hidden_channels, 3, padding=1)]
-        encoder += [ResidualBlock(hidden_channels, residual_channels) for _ in range(n_residual_blocks)]
+            encoder += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1, padding_mode=padding_mode), nn.ReLU()]
+        encoder += [nn.Conv2d(widths[-1], hidden_channels, 3, padding=1, padding_mode=padding_mode)]
+        encoder += [ResidualBlock(hidden_channels, residual_channels, padding_mode) for _ in range(n_residual_blocks)]
         if embedding_dim != hidden_channels:
             encoder += [nn.Conv2d(hidden_channels, embedding_dim, 1)]
         self.encoder = nn.Sequential(*encoder)
@@ -90,8 +96,8 @@ class VQVAE(FrameTokenizer):
             dead_code_threshold=dead_code_threshold,
         )
 
-        decoder = [nn.Conv2d(embedding_dim, hidden_channels, 3, padding=1)]
-        decoder += [ResidualBlock(hidden_channels, residual_channels) for _ in range(n_residual_blocks)]
+        decoder = [nn.Conv2d(embedding_dim, hidden_channels, 3, padding=1, padding_mode=padding_mode)]
+        decoder += [ResidualBlock(hidden_channels, residual_channels, padding_mode) for _ in range(n_residual_blocks)]
         widths = [hidden_channels, *widths[-2::-1]]
         for wide, narrow in pairwise(widths):
             decoder += [nn.ReLU(), nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1)]

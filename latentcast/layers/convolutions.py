@@ -10,9 +10,9 @@ class ResidualBlock(nn.Module):
     Latent Video Transformer, section 4.1. The ReLU must not work in place: the skip connection carries x itself.
     """
 
-    def __init__(self, channels, residual_channels):
+    def __init__(self, channels, residual_channels, padding_mode="zeros"):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, residual_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, residual_channels, 3, padding=1, padding_mode=padding_mode)
         self.conv2 = nn.Conv2d(residual_channels, channels, 1)
 
     def forward(self, x):

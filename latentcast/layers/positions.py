@@ -20,13 +20,15 @@ def sinusoidal_positions_3d(grid, dim):
 class RelativeBias3D(nn.Module):
     """Attention bias B = B_t[dt] + B_h[dh] + B_w[dw], one learned table per axis and head, zero at the start.
 
-    ``forward()`` returns (n_heads, N, N) with N = t * h * w: entry [m, q, k] is added to the logit of query q and
-    key k.
+    ``scale`` multiplies the tables: under Adam it multiplies their learning rate, which lets short runs form sharp
+    attention.
+
+    ``forward()`` returns (n_heads, N, N) with N = t * h * w: entry [m, q, k] is added to the logit of query q, key k.
     """
 
-    def __init__(self, grid, n_heads):
+    def __init__(self, grid, n_heads, scale=1.0):
         super().__init__()
-        self.grid = tuple(grid)
+        self.grid, self.scale = tuple(grid), scale
         self.tables = nn.ParameterList(nn.Parameter(torch.zeros(n_heads, 2 * size - 1)) for size in self.grid)
 
     def forward(self):
@@ -36,6 +38,6 @@ class RelativeBias3D(nn.Module):
             per_axis = table[:, index[:, None] - index + size - 1]  # (heads, size, size)
             shape = [-1, 1, 1, 1, 1, 1, 1]
             shape[1 + axis], shape[4 + axis] = size, size
-            bias = bias + per_axis.view(shape)
+            bias = bias + self.scale * per_axis.view(shape)
         n = self.grid[0] * self.grid[1] * self.grid[2]
         return bias.reshape(-1, n, n)
