@@ -248,8 +248,8 @@ class VideoTransformer(Prior):
             keeps the published kernels (single frame: 7 x 1 x 1, of which only the 3 past taps ever see a code; spatial
             1 x 3 x 3; spatio-temporal 5 x 3 x 3), for which the paper's parameter counts hold.
         slices_per_clip: random slices trained on in one step, per clip (the paper: 1); None takes all of them.
-        encoder_positions: give the encoder the decoder's sinusoidal positions too. Without them (as published) it cannot
-            tell where the frame ends, so it does not know where things bounce or leave.
+        encoder_positions: give the encoder the decoder's sinusoidal positions too. Without them (as published) it
+            cannot tell where the frame ends, so it does not know where things bounce or leave.
         relative_scale: multiplies the relative bias tables, see RelativeBias3D; 1 as published.
     """
 
