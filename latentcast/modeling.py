@@ -31,6 +31,7 @@ class VideoModel(ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
+    memory_format = torch.contiguous_format  # of the weights, also after loading
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -46,6 +47,7 @@ class VideoModel(ModelMixin, ConfigMixin):
                 f"{path}: the weights do not fit {cls.config_name}: {len(info['missing_keys'])} tensors are missing, "
                 f"{info['missing_keys'][0]!r} among them"
             )
+        model.to(memory_format=cls.memory_format)
         return (model, info) if want_info else model
 
 

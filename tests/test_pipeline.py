@@ -347,7 +347,7 @@ def test_what_is_no_pipeline_is_refused(copy, tmp_path):
     (tmp_path / "file").write_text("text")
     assert "not a folder" in refused(tmp_path / "file")
     assert "not a folder" in refused(tmp_path / "nowhere")
-    assert "not a folder" in refused("runs/quickstart/pipeline")
+    assert "not a folder" in refused("runs/no_such_run/pipeline")
     (copy / "model_index.json").write_text("{")
     assert "not valid JSON" in refused(copy)
     (copy / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')

@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 
+import torch
+import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
@@ -42,6 +44,7 @@ class VQVAE(FrameTokenizer):
     """
 
     _keep_in_fp32_modules = ["quantizer"]  # noqa: RUF012
+    memory_format = torch.channels_last  # convolutions are about twice as fast so
 
     @register_to_config
     def __init__(
@@ -107,6 +110,8 @@ class VQVAE(FrameTokenizer):
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):  # as in the published code
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        self.to(memory_format=self.memory_format)
+        self.to(memory_format=torch.channels_last)  # convolutions are about twice as fast so
 
     @property
     def latent_spec(self):
