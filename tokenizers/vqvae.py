@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import torch
-import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
@@ -111,7 +110,6 @@ class VQVAE(FrameTokenizer):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         self.to(memory_format=self.memory_format)
-        self.to(memory_format=torch.channels_last)  # convolutions are about twice as fast so
 
     @property
     def latent_spec(self):
