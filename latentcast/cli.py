@@ -26,7 +26,7 @@ def run_tool(main, parser, argv=None):
     done; 1: an error, as one clear line (``--debug`` adds the traceback); 2: usage; 130: interrupted.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # key=value may stand on both sides of an option
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # libraries that print must not spoil the last line

@@ -248,4 +248,27 @@ def _merge(config, part, prefix):
         elif new and not current._is_none() and "_target_" not in value:
             raise ConfigError(f"{name}: expected a value like {current}, found a mapping")
         else:
+            _check_kind(name, current, value)
             config[key] = value
+
+
+def _check_kind(name, current, value):
+    """Refuse a value of another kind than the default's, where that says which values there can be."""
+    if current._is_missing() and value._is_none():
+        raise ConfigError(f"{name}: a value must be given ({name}=...)")
+    if value._is_none() or value._is_interpolation():
+        return
+    expected = _kind(current._maybe_dereference_node())
+    if expected and _kind(value) != expected:
+        found = value if isinstance(value, ListConfig) else repr(value._value())
+        raise ConfigError(f"{name}: expected {expected}, found {found}")
+
+
+def _kind(node):
+    """What a default asks for. A string asks for nothing: ``auto`` and ``32-true`` stand for numbers."""
+    if isinstance(node, ListConfig):
+        return "a list"
+    value = None if node is None else node._value()
+    if isinstance(value, bool):
+        return "true or false"
+    return "a number" if isinstance(value, (int, float)) else None

@@ -9,7 +9,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 
 import latentcast
-from latentcast.config import instantiate
+from latentcast.config import instantiate, to_container
 
 STAGES = ("latentcast.tokenizers.", "latentcast.priors.")
 
@@ -121,13 +121,27 @@ def find_tokenizer(config, run_dir):
 
     Args:
         config: the experiment, whose ``tokenizer`` group is built when its class has no parameters (PixelTokenizer).
+            With a trained one, the group must have the settings that it was trained with, or be null.
         run_dir: folder of the experiment.
     Raises:
         FileNotFoundError: the tokenizer is to be trained first.
+        ValueError: the trained one has other settings than the experiment's.
     """
     folder = Path(run_dir) / "tokenizer"
     if (folder / VideoModel.config_name).is_file():
-        return load_model(folder)
+        tokenizer = load_model(folder)
+        asked = {} if config.tokenizer is None else to_container(config.tokenizer)
+        for name, value in asked.items():
+            if name == "_target_":
+                found, value = type(tokenizer).__name__, value.rpartition(".")[2]
+            else:
+                found = tokenizer.config.get(name)
+            if found != value and name != "scaling_factor":  # which training sets
+                raise ValueError(
+                    f"{folder}: trained with tokenizer.{name}={found}, asked for {value}; train again with "
+                    "overwrite=true, use another run_dir, or take it as it is with tokenizer=null"
+                )
+        return tokenizer
     if config.tokenizer is not None:
         tokenizer = instantiate(config.tokenizer)
         if next(tokenizer.parameters(), None) is None:

@@ -1,16 +1,22 @@
 """Drawing codes from logits, shared by the autoregressive priors."""
 
+from numbers import Real
+
 import torch
 
 
 def check_sampling(temperature, top_k, top_p):
     """Refuse sampling options outside their ranges."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature: expected a number >= 0, found {temperature}")
-    if top_k is not None and (int(top_k) != top_k or top_k < 1):
-        raise ValueError(f"top_k: expected an integer >= 1 or None, found {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1] or None, found {top_p}")
+    if not (_is_number(temperature) and temperature >= 0):
+        raise ValueError(f"temperature: expected a number >= 0, found {temperature!r}")
+    if top_k is not None and not (_is_number(top_k) and top_k >= 1 and top_k % 1 == 0):
+        raise ValueError(f"top_k: expected an integer >= 1 or None, found {top_k!r}")
+    if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"top_p: expected a number in (0, 1] or None, found {top_p!r}")
+
+
+def _is_number(value):
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):

@@ -278,7 +278,7 @@ class VideoTransformer(Prior):
             raise ValueError(f"latent_spec: the video transformer needs codes, found kind {latent_spec['kind']!r}")
         grid = (n_frames, latent_spec["height"], latent_spec["width"])
         subscale = tuple(subscale)
-        if len(subscale) != 3 or any(s < 1 or size % s for s, size in zip(subscale, grid)):
+        if len(subscale) != 3 or any(not isinstance(s, int) or s < 1 or n % s for s, n in zip(subscale, grid)):
             raise ValueError(f"subscale: expected three divisors of (T, h, w) = {grid}, found {list(subscale)}")
         if attention not in ATTENTION_FORMS:
             raise ValueError(f"attention: expected one of {', '.join(ATTENTION_FORMS)}, found {attention!r}")

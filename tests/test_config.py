@@ -168,6 +168,12 @@ def test_another_class_keeps_the_place_but_not_the_arguments(configs):
         (["sizes.x=3"], "sizes: expected a value like [1, 2], found a mapping"),
         (["optimizer=adam"], "optimizer: expected a mapping, found adam"),
         (["run_dir=${nowhere}"], "nowhere"),
+        (["seed=abc"], "seed: expected a number, found 'abc'"),
+        (["seed=true"], "seed: expected a number, found True"),
+        (["seed=[1]"], "seed: expected a number, found [1]"),
+        (["sizes=3"], "sizes: expected a list, found 3"),
+        (["optimizer._partial_=maybe"], "optimizer._partial_: expected true or false, found 'maybe'"),
+        (["prior.in_features=abc"], "prior.in_features: expected a number, found 'abc'"),
     ],
 )
 def test_a_bad_override_is_one_clear_line(configs, overrides, expected):
@@ -202,6 +208,7 @@ def test_a_value_that_must_be_given_is_named(configs):
     config = load_config("needs_data")
     message = line_of(instantiate, config.data)
     assert message == "data.num_embeddings: a value must be given (data.num_embeddings=...)"
+    assert line_of(load_config, "needs_data", ["data.num_embeddings=null"]) == message
     assert instantiate(load_config("needs_data", ["data.num_embeddings=3"]).data).weight.shape == (3, 2)
 
 

@@ -157,10 +157,16 @@ def test_which_frames_are_taken(folder, tool, capsys, tmp_path, arguments, n_fra
     [
         (["temperatur=1"], "unknown sampler option 'temperatur'; did you mean 'temperature'"),
         (["hot"], "'hot': expected an option of the sampler as key=value"),
+        (["top_k=[1"], "top_k=[1: not valid YAML"),
+        (["temperature=hot"], "temperature: expected a number >= 0, found 'hot'"),
+        (["top_k=2.5"], "top_k: expected an integer >= 1 or None, found 2.5"),
+        (["top_p=most"], "top_p: expected a number in (0, 1] or None, found 'most'"),
         (["--n-frames", "0"], "--n-frames: expected at least 1, found 0"),
         (["--n-context", "0"], "--n-context: expected at least 1, found 0"),
         (["--start", "-1"], "--start: expected at least 0, found -1"),
         (["--fps", "0"], "--fps: expected a rate above 0, found 0.0"),
+        (["--fps", "inf"], "--fps: expected a rate above 0, found inf"),
+        (["top_k=2", "--seed", "1", "hotter=1"], "unknown sampler option 'hotter'"),  # on both sides of an option
         (["--device", "abacus"], "--device abacus: not available"),
         (["--pipeline", "{root}/run"], "no model_index.json"),
         (["--pipeline", "{root}/nowhere/at/all"], "not a folder"),

@@ -52,7 +52,7 @@ def main(args):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, found {value}")
-    if args.fps is not None and not args.fps > 0:
+    if args.fps is not None and not 0 < args.fps < float("inf"):
         raise UserError(f"--fps: expected a rate above 0, found {args.fps}")
     sampler = parse_options(args.options)
     videos = find_videos(args.input)
@@ -149,12 +149,17 @@ def find_videos(path):
 
 def parse_options(options):
     """["temperature=0.9"] -> {"temperature": 0.9}; values are parsed as YAML."""
+    import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     for option in options:
         if "=" not in option:
             raise UserError(f"{option!r}: expected an option of the sampler as key=value")
-    return OmegaConf.to_container(OmegaConf.from_dotlist(options))
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(options))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{' '.join(options)}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def pick_device(name):

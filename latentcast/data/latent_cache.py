@@ -367,7 +367,9 @@ class LatentCacheDataset(Dataset):
             asked["data"] = data
         difference = _difference(found, json.loads(json.dumps(asked)))
         if difference:
-            raise ValueError(f"latents cache {self.root}: {difference}; re-run tools/encode_dataset.py")
+            raise ValueError(
+                f"latents cache {self.root}: {difference}; re-run tools/encode_dataset.py with cache.overwrite=true"
+            )
         return self
 
     def set_epoch(self, epoch):

@@ -136,7 +136,7 @@ class LastCheckpoint(Callback):
 
     def _save(self, trainer):
         if trainer.global_step != self._saved_step:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, False)  # False: not the weights alone
             self._saved_step = trainer.global_step
 
 

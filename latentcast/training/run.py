@@ -41,12 +41,16 @@ class TrainingRun:
         """Prepare ``run_dir`` and refuse to start over what is there already.
 
         Raises:
-            UserError: not writable, or there is a run and neither ``resume`` nor ``overwrite`` says what to do.
+            UserError: not writable, a group or setting that training cannot do without, or there is a run and neither
+                ``resume`` nor ``overwrite`` says what to do.
         """
         if config.final_weights not in ("last", "best"):
             raise UserError(f"final_weights: expected last or best, found {config.final_weights!r}")
-        if config.trainer is None:
-            raise UserError("trainer: the experiment names none (defaults: {trainer: default})")
+        if not 0 <= config.ema_decay < 1:
+            raise UserError(f"ema_decay: expected at least 0 and below 1, found {config.ema_decay}")
+        for group in (stage, "data", "trainer"):
+            if config[group] is None:
+                raise UserError(f"{group}: the experiment names none; choose one by {group}=NAME")
         run = cls(config, stage, prepare_run_dir(config.run_dir))
         # The other ranks start later and must not judge by what rank 0 has written meanwhile.
         if rank_zero_only.rank == 0 and not (config.resume or config.overwrite):
@@ -211,6 +215,8 @@ def check_checkpoint(path, module, averaging):
 
 def preview_clips(data, n_clips):
     """The first clips of the val split (of the train split, where there is no val) -> ((N, T, C, H, W), their fps)."""
+    if n_clips < 1:
+        raise UserError(f"preview.n_clips: expected at least 1, found {n_clips}")
     dataset = data.val_set or data.train_set
     return torch.stack([dataset[index]["frames"] for index in range(min(n_clips, len(dataset)))]), dataset.fps
 
