@@ -51,7 +51,9 @@ def experiment_parser(description):
     """``TOOL.py EXPERIMENT [key=value ...]``"""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("experiment", help="a name under configs/experiment/ or the path of a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. prior.n_layers=4 or prior=st_pixelcnn")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. prior.n_layers=4 or prior=st_pixelcnn"
+    )
     return parser
 
 

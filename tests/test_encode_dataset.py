@@ -141,8 +141,10 @@ def test_another_tokenizer_or_size_is_refused(encoded, tmp_path):
     first = load_model(folder / "run" / "tokenizer")
     with pytest.raises(ValueError, match=f"made with tokenizer {fingerprint(first)}, asked for {fingerprint(other)}"):
         call_tool("encode_dataset", tmp_path, *SHARDS)
-    with pytest.raises(ValueError, match=r"\(C, H, W\) = \(1, 16, 16\), the data set serves \(1, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"run/tokenizer: trained with tokenizer.height=16, asked for 64"):
         call_tool("encode_dataset", tmp_path, *SHARDS, "frame_size=64")
+    with pytest.raises(ValueError, match=r"\(C, H, W\) = \(1, 16, 16\), the data set serves \(1, 64, 64\)"):
+        call_tool("encode_dataset", tmp_path, *SHARDS, "frame_size=64", "tokenizer=null")
     with pytest.raises(ValueError, match=r"made with data.video_length 6, asked for 7"):
         call_tool("encode_dataset", folder, *SHARDS, "data.video_length=7")
     assert contents(folder / "run" / "latents") == before

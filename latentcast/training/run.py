@@ -92,7 +92,7 @@ class TrainingRun:
         Returns:
             dict of ``steps``, ``val`` (name -> figure of the final weights) and ``seconds``.
         Raises:
-            ValueError: the checkpoint is damaged or does not fit the config.
+            ValueError: the checkpoint is damaged or does not fit the config, or the model does not take the clips.
             FloatingPointError: a loss that is not finite.
             KeyboardInterrupt: asked to stop; ``last.ckpt`` is written.
         """
@@ -130,6 +130,7 @@ class TrainingRun:
             ],
         )
         if checkpoint is None:
+            try_out(module, datamodule)  # before an earlier training is given up for this one
             self._clear()
         self._save_config()
         csv.start(start_step)
@@ -211,6 +212,15 @@ def check_checkpoint(path, module, averaging):
         side = "without" if averaging else "with"
         raise ValueError(f"checkpoint {path}: it was trained {side} a moving average (ema_decay); keep it so to resume")
     return step
+
+
+@torch.no_grad()
+def try_out(module, datamodule):
+    """Make sure that model and data fit, with one clip of the train split; changes nothing in the model."""
+    was_training = module.training
+    module.eval()
+    module.compute({name: clip[None] for name, clip in datamodule.train_set[0].items()})
+    module.train(was_training)
 
 
 def preview_clips(data, n_clips):
