@@ -68,14 +68,15 @@ class Attention(nn.Module):
             values.index_copy_(2, positions, value.to(values.dtype))
             value = values[:, :, : bias.shape[-1]]
         bias = bias.to(value.dtype)
-        if self.form == "relative":
-            out = bias.softmax(-1) @ value
-        else:
-            if self.form == "query_key_relative":
-                query = self._heads(self.to_query(x))
-            else:
-                query = self.query.to(value.dtype).expand(x.shape[0], -1, x.shape[1], -1)
+        if self.form == "query_key_relative":
+            query = self._heads(self.to_query(x))
+        elif self.form == "key_relative":
+            query = self.query.to(value.dtype).expand(x.shape[0], -1, x.shape[1], -1)
+        if key is not None and cache is None:
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
+        else:  # for the few queries of a sampling step, plain products are faster than the fused kernel
+            logits = bias if key is None else query * self.head_dim**-0.5 @ key.transpose(2, 3) + bias
+            out = logits.softmax(-1) @ value
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
