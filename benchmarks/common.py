@@ -54,7 +54,7 @@ def say(text):
 
 
 def seconds(function, device="cpu", repeat=1):
-    """Wall-clock seconds of one call: the mean of ``repeat`` calls after none of warm-up (warm up yourself)."""
+    """Wall-clock seconds of one call, the mean of ``repeat`` calls; warming up is the caller's."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeat):
