@@ -67,7 +67,7 @@ def lvt_uncached(model, n_samples, device, measured):
     slice_ids = torch.full((n_samples,), 8, device=device)
     memory = model._encode(rows, slice_ids)
     encode = seconds(lambda: model._encode(rows, slice_ids), device)
-    stepper = FullStepper(model, memory, {"temperature": 1.0, "top_k": None, "top_p": None})
+    stepper = FullStepper(model, n_samples, {"temperature": 1.0, "top_k": None, "top_p": None})
     stepper.start_slice(memory, rows[:, model.slice_pixels[8]], 0, torch.rand(256, n_samples, 4, device=device))
     stepper.step(0)
     positions = iter(range(1, measured + 1))

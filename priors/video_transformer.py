@@ -171,7 +171,7 @@ class SliceDecoder(nn.Module):
 
 
 class DecoderState:
-    """Pre-allocated buffers of step-by-step decoding for M rows; reused from slice to slice."""
+    """Pre-allocated buffers of step-by-step decoding for M rows; reused from slice to slice and window to window."""
 
     def __init__(self, decoder, n_rows, dtype, device):
         attention = decoder.blocks[0].attention
@@ -188,9 +188,7 @@ class DecoderState:
     def start_slice(self, memory):
         """Begin a slice: memory (M, N, d). The caches need no clearing: the causal bias hides stale entries."""
         decoder = self.decoder
-        self.base.copy_(decoder.from_memory(memory) + decoder.positions.to(memory.dtype))
-        if decoder.conv.bias is not None:
-            self.base.add_(decoder.conv.bias)
+        self.base.copy_(decoder.from_memory(memory) + decoder.positions.to(memory.dtype) + decoder.conv.bias)
 
     def feed(self, rows, positions):
         """Write the codes' embeddings at ``positions``: rows (M, L, n_codebooks)."""
@@ -444,10 +442,13 @@ class VideoTransformer(Prior):
 
         choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         video = context.repeat_interleave(num_samples, 0)
-        with (progress or no_progress)(total=sum(self._count_steps(*window) for window in windows)) as bar:
-            for index, (known, new) in enumerate(windows):
+        plans = [self._plan(*window) for window in windows]
+        n_steps = sum(self.slice_pixels.shape[1] - start for plan in plans for _, start in plan)
+        stepper = (CachedStepper if use_cache else FullStepper)(self, len(video), choose)
+        with (progress or no_progress)(total=n_steps) as bar:
+            for index, ((known, new), plan) in enumerate(zip(windows, plans)):
                 shared = num_samples if index == 0 else 1
-                window = self._sample_window(video[:, -known:], new, shared, generator, choose, use_cache, bar)
+                window = self._sample_window(video[:, -known:], plan, shared, generator, stepper, bar)
                 video = torch.cat([video, window[:, known : known + new]], 1)
         return video[:, n_context:].unflatten(0, (-1, num_samples))
 
@@ -464,10 +465,7 @@ class VideoTransformer(Prior):
                 plan.append((index, start))
         return plan
 
-    def _count_steps(self, known, new):
-        return sum(self.slice_pixels.shape[1] - start for _, start in self._plan(known, new))
-
-    def _sample_window(self, known, new, num_shared, generator, choose, use_cache, bar):
+    def _sample_window(self, known, plan, num_shared, generator, stepper, bar):
         """Fill one window: known (M, n, h, w, n_codebooks) -> (M, T, h, w, n_codebooks).
 
         Rows come in groups of ``num_shared`` with the same known frames, so the first slice's memory is computed once
@@ -477,8 +475,7 @@ class VideoTransformer(Prior):
         rows = torch.zeros(n_rows, *self.grid, len(self.codebook_sizes), dtype=torch.int64, device=known.device)
         rows[:, :n_known] = known
         rows = (rows + self.first_row).flatten(1, 3)
-        stepper = None
-        for order, (index, start) in enumerate(self._plan(n_known, new)):
+        for order, (index, start) in enumerate(plan):
             share = num_shared if order == 0 else 1
             slice_id = torch.tensor([index], device=known.device)
             memory = self._encode(rows[::share], slice_id.expand(n_rows // share)).repeat_interleave(share, 0)
@@ -486,8 +483,6 @@ class VideoTransformer(Prior):
             shape = (own.shape[1], n_rows, len(self.codebook_sizes))
             source = generator.device if generator is not None else known.device
             uniform = torch.rand(shape, generator=generator, device=source).to(known.device)
-            if stepper is None:
-                stepper = (CachedStepper if use_cache else FullStepper)(self, memory, choose)
             stepper.start_slice(memory, own, start, uniform)
             for position in range(start, own.shape[1]):
                 stepper.step(position)
@@ -508,7 +503,7 @@ class VideoTransformer(Prior):
 class FullStepper:
     """Reference sampler: the decoder re-runs over the whole slice for every position."""
 
-    def __init__(self, model, memory, choose):
+    def __init__(self, model, n_rows, choose):
         self.model, self.choose = model, choose
 
     def start_slice(self, memory, own, start, uniform):
@@ -526,11 +521,10 @@ class CachedStepper:
     as a graph and replayed: at this size, launching the kernels one by one would take longer than running them.
     """
 
-    def __init__(self, model, memory, choose):
-        self.model, self.choose, self.device = model, choose, memory.device
-        n_rows, n = memory.shape[:2]
-        n_codebooks = len(model.codebook_sizes)
-        self.state = DecoderState(model.decoder, n_rows, memory.dtype, self.device)
+    def __init__(self, model, n_rows, choose):
+        self.model, self.choose, self.device = model, choose, model.device
+        n, n_codebooks = model.slice_pixels.shape[1], len(model.codebook_sizes)
+        self.state = DecoderState(model.decoder, n_rows, model.dtype, self.device)
         self.own = torch.zeros(n_rows, n, n_codebooks, dtype=torch.int64, device=self.device)
         self.uniform = torch.zeros(n, n_rows, n_codebooks, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
