@@ -84,9 +84,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tmp_path, stage, ex
     """5 batches an epoch, stopped inside the second or third one: weights, average, optimizer and rate are equal."""
     _, _, whole = fit(tiny_config(tmp_path, *EXACT, *extra, f"run_dir={tmp_path}/whole"), stage)
     half = [*EXACT, *extra, f"run_dir={tmp_path}/half"]
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         fit(tiny_config(tmp_path, *half), stage, [Stop(6, number)])
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     _, _, resumed = fit(tiny_config(tmp_path, *half, "resume=true"), stage)
 
     expected, found = last(whole), last(resumed)
