@@ -30,6 +30,7 @@ class Prior(VideoModel):
 
     accepts = "codes"
     min_context = 1
+    conditions: dict = {}  # noqa: RUF012  (what the prior needs of each frame or video, as in VideoDataset)
 
     def forward(self, clip, n_context):
         """Training loss of predicting ``clip[:, n_context:]`` by teacher forcing -> PriorOutput."""

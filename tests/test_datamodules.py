@@ -13,8 +13,13 @@ from latentcast.data.base import EmptySplitError, VideoEntry
 from latentcast.data.datamodules import LatentDataModule
 
 DIGITS = functools.partial(
-    MovingDigits, clip_length=4, size=32, video_length=12, n_videos=10, n_heldout_videos=3, lattice=1
+    MovingDigits, clip_length=4, size=32, video_length=7, n_videos=10, n_heldout_videos=3, lattice=1
 )
+
+
+def clips_of(batch):
+    (clips,) = (tensor for name, tensor in batch.items() if name != "conditions")
+    return clips
 
 
 class Recorder(pl.LightningModule):
@@ -26,12 +31,11 @@ class Recorder(pl.LightningModule):
         self.batches, self.val_batches = {}, []
 
     def training_step(self, batch, _):
-        (clips,) = batch.values()
-        self.batches.setdefault(self.current_epoch, []).append(clips)
+        self.batches.setdefault(self.current_epoch, []).append(clips_of(batch))
         return self.weight * 0
 
     def validation_step(self, batch, _):
-        self.val_batches += list(batch.values())
+        self.val_batches.append(clips_of(batch))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)

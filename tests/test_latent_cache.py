@@ -183,7 +183,7 @@ def test_the_manifest_names_its_makers(cache, tokenizer):
     assert manifest["tokenizer"] == fingerprint(tokenizer)
     assert manifest["latent_spec"] == tokenizer.latent_spec
     assert manifest["data"] == Noise().describe()
-    assert (manifest["format"], manifest["fps"], manifest["dtype"], manifest["store"]) == (1, 10.0, "uint8", "codes")
+    assert (manifest["format"], manifest["fps"], manifest["dtype"], manifest["store"]) == (2, 10.0, "uint8", "codes")
     assert manifest["videos"][4] == {"name": "noise/4", "n_frames": 20, "fps": 10.0}
     assert [shard["bytes"] for shard in manifest["shards"]] == [p.stat().st_size for p in sorted(cache.glob("shard*"))]
     assert {path.name for path in cache.iterdir()} == {"manifest.json", *(s["file"] for s in manifest["shards"])}
@@ -246,7 +246,7 @@ def test_items_do_not_share_the_file(cache):
 
 def test_short_videos_are_counted(cache, caplog):
     caplog.set_level(logging.INFO)
-    assert LatentCacheDataset(cache, 8).n_videos == 4
+    assert len(LatentCacheDataset(cache, 8).videos) == 4
     assert "3 of 7 videos are shorter" in caplog.text
     with pytest.raises(ValueError, match="no video has clip_length=11 frames at stride=2; the longest of 7 has 10"):
         LatentCacheDataset(cache, 11, stride=2)
@@ -358,8 +358,8 @@ def test_an_unfinished_cache_says_how_to_finish_it(cache, tmp_path):
 
 def test_an_unknown_format_is_refused(cache):
     manifest = json.loads((cache / "manifest.json").read_text())
-    (cache / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(ValueError, match="expected format 1, found 2"):
+    (cache / "manifest.json").write_text(json.dumps(manifest | {"format": 3}))
+    with pytest.raises(ValueError, match="expected format 2, found 3"):
         LatentCacheDataset(cache, 3)
     (cache / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest.json: not valid JSON"):
@@ -395,7 +395,7 @@ def test_unreadable_videos_are_named_and_left_out(tmp_path, tokenizer, caplog):
     assert [video.name for video in cached.videos] == ["noise/0", "noise/2", "noise/3", "noise/4"]
     for index, i in enumerate((0, 2, 3, 4)):
         assert torch.equal(cached.read_video(index), tokenizer.encode(data.whole(i)[None]).codes[0])
-    with pytest.raises(ValueError, match=r"none of 7 videos could be encoded .*damaged"):
+    with pytest.raises(ValueError, match=r"none of 7 videos could be written .*damaged"):
         encode_dataset(Noise(damaged=range(7), lengths=(9,) * 7), tokenizer, tmp_path / "b")
 
 

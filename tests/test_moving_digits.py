@@ -1,16 +1,17 @@
-"""MovingDigits: determinism, motion against a step-by-step simulation, disjoint splits, MNIST files and download."""
+"""MovingDigits: determinism, each motion against brute-force simulations, disjoint splits."""
 
-import gzip
 import hashlib
+import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 from torch.utils.data import DataLoader
 
 from latentcast import MovingDigits, instantiate
-from latentcast.data import moving_digits as module
 from latentcast.data.base import VideoDataset
 
 SMALL = {"n_videos": 12, "n_heldout_videos": 5, "video_length": 30}
@@ -33,7 +34,7 @@ def test_shapes_and_ranges():
     for split, n in (("train", 12), ("val", 5), ("test", 5)):
         dataset = digits(split, channels=3, size=48)
         assert isinstance(dataset, VideoDataset)
-        assert len(dataset) == len(dataset.videos) == n
+        assert len(dataset.videos) == n and len(dataset) == 3 * n
         frames = dataset[2]["frames"]
         assert frames.shape == (10, 3, 48, 48) and frames.dtype == torch.float32
         assert frames.min() == -1 and 0.5 < frames.max() <= 1 and torch.equal(frames[:, 0], frames[:, 2])
@@ -90,11 +91,11 @@ def test_quickstart_setting_stays_on_its_lattice():
 def test_videos_are_the_same_everywhere():
     dataset = digits()
     again = digits()
-    alone = torch.stack([dataset[i]["frames"] for i in range(12)])
-    assert torch.equal(alone, torch.stack([again[i]["frames"] for i in reversed(range(12))]).flip(0))
+    alone = torch.stack([dataset[i]["frames"] for i in range(36)])
+    assert torch.equal(alone, torch.stack([again[i]["frames"] for i in reversed(range(36))]).flip(0))
     loader = DataLoader(dataset, batch_size=5, num_workers=2)
     assert torch.equal(torch.cat([batch["frames"] for batch in loader]), alone)
-    assert len({hashlib.md5(clip.numpy().tobytes()).hexdigest() for clip in alone}) == 12
+    assert len({hashlib.md5(clip.numpy().tobytes()).hexdigest() for clip in alone[::3]}) == 12
     assert not torch.equal(digits(seed=1)[0]["frames"], alone[0])
     whole = dataset.read_video(3, 0, 30)
     assert torch.equal(torch.cat([dataset.read_video(3, 0, 11), dataset.read_video(3, 11, 30)]), whole)
@@ -102,15 +103,151 @@ def test_videos_are_the_same_everywhere():
 
 def test_windows_change_with_the_epoch_in_train_only():
     train, val = digits(), digits("val")
-    whole = train.read_video(4, 0, 30)
+    whole = train.read_video(1, 0, 30)
     starts = set()
     for epoch in range(8):
         train.set_epoch(epoch)
         val.set_epoch(epoch)
         frames = train[4]["frames"]
         starts.update(s for s in range(21) if torch.equal(whole[s : s + 10], frames))
-        assert torch.equal(val[1]["frames"], val.read_video(1, 0, 10))
+        assert torch.equal(val[4]["frames"], val.read_video(1, 10, 20))
     assert len(starts) > 3
+
+
+# SVG's generator: digits of 32 pixels on 64, so positions 0..31.
+
+
+def svg_digits(motion, n_videos, **kwargs):
+    kwargs = {"n_digits": 2, "video_length": 40} | kwargs
+    return MovingDigits("train", 10, motion=motion, n_videos=n_videos, **kwargs)
+
+
+def all_places(dataset):
+    """Every digit's (row, column) in each frame: (N, T, 2)."""
+    paths = [dataset.trajectories(i, 0, dataset.video_length) for i in range(dataset.n_videos)]
+    return np.array([places for path in paths for _, places in path])
+
+
+def uniform(values, expected):
+    """Whether the values are exactly those expected, and equally frequent."""
+    counts = Counter(int(value) for value in values)
+    return set(counts) == set(expected) and chisquare(list(counts.values())).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("motion", ["deterministic", "stochastic"])
+def test_starts_and_velocities_are_uniform(motion):
+    places = all_places(svg_digits(motion, 1500))
+    assert places.min() == 0 and places.max() == 31
+    assert np.abs(np.diff(places, axis=1)).max() == 4
+    for axis in range(2):
+        start, velocity = places[:, 0, axis], places[:, 1, axis] - places[:, 0, axis]
+        assert uniform(start, range(32))
+        assert uniform(velocity[(start >= 4) & (start <= 27)], range(-4, 5))
+
+
+def test_deterministic_digits_stop_at_the_edge_and_turn_back():
+    starts, turns = set(), 0
+    for path in all_places(svg_digits("deterministic", 150, video_length=60)):
+        for x in path.T:
+            matching = []
+            for first in range(-4, 5):
+                place, velocity, simulated = int(x[0]), first, []
+                for _ in x:
+                    if place < 0 or place > 31:
+                        place, velocity = min(max(place, 0), 31), -velocity
+                        turns += 1
+                    simulated.append(place)
+                    place += velocity
+                if simulated == x.tolist():
+                    matching.append(first)
+            assert len(matching) == 1
+            starts.update(matching)
+    assert starts == set(range(-4, 5)) and turns > 1000
+
+
+def test_stochastic_digits_go_only_where_the_rule_lets_them():
+    """The velocities that a digit may have, followed frame by frame: none left means a step outside the rule."""
+    anything, double_bounces = range(-4, 5), 0
+    inwards = {-1: range(1, 5), 1: range(-4, 0)}
+    for path in all_places(svg_digits("stochastic", 400)).tolist():
+        possible = set(itertools.product(anything, anything))
+        for (y, x), seen in itertools.pairwise(path):
+            after, corner_only = set(), True
+            for dy, dx in possible:
+                row, column = y + dy, x + dx
+                if [min(max(row, 0), 31), min(max(column, 0), 31)] != seen:
+                    continue
+                beyond_row, beyond_column = (row > 31) - (row < 0), (column > 31) - (column < 0)
+                if beyond_column:  # checked last: what the row's bounce drew is drawn again
+                    after.update(itertools.product(anything, inwards[beyond_column]))
+                elif beyond_row:
+                    after.update(itertools.product(inwards[beyond_row], anything))
+                else:
+                    after.add((dy, dx))
+                corner_only &= bool(beyond_row and beyond_column)
+            assert after
+            double_bounces += corner_only
+            possible = after
+    assert double_bounces > 10
+
+
+def test_stochastic_bounces_draw_both_velocities_anew():
+    normal, other = {wall: [] for wall in ("top", "left", "bottom", "right")}, []
+    for path in all_places(svg_digits("stochastic", 1500)):
+        for t in range(2, len(path) - 1):
+            if path[t - 1].min() == 0 or path[t - 1].max() == 31:
+                continue  # inside, nothing has bounced, so the last step was the velocity
+            beyond = 2 * path[t - 1] - path[t - 2]
+            for axis in range(2):
+                # Only bounces after which no second one can hide what was drawn.
+                if not 0 <= beyond[axis] <= 31 and 4 <= beyond[1 - axis] <= 27:
+                    velocity = path[t + 1] - path[t]
+                    wall = list(normal)[axis + 2 * int(beyond[axis] > 31)]
+                    normal[wall].append(velocity[axis])
+                    other.append(velocity[1 - axis])
+    assert len(other) > 3000
+    for wall, velocities in normal.items():
+        assert uniform(velocities, range(1, 5) if wall in ("top", "left") else range(-4, 0)), wall
+    assert uniform(other, range(-4, 5))
+
+
+@pytest.mark.parametrize("n_digits", [2, 3])
+@pytest.mark.parametrize("motion", ["lattice", "deterministic", "stochastic"])
+def test_frames_show_the_digits_where_the_trajectories_say(motion, n_digits):
+    dataset = svg_digits(motion, 3, n_digits=n_digits, digit_size=32)
+    overlaps = 0
+    for index in range(3):
+        trajectories = dataset.trajectories(index, 0, 40)
+        assert len(trajectories) == n_digits
+        expected = np.zeros((40, 64, 64))
+        for digit, places in trajectories:
+            for t, (row, column) in enumerate(places):
+                image = dataset._digits[digit].numpy() / 255
+                expected[t] += np.pad(image, ((row, 32 - row), (column, 32 - column)))
+        overlaps += (expected > 1).sum()
+        frames = dataset.read_video(index, 0, 40)
+        assert (frames[:, 0] - (np.minimum(expected, 1) * 2 - 1)).abs().max() < 1e-6
+        assert torch.equal(frames, dataset.draw(index, 0, 40).float() / 255 * 2 - 1)
+    assert overlaps > 100
+
+
+@pytest.mark.parametrize("motion", ["deterministic", "stochastic"])
+def test_a_window_is_a_slice_of_its_video(motion):
+    dataset = svg_digits(motion, 20, n_digits=3)
+    shorter = svg_digits(motion, 20, n_digits=3, video_length=12)
+    for index in range(20):
+        whole = dataset.read_video(index, 0, 40)
+        assert torch.equal(torch.cat([dataset.read_video(index, *w) for w in ((0, 1), (1, 25), (25, 40))]), whole)
+        assert torch.equal(shorter.read_video(index, 0, 12), whole[:12])
+
+
+def test_stochastic_clips_are_the_same_in_spawned_workers():
+    dataset = svg_digits("stochastic", 10)
+    alone = torch.stack([dataset[i]["frames"] for i in range(len(dataset))])
+    loader = DataLoader(dataset, batch_size=7, num_workers=2, multiprocessing_context="spawn")
+    assert torch.equal(torch.cat([batch["frames"] for batch in loader]), alone)
+    assert len({hashlib.md5(clip.numpy().tobytes()).hexdigest() for clip in alone[::4]}) == 10
+    assert not torch.equal(svg_digits("stochastic", 10, seed=1)[0]["frames"], alone[0])
 
 
 def test_overlapping_digits_add_up():
@@ -155,6 +292,13 @@ def test_sklearn_digits_have_the_stated_contrast():
         ({"digit_size": 64}, "digit_size: expected 1 to 63"),
         ({"n_digits": 0}, "n_digits"),
         ({"speeds": []}, "speeds"),
+        ({"lattice": 0}, "lattice: expected at least 1, found 0"),
+        ({"motion": "brownian"}, "motion: expected one of lattice, deterministic, stochastic, found 'brownian'"),
+        (
+            {"motion": "stochastic", "speeds": [2]},
+            r"speeds: expected null, for motion=stochastic fixes it, found \[2\]",
+        ),
+        ({"motion": "deterministic", "lattice": 4}, "lattice: expected null"),
         ({"split": "dev"}, "split"),
     ],
 )
@@ -165,65 +309,17 @@ def test_bad_arguments(arguments, message):
         digits().read_video(0, 25, 31)
 
 
-# ----------------------------------------------------------------------------------------------------------- MNIST
-
-
-@pytest.fixture
-def idx_files(tmp_path, monkeypatch):
-    """Two small IDX files, one gzipped, accepted as MNIST's by their md5."""
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name, n, zipped in (("train-images-idx3-ubyte", 40, True), ("t10k-images-idx3-ubyte", 9, False)):
-        header = np.array([0x803, n, 28, 28], ">i4").tobytes()
-        content = header + rng.integers(0, 256, (n, 28, 28), np.uint8).tobytes()
-        monkeypatch.setitem(module.MNIST_FILES, name, hashlib.md5(content).hexdigest())
-        if zipped:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (folder / name).write_bytes(content)
-    monkeypatch.setattr(module, "MNIST_VAL", 7)
-    return folder
-
-
-def test_mnist_from_a_folder(idx_files):
-    pools = [digits(s, source="mnist", mnist_dir=idx_files)._digits for s in ("train", "val", "test")]
-    assert [tuple(pool.shape) for pool in pools] == [(33, 28, 28), (7, 28, 28), (9, 28, 28)]
-    images = np.frombuffer(gzip.decompress((idx_files / "train-images-idx3-ubyte.gz").read_bytes())[16:], np.uint8)
-    assert np.array_equal(torch.cat(pools[:2]).numpy().ravel(), images)
-    smaller = digits(source="mnist", mnist_dir=idx_files, digit_size=20)
-    assert smaller._digits.shape == (33, 20, 20) and smaller[0]["frames"].shape == (10, 1, 64, 64)
-
-
-def test_mnist_is_downloaded_once(idx_files, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    options = {"source": "mnist", "mnist_url": idx_files.as_uri()}
-    expected = digits(source="mnist", mnist_dir=idx_files)[0]["frames"]
-    assert torch.equal(digits(**options)[0]["frames"], expected)
-    (idx_files / "train-images-idx3-ubyte.gz").unlink()
-    assert torch.equal(digits(**options)[0]["frames"], expected)
-    with pytest.raises(OSError, match=r"cannot be downloaded from file://.*t10k.*; give data.mnist_dir=FOLDER"):
-        digits("test", **options)
-    assert [p.name for p in (tmp_path / "cache" / "latentcast" / "mnist").iterdir()] == ["train-images-idx3-ubyte.gz"]
-
-
-def test_wrong_mnist_files_are_refused(idx_files, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither train-images-idx3-ubyte nor .*gz is here"):
-        digits(source="mnist", mnist_dir=tmp_path)
-    path = idx_files / "train-images-idx3-ubyte.gz"
-    content = path.read_bytes()
-    path.write_bytes(content[:-300])
-    with pytest.raises(OSError, match="damaged gzip file"):
-        digits(source="mnist", mnist_dir=idx_files)
-    path.write_bytes(gzip.compress(gzip.decompress(content)[:-1]))
-    with pytest.raises(OSError, match="not MNIST's train-images-idx3-ubyte: md5"):
-        digits(source="mnist", mnist_dir=idx_files)
-
-
 def test_describe_and_instantiate():
     description = digits().describe()
     assert json.loads(json.dumps(description)) == description == digits(clip_length=3).describe()
-    for change in ({"speeds": (2,)}, {"n_digits": 2}, {"seed": 3}, {"size": 60}, {"lattice": 1}, {"video_length": 20}):
+    for change in (
+        {"speeds": (2,)},
+        {"n_digits": 2},
+        {"seed": 3},
+        {"size": 60},
+        {"lattice": 1},
+        {"motion": "stochastic"},
+    ):
         assert digits(**change).describe() != description
     make = instantiate({"_target_": "latentcast.MovingDigits", "_partial_": True, "clip_length": 4, "speeds": [2]})
     assert make(split="val").describe()["speeds"] == [2]

@@ -12,7 +12,8 @@ from video_files import counter_frames, cut_off, encode, overwrite_middle, read_
 
 from latentcast import probe, read_clip, write_video
 from latentcast.data.pictures import contact_sheet, side_by_side
-from latentcast.data.video_reader import VideoError
+from latentcast.data.video_folder import sampled_places, sampled_rate
+from latentcast.data.video_reader import VideoError, fit_frames, iter_clip, stated_rate
 from latentcast.data.video_writer import write_image
 
 # name -> (arguments of encode, whether decord finds single frames exactly)
@@ -162,6 +163,102 @@ def test_damage_is_found_and_named(tmp_path, encoded):
         for backend in ("auto", "pyav", "decord"):
             with pytest.raises(VideoError, match=path.name):
                 read_clip(path, [0], backend=backend)
+
+
+# ------------------------------------------------------------------------------------------------------- streaming
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("size", [None, 40])
+def test_streamed_pieces_are_the_frames_of_read_clip(encoded, name, size):
+    pieces = list(iter_clip(encoded / name, size, chunk=40))
+    assert [len(piece) for piece in pieces] == [40, 40, 16] and all(piece.is_contiguous() for piece in pieces)
+    assert torch.equal(torch.cat(pieces), read_clip(encoded / name, range(N_FRAMES), size, backend="pyav"))
+    strided = torch.cat(list(iter_clip(encoded / name, size, frame_stride=7)))
+    assert torch.equal(strided, torch.cat(pieces)[::7])
+    assert stated_rate(encoded / name) == pytest.approx(25)
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("fps", [12, 40, 60])
+def test_streamed_resampling_takes_the_frames_that_a_probe_finds(encoded, name, fps):
+    info = probe(encoded / name)
+    places = sampled_places(info, range(sampled_rate(info, fps=fps)[0]), fps=fps)
+    found = read_counter(torch.cat(list(iter_clip(encoded / name, fps=fps))))
+    expected = read_counter(read_clip(encoded / name, places))
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if i * 25 / fps % 1 != 0.5:
+            assert one == other
+        else:  # equally near: the earlier one, where the probe's way takes the even one
+            assert one == i * 25 // fps
+
+
+def test_streamed_resampling_goes_by_time(tmp_path):
+    """Uneven times against brute force."""
+    pts = [i + i * i // 4 for i in range(20)]
+    path = encode(tmp_path / "uneven.mkv", counter_frames(20), fps=10, pts=pts)
+    for fps in (3.7, 9, 23):
+        asked = np.arange(0, pts[-1] / 10 + 1e-6, 1 / fps)
+        nearest = np.abs(np.array(pts)[None] / 10 - asked[:, None]).argmin(1)
+        assert read_counter(torch.cat(list(iter_clip(path, fps=fps)))) == nearest.tolist()
+
+
+def test_rotated_video_is_streamed_upright(tmp_path):
+    frames = counter_frames(5, 64, 96)
+    path = encode(tmp_path / "phone.mp4", frames, rotation=90)
+    for size in (None, 32):
+        for resample in ("bilinear", "lanczos"):
+            streamed = torch.cat(list(iter_clip(path, size, resample=resample)))
+            assert torch.equal(streamed, read_clip(path, range(5), size, backend="pyav", resample=resample))
+
+
+def test_streaming_names_damage(tmp_path, encoded):
+    damaged = [
+        *(cut_off(encoded / name, tmp_path / name) for name in ("closed_gop.mkv", "pictures.avi", "faststart.mov")),
+        overwrite_middle(encoded / "closed_gop.mp4", tmp_path / "zeros.mp4"),
+        overwrite_middle(encoded / "pictures.avi", tmp_path / "zeros.avi", 2000),
+    ]
+    for path in damaged:
+        with pytest.raises(VideoError) as by_probe:
+            probe(path)
+        pieces = iter_clip(path, 16)
+        with pytest.raises(VideoError) as caught:
+            for piece in pieces:
+                assert piece.shape[1:] == (3, 16, 16)
+        assert str(caught.value) == str(by_probe.value)
+    for call in (stated_rate, lambda path: list(iter_clip(path))):
+        with pytest.raises(VideoError, match=r"missing.mp4: no such file"):
+            call(tmp_path / "missing.mp4")
+
+
+def test_streaming_stops_where_the_reader_stops(encoded):
+    pieces = iter_clip(encoded / "closed_gop.mp4", chunk=4)
+    assert read_counter(next(pieces)) == [0, 1, 2, 3]
+    pieces.close()
+
+
+def lanczos_by_hand(line, size):
+    """Resize a line of values with a Lanczos-3 kernel stretched to the ratio, as for antialiasing."""
+    scale = len(line) / size
+    stretch = max(scale, 1)
+    at = np.arange(len(line)) + 0.5
+    result = []
+    for i in range(size):
+        x = (at - (i + 0.5) * scale) / stretch
+        weights = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+        result.append((weights * line).sum() / weights.sum())
+    return np.clip(result, 0, 255)
+
+
+@pytest.mark.parametrize(("side", "size"), [(90, 32), (31, 47)])
+def test_lanczos_is_the_windowed_sinc(side, size):
+    line = np.random.default_rng(0).integers(0, 256, side)
+    frame = np.broadcast_to(line[None, :, None], (side, side, 3)).astype(np.uint8)
+    found = fit_frames(np.pad(frame, ((0, 0), (5, 5), (0, 0)))[None], size, "lanczos")
+    assert found.shape == (1, 3, size, size) and found.dtype == torch.uint8
+    assert np.abs(found[0, 1].numpy() - lanczos_by_hand(line, size)).max() <= 1
+    with pytest.raises(ValueError, match="resample: expected one of bilinear, lanczos, found 'nearest'"):
+        fit_frames(frame[None], size, "nearest")
 
 
 # --------------------------------------------------------------------------------------------------------- writing

@@ -8,6 +8,7 @@ def main(args):
 
     from latentcast import VideoPredictionPipeline
     from latentcast.config import instantiate, load_config, to_container
+    from latentcast.data.base import match_conditions
     from latentcast.data.datamodules import VideoDataModule
     from latentcast.modeling import find_tokenizer
     from latentcast.training.callbacks import PredictionPreview
@@ -24,6 +25,7 @@ def main(args):
 
     videos = VideoDataModule(instantiate(config.data), config.batch_size, config.num_workers, config.seed)
     data = videos if over_pixels else open_cache(config, run.run_dir, tokenizer, prior, videos)
+    match_conditions(prior.conditions, type(prior).__name__, data.train_set.conditions, "the data set")
     clips, fps = preview_clips(videos, config.preview.n_clips)
     sampler = to_container(config.preview.sampler)
 

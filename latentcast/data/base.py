@@ -1,5 +1,6 @@
 """The interface of a data set of videos, shared by folders of files, synthetic sets and prepared benchmarks."""
 
+import functools
 import random
 from dataclasses import dataclass
 
@@ -24,12 +25,15 @@ class VideoEntry:
 class VideoDataset(Dataset):
     """Clips for training, whole videos for caching latents.
 
-    ``dataset[i]`` is ``{"frames": (clip_length, C, size, size) float32 in [-1, 1]}``. In the train split a clip is a
-    random window of a video (a fresh one each epoch, the same for any number of workers: see ``set_epoch``); in the
-    other splits the window is fixed. Whole videos are read in pieces, so that long ones never sit in memory.
+    ``dataset[i]`` is ``{"frames": (clip_length, C, size, size) float32 in [-1, 1], "conditions": {name: tensor}}``. An
+    epoch takes ``n_frames // clip_length`` clips of each video: at random places in the train split (fresh ones each
+    epoch, the same for any number of workers: see ``set_epoch``), side by side in the others. Whole videos are read in
+    pieces, so that long ones never sit in memory.
 
     Attributes: ``split``, ``clip_length``, ``size`` (H = W, pixels), ``channels`` (1 or 3), ``fps`` (frames per second
-    of the clips, for writing previews).
+    of the clips, for writing previews), ``seed`` (of the random windows), and ``conditions``: what is known of each
+    frame or video beside its pixels, name -> ``{"shape": list, "dtype": "float32" or "int64", "per": "frame" or
+    "video"}``.
     """
 
     split: str
@@ -37,6 +41,8 @@ class VideoDataset(Dataset):
     size: int
     channels: int
     fps: float
+    seed = 0
+    conditions: dict = {}  # noqa: RUF012
 
     epoch = 0
 
@@ -55,11 +61,44 @@ class VideoDataset(Dataset):
         Raises VideoError (see video_reader) when the video turns out to be unreadable."""
         raise NotImplementedError
 
+    def read_conditions(self, index, start, stop):
+        """name -> (stop - start, *shape) for conditions per frame, (*shape) for those per video."""
+        return {}
+
     def describe(self):
         """JSON-able description of everything that shapes the frames (source, split, size, stride, fps, ...).
 
         Kept in the manifest of a latents cache; two data sets with equal descriptions serve equal videos."""
         raise NotImplementedError
+
+    @functools.cached_property
+    def _windows(self):
+        return ClipWindows([video.n_frames for video in self.videos], self.clip_length, self.split, self.seed)
+
+    def __len__(self):
+        return len(self._windows)
+
+    def __getitem__(self, index):
+        window = self._windows.place(index, self.epoch)
+        return {"frames": self.read_video(*window), "conditions": self.read_conditions(*window)}
+
+
+class ClipWindows:
+    """Where the clips of an epoch lie in videos of the given lengths; see VideoDataset."""
+
+    def __init__(self, lengths, clip_length, split, seed):
+        self.lengths, self.clip_length, self.split, self.seed = lengths, clip_length, split, seed
+        self.clips = [(video, k * clip_length) for video, n in enumerate(lengths) for k in range(n // clip_length)]
+
+    def __len__(self):
+        return len(self.clips)
+
+    def place(self, index, epoch):
+        """Clip number ``index`` -> (video, start, stop)"""
+        video, start = self.clips[index]
+        if self.split == "train":
+            start = window_start(self.seed, epoch, index, self.lengths[video] - self.clip_length + 1)
+        return video, start, start + self.clip_length
 
 
 def check_split(split):
@@ -70,3 +109,18 @@ def check_split(split):
 def window_start(seed, epoch, index, n_starts):
     """A random start in [0, n_starts) for item ``index``, the same in every process, worker and Python."""
     return random.Random(f"{seed} {epoch} {index}").randrange(n_starts)
+
+
+def match_conditions(needed, model, offered, source):
+    """Refuse to train a model on data without what it is conditioned on.
+
+    Args:
+        needed: ``conditions`` of the model; ``offered``: of the data set or latents cache.
+        model, source: what to call the two sides in the error.
+    Raises:
+        ValueError: names the condition, and both sides.
+    """
+    for name, spec in needed.items():
+        if offered.get(name) != spec:
+            found = f"has {name} {offered[name]}" if name in offered else f"has {', '.join(offered) or 'no conditions'}"
+            raise ValueError(f"conditions: {model} needs {name} {spec}, {source} {found}")

@@ -101,6 +101,7 @@ def encode_dataset(
             videos=videos,
             data=dataset.describe(),
             fps=dataset.fps,
+            conditions=dataset.conditions,
             store=store,
             dtype=dtype,
             shard_videos=shard_videos,
@@ -134,8 +135,10 @@ def encode_dataset(
                     if kept:
                         encoded = getattr(tokenizer.encode(frames.to(device)[None]), writer.job["store"])[0].cpu()
                         lengths = [stop - start for _, start, stop in kept]
-                        for (video, *_), piece in zip(kept, encoded.split(lengths)):
+                        for (video, start, _), piece in zip(kept, encoded.split(lengths)):
                             file.append(video, piece)
+                            if start == 0:
+                                file.describe(video, dataset.read_conditions(video, 0, videos[video].n_frames))
                     bar.update(sum(stop - start for _, start, stop in segments))
     _barrier()
     seconds = time.perf_counter() - began
@@ -206,14 +209,13 @@ def _check_space(writer):
 
 
 def _figures(root, frames_per_s):
-    manifest = read_manifest(root)
-    kept = [video for i, video in enumerate(manifest["videos"]) if str(i) not in manifest["skipped"]]
+    notes = read_manifest(root)["shards"]
     return {
-        "videos": len(kept),
-        "frames": sum(video["n_frames"] for video in kept),
-        "bytes": sum(note["bytes"] for note in manifest["shards"]),
+        "videos": sum(len(note["videos"]) for note in notes),
+        "frames": sum(video["n_frames"] for note in notes for video in note["videos"].values()),
+        "bytes": sum(note["bytes"] for note in notes),
         "frames_per_s": frames_per_s and round(frames_per_s, 1),
-        "skipped": len(manifest["skipped"]),
+        "skipped": sum(len(note["skipped"]) for note in notes),
     }
 
 

@@ -1,33 +1,30 @@
 """Handwritten digits that move over a black square and bounce off its edges, made as they are asked for."""
 
-import gzip
-import hashlib
 import random
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ..files import replacing, user_cache
-from .base import SPLITS, VideoDataset, VideoEntry, check_split, window_start
+from .base import VideoDataset, VideoEntry, check_split
+from .digits import MNIST_URL, mnist_digits, sklearn_digits
 
-MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-# file -> md5 of its unzipped content
-MNIST_FILES = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-}
-MNIST_VAL = 5000  # digits at the end of MNIST's training file that form the val split
+MOTIONS = ("lattice", "deterministic", "stochastic")
+MAX_SPEED = 4  # of SVG's generator, pixels a frame on each axis
 
 
 class MovingDigits(VideoDataset):
-    """Digits on straight lines, reflected at the edges; video ``i`` of a split is always the same.
+    """Digits on straight lines that bounce off the edges; video ``i`` of a split is always the same.
 
-    Each axis has a speed drawn from ``speeds`` with a random sign, and a start on a lattice; the position is a triangle
-    wave of time. Where digits overlap their brightness adds up to white. The splits share no digit image.
+    Where digits overlap their brightness adds up to white. The splits share no digit image. ``motion`` is one of
+
+    - "lattice": each axis has a speed drawn from ``speeds`` with a random sign, and a start that is a multiple of
+      ``lattice``; the position is a triangle wave of time between 0 and ``size - digit_size``.
+    - "deterministic" (Moving MNIST) and "stochastic" (SM-MNIST): as the generator does that was published with SVG
+      (Denton and Fergus, Stochastic Video Generation with a Learned Prior, 2018, section 5.1). The start is uniform
+      over 0 .. ``size - digit_size`` - 1 on each axis, the velocity uniform over the whole numbers -4 .. 4 (a digit may
+      stand still). Before each frame, first the row and then the column is checked: outside of that range it is set
+      to the nearer end, and the digit bounces. Deterministic: that axis's velocity changes its sign. Stochastic: it is
+      drawn anew from 1 .. 4 away from the wall, and the other axis's from -4 .. 4.
 
     Args:
         split: "train", "val" or "test".
@@ -35,9 +32,10 @@ class MovingDigits(VideoDataset):
         size: H = W of the frames, pixels.
         channels: 1, or 3 equal ones.
         n_digits: digits a video.
-        digit_size: H = W of a digit, pixels; None: 24 for "sklearn", 28 for "mnist".
-        speeds: pixels a frame that an axis may have.
-        lattice: starting positions are multiples of this, pixels.
+        digit_size: H = W of a digit, pixels; None: 24 for "sklearn" and 28 for "mnist" on the lattice, else 32.
+        motion: "lattice", "deterministic" or "stochastic".
+        speeds: pixels a frame that an axis may have; None: (4,). Of the lattice only.
+        lattice: starting positions are multiples of this, pixels; None: 4. Of the lattice only.
         source: "sklearn" (the 1,797 8x8 digits that scikit-learn brings) or "mnist".
         mnist_dir: folder with MNIST's IDX files, gzipped or not; None: downloaded once into the user's cache.
         mnist_url: where they are downloaded from.
@@ -58,8 +56,9 @@ class MovingDigits(VideoDataset):
         channels=1,
         n_digits=1,
         digit_size=None,
-        speeds=(4,),
-        lattice=4,
+        motion="lattice",
+        speeds=None,
+        lattice=None,
         source="sklearn",
         mnist_dir=None,
         mnist_url=MNIST_URL,
@@ -69,123 +68,111 @@ class MovingDigits(VideoDataset):
         seed=0,
     ):
         check_split(split)
+        if motion not in MOTIONS:
+            raise ValueError(f"motion: expected one of {', '.join(MOTIONS)}, found {motion!r}")
         if source not in ("sklearn", "mnist"):
             raise ValueError(f"source: expected sklearn or mnist, found {source!r}")
         if channels not in (1, 3):
             raise ValueError(f"channels: expected 1 or 3, found {channels}")
         if not 1 <= clip_length <= video_length:
             raise ValueError(f"clip_length: expected 1 to video_length={video_length}, found {clip_length}")
-        digit_size = digit_size or (24 if source == "sklearn" else 28)
-        if not 0 < digit_size < size:
-            raise ValueError(f"digit_size: expected 1 to {size - 1} for frames of {size}, found {digit_size}")
-        for name, value in (("n_digits", n_digits), ("lattice", lattice), ("n_videos", n_videos)):
+        for name, value in (("n_digits", n_digits), ("n_videos", n_videos), ("n_heldout_videos", n_heldout_videos)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, found {value}")
-        if not speeds or min(speeds) < 0:
-            raise ValueError(f"speeds: expected pixels a frame, at least 0, found {list(speeds)}")
+        if motion == "lattice":
+            speeds, lattice = [4] if speeds is None else list(speeds), 4 if lattice is None else lattice
+            if not speeds or min(speeds) < 0:
+                raise ValueError(f"speeds: expected pixels a frame, at least 0, found {speeds}")
+            if lattice < 1:
+                raise ValueError(f"lattice: expected at least 1, found {lattice}")
+            digit_size = digit_size or (24 if source == "sklearn" else 28)
+        else:
+            for name, value in (("speeds", speeds), ("lattice", lattice)):
+                if value is not None:
+                    raise ValueError(f"{name}: expected null, for motion={motion} fixes it, found {value}")
+            digit_size = digit_size or 32
+        if not 0 < digit_size < size:
+            raise ValueError(f"digit_size: expected 1 to {size - 1} for frames of {size}, found {digit_size}")
         self.split, self.clip_length, self.size, self.channels, self.seed = split, clip_length, size, channels, seed
-        self.n_digits, self.digit_size, self.speeds, self.lattice = n_digits, digit_size, list(speeds), lattice
-        self.source, self.video_length = source, video_length
+        self.n_digits, self.digit_size, self.motion, self.source = n_digits, digit_size, motion, source
+        self.speeds, self.lattice, self.video_length = speeds, lattice, video_length
         self.n_videos = n_videos if split == "train" else n_heldout_videos
         if source == "sklearn":
-            self._digits = _sklearn_digits(split, digit_size)
+            self._digits = sklearn_digits(split, digit_size)
         else:
-            self._digits = _mnist_digits(split, digit_size, mnist_dir, mnist_url)
+            self._digits = mnist_digits(split, digit_size, mnist_dir, mnist_url)
 
     @property
     def videos(self):
         """list of VideoEntry."""
         return [VideoEntry(f"{self.split}-{i:06d}", self.video_length, self.fps) for i in range(self.n_videos)]
 
-    def __len__(self):
-        return self.n_videos
-
-    def __getitem__(self, index):
-        start = 0
-        if self.split == "train":
-            start = window_start(self.seed, self.epoch, index, self.video_length - self.clip_length + 1)
-        return {"frames": self.read_video(index, start, start + self.clip_length)}
-
     def read_video(self, index, start, stop):
+        return self.draw(index, start, stop).float() / 255 * 2 - 1
+
+    def draw(self, index, start, stop):
+        """Frames ``start:stop`` of video ``index`` before they are scaled to [-1, 1]: (stop - start, C, size, size)
+        uint8."""
+        frames = np.zeros((stop - start, self.size, self.size), np.int32)
+        for digit, places in self.trajectories(index, start, stop):
+            image = self._digits[digit].numpy()
+            for frame, (row, column) in zip(frames, places):
+                frame[row : row + self.digit_size, column : column + self.digit_size] += image
+        frames = torch.from_numpy(np.minimum(frames, 255).astype(np.uint8))
+        return frames[:, None].repeat(1, self.channels, 1, 1)
+
+    def trajectories(self, index, start, stop):
+        """For each digit of video ``index``: its number among the split's digits, and a list of the row and column of
+        its upper left corner in frames ``start:stop``."""
         if not 0 <= start < stop <= self.video_length:
             raise ValueError(f"video {index}: expected 0 <= start < stop <= {self.video_length}, found {start}:{stop}")
         if not 0 <= index < self.n_videos:
             raise IndexError(f"video {index}: expected 0 to {self.n_videos - 1}")
         rng = random.Random(f"{self.seed} {self.split} {index}")
-        frames = torch.zeros(stop - start, self.size, self.size)
-        for _ in range(self.n_digits):
-            digit = self._digits[rng.randrange(len(self._digits))].float() / 255
-            rows, columns = self._path(rng, start, stop), self._path(rng, start, stop)
-            for frame, row, column in zip(frames, rows, columns):
-                frame[row : row + self.digit_size, column : column + self.digit_size] += digit
-        frames = frames.clamp_(max=1) * 2 - 1
-        return frames[:, None].repeat(1, self.channels, 1, 1)
-
-    def _path(self, rng, start, stop):
-        """Positions along one axis at times start..stop-1: constant speed, reflected at 0 and at the far wall."""
         wall = self.size - self.digit_size
-        origin = self.lattice * rng.randrange(wall // self.lattice + 1)
-        speed = rng.choice(self.speeds) * rng.choice((-1, 1))
-        unfolded = [(origin + speed * t) % (2 * wall) for t in range(start, stop)]
-        return [min(x, 2 * wall - x) for x in unfolded]
+        trajectories = []
+        for _ in range(self.n_digits):
+            digit = rng.randrange(len(self._digits))
+            if self.motion == "lattice":
+                rows, columns = (_triangle_wave(rng, wall, self.speeds, self.lattice, start, stop) for _ in range(2))
+                places = list(zip(rows, columns))
+            else:
+                places = _bouncing_line(rng, wall - 1, stop, self.motion == "stochastic")[start:]
+            trajectories.append((digit, places))
+        return trajectories
 
     def describe(self):
-        names = ("split", "size", "channels", "n_digits", "digit_size", "speeds", "lattice", "source")
+        names = ("split", "size", "channels", "n_digits", "digit_size", "motion", "speeds", "lattice", "source")
         names += ("n_videos", "video_length", "seed")
         return {"type": "MovingDigits"} | {name: getattr(self, name) for name in names}
 
 
-def _sklearn_digits(split, digit_size):
-    """(N, digit_size, digit_size) uint8, bilinear from 8x8 with the contrast raised."""
-    from sklearn.datasets import load_digits
-
-    images = torch.from_numpy(load_digits().images).float()[:, None] / 16
-    images = F.interpolate(images, size=(digit_size, digit_size), mode="bilinear", align_corners=False)[:, 0]
-    images = (((images - 0.15) / 0.6).clamp(0, 1) * 255).round().to(torch.uint8)
-    order = list(range(len(images)))
-    random.Random("sklearn digits").shuffle(order)  # fixed, so that no seed ever mixes the splits
-    held_out = len(order) // 10
-    test, val, train = order[:held_out], order[held_out : 2 * held_out], order[2 * held_out :]
-    return images[dict(zip(SPLITS, (train, val, test)))[split]]
+def _triangle_wave(rng, wall, speeds, lattice, start, stop):
+    """Positions along one axis at times start..stop-1: constant speed, reflected at 0 and at ``wall``."""
+    origin = lattice * rng.randrange(wall // lattice + 1)
+    speed = rng.choice(speeds) * rng.choice((-1, 1))
+    unfolded = [(origin + speed * t) % (2 * wall) for t in range(start, stop)]
+    return [min(x, 2 * wall - x) for x in unfolded]
 
 
-def _mnist_digits(split, digit_size, folder, url):
-    """(N, digit_size, digit_size) uint8."""
-    name = "t10k-images-idx3-ubyte" if split == "test" else "train-images-idx3-ubyte"
-    content = _read_mnist(name, folder, url)
-    images = torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28).copy())
-    if split != "test":
-        images = images[-MNIST_VAL:] if split == "val" else images[:-MNIST_VAL]
-    if digit_size != 28:
-        images = F.interpolate(images[:, None], size=(digit_size, digit_size), mode="bilinear", antialias=True)[:, 0]
-    return images
-
-
-def _read_mnist(name, folder, url):
-    if folder is None:
-        folder = user_cache() / "mnist"
-        if not (folder / f"{name}.gz").is_file():
-            _download(f"{url.rstrip('/')}/{name}.gz", folder / f"{name}.gz")
-    paths = [path for path in (Path(folder, f"{name}.gz"), Path(folder, name)) if path.is_file()]
-    if not paths:
-        raise FileNotFoundError(f"mnist_dir {folder}: neither {name} nor {name}.gz is here")
-    try:
-        content = paths[0].read_bytes()
-        content = gzip.decompress(content) if paths[0].suffix == ".gz" else content
-    except (gzip.BadGzipFile, EOFError, ValueError) as error:
-        raise OSError(f"{paths[0]}: damaged gzip file ({error}); delete it and fetch it again") from None
-    digest = hashlib.md5(content).hexdigest()
-    if digest != MNIST_FILES[name]:
-        raise OSError(f"{paths[0]}: not MNIST's {name}: md5 of the content is {digest}, not {MNIST_FILES[name]}")
-    return content
-
-
-def _download(url, path):
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            content = response.read()
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise OSError(f"MNIST cannot be downloaded from {url} ({reason}); give data.mnist_dir=FOLDER") from None
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+def _bouncing_line(rng, last, n_frames, stochastic):
+    """(row, column) in each frame, both in 0..last, by the rules of SVG's generator (see MovingDigits)."""
+    position = [rng.randint(0, last), rng.randint(0, last)]
+    velocity = [rng.randint(-MAX_SPEED, MAX_SPEED), rng.randint(-MAX_SPEED, MAX_SPEED)]
+    # Bounces draw from a stream of their own: how far this digit is followed must not change the next one.
+    bounces = random.Random(rng.getrandbits(64))
+    path = []
+    for _ in range(n_frames):
+        for axis in range(2):
+            if 0 <= position[axis] <= last:
+                continue
+            inwards = 1 if position[axis] < 0 else -1
+            position[axis] = 0 if inwards == 1 else last
+            if stochastic:
+                velocity[axis] = inwards * bounces.randint(1, MAX_SPEED)
+                velocity[1 - axis] = bounces.randint(-MAX_SPEED, MAX_SPEED)
+            else:
+                velocity[axis] = -velocity[axis]
+        path.append(tuple(position))
+        position = [x + v for x, v in zip(position, velocity)]
+    return path

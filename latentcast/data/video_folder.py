@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ..files import replacing, user_cache
-from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_split, window_start
+from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_split
 from .video_reader import VideoError, VideoInfo, probe, read_clip
 
 try:
@@ -37,8 +37,7 @@ class VideoFolder(VideoDataset):
     """Clips and whole videos of every mp4, avi, mov, mkv, webm, ogv and gif file under a folder.
 
     A file's split follows from a hash of its path below ``root``, so adding files moves no other file; where ``root``
-    holds the folders ``train``, ``val`` and ``test``, those are the splits. An epoch takes ``n_frames // clip_length``
-    clips of each video: at random places in the train split, side by side in the others.
+    holds the folders ``train``, ``val`` and ``test``, those are the splits.
 
     The first use decodes each file once, with a progress bar, and keeps what it found in an index; later uses look only
     at new and changed files. Damaged and too short files are named in the log, counted and left out.
@@ -77,15 +76,8 @@ class VideoFolder(VideoDataset):
         backend="auto",
     ):
         check_split(split)
-        for name, value in (("clip_length", clip_length), ("size", size), ("frame_stride", frame_stride)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
-        if channels not in (1, 3):
-            raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), found {channels}")
-        if fps is not None and not (fps > 0 and frame_stride == 1):
-            raise ValueError(f"fps: expected a rate above 0 and frame_stride=1, found {fps} with {frame_stride}")
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction > 1:
-            raise ValueError(f"val_fraction, test_fraction: not shares of one whole: {val_fraction}, {test_fraction}")
+        check_whole(clip_length=clip_length, size=size, frame_stride=frame_stride)
+        check_options(channels, frame_stride, fps, val_fraction, test_fraction)
         self.root, self.split, self.clip_length, self.size, self.channels = (
             Path(root),
             split,
@@ -98,23 +90,11 @@ class VideoFolder(VideoDataset):
         self._files = self._choose(build_index(self.root, index_dir))
         self._videos = [VideoEntry(name, *self._rate(info)) for name, _, info in self._files]
         self.fps = statistics.median(entry.fps for entry in self._videos)
-        self._clips = [
-            (video, k * clip_length) for video, e in enumerate(self._videos) for k in range(e.n_frames // clip_length)
-        ]
 
     @property
     def videos(self):
         """list of VideoEntry, sorted by path; ``n_frames`` and ``fps`` after stride or resampling."""
         return self._videos
-
-    def __len__(self):
-        return len(self._clips)
-
-    def __getitem__(self, index):
-        video, start = self._clips[index]
-        if self.split == "train":
-            start = window_start(self.seed, self.epoch, index, self._videos[video].n_frames - self.clip_length + 1)
-        return {"frames": self.read_video(video, start, start + self.clip_length)}
 
     def read_video(self, index, start, stop):
         entry, (name, _, info) = self._videos[index], self._files[index]
@@ -147,7 +127,8 @@ class VideoFolder(VideoDataset):
         explicit = all((self.root / split).is_dir() for split in SPLITS)
         usable, damaged, short, slow, elsewhere = [], [], [], 0, 0
         for name, record in sorted(index.items()):
-            if (name.partition("/")[0] if explicit else self._split_of(name)) != self.split:
+            shares = self.val_fraction, self.test_fraction
+            if (name.partition("/")[0] if explicit else split_of(name, *shares, self.seed)) != self.split:
                 elsewhere += 1
             elif "error" in record:
                 damaged.append(f"{name} ({record['error']})")
@@ -182,12 +163,43 @@ class VideoFolder(VideoDataset):
         logger.info("%s: %s: %d of %d files", self.root, self.split, len(usable), len(index))
         return usable
 
-    def _split_of(self, name):
-        digest = hashlib.sha256(f"{self.seed} {name}".encode("utf-8", "surrogateescape")).digest()
-        place = int.from_bytes(digest[:8], "big") / 2**64
-        if place < self.test_fraction:
-            return "test"
-        return "val" if place < self.test_fraction + self.val_fraction else "train"
+
+def check_whole(**values):
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected at least 1, found {value!r}")
+
+
+def check_rate(**values):
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{name}: expected a rate above 0, found {value!r}")
+
+
+def check_options(channels, frame_stride, fps, val_fraction, test_fraction):
+    """Refuse options of a folder of videos that make no sense together."""
+    if channels not in (1, 3):
+        raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), found {channels}")
+    if fps is not None:
+        check_rate(fps=fps)
+        if frame_stride != 1:
+            raise ValueError(f"fps: expected frame_stride=1 beside it, found {frame_stride}")
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction > 1:
+        raise ValueError(f"val_fraction, test_fraction: not shares of one whole: {val_fraction}, {test_fraction}")
+
+
+def split_of(name, val_fraction, test_fraction, seed=0):
+    """The split of a video from a hash of its name, so that adding videos moves no other."""
+    digest = hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    if place < test_fraction:
+        return "test"
+    return "val" if place < test_fraction + val_fraction else "train"
+
+
+def luma(frames):
+    """(..., 3, H, W) RGB -> (..., 1, H, W) grey, float, in the range of the frames (BT.601)."""
+    return (frames.float() * torch.tensor(LUMA).view(3, 1, 1)).sum(-3, keepdim=True)
 
 
 def sampled_rate(info, frame_stride=1, fps=None):
@@ -213,7 +225,7 @@ def load_frames(path, places, size, channels=3, backend="auto"):
     """The file's frames numbered ``places``, central square -> (len(places), channels, size, size) in [-1, 1]."""
     frames = read_clip(path, places, size=size, backend=backend).float()
     if channels == 1:
-        frames = (frames * torch.tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+        frames = luma(frames)
     return (frames / 127.5 - 1).clamp_(-1, 1)
 
 
@@ -258,17 +270,24 @@ def _examine(path):
         return {"error": str(error).removeprefix(f"{path}: ")}
 
 
-def _find(root):
-    found, seen = {}, set()
+def walk(root):
+    """Every folder from ``root`` down, links followed but none of them back -> (folder, names of its visible files)."""
+    seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        for name in names:
-            path = Path(folder, name)
-            if path.suffix.lower() in SUFFIXES and not name.startswith(".") and path.is_file():
+        folders.sort()
+        yield Path(folder), sorted(name for name in names if not name.startswith("."))
+
+
+def _find(root):
+    found = {}
+    for folder, names in walk(root):
+        for path in (folder / name for name in names):
+            if path.suffix.lower() in SUFFIXES and path.is_file():
                 status = path.stat()
                 found[path.relative_to(root).as_posix()] = {"size": status.st_size, "mtime": status.st_mtime_ns}
     return dict(sorted(found.items()))

@@ -7,16 +7,19 @@ A frame's index counts the frames that decode, in the order they are shown. Cont
 import functools
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 CHUNK = 16  # frames held at their full size at once
 SEEK_FROM = 48  # an earlier frame is reached faster by decoding from the start than through a table of timestamps
+RESAMPLE = ("bilinear", "lanczos")
+DEFAULT_RATE = 25.0  # of files that state none
 
 
 class VideoError(OSError):
@@ -56,7 +59,7 @@ def probe(path, backend="auto"):
     return _backend(PROBES, "pyav" if backend == "auto" else backend)(_existing(path))
 
 
-def read_clip(path, indices, size=None, backend="auto", info=None):
+def read_clip(path, indices, size=None, backend="auto", info=None, resample="bilinear"):
     """Read single frames of a video.
 
     Args:
@@ -65,6 +68,7 @@ def read_clip(path, indices, size=None, backend="auto", info=None):
         size: cut out the central square and resize it (antialiased) to ``size`` x ``size`` pixels; None: as they are.
         backend: ``decord``, ``pyav``, or ``auto``: decord, and PyAV for what decord cannot read or finds wrongly.
         info: what ``probe`` said of the file; saves a look at its packets.
+        resample: "bilinear" or "lanczos".
     Returns:
         (len(indices), 3, H, W) uint8 tensor, RGB.
     Raises:
@@ -75,7 +79,7 @@ def read_clip(path, indices, size=None, backend="auto", info=None):
     if not indices or min(indices) < 0:
         raise ValueError(f"indices: expected frame numbers >= 0, found {indices}")
     wanted = sorted(set(indices))
-    convert = functools.partial(_fit, size=size)
+    convert = functools.partial(fit_frames, size=size, resample=resample)
     if backend == "auto":
         try:
             frames = _read_decord(path, wanted, convert, info)
@@ -87,18 +91,74 @@ def read_clip(path, indices, size=None, backend="auto", info=None):
     return frames[[place[index] for index in indices]]
 
 
-def _fit(frames, size):
-    """(n, H, W, 3) uint8 array -> (n, 3, H, W) or, central square resized, (n, 3, size, size) uint8 tensor."""
+def iter_clip(path, size=None, frame_stride=1, fps=None, resample="bilinear", chunk=CHUNK):
+    """Decode a video once, from its start to its end, without knowing or holding its length.
+
+    The frames are those that ``read_clip`` gives through PyAV. Damage is an error as in ``probe``, which may come after
+    the pieces before it have been given.
+
+    Args:
+        path, size, resample: as for ``read_clip``.
+        frame_stride: take every ``frame_stride``-th frame.
+        fps: take the frames nearest in time to this rate instead (the earlier of two that are equally near); slower
+            videos then repeat frames.
+        chunk: frames a piece; the last piece may be shorter.
+    Yields:
+        (<= chunk, 3, H, W) uint8 tensors, RGB.
+    Raises:
+        VideoError: the file is missing, is no video, or is damaged.
+    """
+    path = _existing(path)
+    timed = fps is not None and _scan(path)[0] != "start"
+    with _Video(path, strict=True) as (container, stream):
+        frames = _decode(path, container, stream, container.demux(stream))
+        if fps is not None:
+            frames = _nearest_in_time(frames, fps, None if timed else _stated_rate(stream))
+        elif frame_stride > 1:
+            frames = islice(frames, 0, None, frame_stride)
+        yield from fit_pieces(map(_shown, frames), size, resample, chunk)
+
+
+def stated_rate(path):
+    """Frames per second that a video file claims to have; no frame is decoded.
+
+    Raises:
+        VideoError: the file is missing or is no video.
+    """
+    with _Video(_existing(path)) as (_, stream):
+        return _stated_rate(stream)
+
+
+def fit_frames(frames, size=None, resample="bilinear"):
+    """Cut out the central square of pictures and resize it (antialiased).
+
+    Args:
+        frames: (n, H, W, 3) uint8 array.
+        size: H = W of the result in pixels; None: nothing is cut or resized.
+        resample: "bilinear" or "lanczos".
+    Returns:
+        (n, 3, size, size) or (n, 3, H, W) uint8 tensor.
+    """
+    if resample not in RESAMPLE:
+        raise ValueError(f"resample: expected one of {', '.join(RESAMPLE)}, found {resample!r}")
+    if size is not None:
+        height, width = frames.shape[1:3]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        frames = frames[:, top : top + side, left : left + side]
+        if side != size and resample == "lanczos":
+            pictures = [Image.fromarray(frame).resize((size, size), Image.Resampling.LANCZOS) for frame in frames]
+            frames = np.stack([np.asarray(picture) for picture in pictures])
     frames = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-    if size is None:
-        return frames
-    height, width = frames.shape[2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    frames = frames[:, :, top : top + side, left : left + side]
-    if side != size:
+    if size is not None and frames.shape[2] != size:
         frames = F.interpolate(frames, size=(size, size), mode="bilinear", antialias=True)
     return frames
+
+
+def fit_pieces(frames, size=None, resample="bilinear", chunk=CHUNK):
+    """Iterator of (H, W, 3) uint8 arrays -> iterator of (<= chunk, 3, size, size) tensors; see ``fit_frames``."""
+    while piece := [fit_frames(frame[None], size, resample) for frame in islice(frames, chunk)]:
+        yield torch.cat(piece).contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------- decord
@@ -184,6 +244,56 @@ def _shown(frame):
     return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
 
 
+def _shown_size(frame):
+    """(height, width) of a decoded frame as it is to be shown."""
+    turned = round(frame.rotation / 90) % 2
+    return (frame.width, frame.height) if turned else (frame.height, frame.width)
+
+
+def _stated_rate(stream):
+    return float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_RATE
+
+
+def _decode(path, container, stream, packets):
+    """Decode all packets -> iterator of frames in the order shown; damage anywhere is a VideoError."""
+    n, first, end = 0, None, 0
+    for packet in packets:
+        if packet.is_corrupt:
+            raise VideoError(f"{path}: damaged or cut off after frame {n}")
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise VideoError(f"{path}: damaged at frame {n}")
+            first = first or _shown_size(frame)
+            if _shown_size(frame) != first:
+                raise VideoError(f"{path}: the frame size changes within the video")
+            end = (frame.time or 0) + (frame.duration or 0) * frame.time_base
+            n += 1
+            yield frame
+    # A packet that is cut in two shows; a Matroska file that ends between two shows by its stated duration.
+    stated = container.duration / av.time_base if container.duration else 0
+    if "matroska" in container.format.name and len(container.streams) == 1 and n and stated > end + 1:
+        raise VideoError(f"{path}: cut off after {float(end):.1f} of {stated:.1f} seconds")
+    if not n:
+        raise VideoError(f"{path}: holds no frame that can be decoded")
+
+
+def _nearest_in_time(frames, fps, rate=None):
+    """Those of the frames that lie nearest to 0, 1 / fps, 2 / fps, ... seconds after the first, up to the last.
+
+    ``rate``: of frames without timestamps, which are taken to be evenly spaced.
+    """
+    n, start, before = 0, None, None
+    for i, frame in enumerate(frames):
+        time = i / rate if rate else frame.time
+        start = time if start is None else start
+        while n / fps <= time - start + 1e-6:
+            asked = start + n / fps
+            earlier = before is not None and asked - before[0] <= time - asked + 1e-6
+            yield before[1] if earlier else frame
+            n += 1
+        before = time, frame
+
+
 def _scan(path):
     """Read packets without decoding -> (kind of seek, sorted presentation times, of those the keyframes')."""
     with _Video(path) as (container, stream):
@@ -256,31 +366,21 @@ def _decode_from_keyframe(path, wanted, convert, times, keys):
 
 
 def _probe_pyav(path):
-    times, shapes, packets = [], set(), []
-    with _Video(path, strict=True) as (container, stream):
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise VideoError(f"{path}: damaged or cut off after frame {len(times)}")
+    times, packets = [], []
+
+    def noted(demuxed):
+        for packet in demuxed:
             if packet.size:
                 packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
-            for frame in packet.decode():
-                if frame.is_corrupt:
-                    raise VideoError(f"{path}: damaged at frame {len(times)}")
-                turned = round(frame.rotation / 90) % 2
-                shapes.add((frame.width, frame.height) if turned else (frame.height, frame.width))
-                times.append(frame.time)
-                end = (frame.time or 0) + (frame.duration or 0) * frame.time_base
+            yield packet
+
+    with _Video(path, strict=True) as (container, stream):
+        rate = _stated_rate(stream)
+        for frame in _decode(path, container, stream, noted(container.demux(stream))):
+            height, width = _shown_size(frame)
+            times.append(frame.time)
         seek = _seek_kind(container, stream, packets)
-        # A packet that is cut in two shows; a Matroska file that ends between two shows by its stated duration.
-        stated = container.duration / av.time_base if container.duration else 0
-        if "matroska" in container.format.name and len(container.streams) == 1 and times and stated > end + 1:
-            raise VideoError(f"{path}: cut off after {float(end):.1f} of {stated:.1f} seconds")
-    if not times:
-        raise VideoError(f"{path}: holds no frame that can be decoded")
-    if len(shapes) > 1:
-        raise VideoError(f"{path}: the frame size changes within the video")
-    (height, width), n = shapes.pop(), len(times)
+    n = len(times)
     if None in times or any(later <= earlier for earlier, later in pairwise(times)):
         seek = "start"
     if seek == "start":
@@ -290,7 +390,7 @@ def _probe_pyav(path):
         times = tuple(round(t - times[0], 6) for t in times)
         if all(abs(t * rate - i) < 0.5 for i, t in enumerate(times)):
             times = None
-    return VideoInfo(n, rate or 25.0, height, width, times, seek)
+    return VideoInfo(n, rate, height, width, times, seek)
 
 
 # ----------------------------------------------------------------------------------------------------------------

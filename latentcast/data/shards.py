@@ -1,0 +1,474 @@
+"""Folders of safetensors shards: many videos a file, one tensor a video, streamed, resumable and checked.
+
+The latents cache and the prepared data sets are stored this way. A shard is written to a temporary file and renamed, so
+a run that was killed resumes by skipping the shards that stand. While a folder is unfinished it holds ``plan.json`` and
+a small JSON note beside each shard; ``manifest.json`` replaces them in the end: a folder with a manifest is complete.
+"""
+
+import collections
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ..files import replacing
+
+logger = logging.getLogger("latentcast")
+
+MANIFEST, PLAN = "manifest.json", "plan.json"
+# name in the manifest -> torch's type and the name that safetensors gives it
+DTYPES = {
+    "uint8": (torch.uint8, "U8"),
+    "uint16": (torch.uint16, "U16"),
+    "uint32": (torch.uint32, "U32"),
+    "int64": (torch.int64, "I64"),
+    "float16": (torch.float16, "F16"),
+    "bfloat16": (torch.bfloat16, "BF16"),
+    "float32": (torch.float32, "F32"),
+}
+UNKNOWN_LENGTH = 10**10  # frames that room is kept for in a header when a video's length is not known beforehand
+OPEN_FILES = 256  # mapped by one reader at a time
+ALIGNMENT = 8  # bytes; mapped tensors of any type start at multiples of their items
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a folder of shards is, for error messages.
+
+    Attributes: ``name``; ``version`` of its manifest; ``tool`` that makes it; ``replace``: how to make it anew.
+    """
+
+    name: str
+    version: int
+    tool: str
+    replace: str
+
+
+class ShardWriter:
+    """Plans, writes and completes one folder.
+
+    Several processes may share the work: each takes the shards with ``shard % world_size == rank``. Rank 0 must be
+    constructed before the others (it prepares the folder), and calls ``finish`` after all have written theirs. The
+    files do not depend on how many processes wrote them.
+
+    Args:
+        root: the folder.
+        kind: a Kind.
+        job: JSON-able dict that identifies the work. Needs ``frame_shape``, ``dtype``, ``conditions`` (see
+            VideoDataset), ``shard_videos`` and ``videos``: a list of dicts with ``name`` and, where they are known
+            beforehand, ``n_frames``.
+        overwrite: replace what another job left in ``root``, instead of refusing to go on.
+        rank, world_size: this process among those that write.
+    Raises:
+        ValueError: another job made what stands in ``root`` (both sides are named).
+    """
+
+    def __init__(self, root, kind, job, *, overwrite=False, rank=0, world_size=1):
+        self.root, self.kind = Path(root), kind
+        self.rank, self.world_size = rank, world_size
+        if job["shard_videos"] < 1:
+            raise ValueError(f"shard_videos: expected at least 1, found {job['shard_videos']}")
+        job = {"format": kind.version} | job
+        self.job = json.loads(json.dumps(job))  # tuples become lists, as they will be when the manifest is read back
+        self.n_shards = -(-len(job["videos"]) // job["shard_videos"])
+        if rank == 0:
+            self._prepare(overwrite)
+
+    @property
+    def finished(self):
+        """The manifest stands: nothing is left to do."""
+        return (self.root / MANIFEST).is_file()
+
+    def shard_videos(self, shard):
+        """The indices of the videos that shard number ``shard`` holds."""
+        size = self.job["shard_videos"]
+        return range(shard * size, min((shard + 1) * size, len(self.job["videos"])))
+
+    def pending(self, every_rank=False):
+        """Numbers of the shards still to be written: this rank's, or those of all ranks."""
+        shards = [s for s in range(self.n_shards) if every_rank or s % self.world_size == self.rank]
+        return [] if self.finished else [s for s in shards if self._note(s) is None]
+
+    def open_shard(self, shard):
+        """A ShardFile that takes the videos of one shard; use it in a ``with`` block."""
+        entries = {v: self.job["videos"][v].get("n_frames") for v in self.shard_videos(shard)}
+        return ShardFile(self.root, shard, entries, self.job["frame_shape"], self.job["dtype"], self.job["conditions"])
+
+    def notes(self):
+        """What is known of each shard: file, bytes, sha256, videos and skipped; None for one that is not written."""
+        if self.finished:
+            return read_json(self.root / MANIFEST)["shards"]
+        return [self._note(shard) for shard in range(self.n_shards)]
+
+    def redo(self, shards):
+        """Make these shards pending again, in a finished folder too."""
+        if self.finished:
+            for shard, note in enumerate(self.notes()):
+                write_json(_note_path(self.root, shard), note)
+            write_json(self.root / PLAN, self.job)
+            (self.root / MANIFEST).unlink()
+        for shard in shards:
+            _note_path(self.root, shard).unlink(missing_ok=True)
+            (self.root / _shard_name(shard)).unlink(missing_ok=True)
+
+    def finish(self):
+        """Write the manifest, once every shard stands."""
+        notes = self.notes()
+        missing = [_shard_name(s) for s, note in enumerate(notes) if note is None]
+        if missing:
+            raise ValueError(f"{self.kind.name} {self.root}: {missing[0]} is not written; re-run {self.kind.tool}")
+        reasons = [reason for note in notes for reason in note["skipped"].values()]
+        if len(reasons) == len(self.job["videos"]):
+            self._clear()  # a re-run tries them again
+            raise ValueError(
+                f"{self.kind.name} {self.root}: none of {len(reasons)} videos could be written "
+                f"({next(iter(reasons), 'the data set is empty')})"
+            )
+        write_json(self.root / MANIFEST, self.job | {"shards": notes})
+        self._tidy()
+
+    def _prepare(self, overwrite):
+        """Make ``root`` ready to be continued: refuse or clear what does not belong to this job."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for leftover in self.root.glob("*.tmp"):
+            leftover.unlink()
+        standing = self.root / (MANIFEST if self.finished else PLAN)
+        if standing.is_file():
+            difference = difference_of({k: v for k, v in read_json(standing).items() if k in self.job}, self.job)
+            if difference and not overwrite:
+                raise ValueError(f"{self.kind.name} {self.root}: {difference}; {self.kind.replace}")
+            if difference or (overwrite and self.finished):
+                self._clear()
+            elif self.finished:
+                self._tidy()
+                self._redo_damaged()
+        else:
+            self._clear()
+        if not self.finished:
+            write_json(self.root / PLAN, self.job)
+
+    def _redo_damaged(self):
+        notes = self.notes()
+        errors = {shard: _size_error(self.root, note) for shard, note in enumerate(notes)}
+        damaged = [shard for shard, error in errors.items() if error]
+        for shard in damaged:
+            logger.warning("%s; writing it again", errors[shard])
+        if damaged:
+            self.redo(damaged)
+
+    def _note(self, shard):
+        path = _note_path(self.root, shard)
+        if not path.is_file():
+            return None
+        note = read_json(path)
+        return None if _size_error(self.root, note) else note
+
+    def _tidy(self):
+        for path in [*self.root.glob("shard-*.json"), self.root / PLAN]:
+            path.unlink(missing_ok=True)
+
+    def _clear(self):
+        # The notes go first and the manifest last: a crash in between never leaves old shards that pass for new ones.
+        for path in [*self.root.glob("shard-*.json"), *self.root.glob("shard-*.safetensors")]:
+            path.unlink()
+        for name in (PLAN, MANIFEST):
+            (self.root / name).unlink(missing_ok=True)
+
+
+class ShardFile:
+    """One safetensors file, streamed: memory does not grow with the length of the videos.
+
+    The header comes first in the file and holds every length, so room is kept for it and it is filled in last; a video
+    that turns out unreadable is cut out of the stream. Conditions follow the frames of all videos. Leaving the ``with``
+    block by an exception leaves nothing.
+    """
+
+    def __init__(self, root, shard, entries, frame_shape, dtype, conditions):
+        self.path, self.note_path = root / _shard_name(shard), _note_path(root, shard)
+        self.temporary = self.path.with_name(self.path.name + ".tmp")
+        self.entries, self.frame_shape = entries, tuple(frame_shape)
+        self.dtype, self.dtype_name = DTYPES[dtype]
+        self.condition_specs = conditions
+        longest = {video: UNKNOWN_LENGTH if n is None else n for video, n in entries.items()}
+        self.header_bytes = -(-len(self._header(longest)[0]) // 8) * 8
+        self.written = {}  # video -> frames written
+        self.conditions = {}  # video -> name -> tensor
+        self.facts = {}  # video -> what the note says of it beside its length
+        self.skipped = {}  # video -> reason
+
+    def __enter__(self):
+        self.file = open(self.temporary, "wb")
+        self.start = self.file.seek(8 + self.header_bytes)
+        return self
+
+    def append(self, video, frames):
+        """Write the next frames of a video, a tensor of shape (t, *frame_shape). Videos come one after another."""
+        if self.skipped.get(video) is not None:
+            return
+        if tuple(frames.shape[1:]) != self.frame_shape:
+            raise ValueError(f"{self.path}: expected frames of {self.frame_shape}, found {tuple(frames.shape[1:])}")
+        if video not in self.written:
+            self.written[video] = 0
+            self.start = self.file.tell()
+        self.written[video] += len(frames)
+        with _writing(self.path):
+            self.file.write(_raw(frames.to(self.dtype)))
+
+    def describe(self, video, conditions, **facts):
+        """Keep a video's conditions, name -> tensor, and JSON-able facts for the manifest."""
+        self.conditions[video] = conditions
+        self.facts[video] = facts
+
+    def skip(self, video, reason):
+        """Leave a video out, also one whose first frames were written already."""
+        if video in self.written:
+            del self.written[video]
+            self.file.seek(self.start)
+        self.skipped.setdefault(video, reason)
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                self._complete()
+        finally:
+            with contextlib.suppress(OSError):  # a full disk refuses the rest of the buffer once more
+                self.file.close()
+            self.temporary.unlink(missing_ok=True)
+
+    def _complete(self):
+        expected = {
+            v: self.written.get(v) if n is None else n for v, n in self.entries.items() if v not in self.skipped
+        }
+        if self.written != expected:
+            raise ValueError(f"{self.path}: expected frames per video {expected}, found {self.written}")
+        header, padding = self._header(self.written)
+        with _writing(self.path):
+            self.file.write(bytes(padding))
+            for video, name, shape in self._condition_shapes(self.written):
+                self.file.write(_raw(self._condition(video, name, shape)))
+            self.file.truncate()
+            self.file.seek(0)
+            self.file.write(struct.pack("<Q", self.header_bytes))
+            self.file.write(header.ljust(self.header_bytes))
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            note = {"file": self.path.name, "bytes": self.temporary.stat().st_size, "sha256": _sha256(self.temporary)}
+            os.replace(self.temporary, self.path)
+        videos = {str(v): {"n_frames": n} | self.facts.get(v, {}) for v, n in self.written.items()}
+        skipped = {str(video): reason for video, reason in self.skipped.items()}
+        write_json(self.note_path, note | {"videos": videos, "skipped": skipped})
+
+    def _condition(self, video, name, shape):
+        tensor = self.conditions.get(video, {}).get(name)
+        found = None if tensor is None else tuple(tensor.shape)
+        if found != shape:
+            raise ValueError(f"{self.path}: video {video}: expected condition {name} of shape {shape}, found {found}")
+        return tensor.to(DTYPES[self.condition_specs[name]["dtype"]][0])
+
+    def _condition_shapes(self, lengths):
+        """(video, name, shape) of every condition in the order of the file: large items first, for alignment."""
+        by_size = sorted(self.condition_specs.items(), key=lambda item: -DTYPES[item[1]["dtype"]][0].itemsize)
+        for name, spec in by_size:
+            for video, n_frames in lengths.items():
+                per_frame = (n_frames,) if spec["per"] == "frame" else ()
+                yield video, name, (*per_frame, *spec["shape"])
+
+    def _header(self, lengths):
+        """-> the header's bytes, and how many bytes of padding lie between frames and conditions"""
+        tensors = [(_key(v), (n, *self.frame_shape), self.dtype, self.dtype_name) for v, n in lengths.items()]
+        n_bytes = sum(torch.Size(shape).numel() for _, shape, *_ in tensors) * self.dtype.itemsize
+        padding = -n_bytes % ALIGNMENT if self.condition_specs else 0
+        if padding:
+            tensors.append(("padding", (padding,), *DTYPES["uint8"]))
+        for video, name, shape in self._condition_shapes(lengths):
+            tensors.append((_key(video, name), shape, *DTYPES[self.condition_specs[name]["dtype"]]))
+        header, offset = {}, 0
+        for key, shape, dtype, dtype_name in tensors:
+            end = offset + torch.Size(shape).numel() * dtype.itemsize
+            header[key] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        return json.dumps(header, separators=(",", ":")).encode(), padding
+
+
+class ShardReader:
+    """Reads videos and conditions out of a finished folder.
+
+    Files open in the process that reads them, so a reader pickles and works under spawn."""
+
+    def __init__(self, root, manifest):
+        self.root, self.manifest = Path(root), manifest
+        self.facts = {int(v): facts for note in manifest["shards"] for v, facts in note["videos"].items()}
+        self._open = collections.OrderedDict()
+
+    @property
+    def videos(self):
+        """Indices of the videos that were not skipped."""
+        return list(self.facts)
+
+    def length(self, video):
+        """Frames of a video."""
+        return self.facts[video]["n_frames"]
+
+    def file_name(self, video):
+        """The shard that holds a video."""
+        return self.manifest["shards"][video // self.manifest["shard_videos"]]["file"]
+
+    def frames(self, video, start, stop, stride=1):
+        """Frames ``start:stop:stride`` -> a tensor of their own (the file stays mapped, its pages do not travel)."""
+        return self._slice(video, _key(video))[start:stop][::stride].clone()
+
+    def conditions(self, video, start, stop, stride=1):
+        """name -> tensor: frames ``start:stop:stride`` of conditions per frame, the whole of others."""
+        found = {}
+        for name, spec in self.manifest["conditions"].items():
+            if spec["per"] == "frame":
+                found[name] = self._slice(video, _key(video, name))[start:stop][::stride].clone()
+            else:
+                found[name] = self._file(video).get_tensor(_key(video, name)).clone()
+        return found
+
+    def _slice(self, video, key):
+        return self._file(video).get_slice(key)
+
+    def _file(self, video):
+        shard = video // self.manifest["shard_videos"]
+        if shard not in self._open:
+            if len(self._open) == OPEN_FILES:
+                self._open.popitem(last=False)
+            self._open[shard] = safe_open(self.root / self.file_name(video), framework="pt")
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_open": collections.OrderedDict()}
+
+
+def read_manifest(root, kind):
+    """The manifest of a finished folder, after a check that every shard has its full size.
+
+    Raises:
+        FileNotFoundError: no manifest, or a shard is missing.
+        ValueError: not a manifest of this format, or a shard of another size (names it, with both sizes).
+    """
+    root = Path(root)
+    if not (root / MANIFEST).is_file():
+        state = "unfinished" if (root / PLAN).is_file() else "not there"
+        raise FileNotFoundError(f"{kind.name} {root}: {state}; run {kind.tool}, which resumes")
+    manifest = read_json(root / MANIFEST)
+    if manifest.get("format") != kind.version:
+        raise ValueError(f"{root / MANIFEST}: expected format {kind.version}, found {manifest.get('format')!r}")
+    for note in manifest["shards"]:
+        error = _size_error(root, note)
+        if error:
+            raise ValueError(f"{error}; re-run {kind.tool}, which writes it again")
+    return manifest
+
+
+def verify(root, kind):
+    """Compare every shard of a finished folder with its checksum; returns the number of shards.
+
+    Raises:
+        ValueError: names the first shard that differs, with both checksums.
+    """
+    notes = read_manifest(root, kind)["shards"]
+    for problem in damage(root, notes):
+        raise ValueError(f"{problem}; delete it and re-run {kind.tool}, which writes it again")
+    return len(notes)
+
+
+def damage(root, notes):
+    """Yield a line for each shard that is missing, or differs in size or checksum from its note."""
+    for note in notes:
+        path = Path(root) / note["file"]
+        error = _size_error(Path(root), note)
+        if error is None and (found := _sha256(path)) != note["sha256"]:
+            error = f"{path}: expected sha256 {note['sha256']}, found {found}"
+        if error:
+            yield error
+
+
+def difference_of(found, asked):
+    """The first entries that differ, with both sides, as one line; empty when there are none."""
+    lines = itertools.islice(_differences(found, asked, ""), 3)
+    return "; ".join(f"made with {name} {one}, asked for {other}" for name, one, other in lines)
+
+
+def _differences(found, asked, name):
+    if isinstance(found, dict) and isinstance(asked, dict):
+        for key in [*asked, *(key for key in found if key not in asked)]:
+            yield from _differences(found.get(key), asked.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(found, list) and isinstance(asked, list) and len(found) != len(asked):
+        yield name, f"of {len(found)} entries", f"{len(asked)}"
+    elif isinstance(found, list) and isinstance(asked, list):
+        for i, (one, other) in enumerate(zip(found, asked)):
+            yield from _differences(one, other, f"{name}[{i}]")
+    elif found != asked:
+        yield name, found, asked
+
+
+def _size_error(root, note):
+    path = root / note["file"]
+    found = path.stat().st_size if path.is_file() else None
+    if found == note["bytes"]:
+        return None
+    return f"{path}: expected {note['bytes']} bytes, found {'no file' if found is None else found}"
+
+
+@contextlib.contextmanager
+def _writing(path):
+    try:
+        yield
+    except OSError as error:
+        message = f"{path}: cannot be written ({error.strerror}); finished shards are kept, a re-run resumes"
+        raise OSError(message) from None
+
+
+def _raw(tensor):
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _key(video, condition=None):
+    return f"{video:08d}" if condition is None else f"{video:08d}.{condition}"
+
+
+def _shard_name(shard):
+    return f"shard-{shard:05d}.safetensors"
+
+
+def _note_path(root, shard):
+    return root / f"shard-{shard:05d}.json"
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def write_json(path, content):
+    """Write all or nothing: to a temporary file, renamed when it is on the disk."""
+    with _writing(path):
+        with replacing(path) as temporary, open(temporary, "w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes this rename, and a shard's before it, last through a power cut
+        finally:
+            os.close(folder)
