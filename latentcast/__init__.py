@@ -36,6 +36,8 @@ _EXPORTS = {
     "probe": "latentcast.data.video_reader",
     "write_video": "latentcast.data.video_writer",
     "VideoFolder": "latentcast.data.video_folder",
+    "PreparedVideos": "latentcast.data.prepared",
+    "prepared_videos": "latentcast.data.prepared",
     "MovingDigits": "latentcast.data.moving_digits",
     "VideoDataModule": "latentcast.data.datamodules",
     "LatentCacheWriter": "latentcast.data.latent_cache",

@@ -19,6 +19,14 @@ class UserError(Exception):
     """Something the user can mend; printed as one line, without a traceback."""
 
 
+class Findings(UserError):
+    """What a check found wrong: an error whose ``figures`` are printed as the JSON line all the same."""
+
+    def __init__(self, message, figures):
+        super().__init__(message)
+        self.figures = figures
+
+
 def run_tool(main, parser, argv=None):
     """Parse the command line, run ``main(args) -> dict``, and leave through the exit status.
 
@@ -42,6 +50,8 @@ def run_tool(main, parser, argv=None):
         if message.startswith("Caught "):  # out of a loader's worker: its whole traceback, the message in the last line
             message = message.splitlines()[-1].partition(": ")[2]
         print(f"error: {kind}{' '.join(message.split())}", file=sys.stderr)
+        if isinstance(error, Findings):
+            print(json.dumps(error.figures), flush=True)
         raise SystemExit(1) from None
     if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0:  # torchrun's, Lightning's
         print(json.dumps(result), flush=True)

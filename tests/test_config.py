@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
+from noise_benchmark import Noise
 from omegaconf import OmegaConf
 
 from latentcast import config as config_module
 from latentcast.config import TOOLS, ConfigError, config_root, find_target, instantiate, load_config, to_container
+from latentcast.data.prepared import prepare
 
 FILES = {
     "base.yaml": """
@@ -289,9 +291,14 @@ def test_every_group_file_fits_its_class(group, name, tmp_path):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_is_built(experiment, video_folder):
+def test_every_experiment_is_built(experiment, video_folder, tmp_path, monkeypatch):
     overrides = list(ON_CPU)
-    if OmegaConf.is_missing(load_config(experiment).data, "root"):
+    config = load_config(experiment)
+    if config.data._target_ == "latentcast.prepared_videos":
+        monkeypatch.setattr("noise_benchmark.LENGTHS", {"train": (config.clip_length,)})
+        prepare(Noise(name=config.data.name, frame_size=config.frame_size, channels=config.channels), tmp_path)
+        overrides.append(f"data.root={tmp_path}")
+    if OmegaConf.is_missing(config.data, "root"):
         overrides += [f"data.root={video_folder}", "data.val_fraction=0", "data.test_fraction=0"]
     for tool in (None, *TOOLS):
         config = load_config(experiment, overrides, tool=tool)

@@ -1,0 +1,112 @@
+"""What a benchmark data set must tell so that ``tools/prepare_dataset.py`` can prepare it."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video out of a source, as ``Benchmark.read`` gives it.
+
+    Attributes:
+        frames: pieces of the video in order, each (t, C, H, W) uint8; an iterator keeps memory flat on long videos.
+        conditions: name -> tensor, for each of ``Benchmark.conditions``: (n_frames, *shape) or, per video, (*shape).
+        sha256: of the bytes in the source that the video came from; None for videos that were made, not read.
+    """
+
+    frames: Iterable[torch.Tensor]
+    conditions: dict = field(default_factory=dict)
+    sha256: str | None = None
+
+
+class Benchmark:
+    """Base class of the data sets. An instance pickles: worker processes read through it.
+
+    Subclasses set the attributes and take, after ``source`` and ``protocol``, their options as keyword arguments with
+    defaults that follow the protocol; ``frame_size`` is one of them.
+
+    Attributes:
+        name: of the data set, on the command line and in manifests.
+        protocols: names of the ways to split and crop in use, the default first; ``--split`` chooses one.
+        needs_source: whether there is something to read; False for simulations.
+        frame_size: H = W of prepared frames, pixels.
+        channels: 1 or 3.
+        fps: frames per second.
+        conditions: name -> {"shape": list, "dtype": "float32" or "int64", "per": "frame" or "video"}.
+        shard_videos: videos a file.
+        provenance: JSON-able facts for the manifest: class names, checksums of index files, physical parameters.
+    """
+
+    name: str
+    protocols: tuple = ("standard",)
+    needs_source = True
+    frame_size = 64
+    channels = 3
+    fps = 10.0
+    conditions: dict = {}  # noqa: RUF012
+    shard_videos = 64
+
+    def __init__(self, source=None, protocol=None):
+        self.source = None if source is None else Path(source)
+        self.protocol = self.protocols[0] if protocol is None else protocol
+        if self.protocol not in self.protocols:
+            raise ValueError(f"--split: {self.name} has {', '.join(self.protocols)}, found {protocol!r}")
+        if self.needs_source:
+            if self.source is None:
+                raise ValueError(f"--source: {self.name} is prepared from files; expected their folder or archive")
+            if not self.source.exists():
+                raise FileNotFoundError(f"--source {self.source}: no such file or folder")
+        self.provenance = {}
+
+    def videos(self):
+        """split ("train", "val", "test") -> list of the names of its videos, in a stable order.
+
+        A name is unique within its split and is all that ``read`` is given. Names that a list (a csv, say) promises
+        appear even where their file is missing: ``read`` raises for those.
+
+        Raises:
+            OSError, ValueError: the source is not laid out as published; names the file, what was expected and found.
+        """
+        raise NotImplementedError
+
+    def expected_counts(self):
+        """split -> number of videos that the published set has under this protocol, or {} where there is no such."""
+        return {}
+
+    def generated(self):
+        """split -> keyword arguments of the class that makes its videos as they are asked for, instead of files."""
+        return {}
+
+    def files(self):
+        """name below the prepared set -> path of a file of the source that is copied there unchanged."""
+        return {}
+
+    def read(self, split, name):
+        """One video -> Clip.
+
+        Raises:
+            VideoError: missing or damaged; one line with the file (and offset or row), what was expected and found.
+        """
+        raise NotImplementedError
+
+    def describe(self):
+        """JSON-able: the protocol's name and every option that shapes the frames."""
+        raise NotImplementedError
+
+    def figures(self, root):
+        """What the tool's last line says beside the counts, measured on the finished set at ``root``."""
+        return {}
+
+
+def file_sha256(*paths):
+    """SHA-256 of the files' bytes, one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,345 @@
+"""Prepared data sets: a benchmark's videos cropped, resized and stored once, then read at random at a disk's speed.
+
+A set is a folder with one folder of shards (see shards.py) for each split, uint8 frames and conditions, and a
+``manifest.json`` that says what it is: name, protocol, counts, frame size, provenance. It is written last, so a set
+with a manifest is complete.
+"""
+
+import concurrent.futures
+import hashlib
+import logging
+import multiprocessing
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..files import replacing
+from . import shards
+from .base import EmptySplitError, VideoDataset, VideoEntry, check_split
+from .moving_digits import MovingDigits
+from .video_folder import LUMA
+from .video_reader import VideoError
+
+logger = logging.getLogger("latentcast")
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+KIND = shards.Kind(
+    name="prepared set",
+    version=1,
+    tool="tools/prepare_dataset.py",
+    replace="prepare it into another --output, or delete this one",
+)
+
+
+class IncompleteError(ValueError):
+    """The source does not hold all that the published set should; what it holds is written and kept."""
+
+
+def prepare(benchmark, output, *, workers=0, partial=False):
+    """Prepare a data set; continues what an earlier run left in ``output``.
+
+    Args:
+        benchmark: a Benchmark.
+        output: folder of the prepared set.
+        workers: processes that read and write beside this one, a shard at a time; 0: this one does it all.
+        partial: accept a set with fewer videos than published; the manifest then says ``complete: false``.
+    Returns:
+        dict of ``name``, ``protocol``, ``counts``, ``skipped`` (split -> videos), ``bytes`` and the benchmark's own
+        figures.
+    Raises:
+        ValueError: ``output`` holds another set, or one of another protocol.
+        IncompleteError: counts differ from ``Benchmark.expected_counts``, without ``partial``.
+        OSError: the source cannot be listed or the disk is full.
+    """
+    output = Path(output)
+    videos = benchmark.videos()
+    writers = {
+        split: shards.ShardWriter(output / split, KIND, _job(benchmark, split, names))
+        for split, names in videos.items()
+        if names
+    }
+    if not writers:
+        raise ValueError(f"{benchmark.name}: no videos found in {benchmark.source}")
+    if not partial:  # try again what an earlier run could not read
+        for writer in writers.values():
+            gaps = [shard for shard, note in enumerate(writer.notes()) if note and note["skipped"]]
+            if gaps:
+                writer.redo(gaps)
+    _write_shards(benchmark, writers, workers)
+    for name, source in benchmark.files().items():
+        if not (output / name).is_file():
+            with replacing(output / name) as temporary:
+                shutil.copyfile(source, temporary)
+
+    notes = {split: writer.notes() for split, writer in writers.items()}
+    counts = {split: sum(len(note["videos"]) for note in written) for split, written in notes.items()}
+    skipped = {split: [r for note in written for r in note["skipped"].values()] for split, written in notes.items()}
+    expected = {split: len(names) for split, names in videos.items()} | benchmark.expected_counts()
+    wrong = [split for split in expected if counts.get(split, 0) != expected[split]]
+    if wrong and not partial:
+        reasons = [reason for split in wrong for reason in skipped.get(split, [])]
+        because = f"; {len(reasons)} could not be read, first: {reasons[0]}" if reasons else ""
+        asked = ", ".join(f"{split} {expected[split]}" for split in wrong)
+        found = ", ".join(f"{split} {counts.get(split, 0)}" for split in wrong)
+        raise IncompleteError(
+            f"{benchmark.name}: expected videos: {asked}; found: {found}{because}; mend the source and run again, "
+            "or accept what there is with --partial"
+        )
+    for writer in writers.values():
+        if not writer.finished:
+            writer.finish()
+    generated = benchmark.generated()
+    counts |= {split: generator["n_videos"] for split, generator in generated.items()}
+    shards.write_json(
+        output / MANIFEST,
+        {
+            "format": FORMAT,
+            "name": benchmark.name,
+            "protocol": benchmark.describe(),
+            "counts": counts,
+            "expected_counts": expected,
+            "complete": not wrong,
+            "frame_size": [benchmark.frame_size, benchmark.frame_size],
+            "channels": benchmark.channels,
+            "fps": benchmark.fps,
+            "conditions": benchmark.conditions,
+            "generated": generated,
+            "sha256": {split: _contents(written) for split, written in notes.items()},
+            "source": None if benchmark.source is None else benchmark.source.name,
+            "source_sha256": {split: _sources(written) for split, written in notes.items()},
+            "provenance": benchmark.provenance,
+        },
+    )
+    return {
+        "name": benchmark.name,
+        "protocol": benchmark.protocol,
+        "counts": counts,
+        "skipped": {split: len(reasons) for split, reasons in skipped.items()},
+        "bytes": sum(note["bytes"] for written in notes.values() for note in written),
+        "output": str(output),
+    } | benchmark.figures(output)
+
+
+def _job(benchmark, split, names):
+    return {
+        "name": benchmark.name,
+        "protocol": benchmark.describe(),
+        "split": split,
+        "fps": benchmark.fps,
+        "frame_shape": [benchmark.channels, benchmark.frame_size, benchmark.frame_size],
+        "dtype": "uint8",
+        "conditions": benchmark.conditions,
+        "shard_videos": benchmark.shard_videos,
+        "videos": [{"name": name} for name in names],
+    }
+
+
+def _contents(notes):
+    """One checksum over those of a split's shards."""
+    return hashlib.sha256("".join(note["sha256"] for note in notes).encode()).hexdigest()
+
+
+def _sources(notes):
+    """One checksum over those of a split's source files; None for videos that were made, not read."""
+    sums = [facts.get("source_sha256") for note in notes for facts in note["videos"].values()]
+    return hashlib.sha256("".join(sums).encode()).hexdigest() if all(sums) else None
+
+
+def _write_shards(benchmark, writers, workers):
+    """Write every pending shard, with a progress bar over videos."""
+    work = [(split, shard) for split, writer in writers.items() for shard in writer.pending()]
+    n_videos = {(split, shard): len(writers[split].shard_videos(shard)) for split, shard in work}
+    with tqdm(total=sum(n_videos.values()), desc=f"prepare {benchmark.name}", unit="video", file=sys.stderr) as bar:
+        if workers == 0 or len(work) < 2:
+            for split, shard in work:
+                _report(_write_shard(benchmark, writers[split], split, shard, bar.update))
+            return
+        context = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(
+            min(workers, len(work)), context, _start_worker, (benchmark, writers)
+        )
+        try:
+            jobs = {pool.submit(_work, *item): item for item in work}
+            for job in concurrent.futures.as_completed(jobs):
+                _report(job.result())
+                bar.update(n_videos[jobs[job]])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _report(skipped):
+    for reason in skipped:
+        logger.warning("skipped: %s", reason)
+
+
+_worker = {}
+
+
+def _start_worker(benchmark, writers):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the pool
+    torch.set_num_threads(1)
+    _worker.update(benchmark=benchmark, writers=writers)
+
+
+def _work(split, shard):
+    return _write_shard(_worker["benchmark"], _worker["writers"][split], split, shard)
+
+
+def _write_shard(benchmark, writer, split, shard, progress=lambda n: None):
+    """Write one shard -> the reasons for which videos were left out"""
+    with writer.open_shard(shard) as file:
+        for video in writer.shard_videos(shard):
+            name = writer.job["videos"][video]["name"]
+            try:
+                clip = benchmark.read(split, name)
+                for piece in clip.frames:
+                    file.append(video, piece)
+                if video not in file.written:
+                    raise VideoError(f"{name}: no frames")
+                facts = {} if clip.sha256 is None else {"source_sha256": clip.sha256}
+                file.describe(video, clip.conditions, **facts)
+            except VideoError as error:
+                file.skip(video, str(error))
+            progress(1)
+        return list(file.skipped.values())
+
+
+def prepared_videos(root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0):
+    """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
+
+    Args: see PreparedVideos.
+    """
+    check_split(split)
+    manifest = read_set_manifest(root, name)
+    if split not in manifest["generated"]:
+        return PreparedVideos(root, split, clip_length, size, channels, name=name, frame_stride=frame_stride, seed=seed)
+    if frame_stride != 1:
+        raise ValueError(
+            f"frame_stride: expected 1 for videos that are made as they are asked for, found {frame_stride}"
+        )
+    _check_size(root, manifest, size)
+    return MovingDigits(
+        split,
+        clip_length,
+        size=manifest["frame_size"][0],
+        channels=channels or manifest["channels"],
+        mnist_dir=Path(root) / "mnist",
+        **manifest["generated"][split],
+    )
+
+
+class PreparedVideos(VideoDataset):
+    """Clips and whole videos out of a prepared set.
+
+    Args:
+        root: folder of the set.
+        split: "train", "val" or "test".
+        clip_length: frames a clip. Shorter videos are counted, logged and left out.
+        size: H = W that is expected, pixels; None: as prepared. Frames are not resized again.
+        channels: 1 (grey frames; colour ones turn grey by BT.601) or 3 (grey ones are repeated); None: as prepared.
+        name: of the set that is expected, "bair" say; None: any.
+        frame_stride: take every ``frame_stride``-th frame (and condition).
+        seed: of the random windows.
+    Raises:
+        FileNotFoundError: no finished set there.
+        ValueError: another set, another frame size, no video as long as a clip.
+        EmptySplitError: the set has no such split.
+    """
+
+    def __init__(self, root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0):
+        check_split(split)
+        for argument, value in (("clip_length", clip_length), ("frame_stride", frame_stride)):
+            if value < 1:
+                raise ValueError(f"{argument}: expected at least 1, found {value}")
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), found {channels}")
+        self.root, self.split, self.clip_length, self.frame_stride = Path(root), split, clip_length, frame_stride
+        self.seed = seed
+        self.manifest = read_set_manifest(root, name)
+        _check_size(root, self.manifest, size)
+        self.size, self.stored_channels = self.manifest["frame_size"][0], self.manifest["channels"]
+        self.channels = channels or self.stored_channels
+        self.fps, self.conditions = self.manifest["fps"] / frame_stride, self.manifest["conditions"]
+        if split not in self.manifest["counts"]:
+            found = ", ".join(self.manifest["counts"])
+            raise EmptySplitError(f"{root}: {self.manifest['name']} has no split {split!r}; it has {found}")
+        stored = shards.read_manifest(self.root / split, KIND)
+        self._reader = shards.ShardReader(self.root / split, stored)
+        lengths = {v: (self._reader.length(v) - 1) // frame_stride + 1 for v in self._reader.videos}
+        self._index = [video for video, n in lengths.items() if n >= clip_length]
+        if not self._index:
+            raise EmptySplitError(
+                f"{root}: {split}: no video has clip_length={clip_length} frames at frame_stride={frame_stride}; "
+                f"the longest of {len(lengths)} has {max(lengths.values())}"
+            )
+        if len(self._index) < len(lengths):
+            n = len(lengths) - len(self._index)
+            logger.info("%s: %s: %d of %d videos are shorter than a clip and left out", root, split, n, len(lengths))
+        self._videos = [VideoEntry(stored["videos"][v]["name"], lengths[v], self.fps) for v in self._index]
+
+    @property
+    def videos(self):
+        """list of VideoEntry; ``n_frames`` and ``fps`` after the stride."""
+        return self._videos
+
+    def read_video(self, index, start, stop):
+        frames = self._reader.frames(*self._place(index, start, stop)).float()
+        if self.channels < self.stored_channels:
+            frames = (frames * torch.tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+        frames = frames.div_(127.5).sub_(1).clamp_(-1, 1)
+        return frames.repeat(1, self.channels // frames.shape[1], 1, 1)
+
+    def read_conditions(self, index, start, stop):
+        return self._reader.conditions(*self._place(index, start, stop))
+
+    def _place(self, index, start, stop):
+        """-> (video, start, stop, stride) in stored frames"""
+        entry = self._videos[index]
+        if not 0 <= start < stop <= entry.n_frames:
+            raise ValueError(f"{entry.name}: expected 0 <= start < stop <= {entry.n_frames}, found {start}:{stop}")
+        return self._index[index], start * self.frame_stride, (stop - 1) * self.frame_stride + 1, self.frame_stride
+
+    def describe(self):
+        return {
+            "type": "PreparedVideos",
+            "name": self.manifest["name"],
+            "protocol": self.manifest["protocol"],
+            "split": self.split,
+            "sha256": self.manifest["sha256"][self.split],
+            "size": self.size,
+            "channels": self.channels,
+            "frame_stride": self.frame_stride,
+        }
+
+
+def read_set_manifest(root, name=None):
+    """The manifest of a finished set.
+
+    Raises:
+        FileNotFoundError: none there.
+        ValueError: not such a manifest, or one of another set than ``name``.
+    """
+    path = Path(root) / MANIFEST
+    if not path.is_file():
+        command = f"tools/prepare_dataset.py {name or 'NAME'} --output {root}"
+        raise FileNotFoundError(f"{root}: no finished set here; run {command}, or give data.root=FOLDER")
+    manifest = shards.read_json(path)
+    if manifest.get("format") != FORMAT or "counts" not in manifest:
+        raise ValueError(f"{path}: not the manifest of a prepared set of format {FORMAT}")
+    if name is not None and manifest["name"] != name:
+        raise ValueError(f"{root}: expected the set {name}, found {manifest['name']}")
+    return manifest
+
+
+def _check_size(root, manifest, size):
+    found = manifest["frame_size"][0]
+    if size is not None and size != found:
+        raise ValueError(
+            f"{root}: {manifest['name']} holds frames of {found} pixels, asked for {size}: set frame_size={found}, or "
+            f"prepare it again with frame_size={size}"
+        )

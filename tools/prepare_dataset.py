@@ -1,0 +1,63 @@
+"""Prepare a benchmark data set: read its published files once, crop, resize, count and store its videos.
+
+``prepare_dataset.py NAME --source DIR_OR_ARCHIVE --output DIR [--split PROTOCOL] [key=value ...]`` continues what an
+earlier run left; ``prepare_dataset.py check DIR`` verifies a prepared set or any folder of videos.
+"""
+
+import argparse
+import os
+
+from latentcast.cli import Findings, UserError, prepare_run_dir, run_tool
+
+
+def main(args):
+    if args.name == "check":
+        return check(args)
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from latentcast.config import instantiate
+    from latentcast.data.benchmarks import BENCHMARKS
+    from latentcast.data.prepared import prepare
+
+    if args.name not in BENCHMARKS:
+        raise UserError(f"no data set {args.name!r}; expected one of {', '.join(BENCHMARKS)}, or check DIR")
+    if args.output is None:
+        raise UserError("--output: expected the folder to prepare into")
+    strange = [argument for argument in args.arguments if "=" not in argument]
+    if strange:
+        raise UserError(f"expected key=value, found {strange[0]!r}")
+    try:
+        options = OmegaConf.to_container(OmegaConf.from_dotlist(args.arguments))
+    except OmegaConfBaseException as error:
+        raise UserError(f"key=value: {error}") from None
+    fixed = {"source": args.source, "protocol": args.split}
+    benchmark = instantiate({"_target_": BENCHMARKS[args.name], **options}, **fixed)
+    output = prepare_run_dir(args.output, "--output")
+    return prepare(benchmark, output, workers=args.workers, partial=args.partial)
+
+
+def check(args):
+    from latentcast.data.checking import check_folder
+
+    if len(args.arguments) != 1:
+        raise UserError(f"check: expected one folder, found {len(args.arguments)} arguments")
+    figures = check_folder(args.arguments[0], args.clip_length)
+    if figures["problems"]:
+        raise Findings(f"{args.arguments[0]}: {len(figures['problems'])} problems: {figures['problems'][0]}", figures)
+    return figures
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("name", help="the data set (see docs/datasets.md), or 'check'")
+    parser.add_argument(
+        "arguments", nargs="*", metavar="key=value", help="the data set's options; for check: the folder"
+    )
+    parser.add_argument("--source", help="folder or archive as published")
+    parser.add_argument("--output", help="folder of the prepared set")
+    parser.add_argument("--split", help="protocol: which of the splits in use (the first one documented by default)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core; 0: none)")
+    parser.add_argument("--partial", action="store_true", help="accept a set with fewer videos than published")
+    parser.add_argument("--clip-length", type=int, default=1, help="check: shorter videos are named")
+    run_tool(main, parser)
