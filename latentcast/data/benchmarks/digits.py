@@ -1,0 +1,104 @@
+"""Moving MNIST and Stochastic Moving MNIST (SM-MNIST), made from MNIST's IDX files."""
+
+from ..digits import MNIST_FILES, mnist_file
+from ..moving_digits import MovingDigits
+from .base import Benchmark, Clip
+
+TRAIN_FILE = "train-images-idx3-ubyte"
+
+
+class MovingMNIST(Benchmark):
+    """MNIST digits that bounce off the edges by the deterministic rule of SVG's generator (see MovingDigits).
+
+    Training videos are made as they are asked for, of the first 55,000 digits of the training file; val (of its last
+    5,000) and test (of the t10k file) are stored. The data set that Srivastava et al. (2015) published moves 28-pixel
+    digits by other rules; its test file is not this one.
+
+    Args:
+        source: folder with MNIST's two IDX files of images, gzipped or not.
+        n_digits: digits a video; 2 and 3 are in use.
+        length: frames a video; None: 20 (10 -> 10), and 30 (5 -> 25) for SM-MNIST.
+        n_train, n_val, n_test: videos; ``n_test`` None: 1,000, and 256 for SM-MNIST, as in SVG's evaluation.
+        seed: of everything random, but not of the splits.
+        frame_size, digit_size: H = W, pixels.
+    Raises:
+        ValueError: an option is out of range.
+        OSError: an IDX file is missing, damaged or not MNIST's.
+    """
+
+    name = "moving_mnist"
+    protocols = ("svg",)
+    channels = 1
+    fps = MovingDigits.fps
+    motion = "deterministic"
+    usual_length, usual_n_test = 20, 1000
+
+    def __init__(
+        self,
+        source=None,
+        protocol=None,
+        *,
+        n_digits=2,
+        length=None,
+        n_train=60000,
+        n_val=256,
+        n_test=None,
+        seed=0,
+        frame_size=64,
+        digit_size=32,
+    ):
+        super().__init__(source, protocol)
+        self.options = {
+            "n_digits": n_digits,
+            "length": self.usual_length if length is None else length,
+            "n_train": n_train,
+            "n_val": n_val,
+            "n_test": self.usual_n_test if n_test is None else n_test,
+            "frame_size": frame_size,
+            "digit_size": digit_size,
+        }
+        for name, value in self.options.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
+        self.options["seed"] = seed
+        self.frame_size = frame_size
+        self._videos = {split: self._generator(split) for split in ("val", "test")}
+        self.provenance = {"mnist_md5": {name: md5 for name, (_, md5) in MNIST_FILES.items()}}
+
+    def videos(self):
+        return {split: [entry.name for entry in made.videos] for split, made in self._videos.items()}
+
+    def expected_counts(self):
+        return {split: self.options[f"n_{split}"] for split in self._videos}
+
+    def generated(self):
+        return {"train": self._arguments() | {"n_videos": self.options["n_train"]}}
+
+    def files(self):
+        path = mnist_file(TRAIN_FILE, self.source)
+        return {f"mnist/{path.name}": path}
+
+    def read(self, split, name):
+        index = int(name.rpartition("-")[2])
+        return Clip([self._videos[split].draw(index, 0, self.options["length"])])
+
+    def describe(self):
+        return {"protocol": self.protocol, "motion": self.motion} | self.options
+
+    def _generator(self, split):
+        arguments = self._arguments() | {"n_heldout_videos": self.options[f"n_{split}"], "mnist_dir": self.source}
+        length, size = self.options["length"], self.options["frame_size"]
+        return MovingDigits(split, clip_length=length, size=size, channels=self.channels, **arguments)
+
+    def _arguments(self):
+        """Of MovingDigits, whatever the split."""
+        options = {name: self.options[name] for name in ("n_digits", "digit_size", "seed")}
+        return options | {"motion": self.motion, "source": "mnist", "video_length": self.options["length"]}
+
+
+class StochasticMovingMNIST(MovingMNIST):
+    """SM-MNIST: as MovingMNIST, with velocities drawn anew at each bounce; videos of 30 frames, 256 in test."""
+
+    name = "smmnist"
+    motion = "stochastic"
+    usual_length, usual_n_test = 30, 256
