@@ -1,0 +1,161 @@
+"""Any folder tree of video files and of folders of pictures."""
+
+import functools
+
+import torch
+
+from ..base import SPLITS
+from ..image_frames import frame_number, numbered_pictures, read_pictures
+from ..video_folder import (
+    SUFFIXES,
+    check_options,
+    check_rate,
+    check_whole,
+    luma,
+    sampled_places,
+    sampled_rate,
+    split_of,
+    walk,
+)
+from ..video_reader import VideoError, VideoInfo, iter_clip, stated_rate
+from .base import Benchmark, Clip, file_sha256
+
+SAME_RATE = 0.01  # relative difference of frame rates that is let pass
+
+
+class Folder(Benchmark):
+    """Every video below a folder: files (mp4, avi, mov, mkv, webm, ogv, gif), and folders whose png or jpg files end in
+    evenly spaced numbers, which are frames in the order of these. The central square is resized, bilinear with
+    antialiasing.
+
+    Args:
+        source: the folder.
+        protocol: "folders": the splits are the folders ``train``, ``val`` and ``test`` below ``source``; "hash": a
+            video's split follows from a hash of its path below ``source``, as in VideoFolder, so that adding videos
+            moves no other. None: "folders" where all three are there, "hash" where none is.
+        frame_size: H = W of the frames, pixels.
+        channels: 3 (RGB) or 1 (grey, BT.601 luma).
+        frame_stride: take every ``frame_stride``-th frame.
+        fps: take the frames nearest in time to this rate instead (slower videos then repeat frames). None: as the
+            videos are, which then must agree in their rate.
+        image_fps: rate at which the pictures in folders were taken.
+        val_fraction, test_fraction: share of the videos in these splits, for "hash".
+        seed: of the hash.
+    Raises:
+        ValueError: options that make no sense; no videos; one or two of the split's folders only.
+    """
+
+    name = "folder"
+    protocols = ("folders", "hash")
+
+    def __init__(
+        self,
+        source=None,
+        protocol=None,
+        *,
+        frame_size=64,
+        channels=3,
+        frame_stride=1,
+        fps=None,
+        image_fps=10.0,
+        val_fraction=0.05,
+        test_fraction=0.05,
+        seed=0,
+    ):
+        super().__init__(source, protocol)
+        check_whole(frame_size=frame_size, frame_stride=frame_stride)
+        check_options(channels, frame_stride, fps, val_fraction, test_fraction)
+        check_rate(image_fps=image_fps)
+        self.frame_size, self.channels, self.frame_stride = frame_size, channels, frame_stride
+        self.resampled_fps, self.image_fps = fps, image_fps
+        self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
+        there = [split for split in SPLITS if (self.source / split).is_dir()]
+        if protocol is None and not there:
+            self.protocol = "hash"
+        elif self.protocol == "folders" and len(there) < len(SPLITS):
+            found = ", ".join(there) or "none of them"
+            raise ValueError(
+                f"{self.source}: expected the folders {', '.join(SPLITS)}, found {found}; --split hash divides the "
+                "videos by a hash of their names"
+            )
+
+    def videos(self):
+        splits = {split: [] for split in SPLITS}
+        for name in self._names:
+            if self.protocol == "hash":
+                splits[split_of(name, self.val_fraction, self.test_fraction, self.seed)].append(name)
+            elif name.partition("/")[0] in SPLITS:
+                splits[name.partition("/")[0]].append(name)
+        return splits
+
+    @functools.cached_property
+    def fps(self):
+        """Frames per second of the set.
+
+        Raises:
+            ValueError: videos of different rates, without ``fps`` to resample them to.
+        """
+        if self.resampled_fps is not None:
+            return float(self.resampled_fps)
+        first = None
+        for name in self._names:
+            try:
+                rate = self._rate(name)
+            except VideoError:  # will be named when it is read
+                continue
+            first = first or (name, rate)
+            if abs(rate - first[1]) > SAME_RATE * first[1]:
+                raise ValueError(
+                    f"{self.source / name}: {rate:g} frames a second, but {first[1]:g} in {first[0]}; give fps=RATE to "
+                    "bring all to one rate"
+                )
+        return (first[1] if first else self.image_fps) / self.frame_stride
+
+    def read(self, split, name):
+        path = self.source / name
+        if path.is_dir():
+            paths = numbered_pictures(path)
+            info = VideoInfo(len(paths), self.image_fps, 0, 0)
+            n_frames, _ = sampled_rate(info, self.frame_stride, self.resampled_fps)
+            places = sampled_places(info, range(n_frames), self.frame_stride, self.resampled_fps)
+            frames, digest = read_pictures((paths[place] for place in places), self.frame_size), file_sha256(*paths)
+        elif path.is_file():
+            frames = iter_clip(path, self.frame_size, self.frame_stride, self.resampled_fps)
+            digest = file_sha256(path)
+        else:
+            raise VideoError(f"{path}: no such file or folder; it was there when the videos were listed")
+        if self.channels == 1:
+            frames = (luma(piece).round().to(torch.uint8) for piece in frames)
+        return Clip(frames, sha256=digest)
+
+    def describe(self):
+        split = {}
+        if self.protocol == "hash":
+            split = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction, "seed": self.seed}
+        return {
+            "protocol": self.protocol,
+            "frame_size": self.frame_size,
+            "channels": self.channels,
+            "frame_stride": self.frame_stride,
+            "fps": self.resampled_fps,
+            "image_fps": self.image_fps,
+            "resample": "bilinear",
+        } | split
+
+    @functools.cached_property
+    def _names(self):
+        """Paths of all videos below the source, sorted."""
+        names = []
+        for folder, files in walk(self.source):
+            where = folder.relative_to(self.source)
+            names += [(where / file).as_posix() for file in files if file.lower().endswith(SUFFIXES)]
+            if any(frame_number(file) is not None for file in files):
+                names.append(where.as_posix())
+        if not names:
+            raise ValueError(
+                f"{self.source}: expected videos ({', '.join(SUFFIXES)}) or folders of numbered pictures, found neither"
+            )
+        return sorted(names)
+
+    def _rate(self, name):
+        return self.image_fps if (self.source / name).is_dir() else stated_rate(self.source / name)

@@ -1,0 +1,87 @@
+"""Videos that are kept as one picture a frame, in numbered files."""
+
+import re
+from itertools import pairwise
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from .video_reader import CHUNK, VideoError, fit_pieces
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's with 8 bits a channel or fewer
+
+
+def frame_number(name):
+    """The number at the end of a picture's name, before the suffix; None if it is no picture or has no number."""
+    stem, dot, suffix = name.rpartition(".")
+    digits = re.search(r"\d+$", stem)
+    return int(digits.group()) if digits and dot + suffix.lower() in PICTURE_SUFFIXES else None
+
+
+def numbered_pictures(folder):
+    """The numbered pictures of a folder as paths in the order of their numbers, which must be evenly spaced.
+
+    Raises:
+        VideoError: no numbered picture, two with one number, or one that is missing between the others.
+    """
+    found = {}
+    for path in sorted(folder.iterdir()):
+        number = None if path.name.startswith(".") else frame_number(path.name)
+        if number in found:
+            raise VideoError(f"{folder}: two pictures have number {number}: {found[number].name} and {path.name}")
+        if number is not None:
+            found[number] = path
+    if not found:
+        raise VideoError(f"{folder}: no numbered pictures; expected {', '.join(PICTURE_SUFFIXES)}")
+    numbers = sorted(found)
+    step = min((later - earlier for earlier, later in pairwise(numbers)), default=1)
+    for expected, number in zip(range(numbers[0], numbers[-1] + 1, step), numbers):
+        if number != expected:
+            before = found[expected - step]
+            digits = re.search(r"\d+$", before.stem).group()
+            missing = f"{before.stem.removesuffix(digits)}{expected:0{len(digits)}d}{before.suffix}"
+            raise VideoError(f"{folder}: expected {missing} after {before.name}, found {found[number].name}")
+    return [found[number] for number in numbers]
+
+
+def read_pictures(paths, size=None, resample="bilinear", chunk=CHUNK):
+    """Read pictures of one video, all of one size, in pieces, as ``iter_clip`` does for video files.
+
+    Args:
+        paths: of the pictures; png, jpg or whatever Pillow opens, 8 bits a channel.
+        size, resample: as for ``read_clip``.
+        chunk: frames a piece; the last piece may be shorter.
+    Yields:
+        (<= chunk, 3, H, W) uint8 tensors, RGB.
+    Raises:
+        VideoError: a picture is missing, damaged or of another size than the first.
+    """
+    return fit_pieces(_arrays(paths), size, resample, chunk)
+
+
+def _arrays(paths):
+    first = None
+    for path in paths:
+        array = _array(path)
+        first = first or (path.name, array.shape)
+        if array.shape != first[1]:
+            (height, width, _), found = first[1], array.shape
+            raise VideoError(
+                f"{path}: expected {height} x {width} pixels (H x W) as in {first[0]}, found {found[0]} x {found[1]}"
+            )
+        yield array
+
+
+def _array(path):
+    """One picture -> (H, W, 3) uint8 array."""
+    try:
+        with Image.open(path) as picture:
+            mode, array = picture.mode, np.array(picture.convert("RGB"))
+    except UnidentifiedImageError:
+        raise VideoError(f"{path}: not a picture") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, of damaged files
+        raise VideoError(f"{path}: not a readable picture ({getattr(error, 'strerror', None) or error})") from None
+    if mode not in MODES:
+        raise VideoError(f"{path}: expected a picture of 8 bits a channel, found mode {mode}")
+    return array
