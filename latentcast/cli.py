@@ -67,6 +67,21 @@ def experiment_parser(description):
     return parser
 
 
+def parse_options(options):
+    """["temperature=0.9"] -> {"temperature": 0.9}; values are parsed as YAML."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for option in options:
+        if "=" not in option:
+            raise UserError(f"{option!r}: expected an option as key=value")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(list(options)))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{' '.join(options)}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
 def prepare_run_dir(path, name="run_dir"):
     """Create ``run_dir`` and make sure it can be written to; ``name`` is what errors call it."""
     path = Path(path)

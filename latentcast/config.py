@@ -36,7 +36,7 @@ def load_config(experiment, overrides=(), tool=None):
     settings of that group, which were about another class, are then dropped; ``group=null`` empties it).
 
     Args:
-        experiment: a name under ``configs/experiment/`` or the path of a YAML file.
+        experiment: a name under ``configs/experiment/``, the path of a YAML file, or what would stand in it as a dict.
         overrides: strings ``key=value``; values are parsed as YAML.
         tool: name of the tool whose section applies, or None.
     Returns:
@@ -46,7 +46,10 @@ def load_config(experiment, overrides=(), tool=None):
     """
     root = config_root()
     groups = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name != "experiment")
-    body = _load_yaml(_experiment_path(root, experiment))
+    if isinstance(experiment, dict):
+        body, experiment = OmegaConf.create(experiment), experiment["name"]
+    else:
+        body = _load_yaml(_experiment_path(root, experiment))
     choices = body.pop("defaults", {})
     if not isinstance(choices, (dict, DictConfig)):
         raise ConfigError(f"{experiment}: expected a mapping group: name under defaults, found {choices}")

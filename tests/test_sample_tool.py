@@ -156,7 +156,7 @@ def test_which_frames_are_taken(folder, tool, capsys, tmp_path, arguments, n_fra
     "arguments, message",
     [
         (["temperatur=1"], "unknown sampler option 'temperatur'; did you mean 'temperature'"),
-        (["hot"], "'hot': expected an option of the sampler as key=value"),
+        (["hot"], "'hot': expected an option as key=value"),
         (["top_k=[1"], "top_k=[1: not valid YAML"),
         (["temperature=hot"], "temperature: expected a number >= 0, found 'hot'"),
         (["top_k=2.5"], "top_k: expected an integer >= 1 or None, found 2.5"),

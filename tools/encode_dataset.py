@@ -13,7 +13,8 @@ logger = logging.getLogger("latentcast")
 
 def main(args):
     from latentcast.config import load_config
-    from latentcast.data.encoding import encode_dataset, process_group, rank_zero_first
+    from latentcast.data.encoding import encode_dataset
+    from latentcast.distributed import process_group, rank_zero_first
     from latentcast.modeling import find_tokenizer
 
     config = load_config(args.experiment, args.overrides, tool="encode_dataset")

@@ -7,15 +7,12 @@ earlier run left; ``prepare_dataset.py check DIR`` verifies a prepared set or an
 import argparse
 import os
 
-from latentcast.cli import Findings, UserError, prepare_run_dir, run_tool
+from latentcast.cli import Findings, UserError, parse_options, prepare_run_dir, run_tool
 
 
 def main(args):
     if args.name == "check":
         return check(args)
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     from latentcast.config import instantiate
     from latentcast.data.benchmarks import BENCHMARKS
     from latentcast.data.prepared import prepare
@@ -24,15 +21,8 @@ def main(args):
         raise UserError(f"no data set {args.name!r}; expected one of {', '.join(BENCHMARKS)}, or check DIR")
     if args.output is None:
         raise UserError("--output: expected the folder to prepare into")
-    strange = [argument for argument in args.arguments if "=" not in argument]
-    if strange:
-        raise UserError(f"expected key=value, found {strange[0]!r}")
-    try:
-        options = OmegaConf.to_container(OmegaConf.from_dotlist(args.arguments))
-    except OmegaConfBaseException as error:
-        raise UserError(f"key=value: {error}") from None
     fixed = {"source": args.source, "protocol": args.split}
-    benchmark = instantiate({"_target_": BENCHMARKS[args.name], **options}, **fixed)
+    benchmark = instantiate({"_target_": BENCHMARKS[args.name], **parse_options(args.arguments)}, **fixed)
     output = prepare_run_dir(args.output, "--output")
     return prepare(benchmark, output, workers=args.workers, partial=args.partial)
 

@@ -10,7 +10,7 @@ import logging
 import time
 from pathlib import Path
 
-from latentcast.cli import UserError, prepare_run_dir, run_tool
+from latentcast.cli import UserError, parse_options, prepare_run_dir, run_tool
 
 logger = logging.getLogger("latentcast")
 
@@ -145,21 +145,6 @@ def find_videos(path):
         name = "_".join(file.relative_to(path).with_suffix("").parts)
         names[file] = name if name not in names.values() else f"{name}_{file.suffix[1:]}"
     return names
-
-
-def parse_options(options):
-    """["temperature=0.9"] -> {"temperature": 0.9}; values are parsed as YAML."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    for option in options:
-        if "=" not in option:
-            raise UserError(f"{option!r}: expected an option of the sampler as key=value")
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(options))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{' '.join(options)}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def pick_device(name):

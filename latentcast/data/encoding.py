@@ -1,49 +1,21 @@
 """Encode whole data sets: frames through a tokenizer into a latents cache."""
 
-import contextlib
-import datetime
 import itertools
 import logging
-import os
 import shutil
 import time
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from latentcast.distributed import barrier, default_device, rank_and_world, rank_zero_first
 from latentcast.modeling import fingerprint
 
 from .latent_cache import LatentCacheWriter, read_manifest
 from .video_reader import VideoError
 
 logger = logging.getLogger("latentcast")
-
-
-@contextlib.contextmanager
-def process_group():
-    """Under torchrun: the group of processes that share the work. Alone: nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    # Only barriers pass through it, and a rank may wait for hours at the last one.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def rank_zero_first():
-    """The block runs on rank 0 before the others, which find the files that it made."""
-    rank = _rank()[0]
-    if rank > 0:
-        _barrier()
-    yield
-    if rank == 0:
-        _barrier()
 
 
 @torch.no_grad()
@@ -83,9 +55,9 @@ def encode_dataset(
     """
     if batch_frames < 1:
         raise ValueError(f"cache.batch_frames: expected at least 1, found {batch_frames}")
-    rank, world_size = _rank()
+    rank, world_size = rank_and_world()
     if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     spec = tokenizer.latent_spec
     expected = (spec["frame_channels"], spec["frame_height"], spec["frame_width"])
     found = (dataset.channels, dataset.size, dataset.size)
@@ -140,7 +112,7 @@ def encode_dataset(
                             if start == 0:
                                 file.describe(video, dataset.read_conditions(video, 0, videos[video].n_frames))
                     bar.update(sum(stop - start for _, start, stop in segments))
-    _barrier()
+    barrier()
     seconds = time.perf_counter() - began
     if fingerprint(tokenizer) != identity:
         raise RuntimeError(f"{type(tokenizer).__name__}: encoding changed its weights; the cache is not completed")
@@ -225,12 +197,3 @@ def _size(n_bytes):
             return f"{n_bytes:.3g} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.3g} TB"
-
-
-def _rank():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _barrier():
-    if dist.is_initialized():
-        dist.barrier()

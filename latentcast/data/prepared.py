@@ -2,7 +2,7 @@
 
 A set is a folder with one folder of shards (see shards.py) for each split, uint8 frames and conditions, and a
 ``manifest.json`` that says what it is: name, protocol, counts, frame size, provenance. It is written last, so a set
-with a manifest is complete.
+with a manifest is complete. ``preview.png`` shows a few of its videos.
 """
 
 import concurrent.futures
@@ -21,8 +21,10 @@ from ..files import replacing
 from . import shards
 from .base import EmptySplitError, VideoDataset, VideoEntry, check_split
 from .moving_digits import MovingDigits
-from .video_folder import LUMA
+from .pictures import contact_sheet
+from .video_folder import luma
 from .video_reader import VideoError
+from .video_writer import write_image
 
 logger = logging.getLogger("latentcast")
 
@@ -115,6 +117,7 @@ def prepare(benchmark, output, *, workers=0, partial=False):
             "provenance": benchmark.provenance,
         },
     )
+    write_image(output / "preview.png", _preview(output, list(writers)[-1]))
     return {
         "name": benchmark.name,
         "protocol": benchmark.protocol,
@@ -137,6 +140,16 @@ def _job(benchmark, split, names):
         "shard_videos": benchmark.shard_videos,
         "videos": [{"name": name} for name in names],
     }
+
+
+def _preview(root, split, n_rows=4, n_columns=8, longest=32):
+    """A sheet of the first videos of a split, a row each, frames evenly spaced over the first ``longest``."""
+    data = PreparedVideos(root, split, 1)
+    rows = []
+    for video, entry in enumerate(data.videos[:n_rows]):
+        frames = data.read_video(video, 0, min(entry.n_frames, longest))
+        rows.append(frames[torch.linspace(0, len(frames) - 1, n_columns).round().long()])
+    return contact_sheet(torch.stack(rows))
 
 
 def _contents(notes):
@@ -290,7 +303,7 @@ class PreparedVideos(VideoDataset):
     def read_video(self, index, start, stop):
         frames = self._reader.frames(*self._place(index, start, stop)).float()
         if self.channels < self.stored_channels:
-            frames = (frames * torch.tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+            frames = luma(frames)
         frames = frames.div_(127.5).sub_(1).clamp_(-1, 1)
         return frames.repeat(1, self.channels // frames.shape[1], 1, 1)
 

@@ -226,12 +226,12 @@ class Throughput(Callback):
         self._since += seconds
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        for name, clips in batch.items():
-            counts = {"clips": clips.shape[0], "frames": clips.shape[0] * clips.shape[1]}
-            if name == "codes":
-                counts["codes"] = clips.numel()
-            for unit, count in counts.items():
-                self._seen[unit] = self._seen.get(unit, 0) + count * trainer.world_size
+        clips = next(clips for name, clips in batch.items() if name != "conditions")
+        counts = {"clips": clips.shape[0], "frames": clips.shape[0] * clips.shape[1]}
+        if "codes" in batch:
+            counts["codes"] = clips.numel()
+        for unit, count in counts.items():
+            self._seen[unit] = self._seen.get(unit, 0) + count * trainer.world_size
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:
             seconds = time.perf_counter() - self._since
             pl_module.log_dict({f"throughput/{unit}_per_s": count / seconds for unit, count in self._seen.items()})

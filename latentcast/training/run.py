@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
+from torch.utils.data import default_collate
 
 from latentcast.cli import UserError, prepare_run_dir
 from latentcast.config import instantiate, to_container
@@ -219,7 +220,7 @@ def try_out(module, datamodule):
     """Make sure that model and data fit, with one clip of the train split; changes nothing in the model."""
     was_training = module.training
     module.eval()
-    module.compute({name: clip[None] for name, clip in datamodule.train_set[0].items()})
+    module.compute(default_collate([datamodule.train_set[0]]))
     module.train(was_training)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..video_folder import LUMA
+from ..video_folder import luma
 from ..video_reader import VideoError, probe, read_clip
 from .base import Benchmark, Clip, file_sha256
 
@@ -138,7 +138,7 @@ class KTH(Benchmark):
 
     def _prepare(self, frames):
         """(T, 3, 120, 160) -> (T, 1, frame_size, frame_size) uint8."""
-        grey = (frames.float() * torch.tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+        grey = luma(frames)
         if self.resize == "crop":
             left = (WIDTH - HEIGHT) // 2
             grey = grey[..., left : left + HEIGHT]

@@ -1,0 +1,49 @@
+"""Several processes on one job, started by torchrun: each takes its share, and files are what they exchange."""
+
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def process_group():
+    """Under torchrun: the group of processes that share the work. Alone: nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    # Only barriers pass through it, and a rank may wait for hours at the last one.
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """The block runs on rank 0 before the others, which find the files that it made."""
+    rank, _ = rank_and_world()
+    if rank > 0:
+        barrier()
+    yield
+    if rank == 0:
+        barrier()
+
+
+def rank_and_world():
+    """(rank, number of processes); (0, 1) in a process alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    """Wait for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def default_device():
+    """This process's GPU, or the CPU where there is none."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
