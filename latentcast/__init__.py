@@ -42,6 +42,8 @@ _EXPORTS = {
     "VideoDataModule": "latentcast.data.datamodules",
     "LatentCacheWriter": "latentcast.data.latent_cache",
     "LatentCacheDataset": "latentcast.data.latent_cache",
+    # evaluation
+    "Protocol": "latentcast.evaluation.protocol",
     # training
     "TokenizerModule": "latentcast.training.tokenizer_module",
     "PriorModule": "latentcast.training.prior_module",

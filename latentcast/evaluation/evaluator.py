@@ -1,0 +1,364 @@
+"""Roll a pipeline out over the clips of a protocol and measure what it predicts."""
+
+import functools
+import hashlib
+import json
+import logging
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import latentcast
+from latentcast.data.shards import difference_of, read_json, write_json
+from latentcast.distributed import barrier, rank_and_world, rank_zero_first
+from latentcast.files import replacing
+from latentcast.metrics import FVD, LPIPS, BestOfN, bits_per_dim, crps, ilpips, mse, psnr, ssim
+from latentcast.metrics.baselines import BASELINES
+from latentcast.metrics.statistics import ClipValues
+from latentcast.modeling import fingerprint
+
+from .protocol import BEST_OF, Protocol
+
+logger = logging.getLogger("latentcast")
+
+MODEL, RECONSTRUCTION = "model", "reconstruction"
+
+
+@dataclass
+class Evaluation:
+    """One pipeline under one protocol.
+
+    Clips go through in groups. What is measured of a group is written to ``folder/parts`` before the next one starts:
+    a killed evaluation goes on where it stopped, several processes share the groups, and no more than a group is ever
+    in memory. ``finish`` joins the parts.
+
+    Attributes:
+        pipe: a VideoPredictionPipeline, on its device.
+        dataset: a VideoDataset of the protocol's split whose clips have ``protocol.n_frames`` frames.
+        protocol: a Protocol.
+        folder: for parts and results.
+        label: what to call the model.
+        sampler: options of the prior's sampler.
+        futures: drawn at once. With the protocol's seed it sets the random numbers that a clip gets.
+        baselines: names out of ``latentcast.metrics.baselines`` and "reconstruction", the tokenizer's own: no
+            prediction in its latents can beat it by much.
+        weights: folder of the metric networks; None: see ``latentcast.metrics.weights``.
+    Raises:
+        ValueError: pipeline, data and protocol do not belong together; names both sides.
+    """
+
+    pipe: object
+    dataset: object
+    protocol: Protocol
+    folder: Path
+    label: str = "model"
+    sampler: dict | None = None
+    futures: int = 64
+    baselines: tuple = ("copy_last_frame", "mean_context", RECONSTRUCTION)
+    weights: str | None = None
+
+    def __post_init__(self):
+        self.folder, self.sampler = Path(self.folder), dict(self.sampler or {})
+        unknown = [name for name in self.baselines if name not in (*BASELINES, RECONSTRUCTION)]
+        if unknown:
+            known = ", ".join([*BASELINES, RECONSTRUCTION])
+            raise ValueError(f"evaluation.baselines: expected some of {known}, found {unknown[0]!r}")
+        if self.futures < 1:
+            raise ValueError(f"evaluation.futures: expected at least 1, found {self.futures}")
+        self.baselines = [name for name in self.baselines if name != RECONSTRUCTION or self.pipe.tokenizer is not None]
+        check_fit(self.pipe, self.dataset, self.protocol)
+        n_there, n_asked = len(self.dataset), self.protocol.n_clips or len(self.dataset)
+        if n_asked > n_there:
+            raise ValueError(
+                f"protocol {self.protocol.name}: n_clips: expected {n_asked} clips of {self.protocol.n_frames} frames, "
+                f"the {self.protocol.split} split has {n_there}"
+            )
+        self.clips = [i * n_there // n_asked for i in range(n_asked)]  # spread over the split
+        size = max(1, self.futures // self.protocol.n_samples)
+        self.groups = [self.clips[i : i + size] for i in range(0, n_asked, size)]
+        self.device = self.pipe.device
+        self.lpips = self.fvd = None
+        if "lpips" in self.protocol.metrics or "ilpips" in self.protocol.metrics:
+            self.lpips = LPIPS(self.protocol.lpips, self.weights).to(self.device)
+        if "fvd" in self.protocol.metrics:
+            from latentcast.metrics import I3D
+
+            self.fvd = FVD(I3D(self.weights)).to(self.device)
+        # mse is always measured: it chooses the clips that are shown
+        frame_metrics = {"mse": mse, "psnr": psnr, "ssim": self._ssim, "lpips": self.lpips}
+        names = {"mse", *self.protocol.metrics} & set(BEST_OF)
+        self.frame_metrics = {name: frame_metrics[name] for name in BEST_OF if name in names}
+
+    @functools.cached_property
+    def identity(self):
+        """JSON-able: two evaluations with equal identities give equal results."""
+        data = self.dataset.describe()
+        digest = hashlib.sha256(json.dumps([data, self.clips], sort_keys=True).encode()).hexdigest()
+        prior, tokenizer = self.pipe.prior, self.pipe.tokenizer
+        models = {"prior": prior, "tokenizer": tokenizer}
+        identity = {
+            "protocol": {"name": self.protocol.name, "source": self.protocol.source} | self.protocol.describe(),
+            "data": {
+                "name": data.get("name", data["type"]),
+                "protocol": data.get("protocol"),
+                "split": self.protocol.split,
+                "n_clips": len(self.clips),
+                "sha256": digest,
+                "describe": data,
+            },
+            "detector": {
+                name: None if network is None else network.fingerprint
+                for name, network in (("fvd", self.fvd), ("lpips", self.lpips))
+            },
+            "model": {
+                "name": self.label,
+                **{name: None if model is None else type(model).__name__ for name, model in models.items()},
+                **{f"{name}_fingerprint": model and fingerprint(model) for name, model in models.items()},
+                "parameters": {name: _n_parameters(model) for name, model in models.items() if model is not None},
+                "sampler": self.sampler,
+            },
+            "settings": {"futures": self.futures, "baselines": self.baselines},
+            "seed": self.protocol.seed,
+            "version": latentcast.__version__,
+        }
+        return json.loads(json.dumps(identity))
+
+    def run(self):
+        """Measure every group that is not measured yet; -> {"clips", "seconds"} of this process."""
+        rank, world_size = rank_and_world()
+        identity = self.identity
+        with rank_zero_first():
+            if rank == 0:
+                self._prepare(identity)
+        groups = [g for g in range(rank, len(self.groups), world_size) if not self._part(g).is_file()]
+        n_clips = sum(len(self.groups[g]) for g in groups)
+        self.pipe.set_progress_bar_config(disable=True)
+        began = time.perf_counter()
+        with tqdm(total=n_clips, desc=f"evaluate {self.protocol.name}", unit="clip", disable=rank > 0) as bar:
+            for group in groups:
+                with replacing(self._part(group)) as temporary:
+                    save_file(self.measure(group), temporary)
+                bar.update(len(self.groups[group]))
+        barrier()
+        return {"clips": n_clips, "seconds": time.perf_counter() - began}
+
+    @torch.no_grad()
+    def measure(self, group):
+        """name -> tensor of what there is to know of a group of clips; the keys are WHO.METRIC."""
+        protocol = self.protocol
+        clips = torch.stack([self.dataset[i]["frames"] for i in self.groups[group]]).to(self.device)
+        context, target = clips[:, : protocol.n_context], clips[:, protocol.n_context :]
+        samples = self._draw(context, group)
+        if not samples.isfinite().all():
+            raise ValueError(f"{self.label}: NaN or infinity among the frames predicted for clips {self.groups[group]}")
+        found = self._scores(MODEL, samples, context, target)
+        for name in self.baselines:
+            found |= self._scores(name, self._baseline(name, clips)[:, None], context, target)
+        if "ilpips" in protocol.metrics:
+            found[f"{MODEL}.ilpips"] = ilpips(samples, self.lpips, protocol.ilpips)
+        if "bits" in protocol.metrics:
+            codes = self.pipe.encode(clips)
+            log_prob = self.pipe.prior.log_prob(codes, protocol.n_context)
+            found[f"{MODEL}.bits"] = bits_per_dim(log_prob, codes[0, protocol.n_context :].shape)
+        if self.fvd is not None:
+            found["real.fvd"] = self.fvd.features(self._with_context(context, target))
+        best = found[f"{MODEL}.mse"].mean(-1).argmin(1)
+        for name, shown in (("best", samples[torch.arange(len(samples)), best]), ("random", samples[:, 0])):
+            found[f"shown.{name}"] = ((shown + 1) * 127.5).round().to(torch.uint8)
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+    def _draw(self, context, group):
+        """Futures of a group of contexts (B, T, C, H, W) -> (B, S, T, C, H, W), ``futures`` at once."""
+        n_samples, drawn = self.protocol.n_samples, []
+        generator = torch.Generator().manual_seed(_seed(self.protocol.seed, group))
+        while sum(part.shape[1] for part in drawn) < n_samples:
+            n = min(self.futures, n_samples - sum(part.shape[1] for part in drawn))
+            futures = self.pipe(context, self.protocol.n_predicted, num_samples=n, generator=generator, **self.sampler)
+            drawn.append(futures.frames.to(self.device))
+        return torch.cat(drawn, 1)
+
+    def _baseline(self, name, clips):
+        if name == RECONSTRUCTION:
+            latents = self.pipe.tokenizer.encode(clips).latents
+            return self.pipe.tokenizer.decode(latents).float().clamp(-1, 1)[:, self.protocol.n_context :]
+        return BASELINES[name](clips[:, : self.protocol.n_context], self.protocol.n_predicted)
+
+    def _scores(self, who, samples, context, target):
+        best_of_n = BestOfN(self.frame_metrics)
+        found = {f"{who}.{name}": scores for name, scores in best_of_n.score(samples, target).items()}
+        if "crps" in self.protocol.metrics:
+            # a single prediction has no pairs; both estimators are its absolute error
+            estimator = self.protocol.crps if samples.shape[1] > 1 else "standard"
+            maps = crps(samples, target, estimator, reduction="none")
+            found[f"{who}.crps"] = maps.mean((-3, -2, -1))
+            found[f"{who}.crps_map"] = maps.mean(2).double().sum(0)
+        if self.fvd is not None:
+            shown = samples[:, : self.protocol.fvd_samples]
+            contexts = context[:, None].expand(-1, shown.shape[1], -1, -1, -1, -1)
+            found[f"{who}.fvd"] = self.fvd.features(self._with_context(contexts, shown))
+        return found
+
+    def _with_context(self, context, future):
+        return torch.cat([context, future], -4) if self.protocol.fvd_context else future
+
+    def _ssim(self, prediction, target):
+        return ssim(prediction, target, window=self.protocol.ssim)
+
+    def finish(self):
+        """Join the parts -> dict of ``identity``, ``metrics`` and ``baselines`` with values; on rank 0 alone."""
+        values = {}
+        for group, clips in enumerate(self.groups):
+            part = self._read(group)
+            for key, tensor in part.items():
+                who, _, metric = key.partition(".")
+                if who != "shown":
+                    values.setdefault(who, {}).setdefault(metric, []).append((clips, tensor))
+        real = values.pop("real", {}).get("fvd")
+        summaries = {who: self._summarise(found, real) for who, found in values.items()}
+        return self.identity | {"metrics": summaries.pop(MODEL), "baselines": summaries}
+
+    def _summarise(self, found, real):
+        """metric -> plain numbers of one predictor."""
+        n_samples = found["mse"][0][1].shape[1]
+        counts = [n for n in self.protocol.best_of if n <= n_samples]
+        best_of_n = BestOfN(self.frame_metrics, counts)
+        for parts in zip(*(found[name] for name in self.frame_metrics)):
+            best_of_n.add({name: scores for name, (_, scores) in zip(self.frame_metrics, parts)}, parts[0][0])
+        summary = best_of_n.compute()
+        for name in ("crps", "ilpips", "bits"):
+            if name in found:
+                values = ClipValues()
+                for clips, rows in found[name]:
+                    values.update(rows, clips)
+                summary[name] = values.compute()
+        if real is not None:
+            fvd = FVD(self.fvd.detector)
+            for (clips, rows), (_, truth) in zip(found["fvd"], real):
+                fvd.add(real=truth, fake=rows, clips=clips)
+            counts = fvd.n_videos
+            summary["fvd"] = {
+                "mean": fvd.compute(),
+                "ci95": None,
+                "n_real": counts["real"],
+                "n_fake": counts["fake"],
+                "debiased": fvd.compute(extrapolate=True) if self.protocol.fvd_debiased else None,
+            }
+        return {name: entry for name, entry in summary.items() if name in self.protocol.metrics}
+
+    def crps_maps(self):
+        """who -> (T, H, W) mean CRPS over clips and channels, RVD's Figure 4; {} where the protocol has no crps."""
+        totals = {}
+        for group in range(len(self.groups)):
+            for key, tensor in self._read(group).items():
+                if key.endswith(".crps_map"):
+                    who = key.partition(".")[0]
+                    totals[who] = totals.get(who, 0) + tensor / len(self.clips)
+        return totals
+
+    def clip_errors(self):
+        """clip -> mean squared error of its best sample"""
+        errors = {}
+        for group, clips in enumerate(self.groups):
+            scores = self._read(group, f"{MODEL}.mse")[f"{MODEL}.mse"]
+            errors |= dict(zip(clips, scores.mean(-1).amin(1).tolist()))
+        return errors
+
+    def shown(self, clip):
+        """Of one of ``clips``: context and future (T, C, H, W), and the name -> future of shown samples."""
+        group = next(g for g, clips in enumerate(self.groups) if clip in clips)
+        place, part = self.groups[group].index(clip), self._read(group, "shown.")
+        frames = self.dataset[clip]["frames"]
+        samples = {key.partition(".")[2]: tensor[place].float() / 127.5 - 1 for key, tensor in part.items()}
+        return frames[: self.protocol.n_context], frames[self.protocol.n_context :], samples
+
+    def clear(self):
+        """Delete the parts."""
+        shutil.rmtree(self.folder / "parts", ignore_errors=True)
+
+    def _part(self, group):
+        return self.folder / "parts" / f"group-{group:05d}.safetensors"
+
+    def _read(self, group, prefix=""):
+        path = self._part(group)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{path}: cannot be read ({error}); delete it and evaluate again, the rest is kept") from None
+
+    def _prepare(self, identity):
+        """Keep parts of this very evaluation, clear those of another."""
+        plan = self.folder / "parts" / "plan.json"
+        if plan.is_file():
+            difference = difference_of(read_json(plan), identity)
+            if not difference:
+                return
+            logger.info("%s: parts of another evaluation are cleared (%s)", self.folder, difference)
+        self.clear()
+        plan.parent.mkdir(parents=True)
+        write_json(plan, identity)
+
+
+def check_fit(pipe, dataset, protocol):
+    """Refuse a pipeline, a data set and a protocol that do not belong together, naming both sides."""
+    spec = pipe.prior.config.latent_spec
+    model = (spec["frame_channels"], spec["frame_height"], spec["frame_width"])
+    data = (dataset.channels, dataset.size, dataset.size)
+    if model != data:
+        raise ValueError(f"the pipeline predicts frames of (C, H, W) = {model}, the data set serves {data}")
+    if protocol.frame_size != dataset.size:
+        raise ValueError(
+            f"protocol {protocol.name}: frame_size: expected {protocol.frame_size}, the data set serves {dataset.size}"
+        )
+    if dataset.clip_length != protocol.n_frames:
+        raise ValueError(
+            f"protocol {protocol.name}: expected clips of {protocol.n_frames} frames, found {dataset.clip_length}"
+        )
+    found = dataset.describe()
+    if protocol.data is not None and found.get("name") != protocol.data:
+        raise ValueError(f"protocol {protocol.name}: data: expected {protocol.data}, found {found.get('name')}")
+    kind = (found.get("protocol") or {}).get("protocol")
+    if protocol.data_protocol is not None and kind != protocol.data_protocol:
+        raise ValueError(f"protocol {protocol.name}: data_protocol: expected {protocol.data_protocol}, found {kind}")
+    if "bits" in protocol.metrics and not has_likelihood(pipe.prior):
+        raise ValueError(f"protocol {protocol.name}: bits: {type(pipe.prior).__name__} has no likelihood")
+    pipe.prior.check_context(protocol.n_context, protocol.n_frames)
+
+
+def has_likelihood(prior):
+    """Whether a prior's class has its own ``log_prob``."""
+    return type(prior).log_prob is not latentcast.Prior.log_prob
+
+
+def hardware(device):
+    """What an evaluation ran on."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.machine()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def git_commit():
+    """The commit that this code is at, with "+" if files were changed; None outside a repository."""
+    root = Path(latentcast.__file__).parents[1]
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + "+" * bool(changed)
+
+
+def _seed(seed, group):
+    return int.from_bytes(hashlib.sha256(f"{seed} {group}".encode()).digest()[:8], "big") >> 1
+
+
+def _n_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,100 @@
+"""What a figure was measured by: everything that changes it, in one small file under ``configs/protocol/``."""
+
+from dataclasses import asdict, dataclass
+
+METRICS = ("mse", "psnr", "ssim", "lpips", "crps", "ilpips", "fvd", "bits")
+BEST_OF = ("mse", "psnr", "ssim", "lpips")  # per sample: the best one of each clip counts
+SSIM_FORMS = ("gaussian", "uniform")
+LPIPS_NETS = ("alex", "vgg")
+CRPS_ESTIMATORS = ("standard", "fair")
+ILPIPS_PAIRS = ("ring", "all")
+FVD_LEAST_FRAMES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """One way to evaluate. Two results compare when their protocols, data and detectors are equal.
+
+    Attributes:
+        name: of the file.
+        source: the paper, table or figure whose protocol this is; no part of a comparison.
+        data: name of the prepared set it is for (``manifest["name"]``); None: any data set.
+        data_protocol: which of the set's protocols (``--split`` of prepare_dataset); None: any.
+        split: of the data set.
+        n_clips: so many clips, spread evenly over the split's; None: all.
+        frame_size: H = W of the frames that are compared, pixels.
+        n_context, n_predicted: frames given and predicted.
+        n_samples: futures for each clip.
+        seed: of the samples.
+        metrics: of METRICS. mse, psnr, ssim and lpips: the best of ``n_samples`` counts, for each metric by itself.
+            crps and ilpips: of all samples. bits: bits per dimension of priors with a likelihood.
+        best_of: smaller numbers of samples to report the best of, too.
+        ssim: "gaussian" or "uniform" window.
+        lpips: "alex" or "vgg".
+        crps: "standard" or "fair" estimator.
+        ilpips: "ring" or "all" pairs.
+        fvd_context: whether the videos that FVD compares include the context frames.
+        fvd_samples: futures of each clip among the generated videos.
+        fvd_debiased: extrapolate to infinitely many videos.
+    Raises:
+        ValueError: a field out of range.
+    """
+
+    name: str
+    source: str = ""
+    data: str | None = None
+    data_protocol: str | None = None
+    split: str = "test"
+    n_clips: int | None = 256
+    frame_size: int = 64
+    n_context: int
+    n_predicted: int
+    n_samples: int = 1
+    seed: int = 0
+    metrics: tuple = ("psnr", "ssim", "lpips", "fvd")
+    best_of: tuple = ()
+    ssim: str = "gaussian"
+    lpips: str = "alex"
+    crps: str = "standard"
+    ilpips: str = "ring"
+    fvd_context: bool = True
+    fvd_samples: int = 1
+    fvd_debiased: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "metrics", tuple(self.metrics))
+        object.__setattr__(self, "best_of", tuple(self.best_of))
+        for name in ("n_context", "n_predicted", "n_samples", "frame_size", "fvd_samples"):
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        self._expect("n_clips", self.n_clips is None or self.n_clips >= 1, "at least 1, or null for all")
+        self._expect("metrics", self.metrics and set(self.metrics) <= set(METRICS), f"some of {', '.join(METRICS)}")
+        for name, known in (
+            ("split", ("train", "val", "test")),
+            ("ssim", SSIM_FORMS),
+            ("lpips", LPIPS_NETS),
+            ("crps", CRPS_ESTIMATORS),
+            ("ilpips", ILPIPS_PAIRS),
+        ):
+            self._expect(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        fewest = 2 if "ilpips" in self.metrics or ("crps" in self.metrics and self.crps == "fair") else 1
+        self._expect("n_samples", self.n_samples >= fewest, f"at least {fewest} for ilpips and fair crps")
+        self._expect("best_of", all(1 <= n <= self.n_samples for n in self.best_of), f"1 to n_samples={self.n_samples}")
+        self._expect("fvd_samples", self.fvd_samples <= self.n_samples, f"at most n_samples={self.n_samples}")
+        if "fvd" in self.metrics:
+            found = self.n_predicted + self.fvd_context * self.n_context
+            enough = found >= FVD_LEAST_FRAMES
+            self._expect("n_predicted", enough, f"at least {FVD_LEAST_FRAMES} frames a video for fvd, here {found}")
+
+    def _expect(self, name, holds, expected):
+        if not holds:
+            raise ValueError(f"protocol {self.name}: {name}: expected {expected}, found {getattr(self, name)!r}")
+
+    @property
+    def n_frames(self):
+        """Frames a clip needs."""
+        return self.n_context + self.n_predicted
+
+    def describe(self):
+        """JSON-able: every field that two comparable results share."""
+        described = asdict(self)
+        return {name: described[name] for name in sorted(described) if name not in ("name", "source")}

@@ -1,0 +1,230 @@
+"""Evaluation: figures that follow from the definitions, resumed and shared among processes without a difference."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_experiment import TOOLS, call_tool, write_experiment
+
+from latentcast import MovingDigits, PixelTokenizer, Protocol, VideoPredictionPipeline, VideoTransformer
+from latentcast.evaluation.evaluator import Evaluation
+from latentcast.metrics import crps, mse, psnr, ssim
+from latentcast.metrics.baselines import copy_last_frame
+
+PROTOCOL = {"n_context": 2, "n_predicted": 4, "n_samples": 3, "n_clips": 5, "frame_size": 16}
+PROTOCOL |= {"metrics": ["mse", "psnr", "ssim", "crps", "bits"], "best_of": [1, 2]}
+
+
+def protocol(**changes):
+    return Protocol(name="tiny", **(PROTOCOL | changes))
+
+
+def dataset(n_frames=6):
+    return MovingDigits("test", n_frames, size=16, digit_size=12, n_heldout_videos=8, video_length=6, lattice=1)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    tokenizer = PixelTokenizer(1, 16, 16, levels=256)
+    prior = VideoTransformer(
+        tokenizer.latent_spec, n_frames=6, subscale=[1, 4, 4], dim=16, embed_dim=8, n_heads=2, head_dim=8, n_layers=1
+    )
+    return VideoPredictionPipeline(prior.eval(), tokenizer)
+
+
+def evaluation(pipe, folder, **changes):
+    options = {name: changes.pop(name) for name in ("futures", "baselines") if name in changes}
+    return Evaluation(pipe, dataset(), protocol(**changes), folder, **({"futures": 6} | options))
+
+
+def test_figures_are_what_the_metrics_give(pipe, tmp_path):
+    found = evaluation(pipe, tmp_path)
+    assert found.groups == [[0, 1], [3, 4], [6]]  # five of eight clips, spread; two a group of six futures
+    found.run()
+    results = found.finish()
+    data, values = dataset(), {"psnr": [], "ssim": [], "crps": [], "mean_psnr": [], "first": []}
+    for group, clips in enumerate(found.groups):
+        frames = torch.stack([data[i]["frames"] for i in clips])
+        context, target = frames[:, :2], frames[:, 2:]
+        samples = found._draw(context, group)
+        for name, metric in (("psnr", psnr), ("ssim", ssim)):
+            scores = torch.stack([metric(sample, target).mean(1) for sample in samples.unbind(1)], 1)
+            values[name] += scores.amax(1).tolist()
+            if name == "psnr":
+                values["mean_psnr"] += scores.mean(1).tolist()
+                values["first"] += scores[:, 0].tolist()
+        values["crps"] += crps(samples, target).mean(1).tolist()
+    metrics = results["metrics"]
+    mean = {name: sum(rows) / len(rows) for name, rows in values.items()}
+    assert list(metrics) == ["mse", "psnr", "ssim", "crps", "bits"]
+    for name in ("psnr", "ssim", "crps"):
+        assert metrics[name]["mean"] == pytest.approx(mean[name], rel=1e-5)
+        assert metrics[name]["per_clip"] == pytest.approx(values[name], rel=1e-5)
+        assert metrics[name]["n_clips"] == 5 and len(metrics[name]["per_frame"]) == 4
+    assert metrics["psnr"]["mean_of_samples"]["mean"] == pytest.approx(mean["mean_psnr"], rel=1e-5)
+    assert metrics["psnr"]["best_of"]["1"]["mean"] == pytest.approx(mean["first"], rel=1e-5)
+    assert metrics["mse"]["clips"] == [0, 1, 3, 4, 6]
+    clips = torch.stack([data[i]["frames"] for i in (0, 1, 3, 4, 6)])
+    expected = mse(copy_last_frame(clips[:, :2], 4), clips[:, 2:]).mean().item()
+    assert results["baselines"]["copy_last_frame"]["mse"]["mean"] == pytest.approx(expected, rel=1e-5)
+    assert results["baselines"]["reconstruction"]["psnr"]["mean"] > 48  # 8-bit pixels
+    assert 7 < metrics["bits"]["mean"] < 10  # an untrained model over 256 levels
+    assert results["baselines"]["copy_last_frame"]["crps"]["mean"] == pytest.approx(
+        127.5 * (copy_last_frame(clips[:, :2], 4) - clips[:, 2:]).abs().mean().item(), rel=1e-5
+    )
+
+
+def test_an_interrupted_evaluation_goes_on(pipe, tmp_path, monkeypatch):
+    whole = evaluation(pipe, tmp_path / "whole")
+    whole.run()
+    halved = evaluation(pipe, tmp_path / "halved")
+    measure, measured = halved.measure, []
+
+    def stop_at_the_second(group):
+        if group == 1:
+            raise KeyboardInterrupt
+        return measure(group)
+
+    halved.measure = stop_at_the_second
+    with pytest.raises(KeyboardInterrupt):
+        halved.run()
+    resumed = evaluation(pipe, tmp_path / "halved")
+    measure_again = resumed.measure
+    resumed.measure = lambda group: measured.append(group) or measure_again(group)
+    assert resumed.run()["clips"] == 3 and measured == [1, 2]
+    assert resumed.finish() == whole.finish()
+
+
+def test_parts_of_another_protocol_are_not_taken(pipe, tmp_path):
+    evaluation(pipe, tmp_path).run()
+    other = evaluation(pipe, tmp_path, seed=1)
+    assert other.run()["clips"] == 5
+
+
+def test_a_seed_gives_the_same_futures(pipe, tmp_path):
+    first, again, other = (evaluation(pipe, tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 1)))
+    for one in (first, again, other):
+        one.run()
+    assert first.finish() == again.finish()
+    assert first.finish()["metrics"]["mse"]["per_clip"] != other.finish()["metrics"]["mse"]["per_clip"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"n_clips": 9}, "n_clips: expected 9 clips of 6 frames, the test split has 8"),
+        ({"frame_size": 32}, "frame_size: expected 32, the data set serves 16"),
+        ({"n_predicted": 3}, "expected clips of 5 frames, found 6"),
+        ({"data": "bair"}, "data: expected bair, found None"),
+        ({"baselines": ["zero"]}, "expected some of copy_last_frame, .*, found 'zero'"),
+        ({"futures": 0}, "evaluation.futures: expected at least 1, found 0"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(pipe, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation(pipe, tmp_path, **changes)
+
+
+def test_futures_that_are_not_numbers_are_named(pipe, tmp_path):
+    found = evaluation(pipe, tmp_path)
+    found._draw = lambda context, group: torch.full((2, 3, 4, 1, 16, 16), torch.nan)
+    with pytest.raises(ValueError, match=r"model: NaN or infinity among the frames predicted for clips \[0, 1\]"):
+        found.run()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"n_samples": 0}, "n_samples: expected at least 1, found 0"),
+        ({"metrics": ["psnr", "fid"]}, "metrics: expected some of mse, "),
+        ({"metrics": ["ilpips"], "n_samples": 1, "best_of": []}, "n_samples: expected at least 2 for ilpips"),
+        ({"best_of": [4]}, "best_of: expected 1 to n_samples=3"),
+        ({"metrics": ["fvd"], "fvd_context": False}, "at least 10 frames a video for fvd, here 4, found 4"),
+        ({"ssim": "box"}, "ssim: expected one of gaussian, uniform, found 'box'"),
+    ],
+)
+def test_a_protocol_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=f"protocol tiny: .*{message}"):
+        protocol(**changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny experiment, trained for a few steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    for tool in ("train_tokenizer", "encode_dataset", "train_prior"):
+        call_tool(tool, folder)
+    path = folder / "protocol.yaml"
+    return folder, path
+
+
+TINY = ["protocol=quickstart", "protocol.n_clips=6", "protocol.n_context=2", "protocol.n_predicted=4"]
+TINY += ["protocol.frame_size=16", "protocol.n_samples=2", "protocol.best_of=[1]", "evaluation.futures=4"]
+TINY += ["protocol.metrics=[mse,psnr,ssim,crps]", "data.video_length=6"]
+
+
+def start_evaluate(folder, *arguments, launcher=()):
+    command = [sys.executable, *launcher, str(TOOLS / "evaluate.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def evaluate(folder, *arguments, launcher=()):
+    process = start_evaluate(folder, *arguments, launcher=launcher)
+    out, err = process.communicate(timeout=180)
+    return process.returncode, json.loads(out.splitlines()[-1]) if out.strip() else None, err
+
+
+def comparable(path):
+    return {k: v for k, v in json.loads(Path(path).read_text()).items() if k not in ("seconds", "hardware", "model")}
+
+
+def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path):
+    folder, _ = trained
+    status, figures, err = evaluate(folder, str(write_experiment(folder)), *TINY)
+    assert status == 0, err
+    metrics = folder / "run" / "metrics"
+    for kind in ("figures", "table", "curves_psnr", "ablation_psnr", "best_sheet", "worst_video", "crps_map_model"):
+        assert Path(figures["files"][kind]).is_file(), kind
+    assert not (metrics / "quickstart.partial" / "parts").exists()
+    results = json.loads((metrics / "quickstart.json").read_text())
+    assert results["protocol"]["n_clips"] == 6 and results["model"]["prior"] == "VideoTransformer"
+    assert "| copy_last_frame |" in (metrics / "quickstart.md").read_text()
+
+    _, _, err = evaluate(folder, str(write_experiment(folder)), *TINY)
+    assert "finished before, nothing to do" in err
+
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    arguments = ["--pipeline", str(folder / "run/pipeline"), "--data", "moving_digits", *TINY]
+    arguments += [f"run_dir={tmp_path}", "data.n_heldout_videos=8", "data.digit_size=12", "preview.sampler={}"]
+    status, _, err = evaluate(folder, *arguments, launcher=torchrun)
+    assert status == 0, err
+    assert comparable(tmp_path / "metrics/quickstart.json") == comparable(metrics / "quickstart.json")
+
+
+def test_mistakes_are_one_line(trained, tmp_path, capsys):
+    folder, _ = trained
+    experiment = str(write_experiment(folder))
+    for arguments, message in (
+        ([experiment], "protocol: choose one by protocol=NAME"),
+        ([experiment, "protocol=nothing"], "protocol: no config named 'nothing'"),
+        ([experiment, "protocol=quickstart", "protocol.n_sample=2"], "did you mean 'n_samples'"),
+        ([], "expected one EXPERIMENT"),
+        (["--pipeline", str(tmp_path), "--data", "flow", "protocol=quickstart"], "no saved pipeline here"),
+        (
+            [experiment, "protocol=quickstart", f"run_dir={tmp_path}"],
+            "no pipeline here; run tools/train_prior.py first",
+        ),
+    ):
+        monkey = pytest.MonkeyPatch()
+        with monkey.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "argv", ["evaluate.py", *arguments])
+            runpy.run_path(str(TOOLS / "evaluate.py"), run_name="__main__")
+        assert ended.value.code == 1
+        assert message in capsys.readouterr().err

@@ -1,0 +1,125 @@
+"""Evaluate a pipeline under a protocol: roll it out over test clips, measure, and write tables, plots and pictures.
+
+``evaluate.py EXPERIMENT protocol=NAME [key=value ...]`` takes the experiment's pipeline and data;
+``evaluate.py --pipeline DIR --data NAME protocol=NAME [key=value ...]`` any pipeline and data set. Results go to
+``run_dir/metrics``. Continues what an earlier run left. Several GPUs: ``torchrun --nproc-per-node N tools/evaluate.py
+...``.
+"""
+
+import argparse
+import logging
+import time
+from pathlib import Path
+
+from latentcast.cli import UserError, prepare_run_dir, run_tool
+
+logger = logging.getLogger("latentcast")
+
+
+def main(args):
+    from latentcast.config import instantiate, to_container
+    from latentcast.data.shards import difference_of, read_json
+    from latentcast.distributed import default_device, process_group, rank_and_world, rank_zero_first
+    from latentcast.evaluation.evaluator import Evaluation, git_commit, hardware
+    from latentcast.evaluation.report import write_report
+    from latentcast.pipelines.base import VideoPipeline
+
+    began = time.perf_counter()
+    config, folder = choose(args)
+    if config.protocol is None:
+        raise UserError("protocol: choose one by protocol=NAME (see configs/protocol)")
+    if config.data is None:
+        raise UserError("data: choose a data set by data=NAME")
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder}: no pipeline here; run tools/train_prior.py first, or give --pipeline DIR")
+    protocol = instantiate(config.protocol)
+    with process_group():
+        device = args.device or default_device()
+        pipe = VideoPipeline.from_pretrained(folder).to(device)
+        with rank_zero_first():  # a data set may write an index or download when it is built
+            dataset = instantiate(config.data, clip_length=protocol.n_frames)(split=protocol.split)
+        metrics_dir = prepare_run_dir(config.run_dir) / "metrics"
+        settings = to_container(config.evaluation)
+        overwrite = settings.pop("overwrite")
+        if settings["sampler"] is None:
+            settings["sampler"] = to_container(config.preview.sampler)
+        evaluation = Evaluation(
+            pipe,
+            dataset,
+            protocol,
+            metrics_dir / f"{protocol.name}.partial",
+            label=config.name,
+            weights=args.weights,
+            **settings,
+        )
+        result = metrics_dir / f"{protocol.name}.json"
+        if result.is_file() and not overwrite:
+            earlier = read_json(result)
+            if not difference_of({key: earlier.get(key) for key in evaluation.identity}, evaluation.identity):
+                logger.info("%s: finished before, nothing to do", result)
+                return summary(earlier) | {"files": {"figures": str(result)}}
+        ran, rank = evaluation.run(), rank_and_world()[0]
+    if rank > 0:  # the group is closed: what follows is rank 0's alone
+        return {}
+    logger.info("joining %d clips", len(evaluation.clips))
+    results = evaluation.finish()
+    results["seconds"] = {"evaluation": round(ran["seconds"], 1), "total": round(time.perf_counter() - began, 1)}
+    results |= {"hardware": hardware(device), "commit": git_commit()}
+    files = write_report(evaluation, results, metrics_dir)
+    evaluation.clear()
+    logger.info("%s", Path(files["table"]).read_text())
+    return summary(results) | {"files": files}
+
+
+def choose(args):
+    """-> (config, folder of the pipeline)"""
+    from latentcast.config import load_config
+    from latentcast.modeling import read_json
+
+    experiments = [argument for argument in args.arguments if "=" not in argument]
+    overrides = [argument for argument in args.arguments if "=" in argument]
+    if args.pipeline is None:
+        if len(experiments) != 1:
+            raise UserError(f"expected one EXPERIMENT (or --pipeline DIR --data NAME), found {len(experiments)}")
+        if args.data:
+            overrides.append(f"data={args.data}")
+        config = load_config(experiments[0], overrides, tool="evaluate")
+        return config, Path(config.run_dir) / "pipeline"
+    if experiments or not args.data:
+        raise UserError("--pipeline DIR goes with --data NAME and without an EXPERIMENT")
+    folder = Path(args.pipeline)
+    if not (folder / "prior" / "config.json").is_file():
+        raise UserError(f"--pipeline {folder}: no saved pipeline here")
+    spec = read_json(folder / "prior" / "config.json")["latent_spec"]
+    run_dir = folder.resolve().parent
+    experiment = {
+        "name": run_dir.name,
+        "run_dir": str(run_dir),
+        "defaults": {"data": args.data},
+        "frame_size": spec["frame_height"],
+        "channels": spec["frame_channels"],
+    }
+    return load_config(experiment, overrides, tool="evaluate"), folder
+
+
+def summary(results):
+    """The means alone."""
+    return {
+        "protocol": results["protocol"]["name"],
+        "metrics": {name: entry["mean"] for name, entry in results["metrics"].items()},
+        "baselines": {
+            who: {name: entry["mean"] for name, entry in found.items()} for who, found in results["baselines"].items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "arguments", nargs="*", metavar="EXPERIMENT key=value", help="e.g. quickstart protocol=quickstart"
+    )
+    parser.add_argument("--pipeline", metavar="DIR", help="what train_prior.py saved, instead of an experiment")
+    parser.add_argument("--data", metavar="NAME", help="a data set under configs/data")
+    parser.add_argument("--weights", metavar="DIR", help="the metric networks (see tools/fetch_weights.py)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    run_tool(main, parser)
