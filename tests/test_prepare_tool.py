@@ -1,0 +1,120 @@
+"""tools/prepare_dataset.py from the command line, and training on what it leaves."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from noise_benchmark import Noise
+from tiny_experiment import TOOLS, call_tool
+from video_files import counter_frames, cut_off, encode
+
+from latentcast import LatentCacheDataset
+from latentcast.data.benchmarks import BENCHMARKS
+from latentcast.data.prepared import prepare
+
+
+def prepare_dataset(*arguments):
+    """-> (exit status, figures or None, stderr)"""
+    command = [sys.executable, str(TOOLS / "prepare_dataset.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else None, done.stderr
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    for split, first, n_videos in (("train", 0, 3), ("val", 80, 1), ("test", 120, 1)):
+        (folder / split).mkdir()
+        for i in range(n_videos):
+            encode(folder / split / f"{i}.mp4", counter_frames(10 + i, first=first + 20 * i))
+    return folder
+
+
+def test_a_set_is_prepared_checked_and_damaged(source, tmp_path):
+    output = tmp_path / "set"
+    options = "frame_size=16", "channels=1", "--workers", 2
+    status, figures, err = prepare_dataset("folder", "--source", source, "--output", output, *options)
+    assert status == 0, err
+    assert figures["counts"] == {"train": 3, "val": 1, "test": 1} and figures["protocol"] == "folders"
+    assert (output / "preview.png").is_file()
+    status, figures, _ = prepare_dataset("check", output, "--clip-length", 10)
+    assert (status, figures["problems"], figures["frames"]) == (0, [], 53)
+    status, figures, err = prepare_dataset("check", output, "--clip-length", 11)
+    assert status == 1 and len(figures["problems"]) == 3 and "0.mp4: 10 frames are fewer" in err
+
+
+def test_a_damaged_source_ends_with_the_counts_and_goes_on_when_mended(source, tmp_path):
+    damaged = tmp_path / "source"
+    for split in ("train", "val", "test"):
+        (damaged / split).mkdir(parents=True)
+        (damaged / split / "a.mp4").write_bytes((source / split / "0.mp4").read_bytes())
+    cut_off(source / "train/2.mp4", damaged / "train/b.mp4")
+    arguments = "folder", "--source", damaged, "--output", tmp_path / "set", "--workers", 0
+    status, figures, err = prepare_dataset(*arguments)
+    assert status == 1 and figures is None
+    assert "expected videos: train 2; found: train 1" in err and "b.mp4" in err.splitlines()[-1]
+    (damaged / "train/b.mp4").write_bytes((source / "train/2.mp4").read_bytes())
+    status, figures, _ = prepare_dataset(*arguments)
+    assert status == 0 and figures["counts"]["train"] == 2
+
+
+def test_check_of_any_folder_names_damaged_equal_and_short_files(source, tmp_path):
+    for name in ("one.mp4", "two.mp4"):
+        (tmp_path / name).write_bytes((source / "train/0.mp4").read_bytes())
+    cut_off(source / "train/2.mp4", tmp_path / "cut.mp4")
+    encode(tmp_path / "short.mp4", counter_frames(3))
+    status, figures, _ = prepare_dataset("check", tmp_path, "--clip-length", 4)
+    assert status == 1 and figures["counts"] == {"videos": 3}
+    cut, short, twin = figures["problems"]
+    assert cut.startswith("cut.mp4: ") and short == "short.mp4: 3 frames are fewer than clip_length=4"
+    assert twin == "two.mp4: the same file as one.mp4"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["kit"], "no data set 'kit'; expected one of moving_mnist, smmnist, "),
+        (["kth"], "--output: expected the folder to prepare into"),
+        (["kth", "--output", "{tmp}/a"], "--source: kth is prepared from files"),
+        (["kth", "--output", "{tmp}/a", "--source", "{tmp}/b"], "--source .*b: no such file or folder"),
+        (["kth", "--output", "{tmp}/a", "--source", "{tmp}", "--split", "mine"], "--split: kth has svg, stdiff, offic"),
+        (["flow", "--output", "{tmp}/a", "tick=3"], "unknown argument 'tick'; did you mean 'ticks'"),
+        (["flow", "--output", "{tmp}/a", "ticks"], "'ticks': expected an option as key=value"),
+        (["check", "{tmp}/nothing"], "nothing: no such folder"),
+        (["check"], "check: expected one folder, found 0 arguments"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, arguments, message):
+    status, _, err = prepare_dataset(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert status == 1 and re.search(f"^error: .*{message}", err) and len(err.splitlines()) == 1
+
+
+def test_every_name_has_a_class_and_a_config():
+    from latentcast.config import find_target, load_config
+
+    for name, target in BENCHMARKS.items():
+        assert find_target(target).name == name
+        assert load_config("quickstart", [f"data={name}"]).data.name == name
+
+
+def test_an_experiment_trains_on_a_prepared_set_and_keeps_its_conditions(tmp_path):
+    """train_tokenizer, encode_dataset and train_prior with data=bair: of a tiny set that says that it is BAIR."""
+    prepare(Noise(name="bair", frame_size=16), tmp_path / "bair")
+    options = [
+        "data=bair",
+        f"data.root={tmp_path}/bair",
+        "channels=3",
+        "clip_length=4",
+        "cache.splits=[train,val,test]",
+    ]
+    call_tool("train_tokenizer", tmp_path, *options)
+    call_tool("encode_dataset", tmp_path, *options)
+    cached = LatentCacheDataset(tmp_path / "run/latents/train", 4)
+    assert cached[0]["conditions"]["actions"].shape == (4, 4)
+    figures = call_tool("train_prior", tmp_path, *options)
+    assert figures["prior"]
+    with pytest.raises(ValueError, match=r"holds frames of 16 pixels, asked for 24: set frame_size=16"):
+        call_tool("train_tokenizer", tmp_path, *options, "frame_size=24", f"run_dir={tmp_path}/other")
