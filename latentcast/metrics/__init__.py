@@ -2,7 +2,20 @@
 
 import importlib
 
-_EXPORTS = {"mse": ".frame", "psnr": ".frame", "ssim": ".frame"}
+_EXPORTS = {
+    "mse": ".frame",
+    "psnr": ".frame",
+    "ssim": ".frame",
+    "lpips": ".perceptual",
+    "LPIPS": ".perceptual",
+    "I3D": ".i3d",
+    "FVD": ".frechet",
+    "frechet_distance": ".frechet",
+    "crps": ".ensemble",
+    "ilpips": ".ensemble",
+    "BestOfN": ".ensemble",
+    "bits_per_dim": ".bits",
+}
 
 __all__ = list(_EXPORTS)
 

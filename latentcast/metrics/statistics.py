@@ -1,0 +1,184 @@
+"""Means over clips with 95 % confidence intervals, over all ranks of torch.distributed; the paired bootstrap.
+
+Confidence intervals are those of a mean over independent clips in the normal approximation: mean +- 1.96 s / sqrt(n), s
+the sample standard deviation (n - 1) over clips. Values of one clip, its frames and samples, are averaged first, for
+they are not independent. One clip has no interval: None.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+Z95 = 1.96
+
+
+class ClipValues:
+    """What a metric gives for each clip: (T,) say, or (S, T). Kept in float64 on the CPU, so figures are exact however
+    the clips are batched or shared among ranks.
+
+    Ranks share their clips when ``gather`` or ``compute`` is called, which every rank must do. A clip that several of
+    them hold counts once, since ``DistributedSampler`` repeats clips to fill the last batch.
+    """
+
+    def __init__(self):
+        self._rows = {}  # clip -> float64 array
+        self._counted = False
+
+    def __len__(self):
+        return len(self._rows)
+
+    @property
+    def clips(self):
+        """The clips' indices, ascending."""
+        return sorted(self._rows)
+
+    @property
+    def values(self):
+        """(n_clips, ...) float64 array in the order of ``clips``."""
+        if not self._rows:
+            raise ValueError("expected at least one clip, found none")
+        return np.stack([self._rows[clip] for clip in self.clips])
+
+    def update(self, values, clips=None):
+        """Add ``values`` (B, ...) of the clips with the indices ``clips`` (B,) in the data set.
+
+        Without ``clips`` they are counted as they come, and rank after rank.
+
+        Raises:
+            ValueError: NaN or infinite values, another shape than before, a clip that was there, or indices given for
+                some clips only.
+        """
+        values = torch.as_tensor(values).detach().cpu().double().numpy().copy()
+        if not np.isfinite(values).all():
+            raise ValueError("expected finite values of every clip, found NaN or infinity")
+        counted = clips is None
+        if self._rows and counted != self._counted:
+            raise ValueError("expected the indices of all clips or of none, found some with and some without")
+        clips = range(len(self), len(self) + len(values)) if counted else [int(clip) for clip in clips]
+        if len(clips) != len(values):
+            raise ValueError(f"expected an index for each of {len(values)} clips, found {len(clips)}")
+        new = set()
+        for clip in clips:
+            if clip in self._rows or clip in new:
+                raise ValueError(f"expected each clip once, found clip {clip} again")
+            new.add(clip)
+        shape = next(iter(self._rows.values())).shape if self._rows else values.shape[1:]
+        if values.shape[1:] != shape:
+            raise ValueError(f"expected values of shape {shape} for each clip, found {values.shape[1:]}")
+        self._counted = counted
+        self._rows.update(zip(clips, values))
+
+    def gather(self):
+        """A new ClipValues with the clips of all ranks."""
+        merged = ClipValues()
+        for values in _all_ranks(self):
+            if not values:
+                continue
+            new = [clip for clip in values.clips if values._counted or clip not in merged._rows]
+            if new:
+                merged.update(np.stack([values._rows[clip] for clip in new]), None if values._counted else new)
+        return merged
+
+    def compute(self):
+        """``summarize`` of all ranks' values, and ``clips`` with ``per_clip``, the mean of each."""
+        merged = self.gather()
+        return summarize(merged.values) | per_clip(merged.clips, merged.values)
+
+
+class RunningMean:
+    """Mean over clips of arrays too large to keep for each, such as CRPS maps: float64 sums, over all ranks.
+
+    Clips are not told apart here: one that two ranks hold counts twice.
+    """
+
+    def __init__(self):
+        self.total, self.n_clips = None, 0
+
+    def update(self, values):
+        """Add ``values`` (B, ...)."""
+        total = values.detach().double().sum(0).cpu()
+        if self.total is not None and total.shape != self.total.shape:
+            raise ValueError(f"expected values of shape {tuple(self.total.shape)}, found {tuple(total.shape)}")
+        self.total = total if self.total is None else self.total + total
+        self.n_clips += len(values)
+
+    def compute(self):
+        """The mean over all clips of all ranks, a float64 tensor (...); every rank must call it."""
+        sums = [(total, n_clips) for total, n_clips in _all_ranks((self.total, self.n_clips)) if n_clips]
+        if not sums:
+            raise ValueError("expected at least one clip, found none")
+        return sum(total for total, _ in sums) / sum(n_clips for _, n_clips in sums)
+
+
+def summarize(values):
+    """Plain numbers of ``values`` (n_clips,) or (n_clips, T).
+
+    Returns:
+        ``mean``, ``ci95`` ([low, high]; None for one clip) and ``n_clips``; for (n_clips, T) also ``per_frame`` (T
+        means over clips) and ``per_frame_ci95`` (T intervals), the curves of HAF-SVG, Figure 6.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    mean, interval = _mean_ci95(values.reshape(len(values), -1).mean(1))
+    summary = {"mean": mean, "ci95": interval, "n_clips": len(values)}
+    if values.ndim == 2:
+        means, intervals = _mean_ci95(values)
+        summary |= {"per_frame": means, "per_frame_ci95": intervals}
+    return summary
+
+
+def per_clip(clips, values):
+    """{"clips": indices, "per_clip": means}: what ``paired_bootstrap`` needs of a run."""
+    return {"clips": list(clips), "per_clip": values.reshape(len(values), -1).mean(1).tolist()}
+
+
+def paired_bootstrap(first, second, n_resamples=10_000, seed=0):
+    """Bootstrap of the mean difference of two runs over the same clips.
+
+    Clips are drawn with replacement and the mean of ``first - second`` over them is taken, ``n_resamples`` times.
+
+    Args:
+        first, second: (n_clips,) values, the same clips in the same order.
+    Returns:
+        ``difference``, ``ci95`` ([low, high], percentiles), ``p_value`` (two-sided: twice the share of resampled
+        differences on the far side of zero, counting the observed one, so at least 2 / (n_resamples + 1)), ``n_clips``.
+    """
+    first, second = (np.asarray(values, dtype=np.float64) for values in (first, second))
+    if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
+        raise ValueError(
+            f"paired bootstrap: expected one value for each of the same two or more clips, found {first.shape} "
+            f"and {second.shape}"
+        )
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("paired bootstrap: expected finite values, found NaN or infinity")
+    differences = first - second
+    n_clips = len(differences)
+    rng = np.random.default_rng(seed)
+    means = np.empty(n_resamples)
+    for start in range(0, n_resamples, 1000):
+        drawn = rng.integers(n_clips, size=(len(means[start : start + 1000]), n_clips))
+        means[start : start + 1000] = differences[drawn].mean(1)
+    tail = min((means <= 0).sum(), (means >= 0).sum())
+    return {
+        "difference": float(differences.mean()),
+        "ci95": np.percentile(means, [2.5, 97.5]).tolist(),
+        "p_value": float(min(1, 2 * (tail + 1) / (n_resamples + 1))),
+        "n_clips": n_clips,
+    }
+
+
+def _mean_ci95(values):
+    """Over the first axis: (n,) -> float and [low, high]; (n, T) -> T of each. The interval is None where n is 1."""
+    mean = values.mean(0)
+    if len(values) < 2:
+        return mean.tolist(), None
+    half = Z95 * values.std(0, ddof=1) / np.sqrt(len(values))
+    return mean.tolist(), np.stack([mean - half, mean + half], -1).tolist()
+
+
+def _all_ranks(state):
+    """[state of rank 0, state of rank 1, ...]; just [state] in a process alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [state]
+    states = [None] * dist.get_world_size()
+    dist.all_gather_object(states, state)
+    return states

@@ -1,0 +1,216 @@
+"""Means with confidence intervals, over ranks too, the paired bootstrap, and bits per dimension."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from latentcast.metrics import BestOfN, bits_per_dim
+from latentcast.metrics.statistics import ClipValues, RunningMean, paired_bootstrap, summarize
+
+N_CLIPS, N_SAMPLES, N_FRAMES = 11, 4, 5
+# Uneven shares, and clip 9 twice, as DistributedSampler repeats clips.
+SHARES = [[0, 2, 4, 6, 8, 10, 9], [1, 3, 5, 7, 9]]
+
+
+def scores(*shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).gamma(2.0, size=shape))
+
+
+def test_interval_is_1_96_standard_errors_about_the_mean_over_clips():
+    values = scores(40, N_FRAMES).numpy()
+    summary = summarize(values)
+    by_clip = values.mean(1)
+    assert summary["mean"] == pytest.approx(by_clip.mean())
+    # The same formula by scipy, up to the rounding of 1.96.
+    low, high = scipy.stats.norm.interval(0.95, by_clip.mean(), scipy.stats.sem(by_clip))
+    assert summary["ci95"] == pytest.approx([low, high], rel=1e-4)
+    assert summary["n_clips"] == 40
+    assert summary["per_frame"] == pytest.approx(values.mean(0))
+    low, high = scipy.stats.norm.interval(0.95, values.mean(0), scipy.stats.sem(values))
+    np.testing.assert_allclose(summary["per_frame_ci95"], np.stack([low, high], 1), rtol=1e-4)
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_interval_holds_the_true_mean_in_95_of_100_experiments():
+    draws = np.random.default_rng(0).exponential(size=(2000, 100))
+    inside = [low <= 1 <= high for low, high in (summarize(draw)["ci95"] for draw in draws)]
+    assert np.mean(inside) == pytest.approx(0.94, abs=0.015)  # .94 for skewed values at this n
+
+
+def test_one_clip_has_no_interval():
+    assert summarize([[1.0, 2.0]]) == {
+        "mean": 1.5,
+        "ci95": None,
+        "n_clips": 1,
+        "per_frame": [1, 2],
+        "per_frame_ci95": None,
+    }
+
+
+@pytest.mark.parametrize("split", [[N_CLIPS], [1] * N_CLIPS, [4, 6, 1]])
+def test_any_batch_split_gives_identical_figures(split):
+    everything = ClipValues()
+    everything.update(scores(N_CLIPS, N_FRAMES))
+    expected = everything.compute()
+    assert expected["clips"] == list(range(N_CLIPS))
+    assert expected["per_clip"] == pytest.approx(scores(N_CLIPS, N_FRAMES).mean(1).tolist())
+
+    batched, shuffled = ClipValues(), ClipValues()
+    order = torch.from_numpy(np.random.default_rng(1).permutation(N_CLIPS))
+    for batch in scores(N_CLIPS, N_FRAMES).split(split):
+        batched.update(batch)
+    for clips in order.split(split):
+        shuffled.update(scores(N_CLIPS, N_FRAMES)[clips], clips)
+    assert batched.compute() == expected
+    assert shuffled.compute() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "clips", "message"),
+    [
+        ([[1.0, torch.nan]], [5], "finite values of every clip, found NaN"),
+        ([[1.0, 2.0]], [3], "each clip once, found clip 3 again"),
+        ([[1.0, 2.0]] * 2, [6, 6], "each clip once, found clip 6 again"),
+        ([[1.0, 2.0]] * 2, [5], "an index for each of 2 clips, found 1"),
+        ([[1.0, 2.0]], None, "indices of all clips or of none"),
+        ([[1.0, 2.0, 3.0]], [5], r"values of shape \(2,\) for each clip, found \(3,\)"),
+    ],
+)
+def test_clip_values_refuse_what_does_not_fit_and_keep_the_rest(values, clips, message):
+    kept = ClipValues()
+    kept.update(torch.tensor([[1.0, 2.0]]), [3])
+    with pytest.raises(ValueError, match=message):
+        kept.update(torch.tensor(values), clips)
+    assert kept.clips == [3] and len(kept) == 1
+
+
+def test_clip_values_keep_a_copy():
+    kept, values = ClipValues(), scores(3, 2)
+    kept.update(values)
+    expected = kept.compute()
+    values.zero_()
+    assert kept.compute() == expected
+
+
+def test_no_clips_are_refused():
+    for empty in (ClipValues(), RunningMean()):
+        with pytest.raises(ValueError, match="at least one clip, found none"):
+            empty.compute()
+
+
+def test_running_mean_is_the_mean_over_all_clips():
+    maps = scores(N_CLIPS, 2, 1, 4, 4)
+    running = RunningMean()
+    for batch in maps.float().split([4, 6, 1]):
+        running.update(batch)
+    torch.testing.assert_close(running.compute(), maps.float().double().mean(0), rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="shape"):
+        running.update(maps[:, :1])
+
+
+def run_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    values, running, counted, lonely = ClipValues(), RunningMean(), ClipValues(), ClipValues()
+    best = BestOfN(["psnr", "lpips"], counts=[2])
+    for clips in torch.tensor(SHARES[rank]).split(3):
+        values.update(scores(N_CLIPS, N_FRAMES)[clips], clips)
+        by_sample = scores(N_CLIPS, N_SAMPLES, N_FRAMES)[clips]
+        best.add({"psnr": by_sample, "lpips": by_sample}, clips)
+        running.update(scores(N_CLIPS, N_FRAMES)[clips])
+        counted.update(scores(N_CLIPS, N_FRAMES)[clips])
+    if rank == 1:
+        lonely.update(scores(N_CLIPS, N_FRAMES))
+    results = {
+        "values": values.compute(),
+        "running": running.compute().tolist(),
+        "counted": counted.compute(),
+        "lonely": lonely.compute(),
+        "best": best.compute(),
+    }
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(results, file)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_with_uneven_shares_agree_with_one_process(tmp_path):
+    mp.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+
+    alone, best = ClipValues(), BestOfN(["psnr", "lpips"], counts=[2])
+    alone.update(scores(N_CLIPS, N_FRAMES))
+    by_sample = scores(N_CLIPS, N_SAMPLES, N_FRAMES)
+    best.add({"psnr": by_sample, "lpips": by_sample})
+    assert first["values"] == alone.compute()
+    assert first["lonely"] == alone.compute()
+    assert first["best"] == best.compute()
+    # Without indices the repeated clip cannot be told.
+    order = SHARES[0] + SHARES[1]
+    assert first["counted"]["n_clips"] == len(order)
+    assert first["counted"]["per_clip"] == pytest.approx(scores(N_CLIPS, N_FRAMES)[order].mean(1).tolist())
+    assert first["running"] == pytest.approx(scores(N_CLIPS, N_FRAMES)[order].mean(0).tolist())
+
+
+def test_paired_bootstrap_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=60)
+    second = first - 0.3 + rng.normal(size=60)
+    result = paired_bootstrap(first, second, n_resamples=100_000)
+    reference = scipy.stats.bootstrap(
+        (first - second,), np.mean, n_resamples=100_000, method="percentile", rng=np.random.default_rng(1)
+    )
+    assert result["difference"] == pytest.approx((first - second).mean())
+    assert result["ci95"] == pytest.approx(list(reference.confidence_interval), abs=0.005)
+    p_value = 2 * (reference.bootstrap_distribution <= 0).mean()
+    assert result["p_value"] == pytest.approx(p_value, abs=0.008) and 0.02 < p_value < 0.2
+    assert result["n_clips"] == 60
+    mirrored = paired_bootstrap(second, first, n_resamples=100_000)
+    assert mirrored["difference"] == -result["difference"] and mirrored["p_value"] == result["p_value"]
+
+
+def test_paired_bootstrap_is_seeded():
+    first, second = scores(2, 20).numpy()
+    result = paired_bootstrap(first, second, n_resamples=2500)
+    assert result == paired_bootstrap(first.tolist(), second.tolist(), n_resamples=2500)
+    assert result != paired_bootstrap(first, second, n_resamples=2500, seed=1)
+
+
+def test_paired_bootstrap_pairs_the_clips():
+    clips = np.random.default_rng(0).normal(size=50)  # clips differ far more than the runs do
+    result = paired_bootstrap(clips + 0.01, clips, n_resamples=2500)
+    assert result["ci95"] == pytest.approx([0.01, 0.01])
+    assert result["p_value"] == pytest.approx(2 / 2501)
+
+
+def test_paired_bootstrap_of_equal_runs_finds_nothing():
+    values = np.arange(5.0)
+    assert paired_bootstrap(values, values) == {"difference": 0, "ci95": [0, 0], "p_value": 1, "n_clips": 5}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ([1, 2, 3], [1, 2], r"same two or more clips, found \(3,\) and \(2,\)"),
+        ([1], [2], r"same two or more clips, found \(1,\)"),
+        ([[1, 2]] * 2, [[1, 2]] * 2, r"one value for each .* found \(2, 2\)"),
+        ([1, math.nan], [1, 2], "finite values, found NaN"),
+    ],
+)
+def test_paired_bootstrap_refuses_what_is_not_paired(first, second, message):
+    with pytest.raises(ValueError, match=message):
+        paired_bootstrap(first, second)
+
+
+def test_bits_per_dim_of_uniform_codes_is_the_logarithm_of_their_number():
+    shape = (11, 16, 16, 4)
+    nats = torch.full((3,), -math.prod(shape) * math.log(512))
+    torch.testing.assert_close(bits_per_dim(nats, shape), torch.full((3,), 9.0))
+    with pytest.raises(ValueError, match="expected predicted dimensions"):
+        bits_per_dim(nats, (0, 16, 16, 4))
