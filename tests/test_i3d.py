@@ -243,7 +243,7 @@ def test_bad_videos_are_one_line(scripted):
     model = I3D(scripted)
     good = moving_squares(1)
     cases = [
-        (good[:, :9], r"^I3D: expected videos of at least 10 frames, found 9$"),
+        (good[:, :8], r"^I3D: expected videos of at least 9 frames, found 8$"),
         (good.repeat(1, 1, 2, 1, 1), r"^I3D: expected videos of 1 or 3 channels, found 2$"),
         (good * torch.nan, r"^I3D: videos: expected values in \[-1, 1\], found NaN$"),
         (good * 2, r"^I3D: videos: expected values in \[-1, 1\], found \[-2, 1.8\]$"),

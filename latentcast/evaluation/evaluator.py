@@ -325,9 +325,15 @@ def check_fit(pipe, dataset, protocol):
     found = dataset.describe()
     if protocol.data is not None and found.get("name") != protocol.data:
         raise ValueError(f"protocol {protocol.name}: data: expected {protocol.data}, found {found.get('name')}")
-    kind = (found.get("protocol") or {}).get("protocol")
+    prepared = found.get("protocol") or {}
+    kind = prepared.get("protocol")
     if protocol.data_protocol is not None and kind != protocol.data_protocol:
         raise ValueError(f"protocol {protocol.name}: data_protocol: expected {protocol.data_protocol}, found {kind}")
+    for name, value in protocol.data_options.items():
+        if prepared.get(name) != value:
+            raise ValueError(
+                f"protocol {protocol.name}: data_options: expected {name}={value}, found {prepared.get(name)}"
+            )
     if "bits" in protocol.metrics and not has_likelihood(pipe.prior):
         raise ValueError(f"protocol {protocol.name}: bits: {type(pipe.prior).__name__} has no likelihood")
     pipe.prior.check_context(protocol.n_context, protocol.n_frames)

@@ -1,6 +1,8 @@
 """What a figure was measured by: everything that changes it, in one small file under ``configs/protocol/``."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+
+from latentcast.metrics.i3d import MIN_FRAMES
 
 METRICS = ("mse", "psnr", "ssim", "lpips", "crps", "ilpips", "fvd", "bits")
 BEST_OF = ("mse", "psnr", "ssim", "lpips")  # per sample: the best one of each clip counts
@@ -8,7 +10,6 @@ SSIM_FORMS = ("gaussian", "uniform")
 LPIPS_NETS = ("alex", "vgg")
 CRPS_ESTIMATORS = ("standard", "fair")
 ILPIPS_PAIRS = ("ring", "all")
-FVD_LEAST_FRAMES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Protocol:
         source: the paper, table or figure whose protocol this is; no part of a comparison.
         data: name of the prepared set it is for (``manifest["name"]``); None: any data set.
         data_protocol: which of the set's protocols (``--split`` of prepare_dataset); None: any.
+        data_options: options that the set must have been prepared with, ``{n_digits: 3}`` say.
         split: of the data set.
         n_clips: so many clips, spread evenly over the split's; None: all.
         frame_size: H = W of the frames that are compared, pixels.
@@ -44,6 +46,7 @@ class Protocol:
     source: str = ""
     data: str | None = None
     data_protocol: str | None = None
+    data_options: dict = field(default_factory=dict)
     split: str = "test"
     n_clips: int | None = 256
     frame_size: int = 64
@@ -82,8 +85,8 @@ class Protocol:
         self._expect("fvd_samples", self.fvd_samples <= self.n_samples, f"at most n_samples={self.n_samples}")
         if "fvd" in self.metrics:
             found = self.n_predicted + self.fvd_context * self.n_context
-            enough = found >= FVD_LEAST_FRAMES
-            self._expect("n_predicted", enough, f"at least {FVD_LEAST_FRAMES} frames a video for fvd, here {found}")
+            enough = found >= MIN_FRAMES
+            self._expect("n_predicted", enough, f"at least {MIN_FRAMES} frames a video for fvd, here {found}")
 
     def _expect(self, name, holds, expected):
         if not holds:

@@ -13,7 +13,6 @@ from . import plots
 
 N_SHOWN = 4  # clips on a sheet
 N_COLUMNS = 10  # frames of each on a picture
-UNITS = {"psnr": "dB", "crps": "of 255"}
 
 
 def write_report(evaluation, results, folder):
@@ -80,7 +79,7 @@ def table(evaluation, results):
     """The figures as Markdown."""
     protocol, data, model = results["protocol"], results["data"], results["model"]
     metrics = list(results["metrics"])
-    heads = [f"{name} ({UNITS[name]})" if name in UNITS else name for name in metrics]
+    heads = [plots.HEADINGS[name] for name in metrics]
     lines = [
         f"# {model['name']} under the protocol {protocol['name']}",
         "",

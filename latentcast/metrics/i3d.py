@@ -13,7 +13,7 @@ from .precision import full_precision
 from .weights import SOURCES, load_weights
 
 SIZE = 224  # H = W of the frames that the network takes, pixels
-MIN_FRAMES = 10
+MIN_FRAMES = 9
 BATCH_NORM_EPS = 1e-3
 
 
@@ -22,8 +22,8 @@ class I3D(nn.Module):
 
     Carreira & Zisserman 2017, RGB stream, as published in TensorFlow (deepmind/i3d-kinetics-400/1). Grey is repeated to
     three channels. Frames are resized to 224 x 224 whatever their shape: bilinear, ``align_corners=False``, without
-    antialiasing. The network halves time three times and then pools pairs of steps, so it needs 9 frames; 10 are asked
-    for, as by the FVD code in common use. Always in float32, under autocast too.
+    antialiasing. The network halves time three times and then pools pairs of steps, so it needs 9 frames
+    (the FVD code in common use asks for 10). Always in float32, under autocast too.
 
     Args:
         weights: folder or path of ``i3d_k400.safetensors``, or the path of ``i3d_torchscript.pt``, the scripted
@@ -33,7 +33,7 @@ class I3D(nn.Module):
         fingerprint: sha256 (hex) of the weights: of the arrays, or of the file of a scripted network.
     Raises:
         FileNotFoundError: there are no weights.
-        ValueError: the weights are altered; or, when called, fewer than 10 frames, channels other than 1 or 3, NaN, or
+        ValueError: the weights are altered; or, when called, fewer than 9 frames, channels other than 1 or 3, NaN, or
             values outside [-1, 1].
     """
 

@@ -1,0 +1,309 @@
+"""Results of tools/evaluate.py side by side, their paired differences, and published figures beside them."""
+
+import math
+from pathlib import Path
+
+import yaml
+
+from latentcast.data.shards import read_json
+from latentcast.metrics.statistics import paired_bootstrap
+
+from .plots import HEADINGS
+from .protocol import METRICS
+from .report import cell
+
+SECTIONS = {
+    "protocol": ("name", "n_context", "n_predicted", "n_samples", "frame_size"),
+    "data": ("name", "protocol", "n_clips", "sha256", "describe"),
+    "detector": ("fvd", "lpips"),
+    "model": ("name",),
+    "metrics": (),
+    "baselines": (),
+}
+CLIP_FIELDS = {"split", "n_clips", "frame_size", "n_context", "n_predicted"}  # they choose the frames of a clip
+SETTINGS = {  # what changes a metric on the same frames
+    "ssim": {"ssim"},
+    "lpips": {"lpips", "detector.lpips"},
+    "ilpips": {"ilpips", "lpips", "detector.lpips"},
+    "crps": {"crps"},
+}
+STATED = ("n_context", "n_predicted", "n_samples", "frame_size", "data_protocol")  # of a published figure's protocol
+TABLE_KEYS = {"paper", "place", "data", "preset", "protocol", "note", "units", "rows"}
+
+
+def read_result(path):
+    """What tools/evaluate.py wrote, checked.
+
+    Raises:
+        OSError, ValueError: no such file, damaged, or not a result; one line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    result = read_json(path)
+    if not isinstance(result, dict):
+        raise ValueError(
+            f"{path}: not a result of tools/evaluate.py: expected an object, found {type(result).__name__}"
+        )
+    for section, keys in SECTIONS.items():
+        if not isinstance(result.get(section), dict):
+            raise ValueError(f"{path}: not a result of tools/evaluate.py: it has no section {section!r}")
+        missing = [key for key in keys if key not in result[section]]
+        if missing:
+            raise ValueError(f"{path}: not a result of tools/evaluate.py: {section} has no {missing[0]!r}")
+    if not result["metrics"]:
+        raise ValueError(f"{path}: metrics: expected at least one, found none")
+    for where, found in {"metrics": result["metrics"], **result["baselines"]}.items():
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: {where}: expected metrics, found {found!r}")
+        for metric, entry in found.items():
+            _check_entry(f"{path}: {where}.{metric}", entry)
+    return result
+
+
+def differences(first, second):
+    """All that keeps two results from being compared: field -> (value in the first, value in the second)."""
+    sides = [_compared(result) for result in (first, second)]
+    fields = dict.fromkeys(field for side in sides for field in side)
+    found = {field: tuple(side.get(field) for side in sides) for field in fields}
+    found = {field: (one, other) for field, (one, other) in found.items() if one != other}
+    if any(field.startswith("data.") and field != "data.clips" for field in found):
+        found.pop("data.clips", None)  # it follows from them
+    return found
+
+
+def describe_differences(found):
+    """``differences`` as text: "n_context 5 and 2; seed 0 and 1"."""
+    return "; ".join(f"{field} {_short(one)} and {_short(other)}" for field, (one, other) in found.items())
+
+
+def paired(first, second):
+    """metric -> ``paired_bootstrap`` of second minus first, of the metrics whose clips and settings are the same.
+
+    FVD has no value for a clip, and so no pairs.
+    """
+    unlike = set(differences(first, second))
+    if unlike & CLIP_FIELDS or any(field.startswith("data.") for field in unlike):
+        return {}
+    found = {}
+    for metric, entry in second["metrics"].items():
+        base = first["metrics"].get(metric, {})
+        same = base.get("clips") and base["clips"] == entry.get("clips") and len(base["clips"]) > 1
+        if same and not unlike & SETTINGS.get(metric, set()):
+            found[metric] = paired_bootstrap(entry["per_clip"], base["per_clip"])
+    return found
+
+
+def read_published(path):
+    """The published figures -> list of rows, one a method and table.
+
+    A row has ``method``, ``paper``, ``place`` (the table), ``data``, ``preset`` (a protocol's name or None), ``note``,
+    ``protocol`` (STATED -> value; None: not stated) and ``metrics``: name -> {"printed": str, "unit": str, "value":
+    float in the units of latentcast.metrics, or None where the printed unit is not known, "spread": float or None}.
+
+    Raises:
+        OSError, ValueError: no such file, or something in it is not as its head says; names table and row.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    rows = []
+    for table in content["tables"]:
+        where = f"{path}: {table.get('paper')}, {table.get('place')}, {table.get('data')}"
+        if table.keys() | {"note"} != TABLE_KEYS:
+            raise ValueError(f"{where}: expected {', '.join(sorted(TABLE_KEYS))}, found {', '.join(sorted(table))}")
+        unknown = [unit for unit in table["units"].values() if unit not in content["units"]]
+        unknown += [metric for metric in table["units"] if metric not in METRICS]
+        unknown += [key for key in table["protocol"] if key not in STATED]
+        unknown += [table["paper"]] * (table["paper"] not in content["papers"])
+        if unknown:
+            raise ValueError(f"{where}: {unknown[0]!r} is not known")
+        for row in table["rows"]:
+            unknown = [key for key in row if key not in ("method", *STATED, *table["units"])]
+            printed = {metric: row[metric] for metric in table["units"] if metric in row}
+            if unknown or not printed or "method" not in row:
+                raise ValueError(f"{where}: {row}: expected a method and some of {', '.join(table['units'])}")
+            rows.append(
+                {
+                    "method": row["method"],
+                    **{key: table.get(key) for key in ("paper", "place", "data", "preset", "note")},
+                    "protocol": {key: row.get(key, table["protocol"].get(key)) for key in STATED},
+                    "metrics": {
+                        metric: _figure(f"{where}: {row['method']}: {metric}", text, table["units"][metric], content)
+                        for metric, text in printed.items()
+                    },
+                }
+            )
+    return rows
+
+
+def published_beside(rows, result):
+    """Rows of the result's data that share a metric with it, each with ``differs``: field -> (theirs, ours).
+
+    Those with the fewest differences come first.
+    """
+    ours = result["protocol"] | {"data_protocol": (result["data"]["protocol"] or {}).get("protocol")}
+    beside = []
+    for row in rows:
+        if row["data"] == result["data"]["name"] and row["metrics"].keys() & result["metrics"].keys():
+            sides = {key: (row["protocol"][key], ours[key]) for key in STATED}
+            beside.append(row | {"differs": {key: pair for key, pair in sides.items() if pair[0] != pair[1]}})
+    return sorted(beside, key=lambda row: len(row["differs"]))
+
+
+def table(results, unlike):
+    """Markdown: a column for each result and the first one's baselines, a row for each metric.
+
+    Args:
+        results: label -> result.
+        unlike: label -> ``differences`` from the first, of results that do not compare with it.
+    """
+    first, *_ = results
+    metrics = _metrics(results.values())
+    marks = {label: f" [{number}]" for number, label in enumerate(unlike, start=1)}
+    columns = {label + marks.get(label, ""): result["metrics"] for label, result in results.items()}
+    columns |= results[first]["baselines"]
+    lines = _grid(["", *columns], ([HEADINGS[m], *(cell(found.get(m)) for found in columns.values())] for m in metrics))
+    for label, found in unlike.items():
+        lines += [f"{marks[label].strip()} does not compare with {first}: {describe_differences(found)}", ""]
+    return "\n".join(lines)
+
+
+def difference_table(results, found):
+    """Markdown of paired differences: label -> metric -> ``paired_bootstrap``."""
+    first = next(iter(results))
+    metrics = [m for m in METRICS if any(m in by_metric for by_metric in found.values())]
+    lines = [f"Differences from {first} over the same clips, 95 % interval and p by paired bootstrap:", ""]
+    lines += _grid(
+        ["", *found],
+        ([HEADINGS[m], *(_difference(by_metric.get(m)) for by_metric in found.values())] for m in metrics),
+    )
+    return "\n".join(lines)
+
+
+def published_table(results, rows):
+    """Markdown of results of one data set and ``published_beside`` the first of them; ``results``: label -> result."""
+    metrics = _metrics(results.values())
+    first = next(iter(results.values()))
+    body = []
+    for label, result in results.items():
+        body.append([f"**{label}**", *_frames(result["protocol"])])
+        body[-1] += [*(cell(result["metrics"].get(m)) for m in metrics), "", ""]
+    for row in rows:
+        body.append([row["method"], *_frames(row["protocol"])])
+        body[-1] += [
+            *(_printed(row["metrics"].get(m)) for m in metrics),
+            f"{row['paper']}, {row['place']}",
+            _notes(row),
+        ]
+    heads = ["", "frames", "samples", *(HEADINGS[m] for m in metrics), "source", "protocol differs"]
+    intro = (
+        f"Published for {first['data']['name']}. The last column compares frames, samples, size and split: not the "
+        "number of clips, the window of SSIM, the network of LPIPS, the detector of FVD."
+    )
+    return "\n".join([intro, "", *_grid(heads, body)])
+
+
+def _compared(result):
+    """field -> value of all that comparable results share."""
+    protocol = {key: value for key, value in result["protocol"].items() if key not in ("name", "source")}
+    data = result["data"]["describe"] | {key: result["data"][key] for key in ("name", "n_clips")}
+    digest = {"data.clips": result["data"]["sha256"]}  # of the description and which clips
+    return protocol | dict(_leaves(result["detector"], "detector")) | dict(_leaves(data, "data")) | digest
+
+
+def _leaves(value, name):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+def _check_entry(where, entry):
+    if not isinstance(entry, dict) or not _is_finite(entry.get("mean")):
+        found = entry.get("mean") if isinstance(entry, dict) else entry
+        raise ValueError(f"{where}: expected a finite mean, found {found!r}")
+    if "ci95" not in entry:
+        raise ValueError(f"{where}: expected an interval or null under ci95, found no such key")
+    for name, of in (("per_clip", "clips"), ("per_frame_ci95", "per_frame")):
+        values, along = entry.get(name) or [], entry.get(of) or []
+        if values and len(values) != len(along):
+            raise ValueError(f"{where}: expected {name} and {of} of one length, found {len(values)} and {len(along)}")
+    for interval in [entry["ci95"], *(entry.get("per_frame_ci95") or [])]:
+        if interval is not None and not (len(interval) == 2 and all(map(_is_finite, interval))):
+            raise ValueError(f"{where}: expected an interval [low, high], found {interval!r}")
+    if not all(map(_is_finite, [*(entry.get("per_frame") or []), *(entry.get("per_clip") or [])])):
+        raise ValueError(f"{where}: expected finite values, found NaN or infinity")
+    for count, best in (entry.get("best_of") or {}).items():
+        _check_entry(f"{where}.best_of.{count}", best)
+
+
+def _is_finite(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _figure(where, printed, unit, content):
+    """A printed figure, "258.89 +- 2.85" say, with what it is in our units."""
+    try:
+        value, spread = (*(float(part) for part in printed.split("+-")), None)[:2]
+    except (ValueError, AttributeError):
+        raise ValueError(f"{where}: expected a figure as printed, in quotes, found {printed!r}") from None
+    scale = content["units"][unit]
+    known = scale is not None
+    return {
+        "printed": printed,
+        "unit": unit,
+        "value": value * scale if known else None,
+        "spread": spread * scale if known and spread is not None else None,
+    }
+
+
+def _metrics(results):
+    return [metric for metric in METRICS if any(metric in result["metrics"] for result in results)]
+
+
+def _grid(heads, rows):
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join(str(text).replace("|", "\\|") for text in line) + " |" for line in lines] + [""]
+
+
+def _frames(protocol):
+    n_context, n_predicted, n_samples = (
+        "?" if protocol[key] is None else protocol[key] for key in ("n_context", "n_predicted", "n_samples")
+    )
+    return f"{n_context} → {n_predicted}", n_samples
+
+
+def _notes(row):
+    unstated = [key for key, (theirs, _) in row["differs"].items() if theirs is None]
+    notes = [f"{key} {theirs}, here {ours}" for key, (theirs, ours) in row["differs"].items() if theirs is not None]
+    notes += [f"not stated: {', '.join(unstated)}"] * bool(unstated) + [row["note"]] * bool(row["note"])
+    return "; ".join(notes)
+
+
+def _printed(figure):
+    if figure is None:
+        return "–"
+    printed, unit = figure["printed"].replace("+-", "±"), figure["unit"]
+    if unit == "as ours":
+        return printed
+    if figure["value"] is None:
+        return f"{printed} (unit {unit})"
+    if float(figure["printed"].split("+-")[0]) == figure["value"]:
+        return f"{printed} {unit}"
+    return f"{figure['value']:.4g} (printed {printed}, {unit})"
+
+
+def _difference(found):
+    if found is None:
+        return "–"
+    low, high = found["ci95"]
+    return f"{found['difference']:+.4g} [{low:.4g}, {high:.4g}], p {found['p_value']:.2g}"
+
+
+def _short(value):
+    """Long values, checksums mostly, by their beginning."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"

@@ -1,0 +1,358 @@
+"""Results side by side: what compares, what is refused, published figures in our units, and plots that show them."""
+
+import argparse
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny_experiment import TOOLS
+
+from latentcast import Protocol, load_config
+from latentcast.cli import UserError
+from latentcast.config import instantiate
+from latentcast.evaluation import plots
+from latentcast.evaluation.comparison import (
+    differences,
+    paired,
+    published_beside,
+    read_published,
+    read_result,
+)
+from latentcast.metrics import BestOfN, crps, mse
+from latentcast.metrics.statistics import ClipValues
+
+PUBLISHED = Path(__file__).parents[1] / "docs/results/published.yaml"
+N_CLIPS, T = 12, 3
+
+
+def metrics_of(noise, seed, n_samples):
+    """Real metrics of samples that are the truth and noise."""
+    generator = torch.Generator().manual_seed(99)
+    target = 0.8 * torch.rand(N_CLIPS, T, 1, 16, 16, generator=generator) - 0.4
+    generator.manual_seed(seed)
+    scale = noise * torch.linspace(1, 2, T).view(T, 1, 1, 1)
+    samples = target[:, None] + scale * torch.randn(N_CLIPS, n_samples, T, 1, 16, 16, generator=generator)
+    samples = samples.clamp(-1, 1)
+    best_of_n = BestOfN(("mse", "psnr", "ssim"), [n for n in (1, 2) if n < n_samples])
+    best_of_n.update(samples, target)
+    values = ClipValues()
+    values.update(crps(samples, target))
+    fvd = {"mean": 1000 * noise, "ci95": None, "n_real": N_CLIPS, "n_fake": N_CLIPS, "debiased": None}
+    return best_of_n.compute() | {"crps": values.compute(), "fvd": fvd}
+
+
+def make_result(name="A", noise=0.05, seed=0, data="smmnist", **changes):
+    """What tools/evaluate.py writes."""
+    fields = {"n_context": 5, "n_predicted": 10, "n_samples": 4, "metrics": ["mse", "psnr", "ssim", "crps", "fvd"]}
+    protocol = Protocol(name="tiny", **(fields | {"best_of": [1, 2]} | changes))
+    describe = {"type": "PreparedVideos", "name": data, "protocol": {"protocol": "svg"}, "sha256": "5" * 64}
+    result = {
+        "protocol": {"name": "tiny", "source": "ours"} | protocol.describe(),
+        "data": {"name": data, "protocol": {"protocol": "svg"}, "split": "test", "n_clips": N_CLIPS},
+        "detector": {"fvd": "f" * 64, "lpips": None},
+        "model": {"name": name},
+        "metrics": metrics_of(noise, seed, protocol.n_samples),
+        "baselines": {"copy_last_frame": metrics_of(0.3, 1, 1)},
+    }
+    result["data"] |= {"sha256": data + "0" * 50, "describe": describe}
+    return json.loads(json.dumps(result))
+
+
+def write(folder, name, result):
+    path = folder / name
+    path.write_text(json.dumps(result))
+    return path
+
+
+def compare(*paths, **options):
+    """The tool's ``main`` in this process; errors are raised."""
+    given = {"output": None, "published": False, "force": False, "labels": None} | options
+    main = runpy.run_path(str(TOOLS / "compare.py"))["main"]
+    return main(argparse.Namespace(results=list(paths), **given))
+
+
+def run(*arguments):
+    process = subprocess.run(
+        [sys.executable, str(TOOLS / "compare.py"), *map(str, arguments)], capture_output=True, text=True, timeout=150
+    )
+    return process.returncode, process.stdout, process.stderr
+
+
+def test_two_runs_stand_side_by_side_with_their_differences(tmp_path):
+    a, b = make_result("A", 0.05, 0), make_result("B", 0.1, 1)
+    paths = write(tmp_path, "a.json", a), write(tmp_path, "b.json", b)
+    status, out, err = run(*paths, "--output", tmp_path / "out")
+    assert status == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert found["results"]["B"]["ssim"]["mean"] == b["metrics"]["ssim"]["mean"]
+    assert found["unlike"] == {}
+    by_metric = found["differences"]["B"]
+    assert by_metric.keys() == {"mse", "psnr", "ssim", "crps"}  # fvd has no pairs
+    for metric, difference in by_metric.items():
+        rows = np.subtract(b["metrics"][metric]["per_clip"], a["metrics"][metric]["per_clip"])
+        assert difference["difference"] == pytest.approx(rows.mean())
+        half = 1.96 * rows.std(ddof=1) / N_CLIPS**0.5
+        assert np.ptp(difference["ci95"]) / 2 == pytest.approx(half, rel=0.25)
+    assert by_metric["psnr"]["ci95"][1] < 0 < by_metric["mse"]["ci95"][0]  # B is worse
+
+    table = (tmp_path / "out/comparison.md").read_text()
+    assert table.strip() in err
+    lines = table.splitlines()
+    assert lines[0] == "|  | A | B | copy_last_frame |"
+    psnr = next(line for line in lines if line.startswith("| PSNR"))
+    assert f"{a['metrics']['psnr']['mean']:.4g} ±" in psnr and f"{b['metrics']['psnr']['mean']:.4g} ±" in psnr
+    curves = {f"curves_{metric}" for metric in ("mse", "psnr", "ssim", "crps", "inverse_crps")}
+    assert found["files"].keys() == {"table", *curves, *(f"ablation_{metric}" for metric in ("mse", "psnr", "ssim"))}
+    for path in found["files"].values():
+        assert path.endswith(".md") or Image.open(path).size[0] >= 600
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n_context": 2}, "n_context 5 and 2 "),
+        ({"n_samples": 5, "split": "val"}, "n_samples 4 and 5; split test and val "),
+        ({"ssim": "uniform"}, "ssim gaussian and uniform "),
+        ({"data": "bair"}, "data.name smmnist and bair"),
+    ],
+)
+def test_unlike_protocols_and_data_are_refused_with_both_sides(tmp_path, change, message):
+    paths = write(tmp_path, "a.json", make_result()), write(tmp_path, "b.json", make_result("B", **change))
+    with pytest.raises(UserError) as error:
+        compare(*paths)
+    assert f"{paths[0]} does not compare with {paths[1]}: " in str(error.value) and message in str(error.value)
+
+
+def test_all_that_differs_is_listed():
+    a, b = make_result(), make_result(n_context=2, n_predicted=28)
+    b["detector"]["fvd"] = "e" * 64
+    b["data"]["sha256"] = "1"
+    assert differences(a, a) == {}
+    assert differences(a, b) == {
+        "n_context": (5, 2),
+        "n_predicted": (10, 28),
+        "detector.fvd": ("f" * 64, "e" * 64),
+        "data.clips": ("smmnist" + "0" * 50, "1"),
+    }
+    b["protocol"] |= {"name": "another", "source": "another", "n_context": 5, "n_predicted": 10}
+    assert differences(a, b).keys() == {"detector.fvd", "data.clips"}  # names and sources may differ
+
+
+def test_unlike_results_are_one_line_on_stderr(tmp_path):
+    paths = write(tmp_path, "a.json", make_result()), write(tmp_path, "b.json", make_result("B", n_context=2))
+    status, out, err = run(*paths)
+    assert status == 1 and out == "" and err.count("\n") == 1
+    assert err.startswith("error: ") and "n_context 5 and 2" in err and "--force" in err
+
+
+def test_forced_columns_are_labelled(tmp_path, caplog):
+    paths = write(tmp_path, "a.json", make_result()), write(tmp_path, "b.json", make_result("B", n_context=2))
+    caplog.set_level("INFO")
+    found = compare(*paths, force=True, output=tmp_path / "out")
+    assert found["unlike"] == {"B": {"n_context": (5, 2)}}
+    assert found["differences"] == {"B": {}}  # other frames
+    table = (tmp_path / "out/comparison.md").read_text()
+    assert "| A | B [1] | copy_last_frame |" in table
+    assert "[1] does not compare with A: n_context 5 and 2" in table
+    assert table in caplog.text
+
+
+def test_only_equal_clips_under_equal_settings_are_paired():
+    a = make_result()
+    assert paired(a, make_result(n_samples=5)).keys() == {"mse", "psnr", "ssim", "crps"}
+    assert paired(a, make_result(ssim="uniform")).keys() == {"mse", "psnr", "crps"}
+    assert paired(a, make_result(crps="fair")).keys() == {"mse", "psnr", "ssim"}
+    assert paired(a, make_result(split="val")) == paired(a, make_result(data="bair")) == {}
+    other = make_result()
+    other["metrics"]["mse"]["clips"][0] = 77
+    assert "mse" not in paired(a, other)
+
+
+def damaged(change):
+    result = make_result()
+    change(result)
+    return json.dumps(result)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "not valid JSON"),
+        (damaged(lambda r: None)[:900], "not valid JSON"),
+        ("[1, 2]", "not a result of tools/evaluate.py: expected an object, found list"),
+        ('{"name": "something", "metrics": {}}', "not a result of tools/evaluate.py: it has no section 'protocol'"),
+        (damaged(lambda r: r["protocol"].pop("n_samples")), "protocol has no 'n_samples'"),
+        (damaged(lambda r: r.update(metrics={})), "metrics: expected at least one, found none"),
+        (damaged(lambda r: r["metrics"]["psnr"].update(mean=float("nan"))), "metrics.psnr: expected a finite mean"),
+        (damaged(lambda r: r["metrics"]["psnr"].pop("ci95")), "metrics.psnr: expected an interval or null under ci95"),
+        (
+            damaged(lambda r: r["metrics"]["psnr"].update(ci95=[1])),
+            r"metrics.psnr: expected an interval .* found \[1\]",
+        ),
+        (damaged(lambda r: r["metrics"]["mse"]["per_clip"].pop()), "per_clip and clips of one length, found 11 and 12"),
+        (damaged(lambda r: r["metrics"]["mse"]["per_frame"].pop()), "of one length, found 3 and 2"),
+        (
+            damaged(lambda r: r["metrics"]["mse"]["best_of"].update({"1": 3})),
+            "metrics.mse.best_of.1: expected a finite",
+        ),
+        (damaged(lambda r: r["baselines"].update(mine=1)), "mine: expected metrics, found 1"),
+    ],
+)
+def test_damaged_and_foreign_files_are_one_clear_line(tmp_path, text, message):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_result(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_missing_files_and_bad_labels_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.json: no such file"):
+        compare(tmp_path / "absent.json")
+    a, b = write(tmp_path, "a.json", make_result()), write(tmp_path, "b.json", make_result())
+    assert compare(a, b)["results"].keys() == {str(a), str(b)}  # both models are called A
+    assert compare(a, b, labels=["x", "y"])["results"].keys() == {"x", "y"}
+    with pytest.raises(UserError, match="--labels: expected one for each of 2 results, found 1"):
+        compare(a, b, labels=["x"])
+    for labels in (["x", "x"], ["x", "copy_last_frame"]):
+        with pytest.raises(UserError, match=f"'{labels[1]}' would name two columns"):
+            compare(a, b, labels=labels)
+
+
+def test_published_rows_are_in_our_units_and_say_how_their_protocol_differs(tmp_path, caplog):
+    result = make_result("mine", data="smmnist", n_samples=10, frame_size=64)
+    caplog.set_level("INFO")
+    found = compare(write(tmp_path, "a.json", result), published=True, output=tmp_path)["published"]["smmnist"]
+    (stdiff,) = [row for row in found if row["method"] == "STDiff" and "ssim" in row["metrics"]]
+    assert stdiff["differs"] == {}
+    assert stdiff["metrics"]["lpips"]["value"] == pytest.approx(0.1462)
+    assert stdiff["metrics"]["lpips"]["printed"] == "146.2"
+    (svg,) = [row for row in found if row["method"] == "SVG-LP" and row["paper"] == "field"]
+    assert svg["differs"] == {"n_predicted": (20, 10), "n_samples": (100, 10)}
+    table = (tmp_path / "comparison.md").read_text()
+    assert "n_predicted 20, here 10; n_samples 100, here 10" in table
+    line = next(line for line in table.splitlines() if line.startswith("| STDiff | 5 → 10 | 10 |") and "0.748" in line)
+    assert line.endswith("| stdiff, Table 1 |  |")
+
+    other = make_result(data="bair", n_context=1, n_predicted=15)
+    rows = published_beside(read_published(PUBLISHED), other)
+    lvt = next(row for row in rows if row["method"] == "LVT, single frame, n_c = 4")
+    assert lvt["metrics"]["fvd"] == {"printed": "125.76 +- 2.90", "unit": "as ours", "value": 125.76, "spread": 2.9}
+    assert lvt["differs"]["n_samples"] == (None, 4) and lvt["differs"]["n_context"] == (5, 1)
+    assert not any(row["metrics"].keys() == {"bits"} for row in rows)  # it has no bits
+
+    compare(write(tmp_path, "b.json", make_result(data="home_videos")), published=True)
+    assert "nothing published that shares a metric and the data set home_videos" in caplog.text
+
+
+def test_squared_error_of_the_moving_mnist_tables_becomes_ours():
+    pictures = np.random.default_rng(0).random((2, 4, 5, 1, 64, 64))  # (2, B, T, C, H, W) in [0, 1]
+    theirs = np.square(pictures[0] - pictures[1]).sum((2, 3, 4)).mean()
+    ours = mse(*torch.from_numpy(2 * pictures - 1)).mean().item()
+    rows = read_published(PUBLISHED)
+    (row,) = [row for row in rows if row["method"] == "ConvLSTM"]
+    figure = row["metrics"]["mse"]
+    assert figure["value"] / float(figure["printed"]) == pytest.approx(ours / theirs)
+
+
+def test_published_figures_are_whole_and_agree_with_the_presets():
+    rows = read_published(PUBLISHED)
+    assert {row["paper"] for row in rows} == {"lvt", "stdiff", "rvd", "field"} and len(rows) > 150
+    named = [(row["paper"], row["place"], row["data"], row["method"], m) for row in rows for m in row["metrics"]]
+    assert len(set(named)) == len(named)
+    by_preset = {}
+    for row in rows:
+        if row["preset"] is not None:
+            by_preset.setdefault(row["preset"], []).append(row)
+    for preset, of_preset in by_preset.items():
+        protocol = instantiate(load_config("quickstart", [f"protocol={preset}"]).protocol)
+        assert {row["data"] for row in of_preset} == {protocol.data}
+        for key in ("n_context", "n_predicted", "frame_size", "data_protocol"):
+            assert {row["protocol"][key] for row in of_preset} <= {getattr(protocol, key), None}, (preset, key)
+        assert {row["protocol"]["n_samples"] for row in of_preset} & {protocol.n_samples, None}, preset
+        # FVD of 9 frames is not taken here
+        measured = {*protocol.metrics, *(["fvd"] if preset == "stdiff_kitti" else [])}
+        assert {metric for row in of_preset for metric in row["metrics"]} <= measured, preset
+
+
+def test_published_ranges_are_possible():
+    for row in read_published(PUBLISHED):
+        for metric, figure in row["metrics"].items():
+            top = {"ssim": 1, "lpips": 1, "ilpips": 1, "psnr": 60, "bits": 8, "crps": 255, "mse": 4, "fvd": 6000}[
+                metric
+            ]
+            assert figure["value"] is None or 0 <= figure["value"] <= top, row
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.update(units={"fdv": "as ours"}), "lvt, Table 1, bair: 'fdv' is not known"),
+        (lambda t: t.update(units={"fvd": "metres"}), "'metres' is not known"),
+        (lambda t: t.update(paper="who"), "'who' is not known"),
+        (lambda t: t.pop("place"), "lvt, None, bair: expected data, note, paper, place"),
+        (lambda t: t["rows"][0].update(fvd=222.71), "VQ-VAE, n_c = 1: fvd: expected a figure as printed, in quotes"),
+        (lambda t: t["rows"][0].update(fvd="222,71"), "expected a figure as printed, in quotes, found '222,71'"),
+        (lambda t: t["rows"][0].update(ssim="1"), "ssim.*expected a method and some of fvd, mse"),
+    ],
+)
+def test_mistakes_in_published_figures_are_named(tmp_path, change, message):
+    content = yaml.safe_load(PUBLISHED.read_text())
+    change(content["tables"][0])
+    path = tmp_path / "published.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        read_published(path)
+
+
+def test_curves_show_means_and_intervals_over_frames(tmp_path):
+    result = make_result()
+    entry = result["metrics"]["psnr"]
+    named = {"mine": entry, "theirs": result["baselines"]["copy_last_frame"]["psnr"], "no frames": {"mean": 1}}
+    (axes,) = plots.curves(tmp_path / "c.png", named, "psnr").axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mine", "theirs"]
+    assert axes.lines[0].get_xydata().tolist() == [[i + 1, value] for i, value in enumerate(entry["per_frame"])]
+    band = axes.collections[0].get_paths()[0].vertices
+    for frame, (low, high) in enumerate(entry["per_frame_ci95"], start=1):
+        heights = band[band[:, 0] == frame, 1]
+        assert (heights.min(), heights.max()) == pytest.approx((low, high))
+    assert Image.open(tmp_path / "c.png").format == "PNG" and list(tmp_path.iterdir()) == [tmp_path / "c.png"]
+    with pytest.raises(ValueError, match="curves of fvd: expected values per frame, found none"):
+        plots.curves(tmp_path / "none.png", {"mine": result["metrics"]["fvd"]}, "fvd")
+
+
+def test_inverse_curves_leave_out_frames_without_error(tmp_path):
+    entry = {"per_frame": [0.0, 2.0, 4.0], "per_frame_ci95": [[0, 0], [1, 3], [-1, 9]]}
+    (axes,) = plots.curves(tmp_path / "c.png", {"mine": entry}, "crps", inverse=True).axes
+    assert np.array_equal(axes.lines[0].get_ydata(), [np.nan, 0.5, 0.25], equal_nan=True)
+    assert axes.get_ylabel() == "1 / CRPS ↑"
+
+
+def test_ablation_shows_the_best_of_each_number_of_samples(tmp_path):
+    entry = make_result()["metrics"]["psnr"]
+    means, frames = plots.ablation(tmp_path / "a.png", {"mine": entry}, "psnr").axes
+    expected = [[1, entry["best_of"]["1"]["mean"]], [2, entry["best_of"]["2"]["mean"]], [4, entry["mean"]]]
+    assert means.lines[0].get_xydata().tolist() == expected
+    assert expected[0][1] < expected[1][1] < expected[2][1]
+    assert frames.lines[1].get_ydata().tolist() == entry["best_of"]["2"]["per_frame"]
+    assert [text.get_text() for text in frames.get_legend().get_texts()] == ["mine, 1", "mine, 2", "mine, 4"]
+
+
+def test_map_of_crps_is_darker_where_it_is_larger(tmp_path):
+    values = np.zeros((16, 16))
+    values[:, 8:] = 5
+    axes, _ = plots.crps_map(tmp_path / "m.png", torch.from_numpy(values)).axes
+    shown = axes.images[0]
+    assert np.array_equal(shown.get_array(), values)
+    light, dark = (sum(shown.cmap(shown.norm(value))[:3]) for value in (0, 5))
+    assert dark < light
+    for wrong in (values[0], np.full((4, 4), np.nan)):
+        with pytest.raises(ValueError, match="map of CRPS: expected finite values"):
+            plots.crps_map(tmp_path / "w.png", wrong)

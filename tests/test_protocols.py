@@ -1,0 +1,78 @@
+"""The protocols under configs/protocol: each loads, fits its data set, and says what its paper says."""
+
+import inspect
+import re
+
+import pytest
+import yaml
+
+from latentcast import load_config
+from latentcast.config import config_root, find_target, instantiate
+from latentcast.data.benchmarks import BENCHMARKS
+
+# context, predicted, samples, pixels: as the papers have it
+PAPERS = {
+    "svg_smmnist": (5, 20, 100, 64),
+    "svg_kth": (10, 30, 100, 64),
+    "svg_bair": (2, 28, 100, 64),
+    "hafsvg_mnist2": (5, 25, 100, 64),
+    "hafsvg_mnist3": (5, 25, 100, 64),
+    "hafsvg_kth": (10, 20, 100, 64),
+    "hafsvg_bair": (2, 28, 100, 64),
+    "lvt_bair": (5, 11, 1, 64),
+    "lvt_bair_bits": (1, 15, 1, 64),
+    "lvt_kinetics600": (5, 11, 1, 64),
+    "lvt_kinetics600_bits": (1, 15, 1, 64),
+    "stdiff_smmnist": (5, 10, 10, 64),
+    "stdiff_bair": (2, 28, 10, 64),
+    "stdiff_kth": (10, 20, 10, 64),
+    "stdiff_cityscapes": (2, 28, 10, 128),
+    "stdiff_kitti": (4, 5, 10, 128),
+    "rvd_flow": (4, 16, 10, 128),
+    "rvd_flow64": (4, 16, 10, 64),
+    "rvd_kth": (4, 12, 10, 64),
+    "rvd_bair": (4, 16, 10, 64),
+    "rvd_cityscapes": (4, 16, 10, 128),
+    "shrvqvae_moving_mnist": (10, 10, 1, 64),
+    "shrvqvae_kth": (10, 20, 1, 64),
+}
+FRAMES = {"bair": 30, "cityscapes": 30, "flow": 250, "kitti": 100, "kth": 100}  # of most videos, at least
+
+
+def protocol(name):
+    return instantiate(load_config("quickstart", [f"protocol={name}"]).protocol)
+
+
+def test_every_file_is_tested_here():
+    assert {path.stem for path in (config_root() / "protocol").glob("*.yaml")} - {"quickstart"} == PAPERS.keys()
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_protocol_has_the_papers_frames_and_samples(name):
+    found = protocol(name)
+    assert (found.n_context, found.n_predicted, found.n_samples, found.frame_size) == PAPERS[name]
+    assert found.name == name and found.source and found.split == "test"
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_protocol_fits_the_set_that_its_command_prepares(name):
+    found = protocol(name)
+    text = (config_root() / "protocol" / f"{name}.yaml").read_text()
+    (command,) = re.findall(r"^# Prepare: python tools/prepare_dataset.py (.+)$", text, re.MULTILINE)
+    data, *words = command.split()
+    options = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words if "=" in word)}
+    asked_split = words[words.index("--split") + 1] if "--split" in words else None
+
+    benchmark = find_target(BENCHMARKS[found.data])
+    assert data == found.data == benchmark.name
+    assert found.data_protocol in benchmark.protocols
+    assert (asked_split or benchmark.protocols[0]) == found.data_protocol
+    arguments = inspect.signature(benchmark).parameters
+    assert options.keys() <= arguments.keys()
+    assert options.get("frame_size", arguments["frame_size"].default) == found.frame_size
+    length = options.get("length") or options.get("max_frames") or getattr(benchmark, "usual_length", None)
+    assert found.n_frames <= (length or FRAMES[data])
+
+
+def test_quickstarts_own_protocol_loads():
+    assert protocol("quickstart").data is None

@@ -1,0 +1,115 @@
+"""Set results of tools/evaluate.py side by side: a table, paired differences from the first, plots.
+
+Results under different protocols, data or detectors are refused, unless --force labels them. --published adds what the
+papers published for the same data (docs/results/published.yaml), and how their protocols differ.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from latentcast.cli import UserError, prepare_run_dir, run_tool
+
+logger = logging.getLogger("latentcast")
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "docs/results/published.yaml"
+
+
+def main(args):
+    from latentcast.evaluation import comparison
+    from latentcast.files import replacing
+
+    results = name_results(args.results, [comparison.read_result(path) for path in args.results], args.labels)
+    (first, reference), *others = results.items()
+    unlike = {label: found for label, result in others if (found := comparison.differences(reference, result))}
+    if unlike and not args.force:
+        paths = dict(zip(results, args.results))
+        lists = (f"{paths[label]}: {comparison.describe_differences(found)}" for label, found in unlike.items())
+        raise UserError(
+            f"{paths[first]} does not compare with {', with '.join(lists)} (its value first); "
+            "--force sets them side by side all the same"
+        )
+    if args.output is not None:
+        prepare_run_dir(args.output, "--output")
+    pairs = {label: comparison.paired(reference, result) for label, result in others}
+    tables = [comparison.table(results, unlike)]
+    if any(pairs.values()):
+        tables.append(comparison.difference_table(results, pairs))
+    published = {}
+    if args.published:
+        rows = comparison.read_published(PUBLISHED)
+        for name in dict.fromkeys(result["data"]["name"] for result in results.values()):
+            same_data = {label: result for label, result in results.items() if result["data"]["name"] == name}
+            published[name] = comparison.published_beside(rows, next(iter(same_data.values())))
+            if published[name]:
+                tables.append(comparison.published_table(same_data, published[name]))
+            else:
+                logger.warning("nothing published that shares a metric and the data set %s", name)
+    text = "\n".join(tables)
+    logger.info("%s", text)
+    files = {}
+    if args.output is not None:
+        files["table"] = args.output / "comparison.md"
+        with replacing(files["table"]) as temporary:
+            temporary.write_text(text)
+        files |= draw(results, unlike, args.output)
+    means = {
+        label: {metric: {key: entry[key] for key in ("mean", "ci95")} for metric, entry in result["metrics"].items()}
+        for label, result in results.items()
+    }
+    return {
+        "results": means,
+        "differences": pairs,
+        "unlike": unlike,
+        "published": published,
+        "files": {name: str(path) for name, path in files.items()},
+    }
+
+
+def name_results(paths, results, labels):
+    """label -> result; labels are the models' names, or the paths where those are equal."""
+    if labels is not None and len(labels) != len(paths):
+        raise UserError(f"--labels: expected one for each of {len(paths)} results, found {len(labels)}")
+    if labels is None:
+        labels = [result["model"]["name"] for result in results]
+        labels = labels if len(set(labels)) == len(labels) else [str(path) for path in paths]
+    taken = [*labels, *results[0]["baselines"]]
+    for label in labels:
+        if taken.count(label) > 1:
+            raise UserError(f"{label!r} would name two columns; name the results by --labels")
+    return dict(zip(labels, results))
+
+
+def draw(results, unlike, folder):
+    """Curves over frames and over numbers of samples -> name -> path."""
+    from latentcast.evaluation import plots
+    from latentcast.evaluation.protocol import METRICS
+
+    files = {}
+    marks = {label: f" (unlike {next(iter(results))})" for label in unlike}
+    predictors = {label + marks.get(label, ""): result["metrics"] for label, result in results.items()}
+    baselines = next(iter(results.values()))["baselines"]
+    for metric in METRICS:
+        models = {label: found[metric] for label, found in predictors.items() if metric in found}
+        named = models | {label: found[metric] for label, found in baselines.items() if metric in found}
+        if any(entry.get("per_frame") for entry in named.values()):
+            files[f"curves_{metric}"] = folder / f"curves_{metric}.png"
+            plots.curves(files[f"curves_{metric}"], named, metric)
+            if metric == "crps":
+                files["curves_inverse_crps"] = folder / "curves_inverse_crps.png"
+                plots.curves(files["curves_inverse_crps"], named, metric, inverse=True)
+        sampled = {label: entry for label, entry in models.items() if entry.get("best_of")}
+        if sampled:
+            files[f"ablation_{metric}"] = folder / f"ablation_{metric}.png"
+            plots.ablation(files[f"ablation_{metric}"], sampled, metric)
+    return files
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="A.json", help="metrics/PROTOCOL.json of each run")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where comparison.md and the plots go")
+    parser.add_argument("--published", action="store_true", help="set published figures of the same data beside")
+    parser.add_argument("--force", action="store_true", help="set results side by side that do not compare")
+    parser.add_argument("--labels", nargs="+", help="names of the results (default: the models' names)")
+    run_tool(main, parser)
