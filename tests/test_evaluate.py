@@ -165,7 +165,7 @@ def trained(tmp_path_factory):
     return folder, path
 
 
-TINY = ["protocol=quickstart", "protocol.n_clips=6", "protocol.n_context=2", "protocol.n_predicted=4"]
+TINY = ["protocol=one_digit", "protocol.n_clips=6", "protocol.n_context=2", "protocol.n_predicted=4"]
 TINY += ["protocol.frame_size=16", "protocol.n_samples=2", "protocol.best_of=[1]", "evaluation.futures=4"]
 TINY += ["protocol.metrics=[mse,psnr,ssim,crps]", "data.video_length=6"]
 
@@ -193,10 +193,10 @@ def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path):
     metrics = folder / "run" / "metrics"
     for kind in ("figures", "table", "curves_psnr", "ablation_psnr", "best_sheet", "worst_video", "crps_map_model"):
         assert Path(figures["files"][kind]).is_file(), kind
-    assert not (metrics / "quickstart.partial" / "parts").exists()
-    results = json.loads((metrics / "quickstart.json").read_text())
+    assert not (metrics / "one_digit.partial" / "parts").exists()
+    results = json.loads((metrics / "one_digit.json").read_text())
     assert results["protocol"]["n_clips"] == 6 and results["model"]["prior"] == "VideoTransformer"
-    assert "| copy_last_frame |" in (metrics / "quickstart.md").read_text()
+    assert "| copy_last_frame |" in (metrics / "one_digit.md").read_text()
 
     _, _, err = evaluate(folder, str(write_experiment(folder)), *TINY)
     assert "finished before, nothing to do" in err
@@ -206,7 +206,7 @@ def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path):
     arguments += [f"run_dir={tmp_path}", "data.n_heldout_videos=8", "data.digit_size=12", "preview.sampler={}"]
     status, _, err = evaluate(folder, *arguments, launcher=torchrun)
     assert status == 0, err
-    assert comparable(tmp_path / "metrics/quickstart.json") == comparable(metrics / "quickstart.json")
+    assert comparable(tmp_path / "metrics/one_digit.json") == comparable(metrics / "one_digit.json")
 
 
 def test_mistakes_are_one_line(trained, tmp_path, capsys):
@@ -215,11 +215,11 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys):
     for arguments, message in (
         ([experiment], "protocol: choose one by protocol=NAME"),
         ([experiment, "protocol=nothing"], "protocol: no config named 'nothing'"),
-        ([experiment, "protocol=quickstart", "protocol.n_sample=2"], "did you mean 'n_samples'"),
+        ([experiment, "protocol=one_digit", "protocol.n_sample=2"], "did you mean 'n_samples'"),
         ([], "expected one EXPERIMENT"),
-        (["--pipeline", str(tmp_path), "--data", "flow", "protocol=quickstart"], "no saved pipeline here"),
+        (["--pipeline", str(tmp_path), "--data", "flow", "protocol=one_digit"], "no saved pipeline here"),
         (
-            [experiment, "protocol=quickstart", f"run_dir={tmp_path}"],
+            [experiment, "protocol=one_digit", f"run_dir={tmp_path}"],
             "no pipeline here; run tools/train_prior.py first",
         ),
     ):
