@@ -1,5 +1,6 @@
 """Evaluation: figures that follow from the definitions, resumed and shared among processes without a difference."""
 
+import hashlib
 import json
 import os
 import runpy
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from metric_files import save_scripted
 from tiny_experiment import TOOLS, call_tool, write_experiment
 
 from latentcast import MovingDigits, PixelTokenizer, Protocol, VideoPredictionPipeline, VideoTransformer
 from latentcast.evaluation.evaluator import Evaluation
-from latentcast.metrics import crps, mse, psnr, ssim
+from latentcast.metrics import FVD, I3D, crps, mse, psnr, ssim
 from latentcast.metrics.baselines import copy_last_frame
 
 PROTOCOL = {"n_context": 2, "n_predicted": 4, "n_samples": 3, "n_clips": 5, "frame_size": 16}
@@ -39,7 +41,7 @@ def pipe():
 
 
 def evaluation(pipe, folder, **changes):
-    options = {name: changes.pop(name) for name in ("futures", "baselines") if name in changes}
+    options = {name: changes.pop(name) for name in ("futures", "baselines", "weights") if name in changes}
     return Evaluation(pipe, dataset(), protocol(**changes), folder, **({"futures": 6} | options))
 
 
@@ -113,6 +115,31 @@ def test_a_seed_gives_the_same_futures(pipe, tmp_path):
         one.run()
     assert first.finish() == again.finish()
     assert first.finish()["metrics"]["mse"]["per_clip"] != other.finish()["metrics"]["mse"]["per_clip"]
+
+
+def test_fvd_of_the_scripted_detector(pipe, tmp_path, monkeypatch):
+    """Its features are resumed from disk, its fingerprint is in the results, and the context is part of the videos."""
+    monkeypatch.setattr(
+        "test_evaluate.dataset",
+        lambda: MovingDigits("test", 9, size=16, digit_size=12, n_heldout_videos=8, video_length=9, lattice=1),
+    )
+    save_scripted(tmp_path / "i3d_torchscript.pt")
+    changes = {"metrics": ["fvd"], "detector": "i3d_torchscript", "n_context": 3, "n_predicted": 6, "best_of": []}
+    found = evaluation(pipe, tmp_path / "a", weights=tmp_path, fvd_samples=2, **changes)
+    found.run()
+    results = found.finish()
+    fvd = FVD(I3D(tmp_path / "i3d_torchscript.pt"))
+    data = found.dataset
+    for group, clips in enumerate(found.groups):
+        frames = torch.stack([data[i]["frames"] for i in clips])
+        samples = found._draw(frames[:, :3], group)[:, :2]
+        fvd.update(real=frames, fake=torch.cat([frames[:, None, :3].expand(-1, 2, -1, -1, -1, -1), samples], 2))
+    assert results["metrics"]["fvd"]["mean"] == pytest.approx(fvd.compute(), rel=1e-6)
+    assert (results["metrics"]["fvd"]["n_real"], results["metrics"]["fvd"]["n_fake"]) == (5, 10)
+    assert results["detector"]["fvd"] == hashlib.sha256((tmp_path / "i3d_torchscript.pt").read_bytes()).hexdigest()
+    assert results["baselines"]["reconstruction"]["fvd"]["mean"] < results["metrics"]["fvd"]["mean"]
+    with pytest.raises(FileNotFoundError, match=r"i3d_torchscript.pt: not in .*; put it there"):
+        evaluation(pipe, tmp_path / "b", weights=tmp_path / "nowhere", **changes)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from metric_files import moving_squares, weights_or_skip
-from torch import nn
+from metric_files import ScriptedStandIn, moving_squares, save_scripted, weights_or_skip
 
 from latentcast.metrics import I3D
 from latentcast.metrics.i3d import InceptionI3D, MaxPool, Unit, same_padding
@@ -119,26 +118,11 @@ def reference_i3d(tensors, x):
     return logits.squeeze(4).squeeze(3).mean(2)
 
 
-class ScriptedStandIn(nn.Module):
-    """Has the signature of i3d_torchscript.pt and tells its arguments apart."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-1, 1, 3 * 400).view(3, 400))
-
-    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False):
-        logits = x.mean((2, 3, 4)) @ self.weight + x.std() + x.shape[-1]
-        if rescale or resize:
-            logits = logits + 100
-        return logits if return_features else logits.softmax(1)
-
-
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory):
     """Path of a scripted network."""
     path = tmp_path_factory.mktemp("scripted") / "i3d_torchscript.pt"
-    torch.jit.script(ScriptedStandIn()).save(str(path))
-    return path
+    return save_scripted(path)
 
 
 @pytest.fixture(scope="module")

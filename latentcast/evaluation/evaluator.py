@@ -20,9 +20,10 @@ import latentcast
 from latentcast.data.shards import difference_of, read_json, write_json
 from latentcast.distributed import barrier, rank_and_world, rank_zero_first
 from latentcast.files import replacing
-from latentcast.metrics import FVD, LPIPS, BestOfN, bits_per_dim, crps, ilpips, mse, psnr, ssim
+from latentcast.metrics import FVD, I3D, LPIPS, BestOfN, bits_per_dim, crps, ilpips, mse, psnr, ssim
 from latentcast.metrics.baselines import BASELINES
 from latentcast.metrics.statistics import ClipValues
+from latentcast.metrics.weights import find_weights
 from latentcast.modeling import fingerprint
 
 from .protocol import BEST_OF, Protocol
@@ -89,9 +90,7 @@ class Evaluation:
         if "lpips" in self.protocol.metrics or "ilpips" in self.protocol.metrics:
             self.lpips = LPIPS(self.protocol.lpips, self.weights).to(self.device)
         if "fvd" in self.protocol.metrics:
-            from latentcast.metrics import I3D
-
-            self.fvd = FVD(I3D(self.weights)).to(self.device)
+            self.fvd = FVD(I3D(find_weights(self.protocol.detector, self.weights))).to(self.device)
         # mse is always measured: it chooses the clips that are shown
         frame_metrics = {"mse": mse, "psnr": psnr, "ssim": self._ssim, "lpips": self.lpips}
         names = {"mse", *self.protocol.metrics} & set(BEST_OF)

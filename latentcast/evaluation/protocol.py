@@ -10,6 +10,7 @@ SSIM_FORMS = ("gaussian", "uniform")
 LPIPS_NETS = ("alex", "vgg")
 CRPS_ESTIMATORS = ("standard", "fair")
 ILPIPS_PAIRS = ("ring", "all")
+DETECTORS = ("i3d_k400", "i3d_torchscript")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Protocol:
         lpips: "alex" or "vgg".
         crps: "standard" or "fair" estimator.
         ilpips: "ring" or "all" pairs.
+        detector: of FVD: "i3d_k400", our own network with the published weights, or "i3d_torchscript", the scripted
+            file that many papers call, found where the weights are.
         fvd_context: whether the videos that FVD compares include the context frames.
         fvd_samples: futures of each clip among the generated videos.
         fvd_debiased: extrapolate to infinitely many videos.
@@ -60,6 +63,7 @@ class Protocol:
     lpips: str = "alex"
     crps: str = "standard"
     ilpips: str = "ring"
+    detector: str = "i3d_k400"
     fvd_context: bool = True
     fvd_samples: int = 1
     fvd_debiased: bool = False
@@ -77,6 +81,7 @@ class Protocol:
             ("lpips", LPIPS_NETS),
             ("crps", CRPS_ESTIMATORS),
             ("ilpips", ILPIPS_PAIRS),
+            ("detector", DETECTORS),
         ):
             self._expect(name, getattr(self, name) in known, f"one of {', '.join(known)}")
         fewest = 2 if "ilpips" in self.metrics or ("crps" in self.metrics and self.crps == "fair") else 1

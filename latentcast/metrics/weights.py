@@ -63,22 +63,24 @@ def default_folder():
 
 
 def find_weights(name, folder=None):
-    """Path of ``NAME.safetensors``: in ``folder``, else in ``$LATENTCAST_WEIGHTS``, else in the user's cache.
+    """Path of a file of weights: in ``folder``, else in ``$LATENTCAST_WEIGHTS``, else in the user's cache.
 
     Args:
-        name: "i3d_k400", "lpips_alex" or "lpips_vgg16".
+        name: "i3d_k400", "lpips_alex" or "lpips_vgg16", which are safetensors files, or "i3d_torchscript", the ``.pt``
+            file that many papers use.
         folder: looked in first; may also be the file itself.
     Raises:
         FileNotFoundError: it is in none of them.
     """
     if folder is not None and Path(folder).is_file():
         return Path(folder)
+    file = f"{name}.pt" if name == "i3d_torchscript" else f"{name}.safetensors"
     folders = dict.fromkeys(Path(place) for place in (folder, default_folder(), user_cache() / "weights") if place)
     for place in folders:
-        if (place / f"{name}.safetensors").is_file():
-            return place / f"{name}.safetensors"
-    places = ", ".join(map(str, folders))
-    raise FileNotFoundError(f"{name}.safetensors: not in {places}; get it by python tools/fetch_weights.py")
+        if (place / file).is_file():
+            return place / file
+    advice = "get it by python tools/fetch_weights.py" if name in SOURCES else "put it there"
+    raise FileNotFoundError(f"{file}: not in {', '.join(map(str, folders))}; {advice}")
 
 
 def load_weights(name, folder=None):
