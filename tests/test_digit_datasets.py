@@ -13,6 +13,8 @@ from PIL import Image
 from latentcast import MovingDigits
 from latentcast.data import digits as module
 from latentcast.data.benchmarks.digits import MovingMNIST, StochasticMovingMNIST
+from latentcast.data.checking import check_folder
+from latentcast.data.prepared import prepare
 
 TRAIN, TEST = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"
 
@@ -164,6 +166,16 @@ def test_train_is_made_from_the_prepared_set_alone(idx_files, tmp_path, kind, na
     described = {"motion": motion, "n_digits": 3, "digit_size": 32, "seed": 4, "source": "mnist"}
     assert described.items() <= dataset.describe().items()
     assert dataset._digits.shape == (33, 32, 32)
+
+
+def test_a_re_run_mends_the_copy_of_mnist_in_a_set(idx_files, tmp_path):
+    prepare(MovingMNIST(idx_files, **FEW), tmp_path / "set")
+    copy = tmp_path / "set" / "mnist" / f"{TRAIN}.gz"
+    copy.write_bytes(b"")
+    (problem,) = check_folder(tmp_path / "set")["problems"]
+    assert problem.startswith(f"{copy}: expected the 16 bytes of an IDX header")
+    prepare(MovingMNIST(idx_files, **FEW), tmp_path / "set")
+    assert not check_folder(tmp_path / "set")["problems"]
 
 
 def test_splits_share_no_digit(idx_files):

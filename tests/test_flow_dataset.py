@@ -148,6 +148,8 @@ def test_the_inflow_wavers_by_as_much_and_as_long_as_stated():
     [
         ({"protocol": "large"}, "--split: flow has standard, smoke, found 'large'"),
         ({"frame_size": 96}, "frame_size: expected 128 or 64, found 96"),
+        ({"frame_size": 64.0}, "frame_size: expected 128 or 64, found 64.0"),
+        ({"source": "files"}, "--source: flow is made without one, found files"),
         ({"normalisation": "zscore"}, "normalisation: expected minmax or clipped, found 'zscore'"),
         ({"ticks": 0}, "ticks: expected a whole number, at least 1, found 0"),
         ({"n_runs": 2.5}, "n_runs: expected a whole number, at least 1, found 2.5"),

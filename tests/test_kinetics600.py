@@ -143,6 +143,10 @@ def test_damaged_video_is_named(copy):
             "row 3: expected whole seconds.*'0.5' and '10'",
         ),
         ("label,youtube_id,time_start,time_end\na,b\n", "row 2: expected whole seconds.*None and None"),
+        (
+            "label,youtube_id,time_start,time_end\n,b,0,10\n",
+            "row 2: expected a label and a youtube_id, found '' and 'b'",
+        ),
         (b"label,youtube_id,time_start,time_end\n\xff,b,0,10\n", "not a readable csv file"),
     ],
 )
@@ -151,6 +155,14 @@ def test_list_that_cannot_be_read_is_named(copy, content, message):
     with pytest.raises(ValueError, match=rf"val\.csv: {message}") as caught:
         Kinetics600(copy)
     assert "\n" not in str(caught.value)
+
+
+def test_a_set_does_not_go_on_with_other_classes(copy):
+    """Labels count classes, so those that are stored would come to mean others."""
+    prepare(Kinetics600(copy), copy / "set")
+    kinetics_videos(copy, "train", [("aardvark", "3caPS4FHFF8", 0)])
+    with pytest.raises(ValueError, match=r"made with protocol.classes_sha256 .*; prepare it into another --output"):
+        prepare(Kinetics600(copy), copy / "set")
 
 
 def test_missing_list_is_named(copy, tmp_path):

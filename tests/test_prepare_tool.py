@@ -71,6 +71,12 @@ def test_check_of_any_folder_names_damaged_equal_and_short_files(source, tmp_pat
     cut, short, twin = figures["problems"]
     assert cut.startswith("cut.mp4: ") and short == "short.mp4: 3 frames are fewer than clip_length=4"
     assert twin == "two.mp4: the same file as one.mp4"
+    assert not (tmp_path / ".latentcast-index.json").exists()
+    one = tmp_path / "one.mp4"
+    times = one.stat()
+    one.write_bytes(bytes(len(one.read_bytes())))
+    os.utime(one, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert any(problem.startswith("one.mp4: ") for problem in prepare_dataset("check", tmp_path)[1]["problems"])
 
 
 @pytest.mark.parametrize(
@@ -81,6 +87,7 @@ def test_check_of_any_folder_names_damaged_equal_and_short_files(source, tmp_pat
         (["kth", "--output", "{tmp}/a"], "--source: kth is prepared from files"),
         (["kth", "--output", "{tmp}/a", "--source", "{tmp}/b"], "--source .*b: no such file or folder"),
         (["kth", "--output", "{tmp}/a", "--source", "{tmp}", "--split", "mine"], "--split: kth has svg, stdiff, offic"),
+        (["flow", "--output", "{tmp}/a", "--workers", "-1"], "--workers: expected at least 0, found -1"),
         (["flow", "--output", "{tmp}/a", "tick=3"], "unknown argument 'tick'; did you mean 'ticks'"),
         (["flow", "--output", "{tmp}/a", "ticks"], "'ticks': expected an option as key=value"),
         (["check", "{tmp}/nothing"], "nothing: no such folder"),

@@ -2,8 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import resource
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +130,60 @@ def test_unreadable_videos_end_in_one_line_and_a_re_run_mends_them(prepared, tmp
     assert (root / "train/shard-00000.safetensors").stat().st_mtime_ns == kept
 
 
+def test_a_set_that_was_accepted_in_part_only_gains_by_a_re_run(prepared, tmp_path):
+    root = tmp_path / "set"
+    prepare(Noise(missing=["train-2", "train-4"]), root, partial=True)
+    before = contents(root)
+    with pytest.raises(IncompleteError, match="expected videos: train 5; found: train 3"):  # train-3 is gone by now
+        prepare(Noise(missing=["train-2", "train-3", "train-4"]), root)
+    assert contents(root) == before
+    with pytest.raises(IncompleteError, match="expected videos: train 5; found: train 4"):
+        prepare(Noise(missing=["train-4"]), root)
+    assert [v.name for v in PreparedVideos(root, "train", 1).videos] == ["train-0", "train-1", "train-2", "train-3"]
+    prepare(Noise(), root)
+    assert contents(root) == contents(prepared)
+
+
+def test_a_split_without_a_readable_video_is_left_out_of_a_partial_set(tmp_path):
+    figures = prepare(Noise(missing=["test-0", "test-1"]), tmp_path / "set", partial=True)
+    assert figures["counts"] == {"train": 5} and figures["skipped"] == {"train": 0, "test": 2}
+    with pytest.raises(EmptySplitError, match="noise has no split 'test'; it has train"):
+        PreparedVideos(tmp_path / "set", "test", 1)
+    assert not check_folder(tmp_path / "set")["problems"]
+
+
+def test_more_videos_than_published_do_not_hide_one_that_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(Noise, "expected_counts", lambda self: {"train": 4})
+    with pytest.raises(IncompleteError, match="expected videos: train 4; found: train 4; 1 could not be read, first"):
+        prepare(Noise(missing=["train-2"]), tmp_path / "set")
+
+
+class Slow(Noise):
+    def read(self, split, name):
+        Path(os.environ["SLOW_PIDS"], str(os.getpid())).touch()
+        time.sleep(60)
+
+
+def test_workers_end_with_a_killed_run(tmp_path, monkeypatch):
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    monkeypatch.setenv("SLOW_PIDS", str(pids))
+    run = multiprocessing.get_context("spawn").Process(
+        target=prepare, args=(Slow(), tmp_path / "set"), kwargs={"workers": 2}
+    )
+    run.start()
+    wait_until(lambda: len(list(pids.iterdir())) == 2)
+    run.kill()
+    wait_until(lambda: not any(Path("/proc", path.name).exists() for path in pids.iterdir()))
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_another_protocol_is_refused(prepared):
     before = contents(prepared)
     with pytest.raises(
@@ -171,7 +228,15 @@ def test_check_names_what_is_wrong(prepared, tmp_path):
     damaged[-200] ^= 1
     shard.write_bytes(damaged)
     (problem,) = check_folder(root)["problems"]
-    assert problem.startswith(f"{shard}: expected sha256")
+    assert problem.startswith(f"{shard}: expected sha256") and "delete it and re-run" in problem
+    damaged[10] = 255
+    shard.write_bytes(damaged)
+    assert len(check_folder(root)["problems"]) == 1
+    with pytest.raises(ValueError, match=r"shard-00002.safetensors: not a readable safetensors file .*; delete it"):
+        PreparedVideos(root, "train", 1).read_video(4, 0, 1)
+    (root / "train/manifest.json").unlink()
+    (problem,) = check_folder(root)["problems"]
+    assert problem == f"{root / 'train'}: unfinished or gone; re-run tools/prepare_dataset.py"
 
 
 def test_check_finds_equal_videos(tmp_path):

@@ -19,6 +19,8 @@ def main(args):
 
     if args.name not in BENCHMARKS:
         raise UserError(f"no data set {args.name!r}; expected one of {', '.join(BENCHMARKS)}, or check DIR")
+    if args.workers < 0:
+        raise UserError(f"--workers: expected at least 0, found {args.workers}")
     if args.output is None:
         raise UserError("--output: expected the folder to prepare into")
     fixed = {"source": args.source, "protocol": args.split}

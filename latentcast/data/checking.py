@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,34 +44,50 @@ def check_set(root, clip_length=1):
     problems, counts, seen, n_frames = [], {}, {}, 0
     for split, expected in manifest["counts"].items():
         if split in manifest["generated"]:
-            prepared.prepared_videos(root, split, 1)  # compares its sources with their checksums
             counts[split] = expected
+            try:
+                prepared.prepared_videos(root, split, 1)  # compares its sources with their checksums
+            except OSError as error:
+                problems.append(str(error))
+            continue
+        if not (root / split / shards.MANIFEST).is_file():
+            problems.append(f"{root / split}: unfinished or gone; re-run {prepared.KIND.tool}")
             continue
         stored = shards.read_json(root / split / shards.MANIFEST)
         damaged = list(shards.damage(root / split, stored["shards"]))
-        problems += damaged
+        problems += [f"{line}; delete it and re-run {prepared.KIND.tool}" for line in damaged]
         reader = shards.ShardReader(root / split, stored)
         counts[split] = len(reader.videos)
         if counts[split] != expected:
             problems.append(f"{root / split}: expected {expected} videos, found {counts[split]}")
-        bad = {line.partition(": ")[0] for line in damaged}
         for video in tqdm(reader.videos, f"check {split}", unit="video"):
             name, length = f"{split}: {stored['videos'][video]['name']}", reader.length(video)
             n_frames += length
             if length < clip_length:
                 problems.append(f"{name}: {length} frames are fewer than clip_length={clip_length}")
-            if str(root / split / reader.file_name(video)) not in bad:
-                digest = hashlib.sha256(reader.frames(video, 0, length).numpy()).digest()
+            path = root / split / reader.file_name(video)
+            if not any(line.startswith(f"{path}: ") for line in damaged):
+                digest = _digest(reader, video)
                 if digest in seen:
                     problems.append(f"{name}: the same frames as {seen[digest]}")
                 seen.setdefault(digest, name)
     return {"counts": counts, "frames": n_frames, "complete": manifest["complete"], "problems": problems}
 
 
+def _digest(reader, video, piece=256):
+    """Of a video's frames, read ``piece`` at a time: drives and films are long."""
+    digest = hashlib.sha256()
+    for start in range(0, reader.length(video), piece):
+        digest.update(reader.frames(video, start, start + piece).numpy())
+    return digest.digest()
+
+
 def check_videos(root, clip_length=1):
     """``check_folder`` of video files: each is decoded; equal files are found by their bytes."""
     problems, seen, usable, n_frames = [], {}, 0, 0
-    for name, record in tqdm(sorted(build_index(root).items()), "check", unit="file"):
+    with tempfile.TemporaryDirectory() as folder:  # an index kept from earlier would hide damage since
+        index = build_index(root, folder)
+    for name, record in tqdm(sorted(index.items()), "check", unit="file"):
         if "error" in record:
             problems.append(f"{name}: {record['error']}")
             continue

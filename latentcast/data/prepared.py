@@ -6,12 +6,15 @@ with a manifest is complete. ``preview.png`` shows a few of its videos.
 """
 
 import concurrent.futures
+import filecmp
 import hashlib
 import logging
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -49,7 +52,8 @@ def prepare(benchmark, output, *, workers=0, partial=False):
         benchmark: a Benchmark.
         output: folder of the prepared set.
         workers: processes that read and write beside this one, a shard at a time; 0: this one does it all.
-        partial: accept a set with fewer videos than published; the manifest then says ``complete: false``.
+        partial: accept a set with fewer videos than published; the manifest then says ``complete: false``. A later
+            run without it adds what can be read by then, and keeps the set even if more is still missing.
     Returns:
         dict of ``name``, ``protocol``, ``counts``, ``skipped`` (split -> videos), ``bytes`` and the benchmark's own
         figures.
@@ -67,35 +71,43 @@ def prepare(benchmark, output, *, workers=0, partial=False):
     }
     if not writers:
         raise ValueError(f"{benchmark.name}: no videos found in {benchmark.source}")
+    accepted = _accepted(output)
     if not partial:  # try again what an earlier run could not read
         for writer in writers.values():
             gaps = [shard for shard, note in enumerate(writer.notes()) if note and note["skipped"]]
             if gaps:
-                writer.redo(gaps)
+                writer.redo(gaps, keep=True)
     _write_shards(benchmark, writers, workers)
     for name, source in benchmark.files().items():
-        if not (output / name).is_file():
-            with replacing(output / name) as temporary:
+        path = output / name
+        if not (path.is_file() and filecmp.cmp(source, path, shallow=False)):
+            with shards.writing(path), replacing(path) as temporary:
                 shutil.copyfile(source, temporary)
 
     notes = {split: writer.notes() for split, writer in writers.items()}
     counts = {split: sum(len(note["videos"]) for note in written) for split, written in notes.items()}
     skipped = {split: [r for note in written for r in note["skipped"].values()] for split, written in notes.items()}
     expected = {split: len(names) for split, names in videos.items()} | benchmark.expected_counts()
-    wrong = [split for split in expected if counts.get(split, 0) != expected[split]]
+    wrong = [split for split in expected if counts.get(split, 0) != expected[split] or skipped.get(split)]
+    incomplete = None
     if wrong and not partial:
         reasons = [reason for split in wrong for reason in skipped.get(split, [])]
         because = f"; {len(reasons)} could not be read, first: {reasons[0]}" if reasons else ""
         asked = ", ".join(f"{split} {expected[split]}" for split in wrong)
         found = ", ".join(f"{split} {counts.get(split, 0)}" for split in wrong)
-        raise IncompleteError(
+        incomplete = IncompleteError(
             f"{benchmark.name}: expected videos: {asked}; found: {found}{because}; mend the source and run again, "
             "or accept what there is with --partial"
         )
-    for writer in writers.values():
-        if not writer.finished:
-            writer.finish()
-    generated = benchmark.generated()
+    if incomplete and not accepted:
+        raise incomplete
+    if not any(counts.values()):
+        raise ValueError(f"{benchmark.name}: not one video could be read, first: {next(iter(skipped.values()))[0]}")
+    counts = {split: n for split, n in counts.items() if n}  # a split without videos is left out
+    for split in counts:
+        if not writers[split].finished:
+            writers[split].finish()
+    stored, generated = list(counts), benchmark.generated()
     counts |= {split: generator["n_videos"] for split, generator in generated.items()}
     shards.write_json(
         output / MANIFEST,
@@ -111,13 +123,16 @@ def prepare(benchmark, output, *, workers=0, partial=False):
             "fps": benchmark.fps,
             "conditions": benchmark.conditions,
             "generated": generated,
-            "sha256": {split: _contents(written) for split, written in notes.items()},
+            "sha256": {split: _contents(notes[split]) for split in stored},
             "source": None if benchmark.source is None else benchmark.source.name,
-            "source_sha256": {split: _sources(written) for split, written in notes.items()},
+            "source_sha256": {split: _sources(notes[split]) for split in stored},
             "provenance": benchmark.provenance,
         },
     )
-    write_image(output / "preview.png", _preview(output, list(writers)[-1]))
+    with shards.writing(output / "preview.png"):
+        write_image(output / "preview.png", _preview(output, stored[-1]))
+    if incomplete:
+        raise incomplete
     return {
         "name": benchmark.name,
         "protocol": benchmark.protocol,
@@ -126,6 +141,14 @@ def prepare(benchmark, output, *, workers=0, partial=False):
         "bytes": sum(note["bytes"] for written in notes.values() for note in written),
         "output": str(output),
     } | benchmark.figures(output)
+
+
+def _accepted(output):
+    """Whether an earlier run completed this set with ``partial``."""
+    try:
+        return not read_set_manifest(output)["complete"]
+    except (OSError, ValueError):  # none, or a damaged one, which is written again
+        return False
 
 
 def _job(benchmark, split, names):
@@ -181,6 +204,10 @@ def _write_shards(benchmark, writers, workers):
             for job in concurrent.futures.as_completed(jobs):
                 _report(job.result())
                 bar.update(n_videos[jobs[job]])
+        except BaseException:
+            for worker in multiprocessing.active_children():  # a shard may take minutes; those begun are lost anyway
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -195,8 +222,15 @@ _worker = {}
 
 def _start_worker(benchmark, writers):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the pool
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker.update(benchmark=benchmark, writers=writers)
+
+
+def _end_with_parent():
+    # A worker that outlives a killed run would wait for ever, or write into the folder that the next run continues.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(split, shard):
@@ -225,7 +259,7 @@ def _write_shard(benchmark, writer, split, shard, progress=lambda n: None):
 def prepared_videos(root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0):
     """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
 
-    Args: see PreparedVideos.
+    Args: see PreparedVideos; videos that are made keep the set's own seed.
     """
     check_split(split)
     manifest = read_set_manifest(root, name)
@@ -342,7 +376,7 @@ def read_set_manifest(root, name=None):
         command = f"tools/prepare_dataset.py {name or 'NAME'} --output {root}"
         raise FileNotFoundError(f"{root}: no finished set here; run {command}, or give data.root=FOLDER")
     manifest = shards.read_json(path)
-    if manifest.get("format") != FORMAT or "counts" not in manifest:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "counts" not in manifest:
         raise ValueError(f"{path}: not the manifest of a prepared set of format {FORMAT}")
     if name is not None and manifest["name"] != name:
         raise ValueError(f"{root}: expected the set {name}, found {manifest['name']}")

@@ -13,11 +13,12 @@ import json
 import logging
 import os
 import struct
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..files import replacing
 
@@ -74,6 +75,7 @@ class ShardWriter:
     def __init__(self, root, kind, job, *, overwrite=False, rank=0, world_size=1):
         self.root, self.kind = Path(root), kind
         self.rank, self.world_size = rank, world_size
+        self._again = set()
         if job["shard_videos"] < 1:
             raise ValueError(f"shard_videos: expected at least 1, found {job['shard_videos']}")
         job = {"format": kind.version} | job
@@ -95,12 +97,14 @@ class ShardWriter:
     def pending(self, every_rank=False):
         """Numbers of the shards still to be written: this rank's, or those of all ranks."""
         shards = [s for s in range(self.n_shards) if every_rank or s % self.world_size == self.rank]
-        return [] if self.finished else [s for s in shards if self._note(s) is None]
+        return [] if self.finished else [s for s in shards if s in self._again or self._note(s) is None]
 
     def open_shard(self, shard):
         """A ShardFile that takes the videos of one shard; use it in a ``with`` block."""
         entries = {v: self.job["videos"][v].get("n_frames") for v in self.shard_videos(shard)}
-        return ShardFile(self.root, shard, entries, self.job["frame_shape"], self.job["dtype"], self.job["conditions"])
+        standing = self._note(shard) if shard in self._again else None
+        layout = (self.job["frame_shape"], self.job["dtype"], self.job["conditions"])
+        return ShardFile(self.root, shard, entries, *layout, keep=standing["videos"] if standing else ())
 
     def notes(self):
         """What is known of each shard: file, bytes, sha256, videos and skipped; None for one that is not written."""
@@ -108,13 +112,18 @@ class ShardWriter:
             return read_json(self.root / MANIFEST)["shards"]
         return [self._note(shard) for shard in range(self.n_shards)]
 
-    def redo(self, shards):
-        """Make these shards pending again, in a finished folder too."""
+    def redo(self, shards, keep=False):
+        """Make these shards pending again, in a finished folder too.
+
+        With ``keep`` they stand until others take their place, which must hold all of their videos."""
         if self.finished:
             for shard, note in enumerate(self.notes()):
                 write_json(_note_path(self.root, shard), note)
             write_json(self.root / PLAN, self.job)
             (self.root / MANIFEST).unlink()
+        if keep:
+            self._again.update(shards)
+            return
         for shard in shards:
             _note_path(self.root, shard).unlink(missing_ok=True)
             (self.root / _shard_name(shard)).unlink(missing_ok=True)
@@ -188,15 +197,16 @@ class ShardFile:
 
     The header comes first in the file and holds every length, so room is kept for it and it is filled in last; a video
     that turns out unreadable is cut out of the stream. Conditions follow the frames of all videos. Leaving the ``with``
-    block by an exception leaves nothing.
+    block by an exception leaves nothing, and so does one that lost a video of ``keep``: the numbers, as strings, of
+    those in the shard that stands.
     """
 
-    def __init__(self, root, shard, entries, frame_shape, dtype, conditions):
+    def __init__(self, root, shard, entries, frame_shape, dtype, conditions, keep=()):
         self.path, self.note_path = root / _shard_name(shard), _note_path(root, shard)
-        self.temporary = self.path.with_name(self.path.name + ".tmp")
+        self.temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.tmp")  # two runs must not share it
         self.entries, self.frame_shape = entries, tuple(frame_shape)
         self.dtype, self.dtype_name = DTYPES[dtype]
-        self.condition_specs = conditions
+        self.condition_specs, self.keep = conditions, keep
         longest = {video: UNKNOWN_LENGTH if n is None else n for video, n in entries.items()}
         self.header_bytes = -(-len(self._header(longest)[0]) // 8) * 8
         self.written = {}  # video -> frames written
@@ -219,7 +229,7 @@ class ShardFile:
             self.written[video] = 0
             self.start = self.file.tell()
         self.written[video] += len(frames)
-        with _writing(self.path):
+        with writing(self.path):
             self.file.write(_raw(frames.to(self.dtype)))
 
     def describe(self, video, conditions, **facts):
@@ -249,8 +259,10 @@ class ShardFile:
         }
         if self.written != expected:
             raise ValueError(f"{self.path}: expected frames per video {expected}, found {self.written}")
+        if any(int(video) not in self.written for video in self.keep):
+            return
         header, padding = self._header(self.written)
-        with _writing(self.path):
+        with writing(self.path):
             self.file.write(bytes(padding))
             for video, name, shape in self._condition_shapes(self.written):
                 self.file.write(_raw(self._condition(video, name, shape)))
@@ -343,7 +355,12 @@ class ShardReader:
         if shard not in self._open:
             if len(self._open) == OPEN_FILES:
                 self._open.popitem(last=False)
-            self._open[shard] = safe_open(self.root / self.file_name(video), framework="pt")
+            path = self.root / self.file_name(video)
+            try:
+                self._open[shard] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                advice = "delete it and re-run the tool that wrote it"
+                raise ValueError(f"{path}: not a readable safetensors file ({error}); {advice}") from None
         self._open.move_to_end(shard)
         return self._open[shard]
 
@@ -423,7 +440,8 @@ def _size_error(root, note):
 
 
 @contextlib.contextmanager
-def _writing(path):
+def writing(path):
+    """Name ``path`` in the error of what cannot be written there."""
     try:
         yield
     except OSError as error:
@@ -461,7 +479,7 @@ def read_json(path):
 
 def write_json(path, content):
     """Write all or nothing: to a temporary file, renamed when it is on the disk."""
-    with _writing(path):
+    with writing(path):
         with replacing(path) as temporary, open(temporary, "w") as file:
             json.dump(content, file, indent=1)
             file.write("\n")

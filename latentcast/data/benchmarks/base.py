@@ -60,6 +60,8 @@ class Benchmark:
                 raise ValueError(f"--source: {self.name} is prepared from files; expected their folder or archive")
             if not self.source.exists():
                 raise FileNotFoundError(f"--source {self.source}: no such file or folder")
+        elif self.source is not None:
+            raise ValueError(f"--source: {self.name} is made without one, found {self.source}")
         self.provenance = {}
 
     def videos(self):

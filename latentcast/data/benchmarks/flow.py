@@ -113,7 +113,7 @@ class Flow(Benchmark):
             "train": stream.train_frames if train_frames is None else train_frames,
             "test": stream.test_frames if test_frames is None else test_frames,
         }
-        if frame_size not in FRAME_SIZES:
+        if not isinstance(frame_size, int) or frame_size not in FRAME_SIZES:
             raise ValueError(f"frame_size: expected {' or '.join(map(str, FRAME_SIZES))}, found {frame_size}")
         if normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation: expected {' or '.join(NORMALISATIONS)}, found {normalisation!r}")

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import hashlib
 import logging
 
 import torch
@@ -91,6 +92,8 @@ class Kinetics600(Benchmark):
             "fps": self.resampled_fps,
             "max_frames": self.max_frames,
             "resample": "lanczos",
+            # labels count classes: another list of classes would give another meaning to those stored
+            "classes_sha256": hashlib.sha256("\n".join(self.provenance["classes"]).encode()).hexdigest(),
         }
 
     @functools.cached_property
@@ -126,6 +129,9 @@ class Kinetics600(Benchmark):
                         raise ValueError(
                             f"{path}: row {number}: expected whole seconds in time_start and time_end, found {found}"
                         ) from None
+                    if not row["label"] or not row["youtube_id"]:
+                        found = f"{row['label']!r} and {row['youtube_id']!r}"
+                        raise ValueError(f"{path}: row {number}: expected a label and a youtube_id, found {found}")
                     yield number, row["label"], f"{row['label']}/{row['youtube_id']}_{start:06d}_{end:06d}"
             except (csv.Error, UnicodeDecodeError) as error:
                 raise ValueError(f"{path}: not a readable csv file ({error})") from None
