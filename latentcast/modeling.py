@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import inspect
 import json
 from pathlib import Path
 
@@ -105,11 +106,14 @@ def fingerprint(model):
     """The identity of a model: sha256 (hex) over its class, its config and the bytes of its weights and buffers.
 
     The same for a model in memory and for its copy saved and loaded again, on any device; another dtype is another
-    model.
+    model. Options at their defaults do not count, so that one which a later version adds changes no identity.
     """
     digest = hashlib.sha256(type(model).__name__.encode())
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    digest.update(json.dumps(config, sort_keys=True).encode())
+    for name, argument in sorted(inspect.signature(type(model).__init__).parameters.items()):
+        if name in model.config:
+            value, default = model.config[name], argument.default
+            if default is argument.empty or json.dumps(value) != json.dumps(default):
+                digest.update(f"{name} {json.dumps(value, sort_keys=True)}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
