@@ -82,6 +82,18 @@ def parse_options(options):
         raise UserError(f"{' '.join(options)}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
+def pick_device(name):
+    """The device of that name; "auto": a GPU where there is one."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise UserError(f"--device {name}: not available ({str(error).splitlines()[0]})") from None
+
+
 def prepare_run_dir(path, name="run_dir"):
     """Create ``run_dir`` and make sure it can be written to; ``name`` is what errors call it."""
     path = Path(path)

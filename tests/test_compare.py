@@ -196,6 +196,22 @@ def damaged(change):
             damaged(lambda r: r["metrics"]["psnr"].update(ci95=[1])),
             r"metrics.psnr: expected an interval .* found \[1\]",
         ),
+        (
+            damaged(lambda r: r["metrics"]["psnr"].update(ci95=float("nan"))),
+            "metrics.psnr: expected an interval .* nan",
+        ),
+        (
+            damaged(lambda r: r["metrics"]["psnr"].update(best_of=[1])),
+            "metrics.psnr.best_of: expected an object, found",
+        ),
+        (
+            damaged(lambda r: r["metrics"]["psnr"].update(per_frame=3)),
+            "metrics.psnr.per_frame: expected a list, found 3",
+        ),
+        (damaged(lambda r: r["metrics"]["psnr"].pop("per_clip")), "per_clip and clips of one length, found 0 and 12"),
+        (damaged(lambda r: r["model"].update(name=5)), "model.name: expected text, found 5"),
+        (damaged(lambda r: r["data"].update(describe=None)), "data.describe: expected an object, found None"),
+        (damaged(lambda r: r["data"].update(protocol="svg")), "data.protocol: expected an object, found 'svg'"),
         (damaged(lambda r: r["metrics"]["mse"]["per_clip"].pop()), "per_clip and clips of one length, found 11 and 12"),
         (damaged(lambda r: r["metrics"]["mse"]["per_frame"].pop()), "of one length, found 3 and 2"),
         (

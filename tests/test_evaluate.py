@@ -14,6 +14,7 @@ from metric_files import save_scripted
 from tiny_experiment import TOOLS, call_tool, write_experiment
 
 from latentcast import MovingDigits, PixelTokenizer, Protocol, VideoPredictionPipeline, VideoTransformer
+from latentcast.evaluation import report
 from latentcast.evaluation.evaluator import Evaluation
 from latentcast.metrics import FVD, I3D, crps, mse, psnr, ssim
 from latentcast.metrics.baselines import copy_last_frame
@@ -82,6 +83,23 @@ def test_figures_are_what_the_metrics_give(pipe, tmp_path):
     )
 
 
+def test_frames_and_maps_do_not_pile_up(pipe, tmp_path, monkeypatch):
+    """What ``finish`` keeps of a clip does not grow with its frames' size."""
+    kept, summarise = [], Evaluation._summarise
+    monkeypatch.setattr(
+        Evaluation, "_summarise", lambda self, found, real: kept.append(found) or summarise(self, found, real)
+    )
+    found = evaluation(pipe, tmp_path, metrics=["mse", "crps"])
+    found.run()
+    found.finish()
+    shapes = {tensor.shape[1:] for metrics in kept for parts in metrics.values() for _, tensor in parts}
+    assert shapes == {(3, 4), (1, 4), (4,)}  # (S, T) of mse, S = 1 for baselines; (T,) of crps
+    mapped = Path("/proc/self/maps")  # of Linux
+    assert not (mapped.is_file() and str(tmp_path) in mapped.read_text())  # no file is kept in memory, whole
+    maps = found.crps_maps()
+    assert maps.keys() == {"model", *found.baselines} and maps["model"].shape == (4, 16, 16)
+
+
 def test_an_interrupted_evaluation_goes_on(pipe, tmp_path, monkeypatch):
     whole = evaluation(pipe, tmp_path / "whole")
     whole.run()
@@ -99,14 +117,14 @@ def test_an_interrupted_evaluation_goes_on(pipe, tmp_path, monkeypatch):
     resumed = evaluation(pipe, tmp_path / "halved")
     measure_again = resumed.measure
     resumed.measure = lambda group: measured.append(group) or measure_again(group)
-    assert resumed.run()["clips"] == 3 and measured == [1, 2]
+    assert resumed.run() == 3 and measured == [1, 2]
     assert resumed.finish() == whole.finish()
 
 
 def test_parts_of_another_protocol_are_not_taken(pipe, tmp_path):
     evaluation(pipe, tmp_path).run()
     other = evaluation(pipe, tmp_path, seed=1)
-    assert other.run()["clips"] == 5
+    assert other.run() == 5
 
 
 def test_a_seed_gives_the_same_futures(pipe, tmp_path):
@@ -140,6 +158,19 @@ def test_fvd_of_the_scripted_detector(pipe, tmp_path, monkeypatch):
     assert results["baselines"]["reconstruction"]["fvd"]["mean"] < results["metrics"]["fvd"]["mean"]
     with pytest.raises(FileNotFoundError, match=r"i3d_torchscript.pt: not in .*; put it there"):
         evaluation(pipe, tmp_path / "b", weights=tmp_path / "nowhere", **changes)
+    for fewer, message in (
+        ({"n_clips": 1}, "at least 2 for fvd"),
+        ({"fvd_debiased": True}, "at least 100 for debiased"),
+    ):
+        with pytest.raises(ValueError, match=f"protocol tiny: n_clips: expected {message}"):  # before anything is drawn
+            evaluation(pipe, tmp_path / "b", weights=tmp_path, **changes, **fewer)
+
+    table = report.table(found, results)
+    assert "fvd: 5 real against 10 generated videos" in table and "extrapolated" not in table
+    for place, metrics in enumerate([results["metrics"], *results["baselines"].values()]):
+        metrics["fvd"]["debiased"] = 10.0 + place
+    expected = "model 10, copy_last_frame 11, mean_context 12, reconstruction 13"
+    assert f"fvd, extrapolated to infinitely many videos: {expected}." in report.table(found, results)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +201,7 @@ def test_futures_that_are_not_numbers_are_named(pipe, tmp_path):
     "changes, message",
     [
         ({"n_samples": 0}, "n_samples: expected at least 1, found 0"),
+        ({"seed": "x"}, "seed: expected a whole number, found 'x'"),
         ({"metrics": ["psnr", "fid"]}, "metrics: expected some of mse, "),
         ({"metrics": ["ilpips"], "n_samples": 1, "best_of": []}, "n_samples: expected at least 2 for ilpips"),
         ({"best_of": [4]}, "best_of: expected 1 to n_samples=3"),
@@ -220,8 +252,9 @@ def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path):
     metrics = folder / "run" / "metrics"
     for kind in ("figures", "table", "curves_psnr", "ablation_psnr", "best_sheet", "worst_video", "crps_map_model"):
         assert Path(figures["files"][kind]).is_file(), kind
-    assert not (metrics / "one_digit.partial" / "parts").exists()
+    assert not (metrics / "one_digit.partial").exists()
     results = json.loads((metrics / "one_digit.json").read_text())
+    assert 0 < results["seconds"]["measuring"] < results["seconds"]["this_run"]
     assert results["protocol"]["n_clips"] == 6 and results["model"]["prior"] == "VideoTransformer"
     assert "| copy_last_frame |" in (metrics / "one_digit.md").read_text()
 
@@ -241,6 +274,7 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys):
     experiment = str(write_experiment(folder))
     for arguments, message in (
         ([experiment], "protocol: choose one by protocol=NAME"),
+        ([experiment, "protocol=one_digit", "--weights", str(tmp_path / "no")], "no: no such folder"),
         ([experiment, "protocol=nothing"], "protocol: no config named 'nothing'"),
         ([experiment, "protocol=one_digit", "protocol.n_sample=2"], "did you mean 'n_samples'"),
         ([], "expected one EXPERIMENT"),

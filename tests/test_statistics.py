@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from latentcast.metrics import BestOfN, bits_per_dim
-from latentcast.metrics.statistics import ClipValues, RunningMean, paired_bootstrap, summarize
+from latentcast.metrics.statistics import ClipValues, paired_bootstrap, summarize
 
 N_CLIPS, N_SAMPLES, N_FRAMES = 11, 4, 5
 # Uneven shares, and clip 9 twice, as DistributedSampler repeats clips.
@@ -99,37 +99,24 @@ def test_clip_values_keep_a_copy():
 
 
 def test_no_clips_are_refused():
-    for empty in (ClipValues(), RunningMean()):
-        with pytest.raises(ValueError, match="at least one clip, found none"):
-            empty.compute()
-
-
-def test_running_mean_is_the_mean_over_all_clips():
-    maps = scores(N_CLIPS, 2, 1, 4, 4)
-    running = RunningMean()
-    for batch in maps.float().split([4, 6, 1]):
-        running.update(batch)
-    torch.testing.assert_close(running.compute(), maps.float().double().mean(0), rtol=1e-12, atol=0)
-    with pytest.raises(ValueError, match="shape"):
-        running.update(maps[:, :1])
+    with pytest.raises(ValueError, match="at least one clip, found none"):
+        ClipValues().compute()
 
 
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    values, running, counted, lonely = ClipValues(), RunningMean(), ClipValues(), ClipValues()
+    values, counted, lonely = ClipValues(), ClipValues(), ClipValues()
     best = BestOfN(["psnr", "lpips"], counts=[2])
     for clips in torch.tensor(SHARES[rank]).split(3):
         values.update(scores(N_CLIPS, N_FRAMES)[clips], clips)
         by_sample = scores(N_CLIPS, N_SAMPLES, N_FRAMES)[clips]
         best.add({"psnr": by_sample, "lpips": by_sample}, clips)
-        running.update(scores(N_CLIPS, N_FRAMES)[clips])
         counted.update(scores(N_CLIPS, N_FRAMES)[clips])
     if rank == 1:
         lonely.update(scores(N_CLIPS, N_FRAMES))
     results = {
         "values": values.compute(),
-        "running": running.compute().tolist(),
         "counted": counted.compute(),
         "lonely": lonely.compute(),
         "best": best.compute(),
@@ -155,7 +142,6 @@ def test_two_ranks_with_uneven_shares_agree_with_one_process(tmp_path):
     order = SHARES[0] + SHARES[1]
     assert first["counted"]["n_clips"] == len(order)
     assert first["counted"]["per_clip"] == pytest.approx(scores(N_CLIPS, N_FRAMES)[order].mean(1).tolist())
-    assert first["running"] == pytest.approx(scores(N_CLIPS, N_FRAMES)[order].mean(0).tolist())
 
 
 def test_paired_bootstrap_agrees_with_scipy():

@@ -11,7 +11,7 @@ import logging
 import time
 from pathlib import Path
 
-from latentcast.cli import UserError, prepare_run_dir, run_tool
+from latentcast.cli import UserError, pick_device, prepare_run_dir, run_tool
 
 logger = logging.getLogger("latentcast")
 
@@ -32,9 +32,11 @@ def main(args):
         raise UserError("data: choose a data set by data=NAME")
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder}: no pipeline here; run tools/train_prior.py first, or give --pipeline DIR")
+    if args.weights is not None and not Path(args.weights).is_dir():
+        raise UserError(f"--weights {args.weights}: no such folder")
     protocol = instantiate(config.protocol)
     with process_group():
-        device = args.device or default_device()
+        device = pick_device(args.device) if args.device else default_device()
         pipe = VideoPipeline.from_pretrained(folder).to(device)
         with rank_zero_first():  # a data set may write an index or download when it is built
             dataset = instantiate(config.data, clip_length=protocol.n_frames)(split=protocol.split)
@@ -58,12 +60,14 @@ def main(args):
             if not difference_of({key: earlier.get(key) for key in evaluation.identity}, evaluation.identity):
                 logger.info("%s: finished before, nothing to do", result)
                 return summary(earlier) | {"files": {"figures": str(result)}}
-        ran, rank = evaluation.run(), rank_and_world()[0]
+        evaluation.run()
+        rank = rank_and_world()[0]
     if rank > 0:  # the group is closed: what follows is rank 0's alone
         return {}
     logger.info("joining %d clips", len(evaluation.clips))
     results = evaluation.finish()
-    results["seconds"] = {"evaluation": round(ran["seconds"], 1), "total": round(time.perf_counter() - began, 1)}
+    seconds = {"measuring": evaluation.seconds(), "this_run": time.perf_counter() - began}
+    results["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     results |= {"hardware": hardware(device), "commit": git_commit()}
     files = write_report(evaluation, results, metrics_dir)
     evaluation.clear()
@@ -116,7 +120,7 @@ def summary(results):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "arguments", nargs="*", metavar="EXPERIMENT key=value", help="e.g. quickstart protocol=quickstart"
+        "arguments", nargs="*", metavar="EXPERIMENT key=value", help="e.g. quickstart protocol=one_digit"
     )
     parser.add_argument("--pipeline", metavar="DIR", help="what train_prior.py saved, instead of an experiment")
     parser.add_argument("--data", metavar="NAME", help="a data set under configs/data")

@@ -10,7 +10,7 @@ import logging
 import time
 from pathlib import Path
 
-from latentcast.cli import UserError, parse_options, prepare_run_dir, run_tool
+from latentcast.cli import UserError, parse_options, pick_device, prepare_run_dir, run_tool
 
 logger = logging.getLogger("latentcast")
 
@@ -145,17 +145,6 @@ def find_videos(path):
         name = "_".join(file.relative_to(path).with_suffix("").parts)
         names[file] = name if name not in names.values() else f"{name}_{file.suffix[1:]}"
     return names
-
-
-def pick_device(name):
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise UserError(f"--device {name}: not available ({str(error).splitlines()[0]})") from None
 
 
 def bordered(frames, colour):

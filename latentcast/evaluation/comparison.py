@@ -20,7 +20,9 @@ SECTIONS = {
     "metrics": (),
     "baselines": (),
 }
+TYPES = (("data", "name", str), ("data", "describe", dict), ("model", "name", str))
 CLIP_FIELDS = {"split", "n_clips", "frame_size", "n_context", "n_predicted"}  # they choose the frames of a clip
+ENTRY_TYPES = {"clips": list, "per_clip": list, "per_frame": list, "per_frame_ci95": list, "best_of": dict}
 SETTINGS = {  # what changes a metric on the same frames
     "ssim": {"ssim"},
     "lpips": {"lpips", "detector.lpips"},
@@ -51,6 +53,10 @@ def read_result(path):
         missing = [key for key in keys if key not in result[section]]
         if missing:
             raise ValueError(f"{path}: not a result of tools/evaluate.py: {section} has no {missing[0]!r}")
+    for section, key, kind in TYPES:
+        _check_type(f"{path}: {section}.{key}", result[section][key], kind)
+    if result["data"]["protocol"] is not None:
+        _check_type(f"{path}: data.protocol", result["data"]["protocol"], dict)
     if not result["metrics"]:
         raise ValueError(f"{path}: metrics: expected at least one, found none")
     for where, found in {"metrics": result["metrics"], **result["baselines"]}.items():
@@ -227,17 +233,27 @@ def _check_entry(where, entry):
         raise ValueError(f"{where}: expected a finite mean, found {found!r}")
     if "ci95" not in entry:
         raise ValueError(f"{where}: expected an interval or null under ci95, found no such key")
+    for name, kind in ENTRY_TYPES.items():
+        if entry.get(name) is not None:
+            _check_type(f"{where}.{name}", entry[name], kind)
     for name, of in (("per_clip", "clips"), ("per_frame_ci95", "per_frame")):
         values, along = entry.get(name) or [], entry.get(of) or []
-        if values and len(values) != len(along):
+        if len(values) != len(along) and (values or name == "per_clip"):  # a single clip has no intervals
             raise ValueError(f"{where}: expected {name} and {of} of one length, found {len(values)} and {len(along)}")
     for interval in [entry["ci95"], *(entry.get("per_frame_ci95") or [])]:
-        if interval is not None and not (len(interval) == 2 and all(map(_is_finite, interval))):
+        held = isinstance(interval, list) and len(interval) == 2 and all(map(_is_finite, interval))
+        if interval is not None and not held:
             raise ValueError(f"{where}: expected an interval [low, high], found {interval!r}")
     if not all(map(_is_finite, [*(entry.get("per_frame") or []), *(entry.get("per_clip") or [])])):
         raise ValueError(f"{where}: expected finite values, found NaN or infinity")
     for count, best in (entry.get("best_of") or {}).items():
         _check_entry(f"{where}.best_of.{count}", best)
+
+
+def _check_type(where, found, kind):
+    if not isinstance(found, kind):
+        expected = {str: "text", list: "a list", dict: "an object"}[kind]
+        raise ValueError(f"{where}: expected {expected}, found {found!r}")
 
 
 def _is_finite(value):

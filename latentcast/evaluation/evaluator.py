@@ -1,5 +1,6 @@
 """Roll a pipeline out over the clips of a protocol and measure what it predicts."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -22,6 +23,7 @@ from latentcast.distributed import barrier, rank_and_world, rank_zero_first
 from latentcast.files import replacing
 from latentcast.metrics import FVD, I3D, LPIPS, BestOfN, bits_per_dim, crps, ilpips, mse, psnr, ssim
 from latentcast.metrics.baselines import BASELINES
+from latentcast.metrics.frechet import MIN_EXTRAPOLATED
 from latentcast.metrics.statistics import ClipValues
 from latentcast.metrics.weights import find_weights
 from latentcast.modeling import fingerprint
@@ -90,6 +92,12 @@ class Evaluation:
         if "lpips" in self.protocol.metrics or "ilpips" in self.protocol.metrics:
             self.lpips = LPIPS(self.protocol.lpips, self.weights).to(self.device)
         if "fvd" in self.protocol.metrics:
+            fewest = MIN_EXTRAPOLATED if self.protocol.fvd_debiased else 2
+            if n_asked < fewest:
+                raise ValueError(
+                    f"protocol {self.protocol.name}: n_clips: expected at least {fewest} for "
+                    f"{'debiased ' * self.protocol.fvd_debiased}fvd, found {n_asked}"
+                )
             self.fvd = FVD(I3D(find_weights(self.protocol.detector, self.weights))).to(self.device)
         # mse is always measured: it chooses the clips that are shown
         frame_metrics = {"mse": mse, "psnr": psnr, "ssim": self._ssim, "lpips": self.lpips}
@@ -131,7 +139,7 @@ class Evaluation:
         return json.loads(json.dumps(identity))
 
     def run(self):
-        """Measure every group that is not measured yet; -> {"clips", "seconds"} of this process."""
+        """Measure every group that is not measured yet; -> the number of clips that this process did."""
         rank, world_size = rank_and_world()
         identity = self.identity
         with rank_zero_first():
@@ -140,18 +148,20 @@ class Evaluation:
         groups = [g for g in range(rank, len(self.groups), world_size) if not self._part(g).is_file()]
         n_clips = sum(len(self.groups[g]) for g in groups)
         self.pipe.set_progress_bar_config(disable=True)
-        began = time.perf_counter()
         with tqdm(total=n_clips, desc=f"evaluate {self.protocol.name}", unit="clip", disable=rank > 0) as bar:
             for group in groups:
+                began = time.perf_counter()
+                found = self.measure(group)
+                seconds = str(time.perf_counter() - began)
                 with replacing(self._part(group)) as temporary:
-                    save_file(self.measure(group), temporary)
+                    save_file(found, temporary, metadata={"seconds": seconds})
                 bar.update(len(self.groups[group]))
         barrier()
-        return {"clips": n_clips, "seconds": time.perf_counter() - began}
+        return n_clips
 
     @torch.no_grad()
     def measure(self, group):
-        """name -> tensor of what there is to know of a group of clips; the keys are WHO.METRIC."""
+        """name -> tensor of what is known of a group of clips; the keys are WHO.METRIC, maps.WHO and shown.NAME."""
         protocol = self.protocol
         clips = torch.stack([self.dataset[i]["frames"] for i in self.groups[group]]).to(self.device)
         context, target = clips[:, : protocol.n_context], clips[:, protocol.n_context :]
@@ -198,7 +208,7 @@ class Evaluation:
             estimator = self.protocol.crps if samples.shape[1] > 1 else "standard"
             maps = crps(samples, target, estimator, reduction="none")
             found[f"{who}.crps"] = maps.mean((-3, -2, -1))
-            found[f"{who}.crps_map"] = maps.mean(2).double().sum(0)
+            found[f"maps.{who}"] = maps.mean(2).double().sum(0)
         if self.fvd is not None:
             shown = samples[:, : self.protocol.fvd_samples]
             contexts = context[:, None].expand(-1, shown.shape[1], -1, -1, -1, -1)
@@ -218,8 +228,9 @@ class Evaluation:
             part = self._read(group)
             for key, tensor in part.items():
                 who, _, metric = key.partition(".")
-                if who != "shown":
-                    values.setdefault(who, {}).setdefault(metric, []).append((clips, tensor))
+                if who not in ("shown", "maps"):  # frames and maps, of all groups, would fill the memory
+                    # a copy: the tensor itself keeps its whole file in memory
+                    values.setdefault(who, {}).setdefault(metric, []).append((clips, tensor.clone()))
         real = values.pop("real", {}).get("fvd")
         summaries = {who: self._summarise(found, real) for who, found in values.items()}
         return self.identity | {"metrics": summaries.pop(MODEL), "baselines": summaries}
@@ -252,14 +263,21 @@ class Evaluation:
             }
         return {name: entry for name, entry in summary.items() if name in self.protocol.metrics}
 
+    def seconds(self):
+        """What measuring all groups took, by whichever processes and in however many runs."""
+        total = 0.0
+        for group in range(len(self.groups)):
+            with safe_open(self._part(group), framework="pt") as file:
+                total += float(file.metadata()["seconds"])
+        return total
+
     def crps_maps(self):
         """who -> (T, H, W) mean CRPS over clips and channels, RVD's Figure 4; {} where the protocol has no crps."""
         totals = {}
         for group in range(len(self.groups)):
-            for key, tensor in self._read(group).items():
-                if key.endswith(".crps_map"):
-                    who = key.partition(".")[0]
-                    totals[who] = totals.get(who, 0) + tensor / len(self.clips)
+            for key, tensor in self._read(group, "maps.").items():
+                who = key.partition(".")[2]
+                totals[who] = totals.get(who, 0) + tensor / len(self.clips)
         return totals
 
     def clip_errors(self):
@@ -279,8 +297,10 @@ class Evaluation:
         return frames[: self.protocol.n_context], frames[self.protocol.n_context :], samples
 
     def clear(self):
-        """Delete the parts."""
+        """Delete the parts, and the folder if nothing else is in it."""
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _part(self, group):
         return self.folder / "parts" / f"group-{group:05d}.safetensors"

@@ -71,6 +71,8 @@ class Protocol:
     def __post_init__(self):
         object.__setattr__(self, "metrics", tuple(self.metrics))
         object.__setattr__(self, "best_of", tuple(self.best_of))
+        self._expect("name", bool(self.name) and "/" not in self.name, "the name of a file")
+        self._expect("seed", isinstance(self.seed, int), "a whole number")
         for name in ("n_context", "n_predicted", "n_samples", "frame_size", "fvd_samples"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         self._expect("n_clips", self.n_clips is None or self.n_clips >= 1, "at least 1, or null for all")

@@ -101,6 +101,10 @@ def table(evaluation, results):
             f"fvd: {fvd['n_real']} real against {fvd['n_fake']} generated videos, detector "
             f"{results['detector']['fvd'][:12]}.",
         ]
+        if fvd["debiased"] is not None:
+            named = {model["name"]: results["metrics"]} | results["baselines"]
+            values = ", ".join(f"{label} {found['fvd']['debiased']:.4g}" for label, found in named.items())
+            lines += ["", f"fvd, extrapolated to infinitely many videos: {values}."]
     return "\n".join(lines) + "\n"
 
 

@@ -85,31 +85,6 @@ class ClipValues:
         return summarize(merged.values) | per_clip(merged.clips, merged.values)
 
 
-class RunningMean:
-    """Mean over clips of arrays too large to keep for each, such as CRPS maps: float64 sums, over all ranks.
-
-    Clips are not told apart here: one that two ranks hold counts twice.
-    """
-
-    def __init__(self):
-        self.total, self.n_clips = None, 0
-
-    def update(self, values):
-        """Add ``values`` (B, ...)."""
-        total = values.detach().double().sum(0).cpu()
-        if self.total is not None and total.shape != self.total.shape:
-            raise ValueError(f"expected values of shape {tuple(self.total.shape)}, found {tuple(total.shape)}")
-        self.total = total if self.total is None else self.total + total
-        self.n_clips += len(values)
-
-    def compute(self):
-        """The mean over all clips of all ranks, a float64 tensor (...); every rank must call it."""
-        sums = [(total, n_clips) for total, n_clips in _all_ranks((self.total, self.n_clips)) if n_clips]
-        if not sums:
-            raise ValueError("expected at least one clip, found none")
-        return sum(total for total, _ in sums) / sum(n_clips for _, n_clips in sums)
-
-
 def summarize(values):
     """Plain numbers of ``values`` (n_clips,) or (n_clips, T).
 
