@@ -25,6 +25,14 @@ _EXPORTS = {
     # stage one
     "FrameTokenizer": "latentcast.tokenizers.base",
     "VQVAE": "latentcast.tokenizers.vqvae",
+    "HRVQVAE": "latentcast.tokenizers.hr_vqvae",
+    "ResidualVQVAE": "latentcast.tokenizers.hr_vqvae",
+    "KLVAE": "latentcast.tokenizers.kl_vae",
+    "FSQVAE": "latentcast.tokenizers.lookup_free",
+    "LFQVAE": "latentcast.tokenizers.lookup_free",
+    "DCGANAutoencoder": "latentcast.tokenizers.vector_autoencoder",
+    "VGGAutoencoder": "latentcast.tokenizers.vector_autoencoder",
+    "DiffusersTokenizer": "latentcast.tokenizers.diffusers_autoencoder",
     "PixelTokenizer": "latentcast.tokenizers.pixel",
     # stage two
     "Prior": "latentcast.priors.base",

@@ -124,8 +124,8 @@ def find_tokenizer(config, run_dir):
     """The tokenizer of an experiment: the trained one in ``run_dir/tokenizer``, else one that has nothing to learn.
 
     Args:
-        config: the experiment, whose ``tokenizer`` group is built when its class has no parameters (PixelTokenizer).
-            With a trained one, the group must have the settings that it was trained with, or be null.
+        config: the experiment, whose ``tokenizer`` group is built when it needs no training (PixelTokenizer, a
+            pretrained one). With a trained one, the group must have the settings that it was trained with, or be null.
         run_dir: folder of the experiment.
     Raises:
         FileNotFoundError: the tokenizer is to be trained first.
@@ -139,7 +139,7 @@ def find_tokenizer(config, run_dir):
             if name == "_target_":
                 found, value = type(tokenizer).__name__, value.rpartition(".")[2]
             else:
-                found = tokenizer.config.get(name)
+                found = tokenizer.config.get(name, value)  # what is not saved (a path) is not compared
             if found != value and name != "scaling_factor":  # which training sets
                 raise ValueError(
                     f"{folder}: trained with tokenizer.{name}={found}, asked for {value}; train again with "
@@ -148,6 +148,6 @@ def find_tokenizer(config, run_dir):
         return tokenizer
     if config.tokenizer is not None:
         tokenizer = instantiate(config.tokenizer)
-        if next(tokenizer.parameters(), None) is None:
+        if not tokenizer.needs_training:
             return tokenizer.eval()
     raise FileNotFoundError(f"{folder}: no trained tokenizer here; run tools/train_tokenizer.py first")

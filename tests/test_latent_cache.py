@@ -311,7 +311,7 @@ def test_a_finished_cache_is_left_alone(cache, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"store": "code"}, "cache.store: expected one of auto, codes, latents, found 'code'"),
+        ({"store": "code"}, "cache.store: expected one of auto, codes, latents, posterior, found 'code'"),
         ({"store": "codes"}, "cache.store: expected 'latents' or 'auto' .* found 'codes'"),
         ({"dtype": "int8"}, "cache.dtype: expected one of float32, bfloat16, float16, found 'int8'"),
         ({"shard_videos": 0}, "shard_videos: expected at least 1, found 0"),

@@ -2,9 +2,50 @@
 
 import torch
 
-from latentcast import VQVAE, PixelTokenizer, VideoTransformer
+from latentcast import (
+    FSQVAE,
+    HRVQVAE,
+    KLVAE,
+    LFQVAE,
+    VQVAE,
+    DCGANAutoencoder,
+    DiffusersTokenizer,
+    PixelTokenizer,
+    ResidualVQVAE,
+    VGGAutoencoder,
+    VideoTransformer,
+)
 
 SMALL_VQVAE = {"hidden_channels": 16, "residual_channels": 8, "n_residual_blocks": 1, "embedding_dim": 8}
+SMALL_LOOKUP_FREE = {"hidden_channels": 16, "residual_channels": 8, "n_residual_blocks": 1}
+SMALL_DIFFUSERS = {
+    "AutoencoderKL": {
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "shift_factor": 0.1,
+    },
+    "AutoencoderTiny": {
+        "encoder_block_out_channels": [8, 8, 8],
+        "decoder_block_out_channels": [8, 8, 8],
+        "num_encoder_blocks": [1, 1, 1],
+        "num_decoder_blocks": [1, 1, 1],
+    },
+    "VQModel": {
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "num_vq_embeddings": 20,
+        "vq_embed_dim": 5,
+    },
+}
+
+
+def small_diffusers(name, **options):
+    return DiffusersTokenizer(autoencoder={"_class_name": name, **SMALL_DIFFUSERS[name]}, **options)
+
 
 TINY_TOKENIZERS = {
     "vqvae": lambda: VQVAE(height=16, width=16, codebook_size=12, **SMALL_VQVAE),
@@ -12,6 +53,22 @@ TINY_TOKENIZERS = {
     "sliced_vqvae": lambda: VQVAE(
         1, 8, 16, n_codebooks=4, codebook_size=6, stride=2, scaling_factor=1.7, **SMALL_VQVAE
     ),
+    "kl_vae": lambda: KLVAE(1, 8, 16, block_channels=[8, 16], latent_channels=3, norm_groups=4, scaling_factor=0.6),
+    "fsq": lambda: FSQVAE(height=16, width=16, levels=[4, 3, 5], **SMALL_LOOKUP_FREE),
+    "sliced_fsq": lambda: FSQVAE(
+        1, 8, 16, stride=2, levels=[5, 4], n_codebooks=3, scaling_factor=1.7, **SMALL_LOOKUP_FREE
+    ),
+    "lfq": lambda: LFQVAE(1, 8, 16, stride=2, embedding_dim=6, n_codebooks=2, scaling_factor=0.7, **SMALL_LOOKUP_FREE),
+    "diffusers_kl": lambda: small_diffusers("AutoencoderKL", height=8, width=12),
+    "diffusers_tiny": lambda: small_diffusers("AutoencoderTiny", height=8, width=12),
+    "diffusers_vq": lambda: small_diffusers("VQModel", height=8, width=12),
+    "hr_vqvae": lambda: HRVQVAE(1, 8, 16, n_layers=3, codebook_size=4, stride=2, scaling_factor=1.7, **SMALL_VQVAE),
+    "gradient_hr_vqvae": lambda: HRVQVAE(
+        height=16, width=16, n_layers=2, codebook_size=5, codebook_update="gradient", **SMALL_VQVAE
+    ),
+    "residual_vqvae": lambda: ResidualVQVAE(height=16, width=16, n_layers=2, codebook_size=6, **SMALL_VQVAE),
+    "dcgan": lambda: DCGANAutoencoder(height=16, width=16, embedding_dim=6, hidden_channels=4),
+    "vgg": lambda: VGGAutoencoder(1, 8, 16, embedding_dim=5, hidden_channels=4, scaling_factor=1.7),
     "pixel": lambda: PixelTokenizer(3, 4, 6, levels=256),
     "continuous_pixel": lambda: PixelTokenizer(1, 4, 6, levels=None),
 }

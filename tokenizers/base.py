@@ -15,10 +15,13 @@ class TokenizerOutput(BaseOutput):
     latents: (B, T, D, h, w) float, multiplied by ``scaling_factor``. For a discrete tokenizer these are the quantised
         latents, exactly what the decoder sees.
     codes: (B, T, h, w, n_codebooks) int64, or None for a continuous tokenizer.
+    posterior: (B, T, 2 D, h, w) float, or None for a tokenizer without ``has_posterior``: mean and log-variance of the
+        latents, stacked along the channels; the means are ``latents``.
     """
 
     latents: torch.Tensor
     codes: torch.Tensor | None = None
+    posterior: torch.Tensor | None = None
 
 
 @dataclass
@@ -88,6 +91,8 @@ class FrameTokenizer(VideoModel):
     ``forward``; ``decode`` never quantises.
     """
 
+    has_posterior = False  # True: ``encode`` gives a Gaussian for every latent (see TokenizerOutput)
+
     @property
     def latent_spec(self):
         """JSON-able description of the latents: ``kind`` ("discrete", "continuous" or "pixels"), ``channels``,
@@ -99,6 +104,11 @@ class FrameTokenizer(VideoModel):
     def is_discrete(self):
         return len(self.latent_spec["codebook_sizes"]) > 0
 
+    @property
+    def needs_training(self):
+        """False for a tokenizer that encodes well as it was constructed."""
+        return next(self.parameters(), None) is not None
+
     def encode(self, frames):
         """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput."""
         raise NotImplementedError
@@ -106,6 +116,49 @@ class FrameTokenizer(VideoModel):
     def decode(self, latents):
         """(B, T, D, h, w) -> (B, T, C, H, W) in [-1, 1]. Never quantises."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def encode_chunked(self, frames, chunk=16):
+        """``encode`` for long videos: ``chunk`` frames at once, whatever the length.
+
+        The network always sees exactly ``chunk`` frames (the last ones are repeated to fill up), since kernels, and
+        with them the last bits, may change with the size of a batch. A frame so gets the same bits alone, in a piece of
+        a video and in the whole. A video too long for memory is encoded piece by piece, each with the same ``chunk``.
+
+        Args:
+            frames: (B, T, C, H, W) in [-1, 1], on any device; chunks of it are moved to the model's.
+            chunk: at least 1. For speed on a GPU, small frames want more.
+        Returns:
+            TokenizerOutput, without gradients, on the device of ``frames``.
+        Raises:
+            ValueError: as ``encode``, no frames at all, or a ``chunk`` below 1.
+        """
+        spec = self.latent_spec
+        check_frames(frames, spec["frame_channels"], spec["frame_height"], spec["frame_width"])
+        return TokenizerOutput(**_in_chunks(self.encode, frames, chunk, self.device, "frames"))
+
+    @torch.no_grad()
+    def decode_chunked(self, latents, chunk=16):
+        """``decode`` for long videos, with the promise of ``encode_chunked``.
+
+        Args:
+            latents: (B, T, D, h, w), or codes (B, T, h, w, n_codebooks) int64.
+            chunk: as in ``encode_chunked``.
+        Returns:
+            (B, T, C, H, W), without gradients, on the device of ``latents``.
+        Raises:
+            ValueError: as ``decode`` or ``codes_to_latents``, nothing to decode, or a ``chunk`` below 1.
+        """
+        spec, is_codes = self.latent_spec, torch.is_tensor(latents) and latents.dtype == torch.int64
+        if is_codes and self.is_discrete:
+            check_codes(latents, spec["codebook_sizes"], (spec["height"], spec["width"]))
+        else:
+            check_latents(latents, spec["channels"], spec["height"], spec["width"])
+
+        def decode(piece):
+            return {"frames": self.decode(self.codes_to_latents(piece) if is_codes else piece)}
+
+        return _in_chunks(decode, latents, chunk, self.device, "codes" if is_codes else "latents")["frames"]
 
     def codes_to_latents(self, codes):
         """(B, T, h, w, n_codebooks) int64 -> (B, T, D, h, w). Discrete tokenizers only."""
@@ -149,3 +202,21 @@ class FrameTokenizer(VideoModel):
             raise ValueError(f"scaling_factor: expected latents that vary, found variance {variance} over {n} numbers")
         self.register_to_config(scaling_factor=variance**-0.5)
         return self.config.scaling_factor
+
+
+def _in_chunks(function, x, chunk, device, name):
+    """Apply ``function``: (1, chunk, ...) -> {name: (1, chunk, ...)} to x (B, T, ...) -> {name: (B, T, ...)}."""
+    if chunk < 1:
+        raise ValueError(f"chunk: expected at least 1, found {chunk}")
+    flat = x.flatten(0, 1)
+    if len(flat) == 0:
+        raise ValueError(f"{name}: expected at least one frame, found {tuple(x.shape)}")
+    whole = {}
+    for start in range(0, len(flat), chunk):
+        piece = flat[start : start + chunk]
+        filled = torch.cat([piece, piece[-1:].expand(chunk - len(piece), *piece.shape[1:])])
+        for key, value in function(filled.to(device)[None]).items():
+            if key not in whole:
+                whole[key] = torch.empty(len(flat), *value.shape[2:], dtype=value.dtype, device=x.device)
+            whole[key][start : start + len(piece)] = value[0, : len(piece)]
+    return {key: value.unflatten(0, x.shape[:2]) for key, value in whole.items()}

@@ -3,103 +3,61 @@
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from latentcast.layers.convolutions import ResidualBlock
 
 from .base import FrameTokenizer, ReconstructionOutput, TokenizerOutput, check_codes, check_frames, check_latents
+from .losses import check_reconstruction_options, reconstruction_loss
 from .quantizers.sliced import SlicedQuantizer
 
 
-class VQVAE(FrameTokenizer):
-    """VQ-VAE over single frames, with Sliced VQ when ``n_codebooks`` is above 1.
+class ConvolutionalVQ(FrameTokenizer):
+    """What VQ-VAEs share: the convolutional encoder and decoder of the Latent Video Transformer around a quantizer.
 
-    The defaults are the paper's for BAIR (3.68M numbers with the codebook); for Kinetics-600 it has 4 residual blocks.
-    Frames of another size need another ``height`` and ``width``; the weights do not depend on them, so
-    ``VQVAE.from_pretrained(path, height=128, width=128)`` reuses a trained model.
-
-    Args:
-        in_channels: C of the frames, 3 (RGB) or 1 (grey).
-        height, width: H and W of the frames in pixels, multiples of ``stride``.
-        hidden_channels: width of the network; the outermost convolution has half of it.
-        residual_channels: width inside a residual block.
-        n_residual_blocks: in the encoder and in the decoder.
-        stride: 2, 4, 8 or 16: pixels a latent, by that many halvings.
-        embedding_dim: D, channels of the latents over all codebooks.
-        n_codebooks: parts that the channels are split into, a codebook each (the paper's n_c).
-        codebook_size: codes in EACH codebook (the paper's K = 2048 for n_c = 4 is 4 x 512).
-        commitment_weight: weight of the second term of eq. 1.
-        ema_decay, ema_eps: of the codebooks' moving averages.
-        kmeans_iters: Lloyd iterations that place the codes on the first training batch; 0 draws them from it.
-        dead_code_threshold: codes used less than this fraction of the average are drawn anew; 0 switches it off.
-        output_activation: "tanh", or "linear": clamped to [-1, 1] outside the loss. Frames that are mostly black or
-            white saturate tanh within a few steps at high learning rates, and nothing is learned from then on.
-        padding_mode: "zeros" (grey, in frames of [-1, 1]) or "replicate": what the convolutions see beyond the edges of
-            a frame. Zeros give codes near an edge a look of their own; with replicate, a thing on a plain background
-            has the same codes wherever it is.
-        scaling_factor: latents are code vectors times this; see ``fit_scaling_factor``.
+    A subclass takes these arguments of ``VQVAE``: ``in_channels`` to ``embedding_dim``, ``commitment_weight``, and from
+    ``reconstruction_loss`` on. Its ``__init__`` calls ``_build_networks`` and sets ``quantizer``, a module like
+    ``SlicedQuantizer``; it says ``codebook_sizes``.
     """
 
     _keep_in_fp32_modules = ["quantizer"]  # noqa: RUF012
     memory_format = torch.channels_last  # convolutions are about twice as fast so
 
-    @register_to_config
-    def __init__(
-        self,
-        in_channels: int = 3,
-        height: int = 64,
-        width: int = 64,
-        hidden_channels: int = 256,
-        residual_channels: int = 128,
-        n_residual_blocks: int = 2,
-        stride: int = 4,
-        embedding_dim: int = 256,
-        n_codebooks: int = 1,
-        codebook_size: int = 512,
-        commitment_weight: float = 1.0,
-        ema_decay: float = 0.99,
-        ema_eps: float = 1e-5,
-        kmeans_iters: int = 10,
-        dead_code_threshold: float = 0.1,
-        output_activation: str = "tanh",
-        padding_mode: str = "zeros",
-        scaling_factor: float = 1.0,
-    ):
-        super().__init__()
+    def _build_networks(self):
+        """Check the config and make ``encoder`` and ``decoder`` from it."""
+        config = self.config
+        output_activation, padding_mode, stride = config.output_activation, config.padding_mode, config.stride
+        hidden_channels, residual_channels = config.hidden_channels, config.residual_channels
+        check_reconstruction_options(config.reconstruction_loss, config.lpips_weight)
         if output_activation not in ("tanh", "linear"):
             raise ValueError(f"output_activation: expected 'tanh' or 'linear', found {output_activation!r}")
         if padding_mode not in ("zeros", "replicate"):
             raise ValueError(f"padding_mode: expected 'zeros' or 'replicate', found {padding_mode!r}")
         if stride not in (2, 4, 8, 16):
             raise ValueError(f"stride: expected 2, 4, 8 or 16, found {stride}")
-        if height % stride or width % stride:
-            raise ValueError(f"height, width: expected multiples of the stride {stride}, found {height}, {width}")
+        if config.height % stride or config.width % stride:
+            raise ValueError(
+                f"height, width: expected multiples of the stride {stride}, found {config.height}, {config.width}"
+            )
         n_halvings = stride.bit_length() - 1
-        widths = [in_channels, hidden_channels // 2] + [hidden_channels] * (n_halvings - 1)
+        widths = [config.in_channels, hidden_channels // 2] + [hidden_channels] * (n_halvings - 1)
 
         encoder = []
         for narrow, wide in pairwise(widths):
             encoder += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1, padding_mode=padding_mode), nn.ReLU()]
         encoder += [nn.Conv2d(widths[-1], hidden_channels, 3, padding=1, padding_mode=padding_mode)]
-        encoder += [ResidualBlock(hidden_channels, residual_channels, padding_mode) for _ in range(n_residual_blocks)]
-        if embedding_dim != hidden_channels:
-            encoder += [nn.Conv2d(hidden_channels, embedding_dim, 1)]
+        encoder += [
+            ResidualBlock(hidden_channels, residual_channels, padding_mode) for _ in range(config.n_residual_blocks)
+        ]
+        if config.embedding_dim != hidden_channels:
+            encoder += [nn.Conv2d(hidden_channels, config.embedding_dim, 1)]
         self.encoder = nn.Sequential(*encoder)
 
-        self.quantizer = SlicedQuantizer(
-            embedding_dim,
-            n_codebooks,
-            codebook_size,
-            decay=ema_decay,
-            eps=ema_eps,
-            kmeans_iters=kmeans_iters,
-            dead_code_threshold=dead_code_threshold,
-        )
-
-        decoder = [nn.Conv2d(embedding_dim, hidden_channels, 3, padding=1, padding_mode=padding_mode)]
-        decoder += [ResidualBlock(hidden_channels, residual_channels, padding_mode) for _ in range(n_residual_blocks)]
+        decoder = [nn.Conv2d(config.embedding_dim, hidden_channels, 3, padding=1, padding_mode=padding_mode)]
+        decoder += [
+            ResidualBlock(hidden_channels, residual_channels, padding_mode) for _ in range(config.n_residual_blocks)
+        ]
         widths = [hidden_channels, *widths[-2::-1]]
         for wide, narrow in pairwise(widths):
             decoder += [nn.ReLU(), nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1)]
@@ -112,6 +70,11 @@ class VQVAE(FrameTokenizer):
         self.to(memory_format=self.memory_format)
 
     @property
+    def codebook_sizes(self):
+        """Codes in each codebook, a list."""
+        raise NotImplementedError
+
+    @property
     def latent_spec(self):
         config = self.config
         return {
@@ -119,7 +82,7 @@ class VQVAE(FrameTokenizer):
             "channels": config.embedding_dim,
             "height": config.height // config.stride,
             "width": config.width // config.stride,
-            "codebook_sizes": [config.codebook_size] * config.n_codebooks,
+            "codebook_sizes": self.codebook_sizes,
             "scaling_factor": config.scaling_factor,
             "frame_channels": config.in_channels,
             "frame_height": config.height,
@@ -150,7 +113,8 @@ class VQVAE(FrameTokenizer):
     def forward(self, frames):
         """Reconstruct, and in training mode update the codebooks.
 
-        The loss is eq. 1 with means for the norms: mse(frames, D(z_q)) + commitment_weight * mse(z_e, sg[z_q]).
+        The loss is eq. 1 with means for the norms: mse(frames, D(z_q)) + commitment_weight * mse(z_e, sg[z_q]);
+        ``reconstruction_loss`` and ``lpips_weight`` change its first term.
 
         Args:
             frames: (B, T, C, H, W) in [-1, 1].
@@ -158,19 +122,22 @@ class VQVAE(FrameTokenizer):
             ReconstructionOutput; ``logs`` has ``reconstruction_loss``, ``commitment_loss`` (unweighted) and
             ``perplexity`` (of this batch's codes, mean over the codebooks).
         """
+        config = self.config
         quantized = self.quantizer(self._features(frames))
         reconstruction = self._decode(self._to_latents(quantized.latents))
-        reconstruction_loss = F.mse_loss(reconstruction, frames.float())
+        distance, logs = reconstruction_loss(reconstruction, frames, config.reconstruction_loss, config.lpips_weight)
+        penalty, quantizer_logs = self._quantizer_loss(quantized)
         return ReconstructionOutput(
             frames=reconstruction.clamp(-1, 1),
-            loss=reconstruction_loss + self.config.commitment_weight * quantized.commitment_loss,
+            loss=distance + penalty,
             codes=quantized.codes,
-            logs={
-                "reconstruction_loss": reconstruction_loss.detach(),
-                "commitment_loss": quantized.commitment_loss.detach(),
-                "perplexity": quantized.perplexity.mean(),
-            },
+            logs=logs | quantizer_logs | {"perplexity": quantized.perplexity.mean()},
         )
+
+    def _quantizer_loss(self, quantized):
+        """The terms of the loss that come from the quantizer: (scalar, logs)."""
+        commitment_loss = quantized.commitment_loss
+        return self.config.commitment_weight * commitment_loss, {"commitment_loss": commitment_loss.detach()}
 
     def _features(self, frames):
         """Encoder output with the channels last: (B, T, C, H, W) -> (B, T, h, w, D)."""
@@ -188,3 +155,75 @@ class VQVAE(FrameTokenizer):
 
     def _to_latents(self, vectors):
         return vectors.movedim(-1, 2).contiguous() * self.config.scaling_factor
+
+
+class VQVAE(ConvolutionalVQ):
+    """VQ-VAE over single frames, with Sliced VQ when ``n_codebooks`` is above 1.
+
+    The defaults are the paper's for BAIR (3.68M numbers with the codebook); for Kinetics-600 it has 4 residual blocks.
+    Frames of another size need another ``height`` and ``width``; the weights do not depend on them, so
+    ``VQVAE.from_pretrained(path, height=128, width=128)`` reuses a trained model.
+
+    Args:
+        in_channels: C of the frames, 3 (RGB) or 1 (grey).
+        height, width: H and W of the frames in pixels, multiples of ``stride``.
+        hidden_channels: width of the network; the outermost convolution has half of it.
+        residual_channels: width inside a residual block.
+        n_residual_blocks: in the encoder and in the decoder.
+        stride: 2, 4, 8 or 16: pixels a latent, by that many halvings.
+        embedding_dim: D, channels of the latents over all codebooks.
+        n_codebooks: parts that the channels are split into, a codebook each (the paper's n_c).
+        codebook_size: codes in EACH codebook (the paper's K = 2048 for n_c = 4 is 4 x 512).
+        commitment_weight: weight of the second term of eq. 1.
+        ema_decay, ema_eps: of the codebooks' moving averages.
+        kmeans_iters: Lloyd iterations that place the codes on the first training batch; 0 draws them from it.
+        dead_code_threshold: codes used less than this fraction of the average are drawn anew; 0 switches it off.
+        reconstruction_loss: "l2" or "l1".
+        lpips_weight: of LPIPS in the loss; see ``losses.py``.
+        output_activation: "tanh", or "linear": clamped to [-1, 1] outside the loss. Frames that are mostly black or
+            white saturate tanh within a few steps at high learning rates, and nothing is learned from then on.
+        padding_mode: "zeros" (grey, in frames of [-1, 1]) or "replicate": what the convolutions see beyond the edges of
+            a frame. Zeros give codes near an edge a look of their own; with replicate, a thing on a plain background
+            has the same codes wherever it is.
+        scaling_factor: latents are code vectors times this; see ``fit_scaling_factor``.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        height: int = 64,
+        width: int = 64,
+        hidden_channels: int = 256,
+        residual_channels: int = 128,
+        n_residual_blocks: int = 2,
+        stride: int = 4,
+        embedding_dim: int = 256,
+        n_codebooks: int = 1,
+        codebook_size: int = 512,
+        commitment_weight: float = 1.0,
+        ema_decay: float = 0.99,
+        ema_eps: float = 1e-5,
+        kmeans_iters: int = 10,
+        dead_code_threshold: float = 0.1,
+        reconstruction_loss: str = "l2",
+        lpips_weight: float = 0.0,
+        output_activation: str = "tanh",
+        padding_mode: str = "zeros",
+        scaling_factor: float = 1.0,
+    ):
+        super().__init__()
+        self._build_networks()
+        self.quantizer = SlicedQuantizer(
+            embedding_dim,
+            n_codebooks,
+            codebook_size,
+            decay=ema_decay,
+            eps=ema_eps,
+            kmeans_iters=kmeans_iters,
+            dead_code_threshold=dead_code_threshold,
+        )
+
+    @property
+    def codebook_sizes(self):
+        return [self.config.codebook_size] * self.config.n_codebooks

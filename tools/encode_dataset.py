@@ -22,7 +22,7 @@ def main(args):
         return verify(config)
     run_dir = prepare_run_dir(config.run_dir)
     tokenizer = find_tokenizer(config, run_dir)
-    options = {name: value for name, value in config.cache.items() if name != "splits"}
+    options = {name: value for name, value in config.cache.items() if name not in ("splits", "sample_posterior")}
     figures = {}
     with process_group():
         for split in config.cache.splits:

@@ -79,14 +79,15 @@ def open_cache(config, run_dir, tokenizer, prior, videos):
         config.batch_size,
         num_workers=config.num_workers,
         seed=config.seed,
+        sample_posterior=config.cache.sample_posterior,
         expect=expect,
     )
     for cached, source in ((data.train_set, videos.train_set), (data.val_set, videos.val_set)):
         if cached is not None and source is not None:
             cached.expect(data=source.describe())
-            if cached.manifest["store"] != prior.accepts:
+            if cached.space != prior.accepts:
                 raise UserError(
-                    f"{cached.root}: it holds {cached.manifest['store']}, and {type(prior).__name__} takes "
+                    f"{cached.root}: it holds {cached.space}, and {type(prior).__name__} takes "
                     f"{prior.accepts}; encode again with cache.store={prior.accepts} cache.overwrite=true"
                 )
     return data

@@ -165,20 +165,37 @@ class LatentDataModule(_ClipDataModule):
 
     Args:
         cache_root: folder that holds ``train/`` and, unless validation is to be left out, ``val/``.
-        clip_length, stride: see LatentCacheDataset.
+        clip_length, stride, sample_posterior: see LatentCacheDataset.
         batch_size, num_workers, seed: as for VideoDataModule; ``seed`` also sets the random windows.
         expect: keyword arguments for ``LatentCacheDataset.expect``, checked on every split.
     """
 
-    def __init__(self, cache_root, clip_length, batch_size, stride=1, num_workers=0, seed=0, expect=None):
+    def __init__(
+        self,
+        cache_root,
+        clip_length,
+        batch_size,
+        stride=1,
+        num_workers=0,
+        seed=0,
+        sample_posterior=True,
+        expect=None,
+    ):
         super().__init__(batch_size, num_workers, seed)
         self.cache_root, self.clip_length, self.stride = Path(cache_root), clip_length, stride
-        self.expect = expect or {}
+        self.sample_posterior, self.expect = sample_posterior, expect or {}
 
     def open_split(self, split):
         folder = self.cache_root / split
         if split == "val" and not folder.is_dir():
             logger.warning("no validation: %s: no such folder", folder)
             return None
-        dataset = LatentCacheDataset(folder, self.clip_length, stride=self.stride, split=split, seed=self.seed)
+        dataset = LatentCacheDataset(
+            folder,
+            self.clip_length,
+            stride=self.stride,
+            split=split,
+            seed=self.seed,
+            sample_posterior=self.sample_posterior,
+        )
         return dataset.expect(**self.expect)

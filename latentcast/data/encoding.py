@@ -37,7 +37,7 @@ def encode_dataset(
     Reading (``num_workers`` processes) overlaps with encoding. A batch is ``batch_frames`` frames of one shard: short
     videos share it, long ones are spread over several, so memory depends on neither the videos' lengths nor their
     number, and batches do not depend on how many processes share the work. A video that cannot be read is named and
-    skipped.
+    skipped. ``store="auto"`` means codes for a discrete tokenizer, posteriors for one that has them, else latents.
 
     Args:
         dataset: a VideoDataset.
@@ -50,7 +50,8 @@ def encode_dataset(
         dict of ``videos``, ``frames``, ``bytes``, ``skipped`` of the whole cache and ``frames_per_s`` of this run (None
         when nothing was left to do).
     Raises:
-        ValueError: frames of another size than the tokenizer's, a cache of another tokenizer or data set, no videos.
+        ValueError: frames of another size than the tokenizer's, a cache of another tokenizer or data set, no videos,
+            or posteriors asked of a tokenizer that has none.
         OSError: not enough space (needed and free are named), or the folder cannot be written.
     """
     if batch_frames < 1:
@@ -63,6 +64,10 @@ def encode_dataset(
     found = (dataset.channels, dataset.size, dataset.size)
     if found != expected:
         raise ValueError(f"frames: the tokenizer takes (C, H, W) = {expected}, the data set serves {found}")
+    if store == "posterior" and not tokenizer.has_posterior:
+        raise ValueError(f"cache.store: {type(tokenizer).__name__} has no posterior; expected auto, codes or latents")
+    if store == "auto" and tokenizer.has_posterior:
+        store = "posterior"
     videos = dataset.videos
     identity = fingerprint(tokenizer)
     with rank_zero_first():

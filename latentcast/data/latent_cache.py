@@ -5,11 +5,13 @@ One folder of shards (see shards.py) holds one split; its manifest says who made
 
 import json
 import logging
+import random
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
+from ..layers.gaussian import sample_moments
 from . import shards
 from .base import ClipWindows, VideoEntry, check_split
 
@@ -21,7 +23,7 @@ KIND = shards.Kind(
     tool="tools/encode_dataset.py",
     replace="set cache.overwrite=true to replace it, or use another run_dir",
 )
-STORES = ("auto", "codes", "latents")
+STORES = ("auto", "codes", "latents", "posterior")
 LATENT_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -36,9 +38,10 @@ class LatentCacheWriter(shards.ShardWriter):
         data: what ``VideoDataset.describe`` returns.
         fps: frames per second of the data set's clips.
         conditions: of the data set.
-        store: "codes" (int), "latents" (float), or "auto": codes where the tokenizer has them.
-        dtype: of stored latents, "float32", "bfloat16" or "float16". Codes take the smallest unsigned type that holds
-            their codebooks.
+        store: "codes" (int), "latents" (float), "posterior" (float: mean and log-variance of the latents, stacked along
+            the channels), or "auto": codes where the latent spec has them, else latents.
+        dtype: of stored latents and posteriors, "float32", "bfloat16" or "float16". Codes take the smallest unsigned
+            type that holds their codebooks.
         shard_videos: videos a shard.
         overwrite: replace a finished cache, and one of another tokenizer or data set, instead of keeping or refusing
             it.
@@ -95,15 +98,18 @@ class LatentCacheDataset(Dataset):
     """Clips and whole videos out of a finished cache.
 
     ``dataset[i]`` is ``{"codes": (clip_length, h, w, n_codebooks) int64}`` or ``{"latents": (clip_length, D, h, w)
-    float32}``, as the cache stores, with ``conditions`` beside it. Clips are taken as in VideoDataset. Videos shorter
-    than a clip are counted, logged and left out. The data set pickles and works under spawn.
+    float32}``, as the cache stores, with ``conditions`` beside it. Where it stores posteriors, the latents are drawn
+    from them, by (seed, epoch, i) alone, so that the number of workers does not matter; ``sample_posterior=False``
+    gives their means. Clips are taken as in VideoDataset. Videos shorter than a clip are counted, logged and left out.
+    The data set pickles and works under spawn.
 
     Args:
         root: folder of one split, ``run_dir/latents/train``.
         clip_length: frames a clip.
         stride: take every ``stride``-th cached frame.
         split: "train" for random windows, "val" or "test" for fixed ones.
-        seed: of the random windows.
+        seed: of the random windows, and of the draws from posteriors.
+        sample_posterior: draw from stored posteriors, as Latent Diffusion trains; other caches have nothing to draw.
     Raises:
         FileNotFoundError: no manifest: not encoded yet, or not to the end; or a shard is missing.
         ValueError: a truncated shard, an unknown format, or no video as long as a clip.
@@ -111,12 +117,13 @@ class LatentCacheDataset(Dataset):
 
     epoch = 0
 
-    def __init__(self, root, clip_length, stride=1, split="train", seed=0):
+    def __init__(self, root, clip_length, stride=1, split="train", seed=0, sample_posterior=True):
         check_split(split)
         for name, value in (("clip_length", clip_length), ("stride", stride)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, found {value}")
         self.root, self.clip_length, self.stride = Path(root), clip_length, stride
+        self.seed, self.sample_posterior = seed, sample_posterior
         self.manifest = read_manifest(root)
         self._reader = shards.ShardReader(root, self.manifest)
         lengths = {v: (self._reader.length(v) - 1) // stride + 1 for v in self._reader.videos}
@@ -136,6 +143,11 @@ class LatentCacheDataset(Dataset):
     def spec(self):
         """The tokenizer's ``latent_spec``."""
         return self.manifest["latent_spec"]
+
+    @property
+    def space(self):
+        """What the items hold, "codes" or "latents", in the terms of ``Prior.accepts``."""
+        return "codes" if self.manifest["store"] == "codes" else "latents"
 
     @property
     def fps(self):
@@ -179,7 +191,7 @@ class LatentCacheDataset(Dataset):
         return self
 
     def set_epoch(self, epoch):
-        """Move to another set of random windows."""
+        """Move to another set of random windows, and of draws from posteriors."""
         self.epoch = epoch
 
     def __len__(self):
@@ -187,12 +199,30 @@ class LatentCacheDataset(Dataset):
 
     def __getitem__(self, index):
         window = self._windows.place(index, self.epoch)
-        return {self.manifest["store"]: self.read_video(*window), "conditions": self.read_conditions(*window)}
+        if self.manifest["store"] == "posterior" and self.sample_posterior:
+            seed = random.Random(f"posterior {self.seed} {self.epoch} {index}").getrandbits(63)
+            frames = sample_moments(self.read_posterior(*window), torch.Generator().manual_seed(seed))
+        else:
+            frames = self.read_video(*window)
+        return {self.space: frames, "conditions": self.read_conditions(*window)}
 
     def read_video(self, index, start=0, stop=None):
-        """Frames ``start:stop`` of video ``index`` -> (stop - start, ...), int64 codes or float32 latents."""
+        """Frames ``start:stop`` of video ``index`` -> (stop - start, ...), int64 codes or float32 latents (the means
+        where the cache stores posteriors)."""
+        if self.manifest["store"] == "posterior":
+            return self.read_posterior(index, start, stop).chunk(2, dim=1)[0].contiguous()
         frames = self._reader.frames(*self._place(index, start, stop))
-        return frames.to(torch.int64 if self.manifest["store"] == "codes" else torch.float32)
+        return frames.to(torch.int64 if self.space == "codes" else torch.float32)
+
+    def read_posterior(self, index, start=0, stop=None):
+        """Mean and log-variance of the same frames, stacked along the channels -> (stop - start, 2 D, h, w) float32.
+
+        Raises:
+            ValueError: the cache stores codes or latents.
+        """
+        if self.manifest["store"] != "posterior":
+            raise ValueError(f"latents cache {self.root}: expected posteriors, found {self.manifest['store']}")
+        return self._reader.frames(*self._place(index, start, stop)).float()
 
     def read_conditions(self, index, start=0, stop=None):
         """Conditions of the same frames; see VideoDataset."""
@@ -231,7 +261,13 @@ def _layout(latent_spec, store, dtype):
         raise ValueError(f"cache.dtype: expected one of {', '.join(LATENT_DTYPES)}, found {dtype!r}")
     if store == "codes" and not sizes:
         raise ValueError("cache.store: expected 'latents' or 'auto' (the tokenizer is continuous), found 'codes'")
+    if store == "posterior" and sizes:
+        raise ValueError(
+            "cache.store: expected 'codes', 'latents' or 'auto' (the tokenizer is discrete), found 'posterior'"
+        )
     grid = [latent_spec["height"], latent_spec["width"]]
+    if store == "posterior":
+        return store, dtype, [2 * latent_spec["channels"], *grid]
     if store == "latents" or not sizes:
         return "latents", dtype, [latent_spec["channels"], *grid]
     largest = max(sizes)

@@ -1,0 +1,114 @@
+"""What the DCGAN and the VGG networks of SVG have in common: a vector for a frame, and features at every level."""
+
+import torch
+from torch import nn
+
+
+class MultilevelEncoder(nn.Module):
+    """Frames (N, C, H, W) -> the vector h, (N, dim) in [-1, 1], and a list of features, fine to coarse.
+
+    Args:
+        levels: a module for each level; the first takes the frames.
+        head: the module from the last level's features to (N, dim, 1, 1).
+        level_shapes: (channels, height, width) of each level's features.
+    """
+
+    def __init__(self, levels, head, level_shapes):
+        super().__init__()
+        self.levels, self.head, self.level_shapes = nn.ModuleList(levels), head, level_shapes
+        self.apply(init_normal)
+
+    def forward(self, frames):
+        x, features = frames, []
+        for level in self.levels:
+            x = level(x)
+            features.append(x)
+        return self.head(x).flatten(1), features
+
+
+class MultilevelDecoder(nn.Module):
+    """The vector h (N, dim) and, if it was built for them, an encoder's features -> frames (N, C, H, W).
+
+    Args:
+        levels: a module for each level, fine to coarse; the first gives the frames.
+        head: the module from (N, dim, 1, 1) to the coarsest level.
+        level_shapes: (channels, height, width) that come to each level from the one below; the encoder's features of
+            that level have the same shape.
+        joined: for each level, how many maps of that shape it takes beside its own.
+    """
+
+    def __init__(self, levels, head, level_shapes, joined):
+        super().__init__()
+        self.levels, self.head, self.level_shapes, self.joined = nn.ModuleList(levels), head, level_shapes, joined
+        self.apply(init_normal)
+
+    def forward(self, h, features=None, join=None):
+        """Decode.
+
+        Args:
+            h: (N, dim).
+            features: one tensor (N, channels, height, width) a level, fine to coarse; None for a decoder that takes
+                none. Those of levels with ``joined`` 0 are not looked at.
+            join: ``join(level, own, features[level])`` -> (N, (1 + joined) * channels, height, width), where ``own`` is
+                what comes from the level below; default: the two side by side.
+        Raises:
+            ValueError: features for a decoder that takes none, or none for one that does.
+        """
+        if (features is not None) != any(self.joined):
+            expected = "one tensor a level" if any(self.joined) else "None (the decoder was built without)"
+            raise ValueError(f"features: expected {expected}, found {'None' if features is None else 'some'}")
+        x = self.head(h[:, :, None, None])
+        for i in reversed(range(len(self.levels))):
+            if self.joined[i]:
+                x = join(i, x, features[i]) if join else torch.cat([x, features[i]], 1)
+            x = self.levels[i](x)
+        return x
+
+
+def level_widths(height, width, hidden_channels):
+    """How often a frame is halved, and how wide the levels are: SVG's 4 levels at 64x64 and 5 at 128x128.
+
+    Both sides are halved as long as they are even and at least 8. Channels double from level to level, up to 8 times
+    ``hidden_channels``.
+
+    Returns:
+        channels of each level, fine to coarse; (height, width) of the map that is left.
+    Raises:
+        ValueError: frames that cannot be halved once.
+    """
+    channels = []
+    grid = (height, width)
+    while min(grid) >= 8 and grid[0] % 2 == grid[1] % 2 == 0:
+        channels.append(hidden_channels * min(2 ** len(channels), 8))
+        grid = (grid[0] // 2, grid[1] // 2)
+    if not channels:
+        raise ValueError(f"height, width: expected even numbers of at least 8 pixels, found {height}, {width}")
+    return channels, grid
+
+
+def joined_maps(joined, n_levels):
+    """``joined`` as a list: a number for all levels, or already one for each."""
+    joined = [joined] * n_levels if isinstance(joined, int) else list(joined)
+    if len(joined) != n_levels or min(joined) < 0:
+        raise ValueError(f"joined: expected numbers of at least 0 for {n_levels} levels, found {joined}")
+    return joined
+
+
+def normalized(convolution, activation=None):
+    """[convolution, BatchNorm, LeakyReLU 0.2 or ``activation``]. The convolution needs no bias: BatchNorm has one."""
+    return [convolution, nn.BatchNorm2d(convolution.out_channels), activation or nn.LeakyReLU(0.2)]
+
+
+def final_activation(name):
+    """Of the frames: "tanh", which is SVG's sigmoid over frames in [-1, 1] instead of [0, 1], or "linear"."""
+    if name not in ("tanh", "linear"):
+        raise ValueError(f"output_activation: expected 'tanh' or 'linear', found {name!r}")
+    return nn.Tanh() if name == "tanh" else nn.Identity()
+
+
+def init_normal(module):
+    """The initial weights of DCGAN and SVG: N(0, 0.02), for BatchNorm N(1, 0.02); biases 0. For ``Module.apply``."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d)):
+        nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

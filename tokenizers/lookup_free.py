@@ -1,0 +1,133 @@
+"""Discrete tokenizers whose codebooks cannot collapse, for they have none to learn: FSQ and LFQ."""
+
+from diffusers.configuration_utils import register_to_config
+
+from .base import ReconstructionOutput, check_latents
+from .losses import check_reconstruction_options, reconstruction_loss
+from .quantizers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from .vqvae import ConvolutionalVQ
+
+
+class _LookupFreeVAE(ConvolutionalVQ):
+    @property
+    def codebook_sizes(self):
+        return self.quantizer.codebook_sizes
+
+    def forward(self, frames):
+        """Reconstruct.
+
+        Args:
+            frames: (B, T, C, H, W) in [-1, 1].
+        Returns:
+            ReconstructionOutput; ``logs`` has ``reconstruction_loss``, ``lpips`` where it is weighted,
+            ``quantizer_loss`` (weighted) and ``perplexity`` (of this batch's codes, mean over the codebooks).
+        """
+        quantized = self.quantizer(self._features(frames))
+        reconstruction = self._decode(self._to_latents(quantized.latents))
+        options = (self.config.reconstruction_loss, self.config.lpips_weight)
+        loss, logs = reconstruction_loss(reconstruction, frames, *options)
+        return ReconstructionOutput(
+            frames=reconstruction.clamp(-1, 1),
+            loss=loss + quantized.loss,
+            codes=quantized.codes,
+            logs=logs | {"quantizer_loss": quantized.loss.detach(), "perplexity": quantized.perplexity.mean()},
+        )
+
+
+class FSQVAE(_LookupFreeVAE):
+    """Finite scalar quantisation (Mentzer et al. 2024) between VQVAE's encoder and decoder.
+
+    The latents are the rounded channels themselves, within [-1, 1], a channel for each entry of ``levels``. The only
+    loss is the reconstruction's.
+
+    Args:
+        levels: values of each channel of a codebook; their product is its size (the paper's table 1: [8, 5, 5, 5] for
+            about 2^10 codes, [8, 8, 8, 5, 5, 5] for about 2^16).
+        n_codebooks: parts that the channels are split into, each with these ``levels``.
+        embedding_dim: D, ``n_codebooks * len(levels)``; may be left out.
+        reconstruction_loss: "l2" or "l1".
+        lpips_weight: of LPIPS in the loss; see ``losses.py``.
+        in_channels, height, width, hidden_channels, residual_channels, n_residual_blocks, stride, output_activation,
+            padding_mode, scaling_factor: as for VQVAE.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        height: int = 64,
+        width: int = 64,
+        hidden_channels: int = 256,
+        residual_channels: int = 128,
+        n_residual_blocks: int = 2,
+        stride: int = 4,
+        levels: list[int] = (8, 5, 5, 5),
+        n_codebooks: int = 1,
+        embedding_dim: int | None = None,
+        output_activation: str = "tanh",
+        padding_mode: str = "zeros",
+        reconstruction_loss: str = "l2",
+        lpips_weight: float = 0.0,
+        scaling_factor: float = 1.0,
+    ):
+        super().__init__()
+        check_reconstruction_options(reconstruction_loss, lpips_weight)
+        quantizer = FiniteScalarQuantizer(levels, n_codebooks)
+        if embedding_dim not in (None, quantizer.dim):
+            raise ValueError(f"embedding_dim: expected {quantizer.dim}, as the levels say, found {embedding_dim}")
+        self.register_to_config(embedding_dim=quantizer.dim)
+        self._build_networks()
+        self.quantizer = quantizer
+
+    def latents_to_codes(self, latents):
+        """(B, T, D, h, w) -> (B, T, h, w, n_codebooks) int64, the nearest level of every channel."""
+        spec = self.latent_spec
+        check_latents(latents, spec["channels"], spec["height"], spec["width"])
+        return self.quantizer.nearest_level(latents.float().movedim(2, -1) / self.config.scaling_factor)
+
+
+class LFQVAE(_LookupFreeVAE):
+    """Lookup-free quantisation (Yu et al. 2024, MAGVIT-v2) between VQVAE's encoder and decoder.
+
+    The latents are -1 and 1, a bit for each channel.
+
+    Args:
+        embedding_dim: D, the bits of all codes at a position.
+        n_codebooks: parts that the bits are split into, each of 2^(D / n_codebooks) codes. Training takes memory for
+            every code at every position, so that more than about 14 bits need more than one codebook.
+        commitment_weight: of the distance between encoder outputs and code vectors.
+        entropy_weight: of the entropy terms, which make single choices sure and all choices together various.
+        diversity_gamma: of the second against the first.
+        reconstruction_loss: "l2" or "l1".
+        lpips_weight: of LPIPS in the loss; see ``losses.py``.
+        in_channels, height, width, hidden_channels, residual_channels, n_residual_blocks, stride, output_activation,
+            padding_mode, scaling_factor: as for VQVAE.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        height: int = 64,
+        width: int = 64,
+        hidden_channels: int = 256,
+        residual_channels: int = 128,
+        n_residual_blocks: int = 2,
+        stride: int = 4,
+        embedding_dim: int = 10,
+        n_codebooks: int = 1,
+        commitment_weight: float = 0.25,
+        entropy_weight: float = 0.1,
+        diversity_gamma: float = 1.0,
+        output_activation: str = "tanh",
+        padding_mode: str = "zeros",
+        reconstruction_loss: str = "l2",
+        lpips_weight: float = 0.0,
+        scaling_factor: float = 1.0,
+    ):
+        super().__init__()
+        check_reconstruction_options(reconstruction_loss, lpips_weight)
+        self._build_networks()
+        self.quantizer = LookupFreeQuantizer(
+            embedding_dim, n_codebooks, entropy_weight, diversity_gamma, commitment_weight
+        )

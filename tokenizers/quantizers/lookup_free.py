@@ -1,0 +1,116 @@
+"""Quantizers without a table of code vectors, from vector-quantize-pytorch: no code can die, nothing is searched."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import nn
+from vector_quantize_pytorch import FSQ, LFQ
+
+from latentcast.metrics.perplexity import perplexity
+
+
+@dataclass
+class LookupFreeOutput(BaseOutput):
+    """What ``forward`` returns.
+
+    latents: (..., D) fp32, exactly the code vectors; their gradient goes straight through the rounding.
+    codes: (..., n_codebooks) int64.
+    loss: scalar, what the quantizer adds to the reconstruction's loss.
+    perplexity: (n_codebooks,) of this batch's codes.
+    """
+
+    latents: torch.Tensor
+    codes: torch.Tensor
+    loss: torch.Tensor
+    perplexity: torch.Tensor
+
+
+class _LookupFreeQuantizer(nn.Module):
+    """Around ``library``, a module of vector-quantize-pytorch: any leading axes, and fp32 under any autocast."""
+
+    def __init__(self, library):
+        super().__init__()
+        self.library = library
+
+    @property
+    def dim(self):
+        """D, of all codebooks together."""
+        return self.library.dim
+
+    @property
+    def codebook_sizes(self):
+        return [self.library.codebook_size] * self.library.num_codebooks
+
+    def nearest(self, vectors):
+        """Encoder outputs (..., D) -> codes (..., n_codebooks) int64."""
+        return self._run(vectors.detach())[1]
+
+    def lookup(self, codes):
+        """(..., n_codebooks) int64 -> code vectors (..., D) fp32."""
+        vectors = self.library.indices_to_codes(codes.flatten(0, -2)[None])
+        return vectors[0].float().unflatten(0, codes.shape[:-1])
+
+    def forward(self, vectors):
+        """Quantise encoder outputs (..., D) -> LookupFreeOutput."""
+        latents, codes, loss = self._run(vectors)
+        histograms = [torch.bincount(c, minlength=n) for c, n in zip(codes.flatten(0, -2).T, self.codebook_sizes)]
+        return LookupFreeOutput(latents=latents, codes=codes, loss=loss, perplexity=perplexity(torch.stack(histograms)))
+
+    def _run(self, vectors):
+        """-> code vectors with their gradient, codes, loss"""
+        with torch.autocast(vectors.device.type, enabled=False):
+            quantized, codes, *losses = self.library(vectors.float().flatten(0, -2)[None])
+        axes = vectors.shape[:-1]
+        loss = losses[0] if losses else quantized.new_zeros(())
+        codes = codes[0].long().clamp(0, self.library.codebook_size - 1)  # NaN is for the loss to show
+        return quantized[0].unflatten(0, axes), codes.unflatten(0, axes), loss
+
+
+class FiniteScalarQuantizer(_LookupFreeQuantizer):
+    """FSQ (Mentzer et al. 2024, section 3): every channel is squashed by tanh and rounded to one of a few levels.
+
+    Args:
+        levels: values of each channel of a codebook, at least 3; their product is the number of codes.
+        n_codebooks: parts that the channels are split into, each with these levels.
+    """
+
+    def __init__(self, levels, n_codebooks=1):
+        if not levels or min(levels) < 3:
+            raise ValueError(f"levels: expected at least 3 values for every channel, found {list(levels)}")
+        super().__init__(FSQ(list(levels), num_codebooks=n_codebooks, keep_num_codebooks_dim=True))
+
+    def nearest_level(self, vectors):
+        """Like ``nearest``, of vectors in the space of the code vectors, which tanh must not squash again."""
+        levels = self.library._levels
+        half = levels // 2
+        grid = vectors.float().unflatten(-1, (-1, len(levels)))
+        grid = (grid * half).round().clamp(-half, levels - 1 - half) / half
+        return self.library.codes_to_indices(grid).long()
+
+
+class LookupFreeQuantizer(_LookupFreeQuantizer):
+    """LFQ (Yu et al. 2024, section 3.1): a channel is one bit, its sign; code vectors are corners of a cube, -1 and 1.
+
+    In training mode the loss is ``entropy_weight`` times (mean entropy of a vector's code distribution minus
+    ``diversity_gamma`` times the entropy of their mean; eq. 6) plus ``commitment_weight`` times the mean square
+    distance to the code vectors; in eval mode it is 0. The entropies take memory for every code at every position. With
+    several ranks the library (1.32) takes the mean over each rank's own batch, and divides it by their number.
+
+    Args:
+        dim: D, channels or bits of all codebooks together.
+        n_codebooks: parts that the channels are split into; each has 2^(D / n_codebooks) codes.
+    """
+
+    def __init__(self, dim, n_codebooks=1, entropy_weight=0.1, diversity_gamma=1.0, commitment_weight=0.25):
+        if n_codebooks < 1 or dim % n_codebooks:
+            raise ValueError(f"n_codebooks: expected a divisor of the {dim} channels, found {n_codebooks}")
+        library = LFQ(
+            codebook_size=2 ** (dim // n_codebooks),
+            num_codebooks=n_codebooks,
+            keep_num_codebooks_dim=True,
+            entropy_loss_weight=entropy_weight,
+            diversity_gamma=diversity_gamma,
+            commitment_loss_weight=commitment_weight,
+        )
+        super().__init__(library)
