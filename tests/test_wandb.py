@@ -3,6 +3,7 @@
 import builtins
 import json
 import struct
+import time
 
 import pytest
 from tiny_experiment import call_tool
@@ -43,8 +44,13 @@ def read_records(path):
 def read_run(folder):
     """-> (run record, config, list of rows) of one W&B folder."""
     (path,) = folder.glob("*.wandb")
+    for _ in range(100):  # wandb's own process writes it, and may still be at it after the run is closed
+        records = list(read_records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            break
+        time.sleep(0.1)
     run, config, rows = None, {}, []
-    for record in read_records(path):
+    for record in records:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run = record.run
