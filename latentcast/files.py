@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all, and where downloads and indices are kept."""
+"""Files that appear whole or not at all, their checksums, and where downloads and indices are kept."""
 
 import contextlib
+import hashlib
 import os
 import uuid
 from pathlib import Path
@@ -22,3 +23,13 @@ def replacing(path):
 def user_cache():
     """``$XDG_CACHE_HOME/latentcast`` or ``~/.cache/latentcast``; not created here."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentcast"
+
+
+def file_sha256(*paths):
+    """SHA-256 of the files' bytes, one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """The base class of every network in latentcast, and how a saved one is loaded."""
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -118,6 +119,19 @@ def fingerprint(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def eval_mode(*models):
+    """Switch models (or None) to eval mode, module by module, and back afterwards."""
+    modules = [module for model in models if model is not None for module in model.modules() if module.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
 
 
 def find_tokenizer(config, run_dir):

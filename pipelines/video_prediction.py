@@ -1,6 +1,5 @@
 """From context frames to predicted futures."""
 
-import contextlib
 import difflib
 import json
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
+from latentcast.modeling import eval_mode
 from latentcast.tokenizers.base import check_frames
 
 from .base import VideoPipeline
@@ -100,7 +100,7 @@ class VideoPredictionPipeline(VideoPipeline):
         if self.scheduler is not None:
             sampler["scheduler"] = self.scheduler
 
-        with _eval_mode(self.prior, self.tokenizer):
+        with eval_mode(self.prior, self.tokenizer):
             context = self.encode(frames)
             future = self.prior.sample(
                 context,
@@ -172,19 +172,6 @@ def _check_same_spec(prior_spec, tokenizer_spec):
         raise ValueError(
             f"the prior was trained on other latents than the tokenizer gives (prior against tokenizer): {sides}"
         )
-
-
-@contextlib.contextmanager
-def _eval_mode(*models):
-    """Switch models to eval mode (no dropout, no codebook updates), and back afterwards."""
-    modules = [module for model in models if model is not None for module in model.modules() if module.training]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.training = True
 
 
 def _convert(frames, output_type):

@@ -2,36 +2,20 @@
 
 from diffusers.configuration_utils import register_to_config
 
-from .base import ReconstructionOutput, check_latents
-from .losses import check_reconstruction_options, reconstruction_loss
+from .base import check_latents
 from .quantizers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
 from .vqvae import ConvolutionalVQ
 
 
 class _LookupFreeVAE(ConvolutionalVQ):
+    """``logs`` of ``forward`` has ``quantizer_loss``, weighted, in the place of ``commitment_loss``."""
+
     @property
     def codebook_sizes(self):
         return self.quantizer.codebook_sizes
 
-    def forward(self, frames):
-        """Reconstruct.
-
-        Args:
-            frames: (B, T, C, H, W) in [-1, 1].
-        Returns:
-            ReconstructionOutput; ``logs`` has ``reconstruction_loss``, ``lpips`` where it is weighted,
-            ``quantizer_loss`` (weighted) and ``perplexity`` (of this batch's codes, mean over the codebooks).
-        """
-        quantized = self.quantizer(self._features(frames))
-        reconstruction = self._decode(self._to_latents(quantized.latents))
-        options = (self.config.reconstruction_loss, self.config.lpips_weight)
-        loss, logs = reconstruction_loss(reconstruction, frames, *options)
-        return ReconstructionOutput(
-            frames=reconstruction.clamp(-1, 1),
-            loss=loss + quantized.loss,
-            codes=quantized.codes,
-            logs=logs | {"quantizer_loss": quantized.loss.detach(), "perplexity": quantized.perplexity.mean()},
-        )
+    def _quantizer_loss(self, quantized):
+        return quantized.loss, {"quantizer_loss": quantized.loss.detach()}
 
 
 class FSQVAE(_LookupFreeVAE):
@@ -71,7 +55,6 @@ class FSQVAE(_LookupFreeVAE):
         scaling_factor: float = 1.0,
     ):
         super().__init__()
-        check_reconstruction_options(reconstruction_loss, lpips_weight)
         quantizer = FiniteScalarQuantizer(levels, n_codebooks)
         if embedding_dim not in (None, quantizer.dim):
             raise ValueError(f"embedding_dim: expected {quantizer.dim}, as the levels say, found {embedding_dim}")
@@ -126,7 +109,6 @@ class LFQVAE(_LookupFreeVAE):
         scaling_factor: float = 1.0,
     ):
         super().__init__()
-        check_reconstruction_options(reconstruction_loss, lpips_weight)
         self._build_networks()
         self.quantizer = LookupFreeQuantizer(
             embedding_dim, n_codebooks, entropy_weight, diversity_gamma, commitment_weight

@@ -1,12 +1,11 @@
 """The frame autoencoders of SVG (Denton and Fergus 2018) and HAF-SVG: a frame becomes one vector."""
 
-from contextlib import contextmanager
-
 import torch
 from diffusers.configuration_utils import register_to_config
 
 from latentcast.layers.dcgan import DCGANDecoder, DCGANEncoder
 from latentcast.layers.vgg import VGGDecoder, VGGEncoder
+from latentcast.modeling import eval_mode
 
 from .base import FrameTokenizer, ReconstructionOutput, TokenizerOutput, check_frames, check_latents
 from .losses import check_reconstruction_options, reconstruction_loss
@@ -72,12 +71,12 @@ class VectorAutoencoder(FrameTokenizer):
 
     def encode(self, frames):
         """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput with latents (B, T, D, 1, 1)."""
-        with _eval_mode(self):
+        with eval_mode(self):
             return TokenizerOutput(latents=self._encode(frames))
 
     def decode(self, latents):
         """(B, T, D, 1, 1) -> (B, T, C, H, W) fp32 in [-1, 1]."""
-        with _eval_mode(self):
+        with eval_mode(self):
             return self._decode(latents).clamp(-1, 1)
 
     def forward(self, frames):
@@ -125,16 +124,3 @@ class VGGAutoencoder(VectorAutoencoder):
     """
 
     encoder_class, decoder_class = VGGEncoder, VGGDecoder
-
-
-@contextmanager
-def _eval_mode(model):
-    """BatchNorm by its running statistics, and afterwards as before."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -119,8 +119,8 @@ class ConvolutionalVQ(FrameTokenizer):
         Args:
             frames: (B, T, C, H, W) in [-1, 1].
         Returns:
-            ReconstructionOutput; ``logs`` has ``reconstruction_loss``, ``commitment_loss`` (unweighted) and
-            ``perplexity`` (of this batch's codes, mean over the codebooks).
+            ReconstructionOutput; ``logs`` has ``reconstruction_loss``, ``lpips`` where it is weighted,
+            ``commitment_loss`` (unweighted) and ``perplexity`` (of this batch's codes, mean over the codebooks).
         """
         config = self.config
         quantized = self.quantizer(self._features(frames))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..files import file_sha256
 from . import prepared, shards
 from .base import SPLITS
-from .benchmarks.base import file_sha256
 from .video_folder import build_index
 
 logger = logging.getLogger("latentcast")

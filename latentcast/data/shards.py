@@ -7,7 +7,6 @@ a small JSON note beside each shard; ``manifest.json`` replaces them in the end:
 
 import collections
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import replacing
+from ..files import file_sha256, replacing
 
 logger = logging.getLogger("latentcast")
 
@@ -272,7 +271,11 @@ class ShardFile:
             self.file.write(header.ljust(self.header_bytes))
             self.file.flush()
             os.fsync(self.file.fileno())
-            note = {"file": self.path.name, "bytes": self.temporary.stat().st_size, "sha256": _sha256(self.temporary)}
+            note = {
+                "file": self.path.name,
+                "bytes": self.temporary.stat().st_size,
+                "sha256": file_sha256(self.temporary),
+            }
             os.replace(self.temporary, self.path)
         videos = {str(v): {"n_frames": n} | self.facts.get(v, {}) for v, n in self.written.items()}
         skipped = {str(video): reason for video, reason in self.skipped.items()}
@@ -406,7 +409,7 @@ def damage(root, notes):
     for note in notes:
         path = Path(root) / note["file"]
         error = _size_error(Path(root), note)
-        if error is None and (found := _sha256(path)) != note["sha256"]:
+        if error is None and (found := file_sha256(path)) != note["sha256"]:
             error = f"{path}: expected sha256 {note['sha256']}, found {found}"
         if error:
             yield error
@@ -463,11 +466,6 @@ def _shard_name(shard):
 
 def _note_path(root, shard):
     return root / f"shard-{shard:05d}.json"
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path):

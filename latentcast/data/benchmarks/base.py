@@ -1,6 +1,5 @@
 """What a benchmark data set must tell so that ``tools/prepare_dataset.py`` can prepare it."""
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,13 +101,3 @@ class Benchmark:
     def figures(self, root):
         """What the tool's last line says beside the counts, measured on the finished set at ``root``."""
         return {}
-
-
-def file_sha256(*paths):
-    """SHA-256 of the files' bytes, one after another."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()

@@ -3,11 +3,12 @@
 import logging
 import re
 
+from ...files import file_sha256
 from ..base import SPLITS
 from ..image_frames import read_pictures
 from ..video_folder import check_whole
 from ..video_reader import VideoError
-from .base import Benchmark, Clip, file_sha256
+from .base import Benchmark, Clip
 
 logger = logging.getLogger("latentcast")
 

@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from ...files import file_sha256
 from ..base import SPLITS
 from ..image_frames import frame_number, numbered_pictures, read_pictures
 from ..video_folder import (
@@ -18,7 +19,7 @@ from ..video_folder import (
     walk,
 )
 from ..video_reader import VideoError, VideoInfo, iter_clip, stated_rate
-from .base import Benchmark, Clip, file_sha256
+from .base import Benchmark, Clip
 
 SAME_RATE = 0.01  # relative difference of frame rates that is let pass
 

@@ -7,10 +7,11 @@ import logging
 
 import torch
 
+from ...files import file_sha256
 from ..base import SPLITS
 from ..video_folder import check_rate, check_whole
 from ..video_reader import VideoError, iter_clip
-from .base import Benchmark, Clip, file_sha256
+from .base import Benchmark, Clip
 
 logger = logging.getLogger("latentcast")
 

@@ -1,10 +1,11 @@
 """KITTI: drives through a city and its surroundings, recorded from a car, one PNG a frame."""
 
+from ...files import file_sha256
 from ..base import SPLITS
 from ..image_frames import frame_number, numbered_pictures, read_pictures
 from ..video_folder import check_whole
 from ..video_reader import VideoError
-from .base import Benchmark, Clip, file_sha256
+from .base import Benchmark, Clip
 
 # category -> date -> numbers of the drives
 DRIVES = {

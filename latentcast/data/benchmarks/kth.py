@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ...files import file_sha256
 from ..video_folder import luma
 from ..video_reader import VideoError, probe, read_clip
-from .base import Benchmark, Clip, file_sha256
+from .base import Benchmark, Clip
 
 CLASSES = ("boxing", "handclapping", "handwaving", "jogging", "running", "walking")
 HEIGHT, WIDTH = 120, 160
