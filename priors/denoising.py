@@ -1,0 +1,116 @@
+"""What the diffusion priors have in common: diffusers' schedulers by name, and the loop that denoises."""
+
+import inspect
+
+import diffusers
+import torch
+
+# name -> (class in diffusers, its arguments beyond the forward process). "trailing" steps begin at the noisiest time.
+SCHEDULERS = {
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),  # ancestral sampling
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+}
+
+
+def noise_schedule(n_steps, betas, prediction_type):
+    """The forward process as diffusers' schedulers are configured.
+
+    Args:
+        n_steps: N, the number of diffusion steps in training.
+        betas: "linear" (Ho et al. 2020, from 1e-4 to .02) or "cosine" (Nichol and Dhariwal 2021).
+        prediction_type: what the network predicts: "epsilon", "v_prediction" or "sample".
+    Returns:
+        dict for ``make_scheduler``; JSON-able.
+    Raises:
+        ValueError: an unknown name.
+    """
+    names = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+    if betas not in names:
+        raise ValueError(f"betas: expected linear or cosine, found {betas!r}")
+    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"prediction_type: expected epsilon, v_prediction or sample, found {prediction_type!r}")
+    return {
+        "num_train_timesteps": n_steps,
+        "beta_schedule": names[betas],
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "prediction_type": prediction_type,
+    }
+
+
+def make_scheduler(scheduler, schedule):
+    """A fresh scheduler of diffusers for a forward process.
+
+    Args:
+        scheduler: a name in ``SCHEDULERS``, or an instance (a pipeline's component), of which class and options are
+            taken; the forward process is always that of the training.
+        schedule: of ``noise_schedule``.
+    Raises:
+        ValueError: an unknown name.
+    """
+    if isinstance(scheduler, diffusers.SchedulerMixin):
+        return type(scheduler).from_config(scheduler.config, **schedule)
+    if scheduler not in SCHEDULERS:
+        raise ValueError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, found {scheduler!r}")
+    name, options = SCHEDULERS[scheduler]
+    return getattr(diffusers, name)(**schedule, **options, timestep_spacing="trailing")
+
+
+@torch.no_grad()
+def denoise(predict, noise, scheduler, n_steps, generator=None, clamp=None, on_step=None):
+    """Run the reverse process from noise to a sample.
+
+    Args:
+        predict: ``predict(x, t)`` -> the network's output for ``x`` (N, ...) at the time ``t``, a tensor (N,).
+        noise: (N, ...), standard normal.
+        scheduler: a fresh one, of ``make_scheduler``.
+        n_steps: number of denoising steps.
+        generator: of the noise that stochastic schedulers add.
+        clamp: bound of the predicted clean sample |x_0| at every step, or None. Kept for every scheduler by handing it
+            the output that belongs to the clamped x_0.
+        on_step: called after every step, to move a progress bar.
+    Returns:
+        (N, ...), float32.
+    Raises:
+        ValueError: more steps than the process has, or fewer than one.
+    """
+    n_train = scheduler.config.num_train_timesteps
+    if not 1 <= n_steps <= n_train:
+        raise ValueError(f"n_steps: expected 1 to {n_train}, found {n_steps}")
+    scheduler.set_timesteps(n_steps, device=noise.device)
+    noisy = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    x = noise.float() * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t)
+        output = predict(scaled, t.expand(len(x))).float()
+        if clamp is not None:
+            output = _clamped(output, scaled, scheduler, t, clamp)
+        x = scheduler.step(output, t, x, **noisy).prev_sample
+        if on_step is not None:
+            on_step()
+    return x
+
+
+def clean_sample(output, x, alpha_bar, prediction_type):
+    """The x_0 that a network's output stands for: (x - sqrt(1 - alpha_bar) epsilon) / sqrt(alpha_bar) for "epsilon"."""
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction_type == "epsilon":
+        return (x - sigma * output) / alpha
+    return alpha * x - sigma * output if prediction_type == "v_prediction" else output
+
+
+def network_output(x_0, x, alpha_bar, prediction_type):
+    """The inverse of ``clean_sample``: what the network would have to say for ``x_0``."""
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction_type == "epsilon":
+        return (x - alpha * x_0) / sigma
+    return (alpha * x - x_0) / sigma if prediction_type == "v_prediction" else x_0
+
+
+def _clamped(output, x, scheduler, t, bound):
+    kind = scheduler.config.prediction_type
+    alpha_bar = scheduler.alphas_cumprod[int(t)].to(x)
+    return network_output(clean_sample(output, x, alpha_bar, kind).clamp(-bound, bound), x, alpha_bar, kind)

@@ -1,0 +1,90 @@
+"""The loop of the diffusion priors, against closed forms and diffusers' own pipeline of steps."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from latentcast.priors.denoising import (
+    SCHEDULERS,
+    clean_sample,
+    denoise,
+    make_scheduler,
+    network_output,
+    noise_schedule,
+)
+
+
+def oracle(scheduler, mean, std, kind):
+    """The best network for data N(mean, std^2): E[x_0 | x_t] in closed form, as the output that ``kind`` names."""
+
+    def predict(x, t):
+        alpha_bar = scheduler.alphas_cumprod[int(t[0])].to(x)
+        gain = alpha_bar.sqrt() * std**2 / (alpha_bar * std**2 + 1 - alpha_bar)
+        return network_output(mean + gain * (x - alpha_bar.sqrt() * mean), x, alpha_bar, kind)
+
+    return predict
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("betas", ["linear", "cosine"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_finds_the_data(name, betas, kind):
+    schedule = noise_schedule(1000, betas, kind)
+    scheduler = make_scheduler(name, schedule)
+    noise = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    predict = oracle(scheduler, 0.4, 0.3, kind)
+    n_steps = 1000 if name == "ddpm" else 50
+    x = denoise(predict, noise, scheduler, n_steps, torch.Generator().manual_seed(1))
+    assert x.mean().item() == pytest.approx(0.4, abs=0.03) and x.std().item() == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])
+def test_clamping_is_that_of_diffusers(scheduler_class, kind):
+    schedule = noise_schedule(20, "cosine", kind)
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def predict(x, t):
+        return torch.sin(3 * x) * 2
+
+    theirs = scheduler_class(**schedule, clip_sample=True, clip_sample_range=0.7, timestep_spacing="trailing")
+    expected = noise
+    generator = torch.Generator().manual_seed(2)
+    theirs.set_timesteps(20)
+    for t in theirs.timesteps:
+        options = {"use_clipped_model_output": True} if scheduler_class is DDIMScheduler else {}
+        expected = theirs.step(predict(expected, t), t, expected, generator=generator, **options).prev_sample
+    name = "ddpm" if scheduler_class is DDPMScheduler else "ddim"
+    generator = torch.Generator().manual_seed(2)
+    found = denoise(predict, noise, make_scheduler(name, schedule), 20, generator, clamp=0.7)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_outputs_and_clean_samples_are_inverse(kind):
+    x, x_0 = torch.randn(2, 5, 3, dtype=torch.float64)
+    alpha_bar = torch.tensor(0.3, dtype=torch.float64)
+    output = network_output(x_0, x, alpha_bar, kind)
+    torch.testing.assert_close(clean_sample(output, x, alpha_bar, kind), x_0)
+
+
+def test_a_component_keeps_its_options_and_takes_the_forward_process_of_the_training():
+    component = DDIMScheduler(num_train_timesteps=77, beta_schedule="linear", rescale_betas_zero_snr=False)
+    scheduler = make_scheduler(component, noise_schedule(30, "cosine", "v_prediction"))
+    assert isinstance(scheduler, DDIMScheduler) and scheduler.config.num_train_timesteps == 30
+    assert scheduler.config.prediction_type == "v_prediction" and scheduler is not component
+
+
+def test_unknown_names_and_step_counts_are_refused():
+    schedule = noise_schedule(10, "linear", "epsilon")
+    for call, message in (
+        (lambda: make_scheduler("dppm", schedule), "scheduler: expected one of"),
+        (lambda: noise_schedule(10, "quadratic", "epsilon"), "betas: expected"),
+        (lambda: noise_schedule(10, "linear", "noise"), "prediction_type: expected"),
+        (
+            lambda: denoise(lambda x, t: x, torch.randn(1, 2), make_scheduler("ddim", schedule), 11),
+            "n_steps: expected 1 to 10",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
