@@ -124,13 +124,16 @@ class LPIPS(nn.Module):
         features = []
         with full_precision(images.device):
             for x, gain in zip(self.stages(images.float()), self.gains):
-                length = x.square().sum(1, keepdim=True).sqrt() + EPS  # vector_norm is slow over strided axes
-                features.append((x / length).mul_(gain / math.sqrt(x[0, 0].numel())).flatten(1))
+                length = torch.linalg.vector_norm(x, dim=1, keepdim=True) + EPS
+                x = (x / length).mul_(gain / math.sqrt(x[0, 0].numel()))
+                features.append(x.permute(0, 2, 3, 1).flatten(1))
         return features
 
     def stages(self, images):
         """The network alone: (N, C, H, W) in [-1, 1] -> one (N, channels, h, w) after another, five in all."""
         x = images - self.shift
+        if x.device.type == "cpu":  # faster convolutions, and channels side by side for the lengths
+            x = x.contiguous(memory_format=torch.channels_last)
         layers = zip(self.kernels, self.biases)
         for pool, convolutions in self.layout:
             if pool:
