@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .frame import SAMPLES, VIDEOS, check_videos
+from .frame import check_videos
 from .precision import full_precision
 from .weights import SOURCES, load_weights
 
@@ -42,9 +42,8 @@ class LPIPS(nn.Module):
     length, the squared differences weighted by channel, and averaged over positions, summed over layers (Zhang et al.
     2018, equation 1). Grey is repeated to three channels; frames are not resized.
 
-    The first argument may also be S samples of each target, (B, S, T, C, H, W) -> (B, S, T): the target's features are
-    then computed once. ``features`` and ``distance`` do that across calls. Gradients reach the frames. Always in
-    float32, under autocast too.
+    ``features`` and ``distance`` are its two halves, for a frame that is compared many times. Gradients reach the
+    frames. Always in float32, under autocast too.
 
     Args:
         net: "alex", which most papers report, or "vgg".
@@ -82,21 +81,16 @@ class LPIPS(nn.Module):
 
     def forward(self, prediction, target):
         target = check_videos("lpips: target", target)
-        prediction = check_videos("lpips: prediction", prediction, SAMPLES if prediction.ndim == 6 else VIDEOS)
-        samples = prediction if prediction.ndim == 6 else prediction[:, None]
-        if samples[:, 0].shape != target.shape:
+        prediction = check_videos("lpips: prediction", prediction)
+        if prediction.shape != target.shape:
             raise ValueError(
                 f"lpips: expected prediction and target of one shape, found {tuple(prediction.shape)} "
                 f"and {tuple(target.shape)}"
             )
-        # chunk by chunk of target frames, each followed by the same frames of every sample
-        chunks = zip(*(video.flatten(0, 1).split(self._step(video)) for video in (target, *samples.unbind(1))))
         distances = []
-        for chunk, *others in chunks:
-            features = self._features(chunk)
-            distances.append(torch.stack([self.distance(self._features(other), features) for other in others]))
-        distances = torch.cat(distances, 1).unflatten(1, target.shape[:2]).transpose(0, 1)
-        return distances if prediction.ndim == 6 else distances[:, 0]
+        for pair in zip(*(video.flatten(0, 1).split(self._step(video)) for video in (prediction, target))):
+            distances.append(self.distance(*map(self._features, pair)))
+        return torch.cat(distances).unflatten(0, target.shape[:2])
 
     def features(self, frames):
         """(B, T, C, H, W) in [-1, 1] -> a list, one (B, T, D) a layer: what ``distance`` takes."""
