@@ -12,6 +12,7 @@ from .multilevel import (
     MultilevelEncoder,
     final_activation,
     joined_maps,
+    level_shapes,
     level_widths,
     normalized,
 )
@@ -33,7 +34,7 @@ class DCGANEncoder(MultilevelEncoder):
         for n_in, n_out in zip([in_channels, *channels], channels):
             levels.append(nn.Sequential(*normalized(nn.Conv2d(n_in, n_out, 4, stride=2, padding=1, bias=False))))
         head = nn.Sequential(*normalized(nn.Conv2d(channels[-1], dim, grid, bias=False), nn.Tanh()))
-        super().__init__(levels, head, level_shapes(channels, height, width))
+        super().__init__(levels, head, level_shapes(channels, height, width, first=1))
 
 
 class DCGANDecoder(MultilevelDecoder):
@@ -58,8 +59,4 @@ class DCGANDecoder(MultilevelDecoder):
             up = nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1, bias=False)
             levels.append(nn.Sequential(*normalized(up)))
         head = nn.Sequential(*normalized(nn.ConvTranspose2d(dim, channels[-1], grid, bias=False)))
-        super().__init__(levels, head, level_shapes(channels, height, width), joined)
-
-
-def level_shapes(channels, height, width):
-    return [(n, height >> i, width >> i) for i, n in enumerate(channels, start=1)]
+        super().__init__(levels, head, level_shapes(channels, height, width, first=1), joined)

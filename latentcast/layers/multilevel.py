@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 
 class MultilevelEncoder(nn.Module):
@@ -65,6 +66,43 @@ class MultilevelDecoder(nn.Module):
         return x
 
 
+class SteadyDecoder:
+    """A decoder that is called many times with the same features, as those of the last observed frame.
+
+    A level begins with a convolution of its own map and the joined ones. It is linear, so the share of the first joined
+    map, the features, is computed once and then added.
+
+    Args:
+        decoder: a MultilevelDecoder that takes features at all levels. Its weights as they are now are used.
+    """
+
+    def __init__(self, decoder):
+        self.head, self.levels = decoder.head, []
+        for level, (n, *_) in zip(decoder.levels, decoder.level_shapes):
+            first, axis = level[0], 0 if isinstance(level[0], nn.ConvTranspose2d) else 1
+            own, features, others = first.weight.detach().tensor_split((n, 2 * n), axis)
+            self.levels.append((first, torch.cat([own, others], axis), features.clone(), level[1:]))
+
+    def share(self, level, features):
+        """What the features (N, channels, height, width) of a level contribute to its first convolution."""
+        first, _, weight, _ = self.levels[level]
+        without_bias = {} if first.bias is None else {"bias": torch.zeros_like(first.bias)}
+        return functional_call(first, {"weight": weight, **without_bias}, (features,))
+
+    def __call__(self, h, shares, join):
+        """The decoder's output.
+
+        Args:
+            h: (N, dim).
+            shares: of each level, N rows.
+            join: ``join(level, own)`` -> what ``join`` gives the decoder, but without the features.
+        """
+        x = self.head(h[:, :, None, None])
+        for i, (first, weight, _, rest) in reversed(list(enumerate(self.levels))):
+            x = rest(functional_call(first, {"weight": weight}, (join(i, x),)) + shares[i])
+        return x
+
+
 def level_widths(height, width, hidden_channels):
     """How often a frame is halved, and how wide the levels are: SVG's 4 levels at 64x64 and 5 at 128x128.
 
@@ -76,14 +114,28 @@ def level_widths(height, width, hidden_channels):
     Raises:
         ValueError: frames that cannot be halved once.
     """
-    channels = []
-    grid = (height, width)
-    while min(grid) >= 8 and grid[0] % 2 == grid[1] % 2 == 0:
-        channels.append(hidden_channels * min(2 ** len(channels), 8))
-        grid = (grid[0] // 2, grid[1] // 2)
-    if not channels:
+    n_levels = n_halvings(height, width)
+    if not n_levels:
         raise ValueError(f"height, width: expected even numbers of at least 8 pixels, found {height}, {width}")
-    return channels, grid
+    return doubled_widths(n_levels, hidden_channels), (height >> n_levels, width >> n_levels)
+
+
+def n_halvings(height, width):
+    """How often both sides can be halved while they are even and at least 8."""
+    n = 0
+    while min(height, width) >= 8 and height % 2 == width % 2 == 0:
+        n, height, width = n + 1, height // 2, width // 2
+    return n
+
+
+def doubled_widths(n_levels, hidden_channels):
+    """Channels of each level: doubled from level to level, up to 8 times ``hidden_channels``."""
+    return [hidden_channels * min(2**level, 8) for level in range(n_levels)]
+
+
+def level_shapes(channels, height, width, first=0):
+    """(channels, height, width) of each level, whose sides have been halved ``first``, ``first + 1``, ... times."""
+    return [(n, height >> i, width >> i) for i, n in enumerate(channels, start=first)]
 
 
 def joined_maps(joined, n_levels):

@@ -15,6 +15,7 @@ from .multilevel import (
     MultilevelEncoder,
     final_activation,
     joined_maps,
+    level_shapes,
     level_widths,
     normalized,
 )
@@ -77,7 +78,3 @@ def block(*widths):
 
 def n_convolutions(level):
     return 2 if level < 2 else 3
-
-
-def level_shapes(channels, height, width):
-    return [(n, height >> i, width >> i) for i, n in enumerate(channels)]

@@ -1,0 +1,100 @@
+"""The recurrent parts of SVG (Denton and Fergus 2018): LSTMs between a linear embedding and linear outputs."""
+
+import torch
+from torch import nn
+
+from .multilevel import init_normal
+
+
+class EmbeddedLSTM(nn.Module):
+    """A linear embedding and an LSTM over it: (B, T, n_in) -> (B, T, cells).
+
+    Args:
+        n_in: numbers in each input.
+        cells: of each layer, and of the embedding.
+        n_layers: of the LSTM.
+    """
+
+    def __init__(self, n_in, cells, n_layers=1):
+        super().__init__()
+        self.embed = nn.Linear(n_in, cells)
+        self.lstm = nn.LSTM(cells, cells, n_layers, batch_first=True)
+
+    def forward(self, x, state=None):
+        """x (B, T, n_in), the state to go on from (None: zeros) -> ((B, T, cells), the state after it)."""
+        return self.lstm(self.embed(x), state)
+
+
+class FramePredictor(nn.Module):
+    """SVG's LSTM_theta: (B, T, n_in) -> what the decoder takes, (B, T, dim) in [-1, 1].
+
+    Args:
+        n_in: numbers in the previous frame's vector and in z together.
+        dim: numbers in the output.
+        cells, n_layers: as in ``EmbeddedLSTM``.
+    """
+
+    def __init__(self, n_in, dim, cells=256, n_layers=2):
+        super().__init__()
+        self.recurrent = EmbeddedLSTM(n_in, cells, n_layers)
+        self.out = nn.Linear(cells, dim)
+        self.apply(init_normal)
+
+    def forward(self, x, state=None):
+        """x (B, T, n_in), the state to go on from (None: zeros) -> ((B, T, dim), the state after it)."""
+        x, state = self.recurrent(x, state)
+        return self.out(x).tanh(), state
+
+
+class GaussianGroups(nn.Module):
+    """HAF-SVG's hierarchical module (equation 4): G groups of z, each of them given those before it.
+
+    Group j has an LSTM of its own over ``[h_t, z_t^1, ..., z_t^(j-1)]``, whose outputs are mean and log-variance of
+    ``z_t^j``. With one group it is SVG's; with none there is no z.
+
+    Args:
+        n_in: numbers in h.
+        n_groups: G, at least 0.
+        group_dim: numbers in each z^j.
+        cells: of each group's LSTM.
+    """
+
+    def __init__(self, n_in, n_groups, group_dim, cells=256):
+        super().__init__()
+        self.group_dim = group_dim
+        self.recurrent = nn.ModuleList(EmbeddedLSTM(n_in + j * group_dim, cells) for j in range(n_groups))
+        self.moments = nn.ModuleList(nn.Linear(cells, 2 * group_dim) for _ in range(n_groups))
+        self.apply(init_normal)
+
+    def forward(self, h, choose, states=None):
+        """Go through the groups.
+
+        Args:
+            h: (B, T, n_in).
+            choose: ``choose(j, mean, logvar)`` -> z^j, all three (B, T, group_dim), with j from 0: a draw, or what is
+                known already.
+            states: of the groups, to go on from; None: zeros.
+        Returns:
+            z, mean, log-variance: (B, T, n_groups * group_dim) each; the states after the last step.
+        """
+        known, found = h, [h.new_zeros(2, *h.shape[:-1], 0)]
+        states = list(states or [None] * len(self.recurrent))
+        for j, (recurrent, moments) in enumerate(zip(self.recurrent, self.moments)):
+            features, states[j] = recurrent(known, states[j])
+            found.append(torch.stack(moments(features).chunk(2, -1)))
+            known = torch.cat([known, choose(j, *found[-1])], -1)
+        mean, logvar = torch.cat(found, -1)
+        return known[..., h.shape[-1] :], mean, logvar, states
+
+
+class StandardGroups(nn.Module):
+    """The fixed prior of SVG-FP in the place of ``GaussianGroups``: z is standard normal whatever came before."""
+
+    def __init__(self, n_groups, group_dim):
+        super().__init__()
+        self.n_groups, self.group_dim = n_groups, group_dim
+
+    def forward(self, h, choose, states=None):
+        zeros = h.new_zeros(*h.shape[:-1], self.group_dim)
+        z = torch.cat([h[..., :0], *(choose(j, zeros, zeros) for j in range(self.n_groups))], -1)
+        return z, torch.zeros_like(z), torch.zeros_like(z), states

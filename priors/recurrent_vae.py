@@ -1,0 +1,384 @@
+"""Recurrent VAEs: SVG-LP (Denton and Fergus 2018) and its extension HAF-SVG, "Hierarchical Stochastic Video Generation
+network with Aligned Features".
+
+At each time step a latent variable z_t, in G groups (equations 2 and 3), says what the past cannot: in training it is
+drawn from the posterior q(z_t | x_1:t), which knows the frame to predict, in sampling from the learned prior
+p(z_t | x_1:t-1). An LSTM predicts from the previous frame's vector h_t-1 and z_t what a decoder draws, with features of
+the last observed frame at every level: joined as they are (SVG's skip connections) or aligned first (section 4.3).
+
+With ``n_groups=1, aligner="none"`` this is SVG-LP; with ``fixed_prior=True`` also SVG-FP; with ``n_groups=0`` its
+deterministic form.
+
+Shape letters: B clips, S samples, R rows (a batch of (clip, sample) pairs), Z = n_groups * group_dim numbers of z.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from latentcast.layers.aligner import FeatureAligner, Memory, SkipConnection
+from latentcast.layers.dcgan import DCGANDecoder, DCGANEncoder
+from latentcast.layers.latent_cnn import LatentDecoder, LatentEncoder
+from latentcast.layers.lstm import FramePredictor, GaussianGroups, StandardGroups
+from latentcast.layers.multilevel import SteadyDecoder
+from latentcast.layers.vgg import VGGDecoder, VGGEncoder
+from latentcast.modeling import eval_mode
+from latentcast.tokenizers.base import check_frames, check_latents
+
+from .base import Prior, PriorOutput, no_progress
+
+NETWORKS = {
+    "dcgan": (DCGANEncoder, DCGANDecoder),
+    "vgg": (VGGEncoder, VGGDecoder),
+    "latent": (LatentEncoder, LatentDecoder),
+}
+ALIGNERS = ("none", "paper", "encoder_value")
+KL_REDUCTIONS = ("sum", "mean")
+ACTIVE = 0.01  # nats: a number of z whose KL is below this says nothing
+
+
+class RecurrentVAE(Prior):
+    """SVG-LP and HAF-SVG over pixels, or over the latents of any tokenizer.
+
+    Over pixels, encoder and decoder are SVG's and everything is trained end to end; over latents, small convolutional
+    networks take their place. The space follows from ``latent_spec``: "pixels" for ``PixelTokenizer``, else "latents"
+    (for a discrete tokenizer, the cache must hold those: ``cache.store=latents``).
+
+    The loss is the negative of equation 1 over all frames after the first, context included, as published:
+    ``sum_t [MSE_t + beta * KL_t]``. MSE is the mean over the frame's numbers, of pixels in [0, 1] and of latents as
+    they are. KL is the closed form between the two Gaussians of each group, given the same draws of the groups before
+    it. In training every step sees the true previous frame; all steps are then one batch for the convolutions, and
+    BatchNorm's statistics are taken over the frames of all steps together.
+
+    Args:
+        latent_spec: ``FrameTokenizer.latent_spec`` of the tokenizer.
+        network: "dcgan" (SVG's for Moving-MNIST), "vgg" (for KTH and BAIR) or "latent"; None: "dcgan" for pixels,
+            "latent" for latents. The first two need sides that can be halved at least once.
+        dim: |h|, numbers in a frame's vector, and in what the frame predictor gives the decoder.
+        hidden_channels: channels of the networks' finest level; the next ones have 2, 4 and then 8 times as many.
+        n_groups: G; 0 leaves z out: the deterministic form.
+        group_dim: numbers in each group of z (as the paper counts: 16 for Moving-MNIST, 24 for KTH, 64 for BAIR,
+            whatever G).
+        fixed_prior: True takes N(0, 1) in the place of the learned prior (SVG-FP).
+        aligner: "none": skip connections. "paper": the feature aligner as written, with values from the decoder.
+            "encoder_value": with values from the encoder, see ``FeatureAligner``.
+        aligner_max_positions: levels with more positions (height times width) than this have skip connections instead,
+            since aligning costs their square: the default leaves out the 64x64 level of VGG-64. None: aligned at all
+            levels. (At a single position, as in latents that are vectors, there is nothing to align.)
+        cells: of every LSTM layer.
+        predictor_layers: LSTM layers of the frame predictor; prior and posterior have one.
+        beta: weight of the KL term.
+        kl_reduction: KL_t is the mean over clips of the KL in nats summed over the numbers of z ("sum", SVG's), or also
+            their mean ("mean"), with which beta means the same for any Z.
+    Raises:
+        ValueError: an unknown name, a negative number of groups, or groups without numbers.
+    """
+
+    memory_format = torch.channels_last  # VGG's convolutions are a third faster so
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_spec: dict,
+        network: str | None = None,
+        dim: int = 128,
+        hidden_channels: int = 64,
+        n_groups: int = 1,
+        group_dim: int = 16,
+        fixed_prior: bool = False,
+        aligner: str = "paper",
+        aligner_max_positions: int | None = 1024,
+        cells: int = 256,
+        predictor_layers: int = 2,
+        beta: float = 1e-4,
+        kl_reduction: str = "sum",
+    ):
+        super().__init__()
+        self.over_pixels = latent_spec["kind"] == "pixels"
+        self.accepts = "pixels" if self.over_pixels else "latents"
+        network = network or ("dcgan" if self.over_pixels else "latent")
+        for name, value, known in (
+            ("network", network, tuple(NETWORKS)),
+            ("aligner", aligner, ALIGNERS),
+            ("kl_reduction", kl_reduction, KL_REDUCTIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
+        for name, value, least in (("n_groups", n_groups, 0), ("group_dim", group_dim, 1)):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, found {value}")
+        sizes = (latent_spec["channels"], latent_spec["height"], latent_spec["width"], dim, hidden_channels)
+        make_encoder, make_decoder = NETWORKS[network]
+        if network != "latent":
+            make_decoder = functools.partial(make_decoder, output_activation="tanh" if self.over_pixels else "linear")
+        self.encoder = make_encoder(*sizes)
+        self.joins = nn.ModuleList()
+        for channels, height, width in self.encoder.level_shapes:
+            affordable = aligner_max_positions is None or height * width <= aligner_max_positions
+            aligned = aligner != "none" and affordable and height * width > 1
+            self.joins.append(FeatureAligner(channels, aligner) if aligned else SkipConnection())
+        self.decoder = make_decoder(*sizes, joined=[join.joined for join in self.joins])
+        groups = (n_groups, group_dim)
+        self.posterior = GaussianGroups(dim, *groups, cells)
+        self.prior = StandardGroups(*groups) if fixed_prior else GaussianGroups(dim, *groups, cells)
+        self.predictor = FramePredictor(dim + n_groups * group_dim, dim, cells, predictor_layers)
+        self.to(memory_format=self.memory_format)
+
+    # Training -----------------------------------------------------------------------------------------------------
+
+    def forward(self, clip, n_context):
+        """The negative ELBO, per clip; one draw of z.
+
+        Args:
+            clip: (B, T, C, H, W) in [-1, 1], or latents (B, T, D, h, w). n_context: how many of its frames the decoder
+                may take features from. As published the loss is that of all frames after the first, in and after the
+                context.
+        Returns:
+            PriorOutput; ``logs``, all means over the frames: ``mse``, ``kl`` and ``kl_group_1`` ... (nats, summed over
+            the group), ``active_units`` and ``active_units_group_1`` ... (numbers of z with a KL of at least 0.01 nats;
+            none: the group has collapsed onto the prior).
+        """
+        self._check(clip, "clip")
+        self.check_context(n_context, clip.shape[1])
+        B, T = clip.shape[:2]
+        h, features = self.encoder(clip.to(self.dtype).flatten(0, 1))
+        h = h.unflatten(0, (B, T))
+        z, mean, logvar, _ = self.posterior(h[:, 1:], draw)
+        _, prior_mean, prior_logvar, _ = self.prior(h[:, :-1], self._given(z))
+        predicted, _ = self.predictor(torch.cat([h[:, :-1], z], -1))
+
+        # Frame t has the features of the frame before it, and after the context those of the last observed one.
+        source = torch.arange(T - 1, device=clip.device).clamp(max=n_context - 1)
+        memories = []
+        for join, level in zip(self.joins, features):
+            observed = level.unflatten(0, (B, T))[:, :n_context].flatten(0, 1)
+            memory = join.memory(observed)
+            memories.append(memory.map(lambda x: x.unflatten(0, (B, n_context))[:, source].flatten(0, 1)))
+        frames = self.decoder(predicted.flatten(0, 1), memories, lambda i, own, memory: self.joins[i](own, memory))
+        frames = frames.float().unflatten(0, (B, T - 1))
+
+        scale = 0.5 if self.over_pixels else 1.0  # from [-1, 1] to the [0, 1] for which beta was published
+        mse = (scale * (frames - clip[:, 1:])).square().mean()
+        kl = kl_gaussians(mean, logvar, prior_mean, prior_logvar).mean((0, 1))  # (Z,)
+        weighted = self.config.beta * (kl.mean() if self.config.kl_reduction == "mean" and len(kl) else kl.sum())
+        return PriorOutput(loss=(T - 1) * (mse + weighted), logs={"mse": mse.detach(), **self._kl_logs(kl.detach())})
+
+    def _kl_logs(self, kl):
+        """What to log of the KL of each number of z, (Z,) in nats."""
+        if not len(kl):
+            return {}
+        groups, active = kl.split(self.config.group_dim), (kl >= ACTIVE).float()
+        logs = {"kl": kl.sum(), "active_units": active.sum()}
+        for j, (nats, units) in enumerate(zip(groups, active.split(self.config.group_dim)), start=1):
+            logs |= {f"kl_group_{j}": nats.sum(), f"active_units_group_{j}": units.sum()}
+        return logs
+
+    def _given(self, z):
+        """For ``GaussianGroups``: the groups of a z that is known, (..., Z)."""
+        return lambda j, mean, logvar: z[..., self._slice(j)]
+
+    def _drawn(self, noise, fixed=None):
+        """For ``GaussianGroups``: mean + deviation * noise (..., Z), but the values of the groups in ``fixed``."""
+
+        def choose(j, mean, logvar):
+            if fixed and j in fixed:
+                return fixed[j].to(mean.dtype).expand_as(mean)
+            return draw(j, mean, logvar, noise[..., self._slice(j)].to(mean.dtype))
+
+        return choose
+
+    def _slice(self, j):
+        return slice(j * self.config.group_dim, (j + 1) * self.config.group_dim)
+
+    @property
+    def _z_dim(self):
+        return self.config.n_groups * self.config.group_dim
+
+    def _check(self, clip, name):
+        spec = self.config.latent_spec
+        check = check_frames if self.over_pixels else check_latents
+        check(clip, spec["channels"], spec["height"], spec["width"], name=name)
+
+    # Sampling -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        context,
+        n_frames,
+        *,
+        num_samples=1,
+        generator=None,
+        progress=None,
+        z_groups=None,
+        sample_batch=128,
+    ):
+        """Continue frames or latents (B, n_context, C, H, W) -> (B, num_samples, n_frames, C, H, W).
+
+        The context's frames are encoded once each. The LSTMs go over them with z from the posterior, a draw for each
+        sample; then z comes from the prior, and each predicted frame is encoded in turn. BatchNorm uses its running
+        statistics, also while the model is in training mode.
+
+        Args:
+            context: at least one frame. n_frames: how many to predict, any number.
+            num_samples: futures for each context; all of them are rows of one batch.
+            generator: a ``torch.Generator`` for reproducible samples. What it draws depends neither on ``sample_batch``
+                nor on ``z_groups``, and the first frames of a longer future are those of a shorter one.
+            progress: a callable like ``tqdm``; counts predicted frames, those of one batch at once.
+            z_groups: groups of z, counted from 1, that are not drawn in the future -> their value: a number for all of
+                the group ({1: 0}: Figure 8), or numbers (group_dim,), (n_frames, group_dim) or
+                (B, n_frames, group_dim), as ``infer`` gives.
+            sample_batch: rows that are advanced at once, which bounds the memory.
+        Raises:
+            ValueError: too short a context, unknown groups or values that do not fit.
+        """
+        self._check(context, "context")
+        for name, value in (("n_frames", n_frames), ("num_samples", num_samples), ("sample_batch", sample_batch)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
+        B, n_context = context.shape[:2]
+        self.check_context(n_context, n_context + n_frames)
+        fixed = self._fixed_groups(z_groups, B, n_frames)
+        # Nothing is drawn without z: one future is all there is.
+        S = num_samples if self._z_dim else 1
+        # Step by step, so that a longer future begins like a shorter one.
+        noise = [self._noise((B * S, self._z_dim), generator) for _ in range(n_context - 1 + n_frames)]
+        future = torch.empty(B * S, n_frames, *context.shape[2:], dtype=context.dtype, device=context.device)
+        with eval_mode(self):
+            decoder = SteadyDecoder(self.decoder)
+            h, memories = self._encode_context(context, decoder, sample_batch)
+            chunks = torch.arange(B * S, device=context.device).split(sample_batch)
+            with (progress or no_progress)(total=n_frames * len(chunks)) as bar:
+                for rows in chunks:
+                    clips = rows // S
+                    step_noise = torch.stack([step[rows] for step in noise], 1)
+                    rows_memories = [memory.map(lambda x: x[clips]) for memory in memories]  # noqa: B023 - called at once
+                    values = {j: value[clips] for j, value in fixed.items()}
+                    frames = self._roll_out(h[clips], decoder, rows_memories, n_frames, step_noise, values)
+                    for t, frame in enumerate(frames):
+                        future[rows, t] = frame.to(future.dtype)
+                        bar.update(1)
+        future = future.unflatten(0, (B, S))
+        return future.expand(B, num_samples, *future.shape[2:]).contiguous()
+
+    def _roll_out(self, h, decoder, memories, n_frames, noise, fixed):
+        """Yield the predicted frames of R rows, (R, C, H, W) each.
+
+        Args:
+            h: (R, n_context, dim). decoder, memories: see ``_encode_context``. noise: (R, n_context - 1 + n_frames, Z).
+            fixed: group, from 0 -> (R, n_frames, group_dim).
+        """
+        known = h.shape[1] - 1
+        prior_state = predictor_state = None
+        if known:
+            z, *_ = self.posterior(h[:, 1:], self._drawn(noise[:, :known]))
+            *_, prior_state = self.prior(h[:, :-1], self._given(z))
+            _, predictor_state = self.predictor(torch.cat([h[:, :-1], z], -1))
+        last, shares = h[:, -1:], [memory.features for memory in memories]
+
+        def join(level, own):
+            return torch.cat([own, *self.joins[level].aligned(own, memories[level])], 1)
+
+        for t in range(n_frames):
+            values = {j: value[:, t : t + 1] for j, value in fixed.items()}
+            choose = self._drawn(noise[:, known + t : known + t + 1], values)
+            z, _, _, prior_state = self.prior(last, choose, prior_state)
+            predicted, predictor_state = self.predictor(torch.cat([last, z.to(last.dtype)], -1), predictor_state)
+            frame = decoder(predicted[:, 0], shares, join)
+            yield frame
+            if t + 1 < n_frames:
+                last = self.encoder(frame.to(self.dtype))[0][:, None]
+
+    def _encode_context(self, context, decoder, chunk):
+        """context (B, n_context, ...) -> h (B, n_context, dim), and of each level the Memory of the last frames.
+
+        In chunks; the features of earlier frames, which nobody needs, are not kept. In place of the features the
+        memories hold their share in the level's first convolution (``SteadyDecoder``).
+        """
+        frames = context.to(self.dtype)
+        earlier = [self.encoder(part)[0] for part in frames[:, :-1].flatten(0, 1).split(chunk) if len(part)]
+        last, memories = [], []
+        for part in frames[:, -1].split(chunk):
+            h, features = self.encoder(part)
+            last.append(h)
+            found = [join.memory(level) for join, level in zip(self.joins, features)]
+            memories.append([m._replace(features=decoder.share(i, m.features)) for i, m in enumerate(found)])
+        h = torch.cat(last)[:, None]
+        if earlier:
+            h = torch.cat([torch.cat(earlier).unflatten(0, (len(context), -1)), h], 1)
+        return h, [Memory.cat(parts) for parts in zip(*memories)]
+
+    @torch.no_grad()
+    def infer(self, clip, *, generator=None):
+        """z of the frames after the first, a draw from the posterior, which sees the frames themselves.
+
+        Args:
+            clip: (B, T, C, H, W) in [-1, 1], or latents (B, T, D, h, w), of at least 2 frames.
+            generator: of the draw.
+        Returns:
+            dict from group, counted from 1, to (B, T - 1, group_dim). ``sample(..., z_groups=...)`` takes those of the
+            frames that it is to predict: reconstructed, or in between two clips where theirs are interpolated.
+        """
+        self._check(clip, "clip")
+        self.check_context(1, clip.shape[1])
+        B, T = clip.shape[:2]
+        noise = self._noise((B, T - 1, self._z_dim), generator)
+        with eval_mode(self):
+            h = self.encoder(clip.to(self.dtype).flatten(0, 1))[0].unflatten(0, (B, T))
+            z, *_ = self.posterior(h[:, 1:], self._drawn(noise))
+        return {j + 1: z[..., self._slice(j)] for j in range(self.config.n_groups)}
+
+    def reconstruct(self, clip, n_context, *, generator=None):
+        """What z can say about a clip: ``clip[:, n_context:]`` as sampled with z from the posterior.
+
+        Args:
+            clip: (B, T, C, H, W) in [-1, 1], or latents (B, T, D, h, w). generator: of the draws.
+        Returns:
+            (B, T - n_context, C, H, W).
+        """
+        self.check_context(n_context, clip.shape[1])
+        z = {j: group[:, n_context - 1 :] for j, group in self.infer(clip, generator=generator).items()}
+        n_frames = clip.shape[1] - n_context
+        return self.sample(clip[:, :n_context], n_frames, generator=generator, z_groups=z)[:, 0]
+
+    def _noise(self, shape, generator):
+        device = self.device if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=device).to(self.device)
+
+    def _fixed_groups(self, z_groups, n_clips, n_frames):
+        """``z_groups`` of ``sample`` -> group, from 0 -> (B, n_frames, group_dim)."""
+        fixed = {}
+        shape = (n_clips, n_frames, self.config.group_dim)
+        if not isinstance(z_groups or {}, Mapping):
+            raise ValueError(f"z_groups: expected a mapping from groups to values, like {{1: 0}}, found {z_groups!r}")
+        for group, value in (z_groups or {}).items():
+            if str(group) not in {str(j + 1) for j in range(self.config.n_groups)}:
+                known = f"1 to {self.config.n_groups}" if self.config.n_groups else "none: the model has no z"
+                raise ValueError(f"z_groups: expected groups {known}, found {group!r}")
+            try:
+                value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+            except (TypeError, ValueError):  # not numbers, or of uneven lengths
+                raise ValueError(f"z_groups: group {group}: expected a number or numbers, found {value!r}") from None
+            if value.ndim > 3 or any(n not in (1, size) for n, size in zip(value.shape[::-1], shape[::-1])):
+                raise ValueError(
+                    f"z_groups: group {group}: expected a number or numbers of a shape that fits "
+                    f"(B, n_frames, group_dim) = {shape}, found {tuple(value.shape)}"
+                )
+            fixed[int(group) - 1] = value.expand(shape)
+        return fixed
+
+
+def draw(j, mean, logvar, noise=None):
+    """A draw of N(mean, exp(logvar)), all of one shape; j, the group, does not matter."""
+    noise = torch.randn_like(mean) if noise is None else noise
+    return mean + (0.5 * logvar).exp() * noise
+
+
+def kl_gaussians(mean, logvar, prior_mean, prior_logvar):
+    """KL(N(mean, exp(logvar)) || N(prior_mean, exp(prior_logvar))) of each number in nats, in fp32."""
+    mean, logvar, prior_mean, prior_logvar = (x.float() for x in (mean, logvar, prior_mean, prior_logvar))
+    distance = (mean - prior_mean).square() * (-prior_logvar).exp()
+    return 0.5 * (prior_logvar - logvar + (logvar - prior_logvar).exp() + distance - 1)
