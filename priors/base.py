@@ -11,10 +11,17 @@ from latentcast.modeling import VideoModel
 
 @dataclass
 class PriorOutput(BaseOutput):
-    """What ``forward`` returns: ``loss``, a scalar to minimise, and ``logs``, name -> detached scalar tensor."""
+    """What ``forward`` returns.
+
+    loss: scalar to minimise.
+    logs: name -> detached scalar tensor, for the logger.
+    logits: one tensor (B, T - n_context, h, w, codebook_size) a codebook, of code priors that predict all positions at
+        once; joint training needs it.
+    """
 
     loss: torch.Tensor
     logs: dict = field(default_factory=dict)
+    logits: list | None = None
 
 
 class Prior(VideoModel):

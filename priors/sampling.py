@@ -1,4 +1,4 @@
-"""Drawing codes from logits, shared by the autoregressive priors."""
+"""What the samplers of autoregressive priors share: drawing codes, sliding windows, recorded steps."""
 
 from numbers import Real
 
@@ -47,3 +47,30 @@ def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
     # Below the total even after rounding, so that a code of probability zero at the end is never drawn.
     threshold = uniform.clamp(max=1 - 1e-6)[..., None] * cumulative[..., -1:]
     return (cumulative <= threshold).sum(-1)
+
+
+def sliding_windows(n_context, n_frames, length, overlap):
+    """How a model over ``length`` frames gets past them: a list of (known, new) frames of each window.
+
+    The first window holds the context, or its last ``overlap`` frames where it fills the window; each further one the
+    last ``overlap`` frames of what there is by then.
+    """
+    known = n_context if n_context < length else overlap
+    windows = [(known, min(n_frames, length - known))]
+    while (done := sum(new for _, new in windows)) < n_frames:
+        windows.append((overlap, min(n_frames - done, length - overlap)))
+    return windows
+
+
+def record_graph(step):
+    """Record ``step()``, whose inputs and outputs are fixed buffers on the GPU, as a CUDA graph to ``replay()``."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries set themselves up on the first runs, which a graph must not record
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph

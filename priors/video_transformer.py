@@ -21,7 +21,7 @@ from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
 from latentcast.tokenizers.base import check_codes
 
 from .base import Prior, PriorOutput, no_progress
-from .sampling import check_sampling, draw
+from .sampling import check_sampling, draw, record_graph, sliding_windows
 
 ATTENTION_FORMS = ("query_key_relative", "key_relative", "relative")
 
@@ -435,10 +435,7 @@ class VideoTransformer(Prior):
         n_context = context.shape[1]
         self.check_context(n_context, n_context + n_frames)
         overlap = self.grid[0] - 1 if self.single_frame else max(1, self.grid[0] // 2)
-        first = context[:, -overlap:] if n_context >= self.grid[0] else context
-        windows = [(first.shape[1], min(n_frames, self.grid[0] - first.shape[1]))]
-        while (done := sum(new for _, new in windows)) < n_frames:
-            windows.append((overlap, min(n_frames - done, self.grid[0] - overlap)))
+        windows = sliding_windows(n_context, n_frames, self.grid[0], overlap)
 
         choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         video = context.repeat_interleave(num_samples, 0)
@@ -528,7 +525,7 @@ class CachedStepper:
         self.own = torch.zeros(n_rows, n, n_codebooks, dtype=torch.int64, device=self.device)
         self.uniform = torch.zeros(n, n_rows, n_codebooks, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.graph = self._record() if self.device.type == "cuda" else None
+        self.graph = record_graph(lambda: self._step(n)) if self.device.type == "cuda" else None
 
     def start_slice(self, memory, own, start, uniform):
         self.own.copy_(own)
@@ -552,19 +549,6 @@ class CachedStepper:
         rows = self.model._draw_codes(y, self.uniform.index_select(0, self.position)[0], self.choose)
         self.own.index_copy_(1, self.position, rows[:, None])
         self.state.feed(rows[:, None], self.position)
-
-    def _record(self):
-        n = self.own.shape[1]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries set themselves up on the first runs, which a graph must not record
-                self._step(n)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step(n)
-        return graph
 
 
 def encoder_taps(subscale, n_frames, context_frames=None):

@@ -1,4 +1,4 @@
-"""Convolutions that see only what comes earlier in raster order over (t, h, w)."""
+"""Convolutions that see only what comes earlier in raster order over (t, h, w), or along one of these axes."""
 
 import itertools
 
@@ -50,3 +50,60 @@ class CausalConv3d(nn.Conv3d):
         """The visible taps as one matrix (n_taps * in_channels, out_channels), for computing single positions."""
         visible = self.weight.flatten(2)[:, :, self.mask.flatten()]  # (out, in, taps)
         return visible.permute(2, 1, 0).flatten(0, 1)
+
+
+class AxisCausalConv3d(nn.Module):
+    """A convolution over (t, h, w), channels last, that is causal along one axis.
+
+    Along ``axis`` (0: t, 1: h, 2: w) it sees this position and the ``taps`` - 1 before it; along the axes after that,
+    ``width`` positions around this one; along those before it, this position alone. Three stacks of them, one for each
+    axis, whose inputs are shifted by one along their axis (``shifted``), together see whatever is earlier in raster
+    order: earlier frames, earlier rows of the frame, earlier columns of the row. So there is no blind spot, which a
+    stack of masked convolutions has.
+
+    Args:
+        in_channels, out_channels: of the convolution.
+        axis, taps, width: see above; ``width`` is odd.
+        condition_channels: of a second input, seen at this position and around it along the axes after ``axis``.
+    """
+
+    def __init__(self, in_channels, out_channels, axis, taps, width, condition_channels=0):
+        super().__init__()
+        self.dim, self.taps, self.in_channels = 1 + axis, taps, in_channels
+        kernel = tuple(width if axis < later else 1 for later in (1, 2))
+        padding = tuple(size // 2 for size in kernel)
+        # The taps along the axis lie side by side in the channels: what remains is an ordinary 2-D convolution.
+        self.conv = nn.Conv2d(taps * in_channels + condition_channels, out_channels, kernel, padding=padding)
+
+    def forward(self, x, condition=None, past=None):
+        """(B, t, h, w, in_channels) -> (B, t, h, w, out_channels), and what to pass as ``past`` of the next piece.
+
+        Args:
+            x: the whole grid, or a piece of it along ``axis``.
+            condition: (B, t, h, w, condition_channels).
+            past: the ``taps`` - 1 positions before ``x`` along ``axis``; None where the grid begins: zeros.
+        """
+        length, reach = x.shape[self.dim], self.taps - 1
+        if past is None:
+            shape = list(x.shape)
+            shape[self.dim] = reach
+            past = x.new_zeros(shape)
+        x = torch.cat([past, x], self.dim)
+        seen = [x.narrow(self.dim, offset, length) for offset in range(self.taps)]
+        y = torch.cat(seen if condition is None else [*seen, condition], -1)
+        if self.conv.kernel_size == (1, 1):
+            y = F.linear(y, self.conv.weight[:, :, 0, 0], self.conv.bias)
+        else:
+            y = self.conv(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
+        return y, x.narrow(self.dim, length, reach)
+
+    def split_weight(self):
+        """The weight of a convolution along the last axis, as matrices (in, out): of the taps, and of the condition."""
+        weight = self.conv.weight[:, :, 0, 0].t()
+        return weight[: self.taps * self.in_channels], weight[self.taps * self.in_channels :]
+
+
+def shifted(x, axis):
+    """x (B, t, h, w, C), moved on by one position along ``axis`` (0: t, 1: h, 2: w), with zeros at the start."""
+    dim = 1 + axis
+    return torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), x.narrow(dim, 0, x.shape[dim] - 1)], dim)

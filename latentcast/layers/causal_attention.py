@@ -1,0 +1,134 @@
+"""Causal self-attention over (t, h, w) within windows, with rotary positions and a key/value cache."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+class CausalWindowAttention(nn.Module):
+    """Pre-norm multi-head self-attention over a clip, in which a position sees itself and earlier ones of its window.
+
+    Windows tile the clip, and "earlier" is raster order over (t, h, w). One window over everything is full attention; a
+    window for each frame is attention in space and one for each (y, x) attention in time.
+
+    Queries and keys are rotated by their coordinates (RoPE, Su et al. 2021; the pairs of channels take turns over the
+    three axes), so that attention depends on distances.
+
+    Args:
+        dim: channels of input and output.
+        n_heads, head_dim: heads and their width, which is even.
+        grid: (T, h, w); clips may have fewer frames.
+        window: (height, width) of a window; they divide h and w.
+        over_time: windows reach over all frames; False: a window has one frame.
+    Raises:
+        ValueError: sizes that do not fit.
+    """
+
+    def __init__(self, dim, n_heads, head_dim, grid, window, over_time=True):
+        super().__init__()
+        if any(size < 1 or whole % size for size, whole in zip(window, grid[1:])):
+            raise ValueError(f"window: expected divisors of (h, w) = {tuple(grid[1:])}, found {tuple(window)}")
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number, found {head_dim}")
+        self.n_heads, self.window, self.over_time = n_heads, tuple(window), over_time
+        remembered = grid[0] if over_time else 1  # frames
+        self.window_length = remembered * math.prod(window)
+        self.n_slots = remembered * math.prod(grid[1:])
+        self.norm = nn.LayerNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * n_heads * head_dim, bias=False)
+        self.to_out = nn.Linear(n_heads * head_dim, dim, bias=False)
+        # A slot is a place in the cache, where each window lies in one piece. Raster index -> slot:
+        order = self._to_windows(torch.arange(math.prod(grid)).view(1, *grid, 1, 1)).flatten()
+        self.register_buffer("slots", order.argsort() % self.n_slots, persistent=False)
+        rotation = rotation_table(grid, head_dim)
+        self.register_buffer("rotation", rotation, persistent=False)  # (N, 2, e)
+        # For single steps, of query, key and value at once: the value stays as it is.
+        identity = torch.tensor([1.0, 0.0]).view(2, 1).expand_as(rotation)
+        step_rotation = torch.stack([rotation, rotation, identity], 2)
+        self.register_buffer("step_rotation", step_rotation, persistent=False)  # (N, 2, 3, e)
+
+    def _to_windows(self, x):
+        """(B, t, h, w, heads, e) -> (B * windows, heads, positions of a window, e)."""
+        height, width = self.window
+        t = x.shape[1] if self.over_time else 1
+        return rearrange(x, "b (f t) (a h) (c w) m e -> (b f a c) m (t h w) e", t=t, h=height, w=width)
+
+    def _from_windows(self, x, shape):
+        """(B * windows, heads, positions of a window, e) -> (B, t, h, w, heads * e), the first four being ``shape``."""
+        b, frames, rows, _ = shape
+        height, width = self.window
+        sizes = {"b": b, "f": 1 if self.over_time else frames, "a": rows // height, "h": height, "w": width}
+        return rearrange(x, "(b f a c) m (t h w) e -> b (f t) (a h) (c w) (m e)", **sizes)
+
+    def forward(self, x, cache=None):
+        """x + attention: (B, t, h, w, dim) -> the same. Keys and values are kept in ``cache``, if one is given."""
+        n = math.prod(x.shape[1:4])
+        qkv = self.to_qkv(self.norm(x)).unflatten(-1, (self.n_heads, 3, -1))
+        cos, sin = self.rotation[:n].to(qkv.dtype).view(*x.shape[1:4], 1, 2, 1, -1).unbind(-3)
+        q, k = rotate(qkv[..., :2, :], cos, sin).unbind(-2)
+        v = qkv[..., 2, :]
+        if cache is not None and self.over_time:  # no later frame looks at the others
+            pair = torch.stack([k, v], -2).flatten(1, 3).movedim(1, 3)  # (B, heads, 2, n, e)
+            pair = pair.repeat_interleave(len(cache) // (len(x) * self.n_heads), 0).flatten(0, 1)
+            cache.index_copy_(2, self.slots[:n], pair.to(cache.dtype))
+        out = F.scaled_dot_product_attention(*(self._to_windows(part) for part in (q, k, v)), is_causal=True)
+        return x + self.to_out(self._from_windows(out, x.shape[:4]))
+
+    def new_cache(self, n_rows, dtype, device):
+        """Keys and values of M rows, nothing in them yet: (M * heads, 2, slots, head_dim)."""
+        shape = (n_rows * self.n_heads, 2, self.n_slots, self.rotation.shape[-1])
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def span(self, index):
+        """The slots, from start to stop, that the position with this raster index sees."""
+        slot = int(self.slots[index])
+        return slot // self.window_length * self.window_length, slot + 1
+
+    def step(self, x, cache, position, span=None):
+        """One position alone: x (M, dim) -> the same, attending to earlier ones in the cache.
+
+        Args:
+            position: (1,) int64, its raster index.
+            span: ``span(index)``, which saves time; None: no value travels to the host, as CUDA graphs require.
+        """
+        slot = self.slots.index_select(0, position)
+        qkv = self.to_qkv(self.norm(x)).view(len(cache), 3, -1)
+        cos, sin = self.step_rotation.index_select(0, position)[0].to(qkv.dtype).unbind(0)
+        qkv = rotate(qkv, cos, sin).to(cache.dtype)
+        cache.index_copy_(2, slot, qkv[:, 1:, None])
+        if span is not None:
+            seen = cache[:, :, span[0] : span[1]]
+        else:
+            slots = slot // self.window_length * self.window_length
+            slots = slots + torch.arange(self.window_length, device=x.device)
+            seen = cache.index_select(2, slots)
+        keys, values = seen.unbind(1)
+        query = qkv[:, :1] * qkv.shape[-1] ** -0.5
+        logits = query @ keys.transpose(1, 2)  # for a single query faster than the fused kernel
+        if span is None:
+            logits = logits.masked_fill(slots > slot, -torch.inf)
+        return x + self.to_out((logits.softmax(-1) @ values).view(len(x), -1))
+
+
+def rotate(x, cos, sin):
+    """Rotate pairs of channels (..., e) by cosines and signed sines of ``rotation_table``."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def rotation_table(grid, head_dim, longest=100.0):
+    """Cosines and signed sines of the rotation at every position of ``grid``, in raster order: (N, 2, head_dim).
+
+    Channels j and j + head_dim / 2 are a pair; pair j turns with axis j mod 3, at frequencies from 1 down to
+    1 / ``longest`` radians a position. A rotated vector is ``x * cos + x.roll(head_dim // 2, -1) * sin``.
+    """
+    half = head_dim // 2
+    pair = torch.arange(half)
+    per_axis = math.ceil(half / 3)
+    frequencies = longest ** -((pair // 3) / max(per_axis - 1, 1))
+    coordinates = torch.cartesian_prod(*(torch.arange(size, dtype=torch.float32) for size in grid)).view(-1, 3)
+    angles = coordinates[:, pair % 3] * frequencies  # (N, half)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)

@@ -1,0 +1,502 @@
+"""ST-PixelCNN, the prior of S-HR-VQVAE (Adiban et al. 2023, section 4.2).
+
+An autoregressive model over the codes of a frame tokenizer, whose quantisation layers (or codebooks, or pixel channels)
+are generated one after the other in each frame, coarse to fine:
+
+    p(future | context) = prod_t prod_i prod_(y,x) p(c_i(t,y,x) | all layers of frames < t, layers < i of frame t,
+                                                      c_i(t,y',x') earlier in raster order)
+
+Three stacks of gated convolutions look at these three parts: the frame stack at what is known before the layer is begun
+(earlier frames and the layers above, where nothing has to be hidden), the row stack at the rows above, and the column
+stack at the codes to the left. Causal self-attention runs on the column stack.
+
+Shape letters: B clips, M rows of a sampler (samples of all contexts), n layers, d width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from latentcast.layers.causal_attention import CausalWindowAttention
+from latentcast.layers.masked_convolutions import AxisCausalConv3d, shifted
+from latentcast.layers.positions import sinusoidal_positions_3d
+from latentcast.tokenizers.base import check_codes
+
+from .base import Prior, PriorOutput, no_progress
+from .sampling import check_sampling, draw, record_graph, sliding_windows
+
+ATTENTION_FORMS = ("full", "factorised", "windowed", "none")
+
+
+def gate(x):
+    """The gated activation of PixelCNN: (..., 2 d) -> (..., d)."""
+    a, b = x.chunk(2, -1)
+    return a.tanh() * b.sigmoid()
+
+
+class GatedLayer(nn.Module):
+    """x + W (tanh(a) * sigmoid(b)), with [a, b] a convolution of LN(x) and of a condition, causal along one axis."""
+
+    def __init__(self, dim, axis, taps, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        # The row stack is conditioned on the frame stack, the column stack on both.
+        self.conv = AxisCausalConv3d(dim, 2 * dim, axis, taps, width, condition_channels=axis * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x, condition=None, past=None):
+        """x (B, t, h, w, d) -> the same, and the ``past`` of the piece that comes next (see AxisCausalConv3d)."""
+        y, past = self.conv(self.norm(x), condition, past)
+        return x + self.out(gate(y)), past
+
+
+class LayerNetwork(nn.Module):
+    """The network of one quantisation layer, or of all of them with an embedding that says which.
+
+    Args:
+        layers: indices of the layers that it predicts, neighbours.
+        codebook_sizes: of all layers.
+        grid: (T, h, w).
+        dim, n_blocks, block_layers, kernel_size, kernel_frames: as of STPixelCNN.
+        attention: function() -> the attention modules of a block.
+    """
+
+    def __init__(
+        self, layers, codebook_sizes, grid, dim, n_blocks, block_layers, kernel_size, kernel_frames, attention
+    ):
+        super().__init__()
+        self.layers = list(layers)
+        starts = [sum(codebook_sizes[:i]) for i in range(len(codebook_sizes) + 1)]
+        first, last = self.layers[0], self.layers[-1]
+        # Codes arrive as rows of one table over all codebooks.
+        self.first_own_row = starts[first]
+        self.previous = nn.Embedding(starts[-1], dim)  # codes of the frame before
+        self.above = nn.Embedding(starts[last], dim) if last > 0 else None  # codes of this frame in the layers above
+        self.own = nn.Embedding(starts[last + 1] - starts[first], dim)  # codes of this frame in the same layer
+        for table, n_summed in ((self.previous, len(codebook_sizes)), (self.above, last), (self.own, 1)):
+            if table is not None:
+                nn.init.normal_(table.weight, std=n_summed**-0.5)
+        self.which = nn.Embedding(len(self.layers), dim) if len(self.layers) > 1 else None
+        positions = sinusoidal_positions_3d(grid, dim).unflatten(0, tuple(grid))
+        self.register_buffer("positions", positions, persistent=False)  # (T, h, w, d)
+
+        def stack(axis, taps):
+            return nn.ModuleList(GatedLayer(dim, axis, taps, kernel_size) for _ in range(n_blocks * block_layers))
+
+        self.frame_stack = stack(0, kernel_frames)
+        self.row_stack = stack(1, kernel_size // 2 + 1)
+        self.column_stack = stack(2, kernel_size // 2 + 1)
+        # What follows each layer of the column stack.
+        self.attention = nn.ModuleList(
+            nn.ModuleList(attention() if number % block_layers == 0 else [])
+            for number in range(1, n_blocks * block_layers + 1)
+        )
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU())
+        self.logits = nn.ModuleList(nn.Linear(dim, codebook_sizes[i]) for i in self.layers)
+        self.has_attention = any(len(modules) for modules in self.attention)
+
+    def embed_before(self, rows):
+        """What frames tell the frame after them: (B, T, h, w, n) -> (B, T, h, w, d)."""
+        return self.previous(rows).sum(-2)
+
+    def embed_known(self, before, rows, i, start=0):
+        """Input of the frame stack: what is known of frames before their layer i is begun.
+
+        Args:
+            before: (B, T, h, w, d), what the frame before each of them tells it.
+            rows: (B, T, h, w, n), of which the layers before i are looked at.
+            start: index of the first of these frames in the clip.
+        """
+        known = before + self.positions[start : start + rows.shape[1]].to(before.dtype)
+        if i > 0:
+            known = known + self.above(rows[..., :i]).sum(-2)
+        if self.which is not None:
+            known = known + self.which.weight[i]
+        return known
+
+    def embed_own(self, rows):
+        """Rows of one of the network's layers -> their embeddings."""
+        return self.own(rows - self.first_own_row)
+
+    def predict(self, features, i):
+        """Output of the column stack (..., d) -> logits of layer i, (..., size_i)."""
+        return self.logits[i - self.layers[0]](self.head(features))
+
+    def forward(self, rows, layers, first=0):
+        """Teacher forcing: rows (B, T, h, w, n) -> for each of ``layers`` logits (B, T - first, h, w, size)."""
+        before = shifted(self.embed_before(rows), 0)
+        known = torch.cat([self.embed_known(before, rows, i) for i in layers])
+        own = torch.cat([self.embed_own(rows[..., i]) for i in layers])
+        features = self.features(known, own, first)
+        return [self.predict(part, i) for i, part in zip(layers, features.chunk(len(layers)))]
+
+    def features(self, known, own, first=0, state=None):
+        """All three stacks over whole frames: (B, T, h, w, d) twice -> (B, T - first, h, w, d).
+
+        Without attention, the row and column stacks of frames before ``first`` are not computed. ``state``, a
+        LayerState, keeps what later frames need.
+        """
+        skipped = 0 if self.has_attention else first
+        own = own[:, skipped:]
+        rows, columns = shifted(own, 1), shifted(own, 2)
+        for index, attention in enumerate(self.attention):
+            known, past = self.frame_stack[index](known)
+            if state is not None:
+                state.keep_frames(index, past)
+            condition = known[:, skipped:]
+            rows, _ = self.row_stack[index](rows, condition)
+            columns, _ = self.column_stack[index](columns, torch.cat([condition, rows], -1))
+            for number, module in enumerate(attention):
+                columns = module(columns, None if state is None else state.caches[index][number])
+        return columns[:, first - skipped :]
+
+
+class STPixelCNN(Prior):
+    """The spatio-temporal PixelCNN over the codes of any discrete tokenizer, pixels of 256 levels included.
+
+    It takes one codebook, several side by side (sliced, or channels of pixels) or residual layers alike, and generates
+    them in their order, each given the ones before it at every position of the frame. The paper gives neither sizes nor
+    the form of its masks. These stacks see all that is earlier, and nothing else.
+
+    Args:
+        latent_spec: ``FrameTokenizer.latent_spec`` of the tokenizer; codebooks, height and width are used.
+        n_frames: T, the longest clip, at least 2. Longer futures are sampled with a sliding window.
+        layers: "separate", a network for each quantisation layer (the paper), or "shared", one for all of them.
+        dim: d, the width of the stacks.
+        n_blocks: blocks, each of ``block_layers`` gated layers in each of the three stacks and then attention.
+        block_layers: see above.
+        kernel_size: k of the convolutions in space, odd: k x k in the frame stack, k // 2 + 1 rows of k in the row
+            stack, k // 2 + 1 columns in the column stack.
+        kernel_frames: of the frame stack's convolutions, in frames.
+        attention: "full", over all earlier positions; "factorised", over those of the same frame and then over those
+            at the same place in earlier frames; "windowed", over those of all frames in the same of the windows that
+            tile a frame; "none".
+        window: height and width of these windows in positions; divides h and w, or exceeds them.
+        n_heads, head_dim: attention heads, and the width of each.
+    Raises:
+        ValueError: a spec without codes, or an option that is out of range.
+    """
+
+    accepts = "codes"
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_spec,
+        n_frames=20,
+        layers="separate",
+        dim=128,
+        n_blocks=2,
+        block_layers=3,
+        kernel_size=3,
+        kernel_frames=2,
+        attention="full",
+        window=8,
+        n_heads=4,
+        head_dim=32,
+    ):
+        super().__init__()
+        sizes = list(latent_spec["codebook_sizes"])
+        if not sizes:
+            raise ValueError(f"latent_spec: ST-PixelCNN needs codes, found kind {latent_spec['kind']!r}")
+        for name, value, least in (
+            ("n_frames", n_frames, 2),
+            ("dim", dim, 1),
+            ("n_blocks", n_blocks, 1),
+            ("block_layers", block_layers, 1),
+            ("kernel_frames", kernel_frames, 2),
+            ("n_heads", n_heads, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, found {value}")
+        for name, value, known in (
+            ("layers", layers, ("separate", "shared")),
+            ("attention", attention, ATTENTION_FORMS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
+        if kernel_size < 3 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: expected an odd number of at least 3, found {kernel_size}")
+        self.codebook_sizes = sizes
+        self.grid = grid = (n_frames, latent_spec["height"], latent_spec["width"])
+        frame = grid[1:]
+        forms = {  # (window, over_time) of each module
+            "full": [(frame, True)],
+            "factorised": [(frame, False), ((1, 1), True)],
+            "windowed": [(tuple(min(window, size) for size in frame), True)],
+            "none": [],
+        }
+
+        def modules():
+            return [CausalWindowAttention(dim, n_heads, head_dim, grid, *form) for form in forms[attention]]
+
+        groups = [[i] for i in range(len(sizes))] if layers == "separate" else [list(range(len(sizes)))]
+        self.networks = nn.ModuleList(
+            LayerNetwork(group, sizes, grid, dim, n_blocks, block_layers, kernel_size, kernel_frames, modules)
+            for group in groups
+        )
+        first_row = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))])
+        self.register_buffer("first_row", first_row, persistent=False)
+
+    def network(self, i):
+        """The network that predicts layer i."""
+        return self.networks[i if len(self.networks) > 1 else 0]
+
+    # Likelihood -------------------------------------------------------------------------------------------------
+
+    def forward(self, clip, n_context):
+        """Mean cross-entropy of the codes after the context, in nats a code, over all layers.
+
+        Args:
+            clip: (B, t, h, w, n) int64, t of at most ``n_frames``. n_context: context frames, which the loss skips.
+        Returns:
+            PriorOutput with ``logits``, one (B, t - n_context, h, w, size) a layer, and in ``logs`` the bits a code, of
+            all layers and of each.
+        """
+        logits = self._logits(clip, n_context)
+        nll = self._nll(logits, clip, n_context).mean(0)
+        n_codes = clip[0, n_context:, ..., 0].numel()
+        loss = nll.mean() / n_codes
+        bits = nll.detach() / (n_codes * math.log(2))
+        logs = {"bits_per_code": bits.mean()}
+        if len(bits) > 1:
+            logs |= {f"bits_per_code_{i}": value for i, value in enumerate(bits, start=1)}
+        return PriorOutput(loss=loss, logs=logs, logits=logits)
+
+    def log_prob(self, clip, n_context):
+        """Log-likelihood of the codes after the context, in nats: (B, t, h, w, n) -> (B,)."""
+        return self.layer_log_prob(clip, n_context).sum(1)
+
+    def layer_log_prob(self, clip, n_context):
+        """What each layer adds to ``log_prob``: log p(layer i | layers above), in nats -> (B, n)."""
+        return -self._nll(self._logits(clip, n_context), clip, n_context)
+
+    def layer_bits_per_code(self, clip, n_context):
+        """-log2 of the likelihood, averaged over the predicted codes of each layer -> (B, n)."""
+        return -self.layer_log_prob(clip, n_context) / (clip[0, n_context:, ..., 0].numel() * math.log(2))
+
+    def _logits(self, clip, n_context):
+        """Logits of the codes after the context, a list over layers."""
+        check_codes(clip, self.codebook_sizes, self.grid[1:], name="clip")
+        if clip.shape[1] > self.grid[0]:
+            raise ValueError(f"clip: expected at most {self.grid[0]} frames (n_frames), found {clip.shape[1]}")
+        self.check_context(n_context, clip.shape[1])
+        rows = clip + self.first_row
+        return [logits for network in self.networks for logits in network(rows, network.layers, n_context)]
+
+    @staticmethod
+    def _nll(logits, clip, n_context):
+        """Summed cross-entropy of each layer, in nats -> (B, n)."""
+        target = clip[:, n_context:]
+        nll = [
+            F.cross_entropy(layer.flatten(0, 3).float(), target[..., i].flatten(), reduction="none")
+            for i, layer in enumerate(logits)
+        ]
+        return torch.stack([layer.view(len(clip), -1).sum(1) for layer in nll], 1)
+
+    # Sampling ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        context,
+        n_frames,
+        *,
+        num_samples=1,
+        generator=None,
+        progress=None,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        overlap=None,
+        use_cache=True,
+    ):
+        """Continue codes (B, n_context, h, w, n) -> (B, num_samples, n_frames, h, w, n).
+
+        A code costs one column of work: the frame stack runs once a frame, the row stack once a row, and attention
+        finds the keys and values of earlier positions in a cache. Past the trained clip length T the model slides: it
+        starts anew from the last ``overlap`` frames, generated ones included.
+
+        Args:
+            context: int64 codes, at least one frame. n_frames: how many to predict.
+            num_samples: futures for each context, which is read once.
+            generator: a ``torch.Generator`` for reproducible samples.
+            progress: a callable like ``tqdm``; counts generated codes.
+            temperature: divides the logits; 0 is greedy. top_k, top_p: truncate the distribution.
+            overlap: frames that the model sees when it slides, 1 to T - 1; more cost more time. None: T // 2.
+            use_cache: False runs the network over the whole clip for each code (a reference for tests and benchmarks).
+        """
+        check_sampling(temperature, top_k, top_p)
+        check_codes(context, self.codebook_sizes, self.grid[1:], name="context")
+        for name, value in (("n_frames", n_frames), ("num_samples", num_samples)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
+        self.check_context(context.shape[1], context.shape[1] + n_frames)
+        length, n_context = self.grid[0], context.shape[1]
+        if overlap is None:
+            overlap = length // 2
+        elif not 1 <= overlap < length:
+            raise ValueError(f"overlap: expected 1 to {length - 1} (n_frames - 1), found {overlap}")
+        video = (context + self.first_row).repeat_interleave(num_samples, 0)
+        choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        stepper = (CachedStepper if use_cache else FullStepper)(self, len(video), choose)
+        n_layers = len(self.codebook_sizes)
+        with (progress or no_progress)(total=n_frames * math.prod(self.grid[1:]) * n_layers) as bar:
+            for index, (known, new) in enumerate(sliding_windows(n_context, n_frames, length, overlap)):
+                window = video[:, -known:]
+                stepper.start(window, num_samples if index == 0 else 1)
+                for _ in range(new):
+                    frame = torch.empty_like(window[:, :1])
+                    for i in range(n_layers):
+                        uniform = self._uniform(len(video), generator)
+                        for y in range(self.grid[1]):
+                            stepper.fill_row(window, frame, i, y, uniform[y])
+                            bar.update(self.grid[2])
+                    window = torch.cat([window, frame], 1)
+                video = torch.cat([video, window[:, known:]], 1)
+        return (video[:, n_context:] - self.first_row).unflatten(0, (-1, num_samples))
+
+    def _uniform(self, n_rows, generator):
+        """Random numbers for a layer of a frame: (h, w, n_rows)."""
+        source = generator.device if generator is not None else self.device
+        return torch.rand((*self.grid[1:], n_rows), generator=generator, device=source).to(self.device)
+
+
+class FullStepper:
+    """Reference sampler: the network runs over all frames so far for every code."""
+
+    def __init__(self, model, n_rows, choose):
+        self.model, self.choose = model, choose
+
+    def start(self, window, n_shared):
+        """Begin a window; there is nothing to prepare."""
+
+    def fill_row(self, window, frame, i, y, uniform):
+        """As CachedStepper's."""
+        frame[..., i][:, :, y:] = self.model.first_row[i]  # whatever is there: causality hides it
+        frame[..., i + 1 :] = self.model.first_row[i + 1 :]
+        for x in range(frame.shape[3]):
+            self.fill(window, frame, i, y, x, uniform[x])
+
+    def fill(self, window, frame, i, y, x, uniform):
+        """Generate one code."""
+        rows = torch.cat([window, frame], 1)
+        logits = self.model.network(i)(rows, [i], window.shape[1])[0][:, 0, y, x]
+        frame[:, 0, y, x, i] = draw(logits, uniform, **self.choose) + self.model.first_row[i]
+
+
+class CachedStepper:
+    """Keeps what the stacks and the attention of every layer have computed, see LayerState."""
+
+    def __init__(self, model, n_rows, choose):
+        self.states = [
+            LayerState(model.network(i), i, model.grid, n_rows, choose, model.first_row[i])
+            for i in range(len(model.codebook_sizes))
+        ]
+
+    def start(self, window, n_shared):
+        """Begin a window with known frames (M, n, h, w, n_codebooks), the same for ``n_shared`` neighbouring rows."""
+        for state in self.states:
+            state.start(window[::n_shared])
+
+    def fill_row(self, window, frame, i, y, uniform):
+        """Generate row y of layer i into frame (M, 1, h, w, n_codebooks), which comes after those of ``window``."""
+        if y == 0:
+            self.states[i].start_frame(window, frame)
+        frame[:, 0, y, :, i] = self.states[i].fill_row(frame, y, uniform)
+
+
+class LayerState:
+    """Step-by-step computation of one layer for M rows.
+
+    What a step touches lives in fixed buffers, and where it is in tensors, so that on CUDA it is recorded once as a
+    graph and replayed: launching its many small kernels one by one would take longer than running them.
+    """
+
+    def __init__(self, network, i, grid, n_rows, choose, first_row):
+        self.network, self.i, self.grid, self.choose, self.first_row = network, i, grid, choose, first_row
+        dim, dtype, self.device = network.own.embedding_dim, network.own.weight.dtype, network.own.weight.device
+
+        def zeros(*shape, dtype=dtype):
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        layers = network.column_stack
+        self.caches = [
+            [module.new_cache(n_rows, dtype, self.device) for module in modules] for modules in network.attention
+        ]
+        self.weights = [layer.conv.split_weight() for layer in layers]
+        # Of the row being generated: its codes, their random numbers, and the condition of each layer.
+        self.row = zeros(n_rows, grid[2], dtype=torch.int64)
+        self.uniform = zeros(grid[2], n_rows, dtype=torch.float32)
+        self.conditions = zeros(grid[2], len(layers), n_rows, 2 * dim)
+        # Of the columns to the left: the embedding of the last code, and the last inputs of each layer.
+        self.left = zeros(n_rows, dim)
+        self.past_columns = [zeros(n_rows, (layer.conv.taps - 1) * dim) for layer in layers]
+        self.column, self.position = (zeros(1, dtype=torch.int64) for _ in range(2))
+        self.graph = record_graph(self._step) if self.device.type == "cuda" else None
+
+    def start(self, window):
+        """Begin with known frames (B, n, h, w, n_codebooks); each of the B stands for M / B neighbouring rows."""
+        network, self.time = self.network, window.shape[1]
+        self.past_frames = [None] * len(self.weights)
+        before = shifted(network.embed_before(window), 0)
+        own = network.embed_own(window[..., self.i])
+        network.features(network.embed_known(before, window, self.i), own, self.time, state=self)
+
+    def keep_frames(self, index, past):
+        """The last inputs of a layer of the frame stack: (B, kernel_frames - 1, h, w, d)."""
+        self.past_frames[index] = past.repeat_interleave(len(self.row) // len(past), 0)
+
+    def start_frame(self, window, frame):
+        """The frame stack of the frame that comes after those of ``window`` (M, n, h, w, n_codebooks)."""
+        network, self.time = self.network, window.shape[1]
+        known = network.embed_known(network.embed_before(window[:, -1:]), frame, self.i, self.time)
+        self.known, self.past_rows = [], [None] * len(self.weights)
+        for index, layer in enumerate(network.frame_stack):
+            known, self.past_frames[index] = layer(known, past=self.past_frames[index])
+            self.known.append(known)
+
+    def fill_row(self, frame, y, uniform):
+        """Generate the codes of row y: frame (M, 1, h, w, n_codebooks), uniform (w, M) -> rows (M, w)."""
+        network = self.network
+        if y == 0:
+            rows = torch.zeros_like(self.known[0][:, :, :1])
+        else:
+            rows = network.embed_own(frame[:, :, y - 1 : y, :, self.i])
+        for index, layer in enumerate(network.row_stack):
+            known = self.known[index][:, :, y : y + 1]
+            rows, self.past_rows[index] = layer(rows, known, self.past_rows[index])
+            condition = torch.cat([known, rows], -1)[:, 0, 0] @ self.weights[index][1]  # (M, w, 2 d)
+            self.conditions[:, index] = condition.transpose(0, 1) + self.network.column_stack[index].conv.conv.bias
+            self.past_columns[index].zero_()
+        self.left.zero_()
+        self.uniform.copy_(uniform)
+        start = (self.time * self.grid[1] + y) * self.grid[2]
+        for x in range(self.grid[2]):
+            self.column.fill_(x)
+            self.position.fill_(start + x)
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                self._step(start + x)
+        return self.row
+
+    def _step(self, index=None):
+        """Generate the code at ``position``, in ``column`` of its row; ``index`` is the position, where known."""
+        network, x = self.network, self.left
+        conditions = self.conditions.index_select(0, self.column)[0].unbind(0)
+        for layer, condition, past, (weight, _), modules, caches in zip(
+            network.column_stack, conditions, self.past_columns, self.weights, network.attention, self.caches
+        ):
+            taps = torch.cat([past, layer.norm(x)], 1)
+            past.copy_(taps[:, x.shape[1] :])
+            x = x + layer.out(gate(torch.addmm(condition, taps, weight)))
+            for module, cache in zip(modules, caches):
+                x = module.step(x, cache, self.position, None if index is None else module.span(index))
+        uniform = self.uniform.index_select(0, self.column)[0]
+        code = draw(network.predict(x, self.i), uniform, **self.choose) + self.first_row
+        self.row.index_copy_(1, self.column, code[:, None])
+        self.left.copy_(network.embed_own(code))
