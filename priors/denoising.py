@@ -10,6 +10,11 @@ SCHEDULERS = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),  # ancestral sampling
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    # the same with steps even in log-SNR (Lu et al. 2022): few even steps in time are too coarse where data are narrow
+    "dpmsolver++_logsnr": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_lu_lambdas": True},
+    ),
     "unipc": ("UniPCMultistepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
 }
@@ -81,6 +86,8 @@ def denoise(predict, noise, scheduler, n_steps, generator=None, clamp=None, on_s
     if not 1 <= n_steps <= n_train:
         raise ValueError(f"n_steps: expected 1 to {n_train}, found {n_steps}")
     scheduler.set_timesteps(n_steps, device=noise.device)
+    if hasattr(scheduler, "set_begin_index"):  # else one whose first two times round to the same step skips one
+        scheduler.set_begin_index(0)
     noisy = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     x = noise.float() * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -114,3 +121,28 @@ def _clamped(output, x, scheduler, t, bound):
     kind = scheduler.config.prediction_type
     alpha_bar = scheduler.alphas_cumprod[int(t)].to(x)
     return network_output(clean_sample(output, x, alpha_bar, kind).clamp(-bound, bound), x, alpha_bar, kind)
+
+
+def noised(x_0, noise, alpha_bar, prediction_type):
+    """A training pair of the forward process.
+
+    Args:
+        x_0, noise: clean samples and standard normal noise, (N, ...).
+        alpha_bar: of the times, broadcastable to them.
+        prediction_type: of ``noise_schedule``.
+    Returns:
+        x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise, and what the network should say for it.
+    """
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    targets = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x_0, "sample": x_0}
+    return alpha * x_0 + sigma * noise, targets[prediction_type]
+
+
+def min_snr_weight(alpha_bar, gamma, prediction_type):
+    """Weight of the squared error at each time: min(SNR, gamma) on x_0's (Hang et al. 2023, section 3.4).
+
+    In terms of the other outputs: over SNR for "epsilon", over SNR + 1 for "v_prediction".
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    weight = snr.clamp(max=gamma)
+    return weight / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]

@@ -9,8 +9,10 @@ from latentcast.priors.denoising import (
     clean_sample,
     denoise,
     make_scheduler,
+    min_snr_weight,
     network_output,
     noise_schedule,
+    noised,
 )
 
 
@@ -88,3 +90,26 @@ def test_unknown_names_and_step_counts_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_training_pairs_are_those_of_diffusers(kind):
+    scheduler = make_scheduler("ddpm", noise_schedule(50, "cosine", kind))
+    x_0, noise = torch.randn(2, 6, 2, 3, 3)
+    t = torch.tensor([0, 3, 17, 30, 48, 49])
+    alpha_bar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    x, target = noised(x_0, noise, alpha_bar, kind)
+    torch.testing.assert_close(x, scheduler.add_noise(x_0, noise, t))
+    expected = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x_0, noise, t), "sample": x_0}[kind]
+    torch.testing.assert_close(target, expected)
+
+
+def test_min_snr_weighs_the_error_of_x_0_alike_for_every_kind_of_output():
+    alpha_bar = torch.tensor([0.999, 0.9, 0.5, 0.1, 0.01], dtype=torch.float64)
+    x_0, noise, guess = torch.randn(3, 5, dtype=torch.float64)
+    for kind in ("epsilon", "v_prediction", "sample"):
+        x, target = noised(x_0, noise, alpha_bar, kind)
+        error = network_output(guess, x, alpha_bar, kind) - target
+        snr = alpha_bar / (1 - alpha_bar)
+        expected = torch.minimum(snr, torch.tensor(5.0)) * (guess - x_0) ** 2
+        torch.testing.assert_close(min_snr_weight(alpha_bar, 5.0, kind) * error**2, expected)

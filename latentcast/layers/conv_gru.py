@@ -37,4 +37,5 @@ class ConvGRUCell(nn.Module):
             state = x.new_zeros(len(x), self.hidden_channels, *x.shape[2:])
         update, reset = self.gates(torch.cat([x, state], 1)).sigmoid().chunk(2, 1)
         candidate = self.candidate(torch.cat([x, reset * state], 1)).tanh()
-        return torch.lerp(state, candidate, update)
+        # Under autocast a state may be more precise than what a convolution gives.
+        return torch.lerp(state, candidate.to(state.dtype), update.to(state.dtype))

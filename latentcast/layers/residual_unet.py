@@ -1,0 +1,121 @@
+"""Building blocks of residual video diffusion's three networks (Yang et al. 2022, appendix A, Figures 5 and 6)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .conv_gru import ConvGRUCell
+
+NORM_GROUPS = 8
+SLOPE = 0.2  # of LeakyReLU
+
+
+class ResBlock(nn.Module):
+    """Twice convolution, group normalisation and LeakyReLU, plus a shortcut: (N, in, H, W) -> (N, out, H, W).
+
+    Args:
+        in_channels, out_channels: widths; out_channels is a multiple of 8.
+        time_dim: size of the embedding of the diffusion step that is added between the two halves; None: without.
+        context_channels: width of a context that is concatenated to the input; None: without. A convolution of two
+            concatenated maps is the sum of two convolutions, so that of the context is a layer of its own, whose
+            result can be kept while the input changes (``condition``).
+    """
+
+    def __init__(self, in_channels, out_channels, time_dim=None, context_channels=None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, out_channels)
+        projected = in_channels != out_channels or context_channels is not None
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if projected else nn.Identity()
+        if time_dim is not None:
+            self.time = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, out_channels))
+        if context_channels is not None:
+            self.context_conv = nn.Conv2d(context_channels, out_channels, 3, padding=1, bias=False)
+            self.context_shortcut = nn.Conv2d(context_channels, out_channels, 1, bias=False)
+
+    def condition(self, context):
+        """What the context adds to the first convolution and to the shortcut: a pair of (N, out, H, W)."""
+        return self.context_conv(context), self.context_shortcut(context)
+
+    def forward(self, x, time=None, condition=None):
+        """x (N, in, H, W), time (N, time_dim), condition: of the method of that name -> (N, out, H, W)."""
+        h, shortcut = self.conv1(x), self.shortcut(x)
+        if condition is not None:
+            h, shortcut = h + condition[0], shortcut + condition[1]
+        h = F.leaky_relu(self.norm1(h), SLOPE)
+        if time is not None:
+            h = h + self.time(time)[..., None, None]
+        return F.leaky_relu(self.norm2(self.conv2(h)), SLOPE) + shortcut
+
+
+def halve(channels):
+    """(N, C, H, W) -> (N, C, H / 2, W / 2): a strided convolution."""
+    return nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+
+def double(channels):
+    """(N, C, H, W) -> (N, C, 2 H, 2 W): a transposed convolution."""
+    return nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
+
+
+class LevelNetwork(nn.Module):
+    """A network of levels, any of which may be run with gradient checkpointing, as diffusers switches it on."""
+
+    gradient_checkpointing = False
+
+    def run(self, level, *args):
+        """level(*args), its activations recomputed in the backward pass where checkpointing is on."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(level, *args)
+        return level(*args)
+
+
+class RecurrentLevel(nn.Module):
+    """ResBlock, ConvGRU over time, and half the size for the next level (the TD of Figure 6)."""
+
+    def __init__(self, in_channels, out_channels, last):
+        super().__init__()
+        self.block = ResBlock(in_channels, out_channels)
+        self.gru = ConvGRUCell(out_channels, out_channels)
+        self.down = None if last else halve(out_channels)
+
+    def forward(self, x, n_frames, state):
+        features, states = self.block(x), []
+        for feature in features.chunk(n_frames):
+            state = self.gru(feature, state)
+            states.append(state)
+        states = torch.cat(states)
+        return states, None if self.down is None else self.down(states)
+
+
+class RecurrentEncoder(LevelNetwork):
+    """Frames -> what each level's ConvGRU holds after each of them.
+
+    Args:
+        in_channels: C of the frames.
+        widths: channels of the levels, from the finest; each has half the side of the one before.
+    """
+
+    def __init__(self, in_channels, widths):
+        super().__init__()
+        inputs = [in_channels, *widths[:-1]]
+        last = len(widths) - 1
+        self.levels = nn.ModuleList(RecurrentLevel(a, b, i == last) for i, (a, b) in enumerate(zip(inputs, widths)))
+
+    def forward(self, frames, n_frames=1, states=None):
+        """Read frames of which the first ``len(frames) / n_frames`` are those of the first time, and so on.
+
+        Args:
+            frames: (n_frames * N, C, H, W), time before batch.
+            n_frames: number of times.
+            states: what the encoder holds, of each level (N, width, h, w); None: nothing yet.
+        Returns:
+            list over the levels of (n_frames * N, width, h, w), time before batch.
+        """
+        held, x = [], frames
+        for level, state in zip(self.levels, states or [None] * len(self.levels)):
+            after, x = self.run(level, x, n_frames, state)
+            held.append(after)
+        return held

@@ -1,0 +1,440 @@
+"""Residual Video Diffusion (RVD).
+
+Yang, Srivastava and Mandt, "Diffusion Probabilistic Modeling for Video Generation", 2022. A transform network predicts
+the next frame, mu; what is missing, the residual, is drawn by a diffusion model that knows the past through a network
+of convolutional GRUs. The first section of this file holds the networks of appendix A, the second the model.
+
+Where many frames are handled at once, they lie along the batch axis, time before batch: (T * N, C, H, W).
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from latentcast.layers.linear_attention import LinearAttention
+from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResBlock, double, halve
+from latentcast.tokenizers.base import check_frames, check_latents
+
+from .base import Prior, PriorOutput, no_progress
+from .denoising import denoise, make_scheduler, noise_schedule, noised
+
+PIXEL_BOUND = 2.0  # two frames in [-1, 1] differ by no more
+LATENT_BOUND = 10.0  # latents have unit variance: hardly ever reached, but it keeps the noisiest steps from exploding
+LEAST_SCALE = 0.01  # of sigma: the smallest that a learned scale can become
+
+
+class TransformLevel(nn.Module):
+    """ResBlock on the features from below and a skip, then twice the size (the TU of Figure 6b)."""
+
+    def __init__(self, in_channels, out_channels, last):
+        super().__init__()
+        self.block = ResBlock(in_channels, out_channels)
+        self.up = nn.Identity() if last else double(out_channels)
+
+    def forward(self, x, skip=None):
+        return self.up(self.block(x if skip is None else torch.cat([x, skip], 1)))
+
+
+class TransformNetwork(LevelNetwork):
+    """The autoregressive transform of Figure 6: the past frames -> mu, the mean of the next.
+
+    The deepest level on the way up takes its ConvGRU's state alone, each other one the state of its level as a skip.
+
+    Args:
+        in_channels: C of the frames.
+        widths: channels of the levels, from the finest.
+        learned_scale: a second output, from the same features but without gradient to them, for the scale of Eq. 5.
+    """
+
+    def __init__(self, in_channels, widths, learned_scale):
+        super().__init__()
+        self.encoder = RecurrentEncoder(in_channels, widths)
+        finer = [widths[0], *widths[:-1]]
+        self.levels = nn.ModuleList(
+            TransformLevel(wide * (1 if i == len(widths) - 1 else 2), narrow, i == 0)
+            for i, (wide, narrow) in reversed(list(enumerate(zip(widths, finer))))
+        )
+        self.to_mu = nn.Conv2d(widths[0], in_channels, 1)
+        self.to_scale = nn.Conv2d(widths[0], in_channels, 1) if learned_scale else None
+
+    def forward(self, states):
+        """The encoder's states (list of (N, width, h, w)) -> mu (N, C, H, W), and the raw scale or None."""
+        x = None
+        for level, state in zip(self.levels, reversed(states)):
+            x = self.run(level, state) if x is None else self.run(level, x, state)
+        return self.to_mu(x), None if self.to_scale is None else self.to_scale(x.detach())
+
+
+class DownLevel(nn.Module):
+    """Two ResBlocks, of which the second sees the context too, and attention (the DD of Figure 5b)."""
+
+    def __init__(self, in_channels, out_channels, time_dim):
+        super().__init__()
+        self.block1 = ResBlock(in_channels, out_channels, time_dim)
+        self.block2 = ResBlock(out_channels, out_channels, time_dim, context_channels=out_channels)
+        self.attention = LinearAttention(out_channels)
+
+    def forward(self, x, time, condition):
+        return self.attention(self.block2(self.block1(x, time), time, condition))
+
+
+class UpLevel(nn.Module):
+    """Two ResBlocks, of which the first sees the skip, attention, and twice the size (the DU of Figure 5b)."""
+
+    def __init__(self, in_channels, out_channels, time_dim, last):
+        super().__init__()
+        self.block1 = ResBlock(2 * in_channels, out_channels, time_dim)
+        self.block2 = ResBlock(out_channels, out_channels, time_dim)
+        self.attention = LinearAttention(out_channels)
+        self.up = nn.Identity() if last else double(out_channels)
+
+    def forward(self, x, skip, time):
+        return self.up(self.attention(self.block2(self.block1(torch.cat([x, skip], 1), time), time)))
+
+
+class MiddleLevel(nn.Module):
+    """Attention between two ResBlocks, at the smallest size."""
+
+    def __init__(self, channels, time_dim):
+        super().__init__()
+        self.block1 = ResBlock(channels, channels, time_dim)
+        self.attention = LinearAttention(channels)
+        self.block2 = ResBlock(channels, channels, time_dim)
+
+    def forward(self, x, time):
+        return self.block2(self.attention(self.block1(x, time)), time)
+
+
+class DenoisingUNet(LevelNetwork):
+    """f_theta of Eq. 9 (Figure 5): noisy residual, diffusion step and context -> the noise.
+
+    Args:
+        in_channels: C of the residual.
+        widths: channels of the levels, from the finest; the context's are the same.
+    """
+
+    def __init__(self, in_channels, widths):
+        super().__init__()
+        time_dim = widths[0]
+        self.steps = Timesteps(time_dim, flip_sin_to_cos=False, downscale_freq_shift=1)
+        self.time = TimestepEmbedding(time_dim, 4 * time_dim, out_dim=time_dim)
+        pairs = list(zip([in_channels, *widths[:-1]], widths))
+        self.down = nn.ModuleList(DownLevel(*pair, time_dim) for pair in pairs)
+        self.halve = nn.ModuleList(halve(width) for width in widths[:-1])
+        self.middle = MiddleLevel(widths[-1], time_dim)
+        pairs = list(zip(widths, [widths[0], *widths[:-1]]))
+        self.up = nn.ModuleList(UpLevel(*pairs[i], time_dim, i == 0) for i in reversed(range(len(pairs))))
+        self.to_noise = nn.Conv2d(widths[0], in_channels, 1)
+
+    def conditions(self, context):
+        """What the context adds at each level, the same at every denoising step.
+
+        Args:
+            context: list of (N, width, h, w), of ``RecurrentEncoder``.
+        """
+        return [level.block2.condition(state) for level, state in zip(self.down, context)]
+
+    def forward(self, y, n, conditions):
+        """Noisy residuals y (N, C, H, W), their diffusion steps n (N,), ``conditions`` -> the noise (N, C, H, W)."""
+        time = self.time(self.steps(n).to(y.dtype))
+        x, skips = y, []
+        for i, (level, condition) in enumerate(zip(self.down, conditions)):
+            x = self.run(level, x if i == 0 else self.halve[i - 1](x), time, condition)
+            skips.append(x)
+        x = self.run(self.middle, x, time)
+        for level in self.up:
+            x = self.run(level, x, skips.pop(), time)
+        return self.to_noise(x)
+
+
+class ResidualDiffusion(Prior):
+    """Residual Video Diffusion over pixels or over the latents of any tokenizer.
+
+    The defaults are the paper's for 64 x 64 frames. For 128 x 128 (Table 3): ``width=64``,
+    ``denoising_multipliers=[1, 1, 2, 2, 4, 4]``, ``transform_multipliers=[1, 2, 3, 4]``. As drawn in Figures 5 and 6,
+    both U-Nets have a level on the way up for each on the way down; without that of the finest size they would have the
+    published 37.6M parameters, and have 37.8M.
+
+    Args:
+        latent_spec: ``FrameTokenizer.latent_spec`` of the tokenizer. Of kind "pixels" the prior works on frames in
+            [-1, 1], of any other kind on latents of about unit variance.
+        width: channels of the finest level, a multiple of 8.
+        denoising_multipliers: widths of the denoising U-Net's levels and of its context network's, in units of
+            ``width``; each level has half the side of the one before.
+        transform_multipliers: the same of the transform network.
+        residual: False: the paper's ablation VD (section 3.6), mu = 0 and sigma = 1, diffuses the frames themselves.
+        sigma: of Eq. 5, in units of the frames or latents.
+        learned_sigma: let the transform network give each number of a frame its own scale below ``sigma``. It is
+            fitted by the Gaussian likelihood of x - mu: the noise loss alone would push it up without end, since
+            noise is easy to read off when y is zero.
+        n_diffusion_steps: N.
+        noise_loss: "l2", Eq. 9, or "l1".
+        mu_weight: of the mean squared error of mu, added to the loss; 0: mu learns through Eq. 9 alone, as published.
+        shared_step: one diffusion step n for all frames of a clip, as in Algorithm 1; False: one for each frame.
+        residual_bound: largest |x - mu| that a denoising step may predict, in units of the frames or latents. None:
+            over pixels 2, or 1 where the frame itself is diffused, over latents 10.
+        gradient_checkpointing: recompute each level's activations in the backward pass: less memory, more time.
+    Raises:
+        ValueError: an unknown loss, a width that is no multiple of 8, or a frame that cannot be halved often enough.
+    """
+
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False  # diffusers' switch; without it, the option's name in the config makes it warn
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_spec,
+        width=48,
+        denoising_multipliers=(1, 2, 4, 8),
+        transform_multipliers=(1, 2, 2, 4),
+        residual=True,
+        sigma=2.0,
+        learned_sigma=False,
+        n_diffusion_steps=1600,
+        noise_loss="l2",
+        mu_weight=0.0,
+        shared_step=True,
+        residual_bound=None,
+        gradient_checkpointing=False,
+    ):
+        super().__init__()
+        if width < 8 or width % 8:
+            raise ValueError(f"width: expected a multiple of 8, found {width}")
+        if noise_loss not in ("l1", "l2"):
+            raise ValueError(f"noise_loss: expected l1 or l2, found {noise_loss!r}")
+        for name, value in (("sigma", sigma), ("residual_bound", residual_bound)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: expected a positive number, found {value}")
+        networks = {"denoising_multipliers": denoising_multipliers}
+        if residual:
+            networks["transform_multipliers"] = transform_multipliers
+        widths = {name: _widths(latent_spec, width, name, value) for name, value in networks.items()}
+        self.schedule = noise_schedule(n_diffusion_steps, "cosine", "epsilon")
+        # No buffer: in bf16 the first of them would round to 1, which is no noise at all.
+        self.alpha_bars = make_scheduler("ddpm", self.schedule).alphas_cumprod
+
+        channels = latent_spec["channels"]
+        self.context = RecurrentEncoder(channels, widths["denoising_multipliers"])
+        self.denoiser = DenoisingUNet(channels, widths["denoising_multipliers"])
+        self.transform = None
+        if residual:
+            self.transform = TransformNetwork(channels, widths["transform_multipliers"], learned_sigma)
+        if gradient_checkpointing:
+            self.enable_gradient_checkpointing()
+
+    @property
+    def accepts(self):
+        """The space of ``latent_spec``: "pixels" or "latents"."""
+        return "pixels" if self.config.latent_spec["kind"] == "pixels" else "latents"
+
+    def check_clip(self, clip, name="clip"):
+        """Refuse anything but a float (B, T, C, H, W) of the sizes in ``latent_spec``, pixels within [-1, 1]."""
+        spec = self.config.latent_spec
+        check = check_frames if self.accepts == "pixels" else check_latents
+        check(clip, spec["channels"], spec["height"], spec["width"], name=name)
+
+    # The past -----------------------------------------------------------------------------------------------------
+
+    def observe(self, frames, n_frames=1, memory=None):
+        """Both recurrent networks read frames (n_frames * N, C, H, W), time before batch.
+
+        Args:
+            memory: what they held before these frames, of N rows; None: nothing.
+        Returns:
+            dict network -> list over its levels of (n_frames * N, width, h, w): the memory after each frame.
+        """
+        encoders = {"context": self.context}
+        if self.transform is not None:
+            encoders["transform"] = self.transform.encoder
+        return {name: encoder(frames, n_frames, (memory or {}).get(name)) for name, encoder in encoders.items()}
+
+    def predict_frame(self, memory):
+        """mu and sigma of Eq. 5 -> mu (N, C, H, W) or 0, sigma (N, C, H, W) or a number; at least fp32."""
+        if self.transform is None:
+            return 0.0, 1.0
+        mu, scale = self.transform(memory["transform"])
+        sigma = self.config.sigma
+        if scale is not None:
+            sigma = sigma * (LEAST_SCALE + (1 - LEAST_SCALE) * _precise(scale).sigmoid())
+        return _precise(mu), sigma
+
+    # Training -----------------------------------------------------------------------------------------------------
+
+    def forward(self, clip, n_context):
+        """The loss of Eq. 9 and 10 with teacher forcing, a mean over frames and numbers.
+
+        All predicted frames of all clips go through the U-Net at once. In eval mode noise and diffusion steps are the
+        same in every call, so that losses compare.
+
+        Args:
+            clip: (B, T, C, H, W) frames in [-1, 1], or latents. n_context: context frames, which the loss skips; two
+                in the paper.
+        Returns:
+            PriorOutput; ``logs`` has ``noise_loss`` and, where there is a mu, ``mu_error``, its mean squared error.
+        """
+        self.check_clip(clip)
+        self.check_context(n_context, clip.shape[1])
+        n_clips, n_frames = clip.shape[:2]
+        frames = clip.transpose(0, 1)
+        past, target = frames[:-1].flatten(0, 1), _precise(frames[n_context:].flatten(0, 1))
+        memory = _rows(self.observe(past.to(self.dtype), n_frames - 1), slice((n_context - 1) * n_clips, None))
+
+        mu, sigma = self.predict_frame(memory)
+        y = (target - mu) / (sigma.detach() if torch.is_tensor(sigma) else sigma)  # Eq. 5
+        generator = None if self.training else torch.Generator().manual_seed(0)
+        n = self._draw_steps(n_clips, n_frames - n_context, generator)
+        noise = randn_tensor(y.shape, generator, y.device, y.dtype)
+        alpha_bar = self.alpha_bars.to(y)[n].view(-1, 1, 1, 1)
+        y_n, wanted = noised(y, noise, alpha_bar, "epsilon")  # Eq. 10
+        predicted = self.denoiser(y_n.to(self.dtype), n, self.denoiser.conditions(memory["context"]))
+        distance = F.mse_loss if self.config.noise_loss == "l2" else F.l1_loss
+        loss = distance(predicted.to(wanted.dtype), wanted)
+        logs = {"noise_loss": loss.detach()}
+
+        if self.transform is not None:
+            mu_error = F.mse_loss(mu, target)
+            logs["mu_error"] = mu_error.detach()
+            if self.config.mu_weight:
+                loss = loss + self.config.mu_weight * mu_error
+            if self.config.learned_sigma:  # reaches the scale's own layer alone
+                nll = (sigma.log() + ((target - mu.detach()) / sigma).square() / 2).mean()
+                loss = loss + nll
+                logs["scale_nll"] = nll.detach()
+        return PriorOutput(loss=loss, logs=logs)
+
+    def _draw_steps(self, n_clips, n_frames, generator):
+        """Diffusion steps, uniform in 0 .. N - 1 -> (n_frames * n_clips,), time before batch."""
+        shared = self.config.shared_step
+        device = self.device if generator is None else generator.device
+        shape = (1 if shared else n_frames, n_clips)
+        n = torch.randint(len(self.alpha_bars), shape, generator=generator, device=device)
+        return n.expand(n_frames, n_clips).flatten().to(self.device)
+
+    # Sampling -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        context,
+        n_frames,
+        *,
+        num_samples=1,
+        generator=None,
+        progress=None,
+        scheduler="dpmsolver++_logsnr",
+        n_steps=25,
+        sample_batch=64,
+        use_cache=True,
+    ):
+        """Continue a context (B, n_context, C, H, W) -> (B, num_samples, n_frames, C, H, W), frame by frame.
+
+        Algorithm 1 is ``scheduler="ddpm", n_steps=1600``, with the posterior's standard deviation where the paper
+        prints its variance. Every scheduler works on the same trained model.
+
+        Each future has noise of its own, seeded by ``generator``: it does not depend on its neighbours in the batch.
+
+        Args:
+            context: frames or latents, at least one. n_frames: how many to predict.
+            num_samples: futures for each context, which is read once a chunk.
+            generator: a ``torch.Generator`` for reproducible samples.
+            progress: a callable like ``tqdm``; counts denoising steps.
+            scheduler: a name in ``denoising.SCHEDULERS`` or a scheduler of diffusers. The steps of the default are even
+                in log-SNR: residuals are a few percent of sigma, and few steps even in time end before they take shape.
+            n_steps: denoising steps for each frame.
+            sample_batch: futures computed at once, which bounds the memory.
+            use_cache: False computes what the context adds to the U-Net at every denoising step anew, instead of once
+                a frame (a reference for tests and benchmarks).
+        """
+        self.check_clip(context, "context")
+        for name, value in (("n_frames", n_frames), ("num_samples", num_samples), ("sample_batch", sample_batch)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
+        n_clips, n_context = context.shape[:2]
+        self.check_context(n_context, n_context + n_frames)
+        device = "cpu" if generator is None else generator.device
+        seeds = torch.randint(2**62, (n_clips * num_samples,), generator=generator, device=device).tolist()
+        chunks = torch.arange(len(seeds)).split(sample_batch)
+        options = {"scheduler": scheduler, "n_steps": n_steps, "use_cache": use_cache}
+        futures = []
+        with (progress or no_progress)(total=len(chunks) * n_frames * n_steps) as bar:
+            for chunk in chunks:
+                clips, owner = (chunk // num_samples).unique(return_inverse=True)
+                memory = None
+                for frame in context[clips].to(self.dtype).unbind(1):  # one by one: flat memory for any length
+                    memory = self.observe(frame, memory=memory)
+                memory = _rows(memory, owner.to(context.device))
+                generators = [torch.Generator().manual_seed(seeds[row]) for row in chunk]
+                futures.append(self._continue(memory, n_frames, generators, bar, **options))
+        return torch.cat(futures).unflatten(0, (n_clips, num_samples)).to(context.dtype)
+
+    def _continue(self, memory, n_frames, generators, bar, scheduler, n_steps, use_cache):
+        """The right side of Algorithm 1 for N futures: a memory of N rows -> (N, n_frames, C, H, W), at least fp32."""
+        spec = self.config.latent_spec
+        shape = (len(generators), spec["channels"], spec["height"], spec["width"])
+        future = []
+        for t in range(n_frames):
+            mu, sigma = self.predict_frame(memory)
+            noise = randn_tensor(shape, generators, self.device, torch.float32)
+            y = denoise(
+                self._noise_predictor(memory["context"], use_cache),
+                noise,
+                make_scheduler(scheduler, self.schedule),
+                n_steps,
+                generators,
+                clamp=self._bound / sigma,
+                on_step=bar.update,
+            )
+            x = mu + sigma * y
+            if self.accepts == "pixels":
+                x = x.clamp(-1, 1)
+            future.append(x)
+            if t + 1 < n_frames:
+                memory = self.observe(x.to(self.dtype), memory=memory)
+        return torch.stack(future, 1)
+
+    def _noise_predictor(self, context, use_cache):
+        """``predict(y, n)`` for the denoising steps of one frame."""
+        dtype = self.dtype
+        cached = self.denoiser.conditions(context) if use_cache else None
+
+        def predict(y, n):
+            conditions = cached if use_cache else self.denoiser.conditions(context)
+            return self.denoiser(y.to(dtype), n, conditions)
+
+        return predict
+
+    @property
+    def _bound(self):
+        """``residual_bound``, with its default by space."""
+        if self.config.residual_bound is not None:
+            return self.config.residual_bound
+        if self.accepts == "latents":
+            return LATENT_BOUND
+        return PIXEL_BOUND if self.config.residual else PIXEL_BOUND / 2
+
+
+def _widths(latent_spec, width, name, multipliers):
+    """Channels of a network's levels; refuses frames whose sides cannot be halved from level to level."""
+    if not multipliers or any(not isinstance(m, int) or m < 1 for m in multipliers):
+        raise ValueError(f"{name}: expected whole numbers of at least 1, found {list(multipliers)}")
+    sides, stride = (latent_spec["height"], latent_spec["width"]), 2 ** (len(multipliers) - 1)
+    if any(side % stride for side in sides):
+        raise ValueError(
+            f"{name}: {len(multipliers)} levels need height and width that are multiples of {stride}, found "
+            f"{sides[0]} x {sides[1]}; give fewer levels"
+        )
+    return [width * multiplier for multiplier in multipliers]
+
+
+def _precise(x):
+    """x in at least fp32, whatever autocast or the weights made of it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rows(memory, index):
+    """Some rows of a memory, of all its networks and levels."""
+    return {name: [state[index] for state in states] for name, states in memory.items()}
