@@ -14,7 +14,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 import latentcast
 
 ALLOWED_PACKAGES = ("latentcast", "torch", "diffusers", "pytorch_lightning")
-TOOLS = ("train_tokenizer", "encode_dataset", "train_prior", "sample", "evaluate")
+TOOLS = ("train_tokenizer", "encode_dataset", "train_prior", "train_jointly", "sample", "evaluate")
 
 
 class ConfigError(ValueError):
@@ -32,8 +32,9 @@ def load_config(experiment, overrides=(), tool=None):
 
     ``configs/base.yaml`` holds every root key. An experiment lists a file for each group under ``defaults`` and then
     overrides what it likes. A section named after a tool (``train_prior:``) is merged over the root when that tool
-    runs. Overrides come last: ``key.sub=value``, or ``group=name`` to swap a group's file (the experiment's own
-    settings of that group, which were about another class, are then dropped; ``group=null`` empties it).
+    runs; ``train_jointly:``, for ``train_prior.py joint=true``, on top of ``train_prior:``. Overrides come last:
+    ``key.sub=value``, or ``group=name`` to swap a group's file (the experiment's own settings of that group, which were
+    about another class, are then dropped; ``group=null`` empties it).
 
     Args:
         experiment: a name under ``configs/experiment/``, the path of a YAML file, or what would stand in it as a dict.
@@ -77,8 +78,9 @@ def load_config(experiment, overrides=(), tool=None):
         for key in [key for key in part if key in swapped]:
             part.pop(key)
     _merge(config, body, "")
+    applied = ("train_prior", tool) if tool == "train_jointly" else (tool,)
     for name, section in sections.items():  # those of other tools are only checked
-        _merge(config if name == tool else copy.deepcopy(config), section, "")
+        _merge(config if name in applied else copy.deepcopy(config), section, "")
     for key, value in settings:
         try:
             parsed = OmegaConf.from_dotlist([f"{key}={value}"])

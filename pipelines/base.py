@@ -7,7 +7,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
 import latentcast
-from latentcast.modeling import adopt, read_json, saved_class
+from latentcast.files import read_json
+from latentcast.modeling import adopt, saved_class
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 

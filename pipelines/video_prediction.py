@@ -88,7 +88,8 @@ class VideoPredictionPipeline(VideoPipeline):
             frame_times: (n_frames,) or (B, n_frames) float, in units of the context's frame interval, with its last
                 frame at 0. Only for priors over continuous time.
             decode_batch: number of frames decoded at once, which bounds the memory.
-            **sampler: options of the prior's sampler; ``prior.sampler_options()`` lists them.
+            **sampler: options of the prior's sampler; ``prior.sampler_options()`` lists them. ``scheduler``, where the
+                prior takes one, only in a pipeline without that component.
         Returns:
             VideoPipelineOutput
         Raises:
@@ -154,7 +155,8 @@ class VideoPredictionPipeline(VideoPipeline):
                 raise ValueError(
                     f"frame_times: expected shape ({n_frames},) or ({len(frames)}, {n_frames}), found {shape}"
                 )
-        known = [name for name in known if name not in ("frame_times", "scheduler")]
+        taken = {"frame_times"} | ({"scheduler"} if self.scheduler is not None else set())
+        known = [name for name in known if name not in taken]
         for name in sampler:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)

@@ -36,12 +36,12 @@ def test_unknown_part_is_refused(run_parts, monkeypatch, capsys):
 
 def test_lvt_ratios_at_tiny_size(monkeypatch, run_parts):
     """The slow side is measured for real; a cached video of 1 ms and 16 of them in 4 ms stand in for the fast one."""
-    import sampling
+    import sampling_lvt
 
-    monkeypatch.setattr(sampling, "lvt_cached", lambda model, n_samples, device: {1: 1e-3, 16: 4e-3}[n_samples])
-    model = sampling.VideoTransformer(
-        sampling.LVT_SPEC | {"scaling_factor": 1.0}, dim=8, embed_dim=8, n_heads=1, head_dim=8, n_layers=1
+    monkeypatch.setattr(sampling_lvt, "lvt_cached", lambda model, n_samples, device: {1: 1e-3, 16: 4e-3}[n_samples])
+    model = sampling_lvt.VideoTransformer(
+        sampling_lvt.LVT_SPEC | {"scaling_factor": 1.0}, dim=8, embed_dim=8, n_heads=1, head_dim=8, n_layers=1
     )
-    ratios = sampling.lvt_ratios(model.eval(), "cpu", measured=2)
+    ratios = sampling_lvt.lvt_ratios(model.eval(), "cpu", measured=2)
     assert ratios["lvt_cached_b16"] == pytest.approx(4 * ratios["lvt_cached_b1"])
     assert ratios["lvt_cached_b1"] > 1000 and ratios["lvt_cached_b16_same_batch"] > 0

@@ -48,6 +48,7 @@ FILES = {
         train_prior:
           seed: 5
           prior: {bias: false}
+        train_jointly: {channels: 4}
         sample: {seed: 9}
     """,
     "experiment/needs_data.yaml": "defaults: {data: folder}",
@@ -96,6 +97,12 @@ def test_a_tool_section_applies_to_that_tool_alone(configs):
     assert config.prior.out_features == 8
     assert load_config("small", tool="sample").seed == 9
     assert "bias" not in load_config("small", tool="evaluate").prior
+
+
+def test_joint_training_takes_both_sections(configs):
+    config = load_config("small", tool="train_jointly")
+    assert (config.seed, config.channels) == (5, 4) and config.prior.bias is False
+    assert load_config("small", tool="train_prior").channels != 4
 
 
 def test_overrides_come_last_and_are_parsed_as_yaml(configs):
@@ -307,9 +314,10 @@ def test_every_experiment_is_built(experiment, video_folder, tmp_path, monkeypat
     tokenizer = instantiate(config.tokenizer)
     spec = tokenizer.latent_spec
     assert (spec["frame_channels"], spec["frame_height"]) == (config.channels, config.frame_size)
-    prior = instantiate(config.prior, latent_spec=spec)
-    prior.check_context(config.n_context, config.clip_length)
-    assert set(config.preview.sampler) <= set(prior.sampler_options())
+    if config.prior is not None:
+        prior = instantiate(config.prior, latent_spec=spec)
+        prior.check_context(config.n_context, config.clip_length)
+        assert set(config.preview.sampler) <= set(prior.sampler_options())
     optimizer = instantiate(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
     get_scheduler(optimizer=optimizer, num_training_steps=10, **to_container(config.lr_scheduler))
     trainer = instantiate(config.trainer, logger=False, enable_checkpointing=False)

@@ -181,6 +181,10 @@ def test_frame_times_and_scheduler_reach_the_priors_that_take_them():
     pipe(frames, n_frames=3, frame_times=[0.5, 1.0, 2.5])
     assert pipe.prior.seen["frame_times"].tolist() == [0.5, 1.0, 2.5]
     assert pipe.prior.seen["scheduler"] is scheduler
+    with pytest.raises(ValueError, match="unknown sampler option 'scheduler'"):
+        pipe(frames, n_frames=3, scheduler="ddim")
+    VideoPredictionPipeline(pipe.prior, tokenizer)(frames, n_frames=3, scheduler="ddim")
+    assert pipe.prior.seen["scheduler"] == "ddim"
     pipe(frames, n_frames=3, frame_times=torch.ones(2, 3))
     assert pipe.prior.seen["frame_times"].shape == (2, 3)
     with pytest.raises(ValueError, match=r"frame_times: expected shape \(3,\) or \(2, 3\), found \(2,\)"):

@@ -1,4 +1,7 @@
-"""Stage two: train a prior over the cached latents and save it with its tokenizer in ``run_dir/pipeline``."""
+"""Stage two: train a prior over the cached latents and save it with its tokenizer in ``run_dir/pipeline``.
+
+With ``joint=true``: go on with prior and decoder together, over the videos themselves.
+"""
 
 from latentcast.cli import experiment_parser, run_tool
 
@@ -11,20 +14,23 @@ def main(args):
     from latentcast.data.base import match_conditions
     from latentcast.data.datamodules import VideoDataModule
     from latentcast.modeling import find_tokenizer
-    from latentcast.training.callbacks import PredictionPreview
+    from latentcast.training.callbacks import CollapseMonitor, PredictionPreview
+    from latentcast.training.joint import JointModule, start_from
     from latentcast.training.prior_module import PriorModule
     from latentcast.training.run import TrainingRun, preview_clips, replacing_folder
 
     config = load_config(args.experiment, args.overrides, tool="train_prior")
-    run = TrainingRun.open(config, "prior")
+    if config.joint:
+        config = load_config(args.experiment, args.overrides, tool="train_jointly")
+    run = TrainingRun.open(config, "joint" if config.joint else "prior")
     seed_everything(config.seed)
     tokenizer = find_tokenizer(config, run.run_dir).requires_grad_(False)
-    over_pixels = tokenizer.latent_spec["kind"] == "pixels"
+    over_frames = config.joint or tokenizer.latent_spec["kind"] == "pixels"
     prior = instantiate(config.prior, latent_spec=tokenizer.latent_spec)
     prior.check_context(config.n_context, config.clip_length)
 
     videos = VideoDataModule(instantiate(config.data), config.batch_size, config.num_workers, config.seed)
-    data = videos if over_pixels else open_cache(config, run.run_dir, tokenizer, prior, videos)
+    data = videos if over_frames else open_cache(config, run.run_dir, tokenizer, prior, videos)
     match_conditions(prior.conditions, type(prior).__name__, data.train_set.conditions, "the data set")
     clips, fps = preview_clips(videos, config.preview.n_clips)
     sampler = to_container(config.preview.sampler)
@@ -46,21 +52,29 @@ def main(args):
         sampler,
         config.seed,
     )
-    module = PriorModule(
-        prior,
-        instantiate(config.optimizer),
-        to_container(config.lr_scheduler),
-        n_context=config.n_context,
-        tokenizer=tokenizer if over_pixels else None,
-        config=to_container(config),
-    )
-    figures = run.fit(module, data, [preview])
+    settings = {
+        "optimizer": instantiate(config.optimizer),
+        "lr_scheduler": to_container(config.lr_scheduler),
+        "n_context": config.n_context,
+        "config": to_container(config),
+    }
+    if config.joint:
+        if run.checkpoint is None:
+            start_from(prior, run.run_dir / "prior")
+        module = JointModule(prior, tokenizer, **settings, **to_container(config.joint_training))
+    else:
+        module = PriorModule(prior, **settings, tokenizer=tokenizer if over_frames else None)
+    figures = run.fit(module, data, [preview, CollapseMonitor()])
     pipeline_dir = run.run_dir / "pipeline"
     if module.trainer.is_global_zero:
-        run.save(prior)
+        pipeline = make_pipeline(prior.eval())
+        run.save(pipeline if config.joint else prior)
         with replacing_folder(pipeline_dir) as folder:
-            make_pipeline(prior.eval()).save_pretrained(folder)
-    return figures | {"prior": str(run.model_dir), "pipeline": str(pipeline_dir)}
+            pipeline.save_pretrained(folder)
+    saved = {"prior": run.model_dir, "pipeline": pipeline_dir}
+    if config.joint:
+        saved |= {part: run.model_dir / part for part in ("prior", "tokenizer")}
+    return figures | {name: str(path) for name, path in saved.items()}
 
 
 def open_cache(config, run_dir, tokenizer, prior, videos):

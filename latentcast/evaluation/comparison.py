@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from latentcast.data.shards import read_json
+from latentcast.files import read_json
 from latentcast.metrics.statistics import paired_bootstrap
 
 from .plots import HEADINGS
@@ -43,10 +43,6 @@ def read_result(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     result = read_json(path)
-    if not isinstance(result, dict):
-        raise ValueError(
-            f"{path}: not a result of tools/evaluate.py: expected an object, found {type(result).__name__}"
-        )
     for section, keys in SECTIONS.items():
         if not isinstance(result.get(section), dict):
             raise ValueError(f"{path}: not a result of tools/evaluate.py: it has no section {section!r}")

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import latentcast
-from latentcast.data.shards import difference_of, read_json, write_json
+from latentcast.data.shards import difference_of
 from latentcast.distributed import barrier, rank_and_world, rank_zero_first
-from latentcast.files import replacing
+from latentcast.files import read_json, replacing, write_json
 from latentcast.metrics import FVD, I3D, LPIPS, BestOfN, bits_per_dim, crps, ilpips, mse, psnr, ssim
 from latentcast.metrics.baselines import BASELINES
 from latentcast.metrics.frechet import MIN_EXTRAPOLATED
@@ -131,6 +131,7 @@ class Evaluation:
                 **{f"{name}_fingerprint": model and fingerprint(model) for name, model in models.items()},
                 "parameters": {name: _n_parameters(model) for name, model in models.items() if model is not None},
                 "sampler": self.sampler,
+                **_scheduler(self.pipe.scheduler),
             },
             "settings": {"futures": self.futures, "baselines": self.baselines},
             "seed": self.protocol.seed,
@@ -361,6 +362,11 @@ def check_fit(pipe, dataset, protocol):
 def has_likelihood(prior):
     """Whether a prior's class has its own ``log_prob``."""
     return type(prior).log_prob is not latentcast.Prior.log_prob
+
+
+def _scheduler(scheduler):
+    """What of a pipeline's noise scheduler changes the figures; nothing where there is none."""
+    return {} if scheduler is None else {"scheduler": {"class": type(scheduler).__name__, **scheduler.config}}
 
 
 def hardware(device):

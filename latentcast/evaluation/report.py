@@ -5,9 +5,8 @@ import random
 import torch
 
 from latentcast.data.pictures import contact_sheet, side_by_side
-from latentcast.data.shards import write_json
 from latentcast.data.video_writer import write_image, write_video
-from latentcast.files import replacing
+from latentcast.files import replacing, write_json
 
 from . import plots
 

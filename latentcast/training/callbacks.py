@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from latentcast.data.pictures import contact_sheet, side_by_side
 from latentcast.data.video_writer import write_image, write_video
 from latentcast.metrics.codebook import CodebookUsage
+from latentcast.metrics.ensemble import ilpips
 
 from .loggers import WandbRun
 
@@ -202,8 +203,30 @@ class CodebookMonitor(Callback):
         for index, usage in enumerate(figures["usage"].tolist()):
             if usage < LOW_USAGE:
                 logger.warning(
-                    "codebook %d: only %.1f %% of its %d codes are used (%s, step %d)",
-                    *(index, 100 * usage, metric.codebook_sizes[index], split, trainer.global_step),
+                    "%s: codebook %d: only %.1f %% of its %d codes are used (%s, step %d)",
+                    *(type(pl_module.model).__name__, index, 100 * usage, metric.codebook_sizes[index]),
+                    *(split, trainer.global_step),
+                )
+
+
+class CollapseMonitor(Callback):
+    """Warns, after each validation, of groups of latent variables that say nothing: posterior collapse.
+
+    Reads ``active_units_group_1`` ... from what the model logs, the numbers of a group whose KL is not almost zero;
+    models without such groups are left alone.
+    """
+
+    prefix = "val/active_units_group_"
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        for name, units in trainer.callback_metrics.items():
+            if name.startswith(self.prefix) and units == 0:
+                logger.warning(
+                    "posterior collapse: no unit of latent group %s of %s is active, so it tells the decoder nothing "
+                    "(step %d); a smaller beta may help",
+                    *(name.removeprefix(self.prefix), type(pl_module.model).__name__, trainer.global_step),
                 )
 
 
@@ -241,6 +264,8 @@ class Throughput(Callback):
 class Preview(Callback):
     """Makes pictures of the same clips every so many steps and at the end, with the averaged weights.
 
+    ``figures``, name -> number, are logged after each time.
+
     Args:
         clips: (N, T, C, H, W) in [-1, 1].
         folder: the pictures are called ``step_0000500.png`` and so on.
@@ -249,6 +274,7 @@ class Preview(Callback):
 
     def __init__(self, clips, folder, every_n_steps):
         self.clips, self.folder, self.every_n_steps = clips, Path(folder), every_n_steps
+        self.figures = {}
         self._made_step = None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -274,8 +300,10 @@ class Preview(Callback):
             files = self.draw(pl_module, self.folder / f"step_{step:07d}")
         pl_module.train(training)
         for run in trainer.loggers:
+            if self.figures:
+                run.log_metrics(self.figures, step - 1)  # Lightning counts from 0 the step that has just been made
             if isinstance(run, WandbRun):
-                run.log_files(files, step - 1)  # Lightning counts from 0 the step that has just been made
+                run.log_files(files, step - 1)
         for callback in trainer.callbacks:
             if isinstance(callback, Throughput):
                 callback.leave_out(time.perf_counter() - started)
@@ -305,7 +333,7 @@ class PredictionPreview(Preview):
     """Videos (mp4, GIF) of each clip beside futures predicted from its first frames, and a PNG with their frames.
 
     In the videos a row holds the true clip, then the samples; all show the same context first. In the PNG each of them
-    is a row of its own.
+    is a row of its own. How much the samples of a clip differ is logged (``sample_diversity``), if there are several.
 
     Args:
         make_pipeline: prior -> VideoPredictionPipeline.
@@ -332,6 +360,8 @@ class PredictionPreview(Preview):
             generator=torch.Generator(pl_module.device).manual_seed(self.seed),
             **self.sampler,
         ).frames.cpu()
+        if self.num_samples > 1:
+            self.figures = {f"preview/{name}": value for name, value in sample_diversity(predicted).items()}
         context = context[:, None].expand(-1, self.num_samples, -1, -1, -1, -1)
         samples = torch.cat([context, predicted], 2)  # (N, S, T, C, H, W)
         videos = torch.cat([self.clips[:, None], samples], 1)
@@ -342,3 +372,17 @@ class PredictionPreview(Preview):
         write_video(files["gif"], video, self.fps)
         write_image(files["png"], contact_sheet(videos.flatten(0, 1)))
         return {"predictions": files["mp4"], "predicted_frames": files["png"]}
+
+
+def sample_diversity(samples):
+    """How much samples of one context differ: (B, S, T, C, H, W) in [-1, 1], S >= 2 -> name -> number.
+
+    ``sample_std``: standard deviation of a pixel over the samples, frames in [0, 1]. ``ilpips``: see there; only where
+    LPIPS can be had, of frames of at least 31 pixels and with its weights at hand.
+    """
+    figures = {"sample_std": samples.std(1).mean().item() / 2}
+    try:
+        figures["ilpips"] = ilpips(samples).mean().item()
+    except (OSError, ValueError) as error:
+        logger.info("no iLPIPS of the preview: %s", error)
+    return figures

@@ -1,10 +1,15 @@
 """What training a tokenizer and training a prior have in common."""
 
+import contextlib
 import math
+from collections.abc import Mapping
+from functools import partial
 
 import pytorch_lightning as pl
 import torch
 from diffusers.optimization import get_scheduler
+
+from latentcast.modeling import eval_mode
 
 
 class TrainingModule(pl.LightningModule):
@@ -17,7 +22,7 @@ class TrainingModule(pl.LightningModule):
         config: the experiment as plain Python (JSON-able), kept in checkpoints and sent to the loggers.
     """
 
-    stage = None  # "tokenizer" or "prior"
+    stage = None  # "tokenizer", "prior" or "joint"
 
     def __init__(self, model, optimizer, lr_scheduler=None, config=None):
         super().__init__()
@@ -26,6 +31,7 @@ class TrainingModule(pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.save_hyperparameters(config or {})
         self._loss = None  # summed over the batches of one optimizer step
+        self._batch = None  # the last of them
         self._build_optimizer(1)  # so that a mistake in the settings shows now
 
     def compute(self, batch):
@@ -35,6 +41,7 @@ class TrainingModule(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         """One batch -> the dict that callbacks see: ``loss``, and ``codes`` where the model gives some."""
         output = self.compute(batch)
+        self._batch = batch
         self._loss = output.loss.detach() + (0 if self._loss is None else self._loss)
         self.log("train/loss", output.loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in output.logs.items()})
@@ -55,15 +62,41 @@ class TrainingModule(pl.LightningModule):
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         self.log("train/grad_norm", norm)
         loss, self._loss = self._loss, None
+        batch, self._batch = self._batch, None
         loss, norm = torch.stack([loss.float(), norm.float()]).tolist()  # one wait for the device, not two
         # Gradients overflow now and then in fp16; there the gradient scaler skips the step.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         for name, value in (("loss", loss), ("gradient norm", 0 if scaled else norm)):
             if not math.isfinite(value):
+                culprit = self._first_not_finite(batch, gradients=name != "loss")
                 raise FloatingPointError(
-                    f"{type(self.model).__name__}: the training {name} is {value} at step {self.trainer.global_step}; "
-                    "stopped before it reached the weights. A lower learning rate or precision=32-true may help"
+                    f"{type(self.model).__name__}: the training {name} is {value} at step {self.trainer.global_step}"
+                    f"{culprit and f', first in {culprit}'}; stopped before it reached the weights. A lower learning "
+                    "rate or precision=32-true may help"
                 )
+
+    def _first_not_finite(self, batch, gradients):
+        """The module, "decoder.0 (Conv2d)" say, with the first output that is not finite when the batch is computed
+        again; with ``gradients``, else the one where the backward pass met such a gradient first; "" if there is none.
+        """
+        found = []
+
+        def look(name, module, arguments, output):
+            if not all(tensor.isfinite().all() for tensor in _tensors(output)):
+                found.append(name)  # inner modules come before those that they are part of
+
+        hooks = [module.register_forward_hook(partial(look, name)) for name, module in self.named_modules()]
+        with contextlib.suppress(ValueError, RuntimeError, ArithmeticError):  # of modules that meet what is not finite
+            # In eval mode nothing is updated, and ranks that are well need not take part.
+            with torch.no_grad(), eval_mode(self), self.trainer.precision_plugin.forward_context():
+                self.compute(batch)
+        for hook in hooks:
+            hook.remove()
+        if not found and gradients:
+            parameters = reversed(list(self.named_parameters()))
+            found = [n.rpartition(".")[0] for n, p in parameters if p.grad is not None and not p.grad.isfinite().all()]
+        name = next((name for name in found if name not in ("", "model")), "")
+        return name and f"{name.removeprefix('model.')} ({type(self.get_submodule(name)).__name__})"
 
     def configure_optimizers(self):
         steps = self.trainer.estimated_stepping_batches
@@ -75,3 +108,12 @@ class TrainingModule(pl.LightningModule):
             return optimizer
         scheduler = get_scheduler(optimizer=optimizer, num_training_steps=n_steps, **self.lr_scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _tensors(output):
+    """All tensors in what a module returns."""
+    if torch.is_tensor(output):
+        yield output
+    elif isinstance(output, (Mapping, list, tuple)):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)

@@ -27,10 +27,11 @@ logger = logging.getLogger("latentcast")
 
 @dataclass
 class TrainingRun:
-    """Where a stage ("tokenizer" or "prior") of an experiment trains.
+    """Where a stage ("tokenizer", "prior", or "joint" for both together) of an experiment trains.
 
     ``run_dir`` gets ``{stage}_training/`` with ``last.ckpt`` and ``best.ckpt``, ``metrics/{stage}.csv`` and its curves,
-    ``previews/{stage}/``, and in the end ``{stage}/``, the model as ``save_pretrained`` writes it.
+    ``previews/{stage}/``, and in the end ``{stage}/``, the model (of "joint": the pipeline) as ``save_pretrained``
+    writes it.
     """
 
     config: DictConfig
@@ -49,7 +50,7 @@ class TrainingRun:
             raise UserError(f"final_weights: expected last or best, found {config.final_weights!r}")
         if not 0 <= config.ema_decay < 1:
             raise UserError(f"ema_decay: expected at least 0 and below 1, found {config.ema_decay}")
-        for group in (stage, "data", "trainer"):
+        for group in ("prior" if stage == "joint" else stage, "data", "trainer"):
             if config[group] is None:
                 raise UserError(f"{group}: the experiment names none; choose one by {group}=NAME")
         run = cls(config, stage, prepare_run_dir(config.run_dir))
@@ -70,6 +71,11 @@ class TrainingRun:
     @property
     def last(self):
         return self.training_dir / "last.ckpt"
+
+    @property
+    def checkpoint(self):
+        """The checkpoint that this run continues, or None."""
+        return self.last if self.config.resume and self.last.exists() else None
 
     @property
     def best(self):
@@ -98,7 +104,7 @@ class TrainingRun:
             KeyboardInterrupt: asked to stop; ``last.ckpt`` is written.
         """
         config, started = self.config, time.perf_counter()
-        checkpoint = self.last if config.resume and self.last.exists() else None
+        checkpoint = self.checkpoint
         if checkpoint is not None:
             start_step = check_checkpoint(checkpoint, module, config.ema_decay > 0) - 1
             logger.info("resuming from step %d (%s)", start_step + 1, checkpoint)
