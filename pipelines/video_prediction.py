@@ -69,7 +69,7 @@ class VideoPredictionPipeline(VideoPipeline):
     def __call__(
         self,
         frames,
-        n_frames=16,
+        n_frames=None,
         num_samples=1,
         generator=None,
         output_type="pt",
@@ -81,7 +81,7 @@ class VideoPredictionPipeline(VideoPipeline):
 
         Args:
             frames: (B, T, C, H, W) or (T, C, H, W) float in [-1, 1], the context.
-            n_frames: number of frames to predict.
+            n_frames: number of frames to predict; None: one for each of ``frame_times``, or 16.
             num_samples: number of futures for each context.
             generator: torch.Generator; the same seed gives the same futures.
             output_type: "pt", "np" or "pil".
@@ -95,6 +95,8 @@ class VideoPredictionPipeline(VideoPipeline):
         Raises:
             ValueError: wrong shape or range of frames, too short a context, or an option that is not known.
         """
+        if n_frames is None:
+            n_frames = 16 if frame_times is None else torch.atleast_1d(torch.as_tensor(frame_times)).shape[-1]
         frames = self.check_inputs(frames, n_frames, num_samples, output_type, frame_times, sampler, decode_batch)
         if frame_times is not None:
             sampler["frame_times"] = torch.as_tensor(frame_times, dtype=torch.float32, device=self._execution_device)

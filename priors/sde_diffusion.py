@@ -1,0 +1,354 @@
+"""STDiff: a neural SDE predicts the motion, a recurrent diffusion model the frames, at any time.
+
+Ye and Bilodeau, "STDiff: Spatio-temporal Diffusion for Continuous Stochastic Video Prediction", 2023 (AAAI 2024). The
+order is the paper's: difference images, their encoder, a ConvGRU, the neural SDE (Eqs. 13 and 14), and the U-Net that
+denoises each frame given the motion feature and the previous frame (Eq. 12).
+
+Times are counted in frame intervals from the last context frame, which the paper calls t_0 = N. Shape letters: B clips,
+S samples of each, P frames to predict.
+"""
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from latentcast.layers.conv_gru import ConvGRUCell
+from latentcast.layers.neural_sde import NeuralSDE
+from latentcast.layers.spade_unet import SpadeUNet
+from latentcast.tokenizers.base import check_frames, check_latents
+
+from .base import Prior, PriorOutput, no_progress
+from .denoising import denoise, make_scheduler, min_snr_weight, noise_schedule, noised
+
+
+class MotionEncoder(nn.Sequential):
+    """Difference images (N, D, h, w) -> (N, channels[-1], h / 2^(n - 1), w / 2^(n - 1)).
+
+    Each of the n stages is a convolution and a ReLU, with max-pooling between the stages.
+    """
+
+    def __init__(self, in_channels, channels, kernels):
+        layers = []
+        for before, after, kernel in zip([in_channels, *channels], channels, kernels):
+            layers += [nn.MaxPool2d(2)] * bool(layers) + [
+                nn.Conv2d(before, after, kernel, padding=kernel // 2),
+                nn.ReLU(),
+            ]
+        super().__init__(*layers)
+
+
+def motion_coefficient(channels):
+    """f_theta of Eq. 13, for the drift or for the diffusion: four convolutions with tanh between them.
+
+    The last one starts at zero: before training, the motion feature stays what it is.
+    """
+    layers = [nn.Conv2d(channels, channels, 3, padding=1)]
+    for _ in range(3):
+        layers += [nn.Tanh(), nn.Conv2d(channels, channels, 3, padding=1)]
+    nn.init.zeros_(layers[-1].weight)
+    nn.init.zeros_(layers[-1].bias)
+    return nn.Sequential(*layers)
+
+
+class SDEDiffusion(Prior):
+    """STDiff over pixels or over the latents of any tokenizer.
+
+    The defaults are the paper's for 64 x 64 RGB: 204.2M parameters, 201.9M with ``motion="ode"``.
+
+    The previous frame is the one before in the sequence of times that is predicted, a random subset in training
+    (Algorithm 1) and the times that are asked for in sampling. The network so meets intervals of many lengths and has
+    to take from the motion feature where things are, which lets it predict between frames; but sampling at the rate of
+    the training shows it only the shortest of them. With ``previous_frame="immediate"`` training shows it the frame one
+    interval before instead, exactly as that sampling does, and no other interval ever.
+
+    Args:
+        latent_spec: ``FrameTokenizer.latent_spec``. With kind "pixels" the model takes the frames themselves, else
+            latents, scaled to about unit variance.
+        motion: "sde", or "ode" for the deterministic motion of Table 3.
+        motion_channels, motion_kernels: width and kernel size of the motion encoder's convolutions; all but the first
+            work at half the size of the one before. The last width is that of the motion feature.
+        sde_type, solver, dt, adjoint: see NeuralSDE; dt in frame intervals.
+        block_channels, n_blocks, attention_from, head_dim, norm_groups: of the U-Net, see SpadeUNet.
+        n_diffusion_steps: L of Eq. 12.
+        betas: "linear" or "cosine", the noise schedule.
+        prediction_type: what the U-Net predicts: "epsilon" (Eq. 12), "v_prediction" or "sample" (neither published).
+        loss: "l2" (Eq. 12) or "l1" (the published code).
+        min_snr_gamma: weighs the loss by min-SNR (not published; 5 is usual); None: every time alike.
+        n_sampled_frames: P of Algorithm 1, the future frames of a clip that a training step predicts; None: all.
+        previous_frame: "sampled" or "immediate", see above.
+        gradient_checkpointing: recompute activations of the U-Net's blocks and of the SDE in the backward pass. Also
+            ``enable_gradient_checkpointing()``.
+    Raises:
+        ValueError: an option that is not known or sizes that do not fit each other.
+    """
+
+    min_context = 2  # a difference image takes two frames
+    memory_format = torch.channels_last
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_spec,
+        motion="sde",
+        motion_channels=(64, 128, 256),
+        motion_kernels=(5, 5, 7),
+        sde_type="stratonovich",
+        solver="euler_heun",
+        dt=0.1,
+        adjoint=False,
+        block_channels=(128, 256, 256, 512, 512),
+        n_blocks=2,
+        attention_from=1,
+        head_dim=128,
+        norm_groups=32,
+        n_diffusion_steps=1000,
+        betas="linear",
+        prediction_type="epsilon",
+        loss="l2",
+        min_snr_gamma=None,
+        n_sampled_frames=6,
+        previous_frame="sampled",
+        gradient_checkpointing=False,
+    ):
+        super().__init__()
+        for name, value, known in (
+            ("motion", motion, ("sde", "ode")),
+            ("loss", loss, ("l2", "l1")),
+            ("previous_frame", previous_frame, ("sampled", "immediate")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected {' or '.join(known)}, found {value!r}")
+        if n_sampled_frames is not None and n_sampled_frames < 1:
+            raise ValueError(f"n_sampled_frames: expected at least 1 or None, found {n_sampled_frames}")
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma: expected above 0 or None, found {min_snr_gamma}")
+        channels, size = latent_spec["channels"], (latent_spec["height"], latent_spec["width"])
+        if len(motion_channels) != len(motion_kernels) or any(kernel % 2 != 1 for kernel in motion_kernels):
+            raise ValueError(
+                f"motion_kernels: expected an odd number for each of motion_channels={list(motion_channels)}, found "
+                f"{list(motion_kernels)}"
+            )
+        if any(side % 2 ** (len(motion_channels) - 1) for side in size):
+            raise ValueError(
+                f"motion_channels: {len(motion_channels)} of them halve the size {len(motion_channels) - 1} times, "
+                f"which {size[0]} x {size[1]} does not allow; take fewer"
+            )
+        width = motion_channels[-1]
+        self.motion_encoder = MotionEncoder(channels, motion_channels, motion_kernels)
+        self.gru = ConvGRUCell(width, width)
+        diffusion = motion_coefficient(width) if motion == "sde" else None
+        self.motion_sde = NeuralSDE(motion_coefficient(width), diffusion, sde_type, solver, dt, adjoint)
+        self.unet = SpadeUNet(
+            2 * channels, channels, width, size, block_channels, n_blocks, attention_from, head_dim, norm_groups
+        )
+        self.schedule = noise_schedule(n_diffusion_steps, betas, prediction_type)
+        # No buffer: half precision would round the first of them to 1.
+        self.alpha_bars = make_scheduler("ddpm", self.schedule).alphas_cumprod
+        self.to(memory_format=self.memory_format)
+        if gradient_checkpointing:
+            self.enable_gradient_checkpointing()
+
+    @property
+    def accepts(self):
+        return "pixels" if self.config.latent_spec["kind"] == "pixels" else "latents"
+
+    # Motion -----------------------------------------------------------------------------------------------------
+
+    def encode_motion(self, context):
+        """Context (B, N, D, h, w) -> m_N (B, width, h', w'), the motion feature of the last context frame.
+
+        Algorithm 1, lines 2-6: m_1 = 0, d_i = x_i - x_(i-1), m_i = ConvGRU(d_i, m_(i-1)).
+        """
+        differences = context[:, 1:] - context[:, :-1]
+        features = self.motion_encoder(differences.flatten(0, 1)).unflatten(0, differences.shape[:2])
+        state = None
+        for feature in features.unbind(1):
+            state = self.gru(feature, state)
+        return state
+
+    # Training ---------------------------------------------------------------------------------------------------
+
+    def forward(self, clip, n_context):
+        """The loss of Eq. 12, a mean over numbers, by Algorithm 1.
+
+        In training on a random subset of each clip's future frames; in eval mode on all of them, with noise and
+        Brownian paths that are the same at every call, so that validation losses can be compared.
+
+        Args:
+            clip: (B, T, D, h, w) latents, or frames in [-1, 1]. n_context: context frames, which the loss skips.
+        Returns:
+            PriorOutput; ``logs`` has ``mse``, the unweighted squared error of the U-Net's output, and of an SDE
+            ``motion_noise``, the root mean square of sigma at m_N.
+        Raises:
+            ValueError: wrong shape or range. FloatingPointError: the motion exploded.
+        """
+        self._check(clip, "clip")
+        self.check_context(n_context, clip.shape[1])
+        config, batch, device = self.config, len(clip), clip.device
+        n_future = clip.shape[1] - n_context
+        if self.training:
+            steps = torch.rand(batch, n_future, device=device).argsort(1)[:, : config.n_sampled_frames]
+            steps = steps.sort(1).values + 1  # line 7
+            seeds, source = None, {"device": device}
+        else:
+            steps = torch.arange(1, n_future + 1, device=device).expand(batch, -1)
+            seeds, source = [(0, row) for row in range(batch)], {"generator": torch.Generator().manual_seed(0)}
+
+        start = self.encode_motion(clip[:, :n_context])
+        feature = self.motion_sde(start, steps, seeds).flatten(0, 1)  # line 10; Eqs. 13 and 14
+        before = steps - 1
+        if config.previous_frame == "sampled":
+            before = torch.cat([torch.zeros_like(steps[:, :1]), steps[:, :-1]], 1)
+        rows = torch.arange(batch, device=device)[:, None]
+        x_0, previous = (clip[rows, n_context - 1 + index].flatten(0, 1) for index in (steps, before))
+
+        times = torch.randint(config.n_diffusion_steps, (len(x_0),), **source).to(device)  # line 11
+        noise = torch.randn(x_0.shape, **source).to(x_0)
+        alpha_bar = self.alpha_bars.to(x_0)[times].view(-1, 1, 1, 1)
+        x_l, target = noised(x_0, noise, alpha_bar, config.prediction_type)  # line 12, gamma_l^2 = alpha_bar
+        error = self.unet(torch.cat([x_l, previous], 1), times, feature.to(x_l.dtype)).float() - target
+        loss = error.abs() if config.loss == "l1" else error.square()  # line 14
+        if config.min_snr_gamma is not None:
+            loss = loss * min_snr_weight(alpha_bar, config.min_snr_gamma, config.prediction_type)
+        logs = {"mse": error.detach().square().mean()}
+        if config.motion == "sde":
+            with torch.no_grad():
+                logs["motion_noise"] = self.motion_sde.diffusion(start).float().square().mean().sqrt()
+        return PriorOutput(loss=loss.mean(), logs=logs)
+
+    def _check(self, clip, name):
+        spec = self.config.latent_spec
+        check = check_frames if self.accepts == "pixels" else check_latents
+        check(clip, spec["channels"], spec["height"], spec["width"], name=name)
+
+    # Sampling ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        context,
+        n_frames,
+        *,
+        num_samples=1,
+        generator=None,
+        progress=None,
+        frame_times=None,
+        fps_multiplier=1,
+        motion_seed=None,
+        image_seed=None,
+        scheduler="dpmsolver++",
+        n_steps=15,
+        use_cache=True,
+    ):
+        """Continue latents or frames (B, n_context, D, h, w) -> (B, num_samples, n_frames, D, h, w).
+
+        One motion path is drawn for each sample; then frame after frame is denoised, given the motion feature at its
+        time and the frame predicted before (Eq. 7). Every sample has random numbers of its own, so neither the number
+        of samples nor the other contexts change it.
+
+        Args:
+            context: at least two frames. n_frames: how many to predict.
+            num_samples: futures for each context.
+            generator: a ``torch.Generator``, from which the seeds are drawn that are not given.
+            progress: a callable like ``tqdm``; counts denoising steps.
+            frame_times: (n_frames,) or (B, n_frames) increasing times above 0, in frame intervals after the last
+                context frame; None: 1, 2, ... over ``fps_multiplier``.
+            fps_multiplier: frames to predict in an interval of the context's.
+            motion_seed: of the Brownian paths: a whole number, or one for each context. The same seed gives the same
+                motion at a time, whatever other times are asked for.
+            image_seed: of the noise that the frames are made from, likewise.
+            scheduler: name in ``denoising.SCHEDULERS`` or a scheduler of diffusers.
+            n_steps: denoising steps a frame.
+            use_cache: False computes the SPADE maps at every step, as the published code does, instead of once a frame;
+                the same bits (a reference for tests and benchmarks).
+        Raises:
+            ValueError: an option outside its range. FloatingPointError: the motion exploded.
+        """
+        self._check(context, "context")
+        for name, value in (("n_frames", n_frames), ("num_samples", num_samples)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
+        self.check_context(context.shape[1], context.shape[1] + n_frames)
+        batch = len(context)
+        times = frame_times_of(n_frames, batch, frame_times, fps_multiplier)
+        drawn = draw_seeds(generator)
+        motion_seeds, image_seeds = (
+            row_seeds(name, default if seed is None else seed, batch, num_samples)
+            for name, seed, default in zip(("motion_seed", "image_seed"), (motion_seed, image_seed), drawn)
+        )
+        noises = [torch.Generator().manual_seed(seed_number(seed)) for seed in image_seeds]
+        shape, pixels, dtype = context.shape[2:], self.accepts == "pixels", self.dtype
+
+        start = self.encode_motion(context.to(dtype)).repeat_interleave(num_samples, 0)
+        features = self.motion_sde(start, times.repeat_interleave(num_samples, 0), motion_seeds).to(dtype)
+        previous = context[:, -1].float().repeat_interleave(num_samples, 0)
+        future = []
+        with (progress or no_progress)(total=n_frames * n_steps) as bar:
+            for feature in features.unbind(1):
+                maps = self.unet.maps(feature) if use_cache else None
+
+                def predict(x, t, previous=previous, feature=feature, maps=maps):
+                    return self.unet(torch.cat([x, previous], 1).to(dtype), t, feature, maps)
+
+                previous = denoise(
+                    predict,
+                    torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(context.device),
+                    make_scheduler(scheduler, self.schedule),
+                    n_steps,
+                    generator=noises,
+                    clamp=1 if pixels else None,
+                    on_step=lambda: bar.update(1),
+                )
+                previous = previous.clamp(-1, 1) if pixels else previous
+                future.append(previous)
+        return torch.stack(future, 1).unflatten(0, (batch, num_samples)).to(context.dtype)
+
+
+def frame_times_of(n_frames, batch, frame_times, fps_multiplier):
+    """The times to predict, (batch, n_frames) float32; refuses those that are not positive and increasing."""
+    if frame_times is None:
+        if not fps_multiplier > 0:
+            raise ValueError(f"fps_multiplier: expected a number above 0, found {fps_multiplier}")
+        times = torch.arange(1, n_frames + 1) / fps_multiplier
+    elif fps_multiplier != 1:
+        raise ValueError(f"fps_multiplier: expected 1 where frame_times are given, found {fps_multiplier}")
+    else:
+        times = torch.as_tensor(frame_times, dtype=torch.float32).cpu()
+    if tuple(times.shape) not in ((n_frames,), (batch, n_frames)):
+        raise ValueError(
+            f"frame_times: expected shape ({n_frames},) or ({batch}, {n_frames}), found {tuple(times.shape)}"
+        )
+    if not (times.diff(dim=-1, prepend=torch.zeros_like(times[..., :1])) > 0).all() or not times.isfinite().all():
+        raise ValueError(
+            "frame_times: expected increasing times above 0, in frame intervals after the context, found "
+            f"{times.tolist()}"
+        )
+    return times.expand(batch, n_frames)
+
+
+def draw_seeds(generator):
+    """Two whole numbers, for motion and for images."""
+    device = generator.device if generator is not None else "cpu"
+    return torch.randint(2**62, (2,), generator=generator, device=device).tolist()
+
+
+def row_seeds(name, seed, n_contexts, n_samples):
+    """A tuple of whole numbers for each sample of each context, context by context.
+
+    Args:
+        seed: a whole number; or one for each context, which then gets what it would get alone.
+    """
+    one = not isinstance(seed, (list, tuple))
+    contexts = [(seed, index) for index in range(n_contexts)] if one else [(each, 0) for each in seed]
+    if len(contexts) != n_contexts or not all(isinstance(each, int) and each >= 0 for each, _ in contexts):
+        raise ValueError(
+            f"{name}: expected a whole number of at least 0, or one for each of {n_contexts} contexts, found {seed!r}"
+        )
+    return [(*context, sample) for context in contexts for sample in range(n_samples)]
+
+
+def seed_number(seed):
+    """A tuple of whole numbers -> one of 64 bits."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
