@@ -9,7 +9,7 @@ quickstart: $(STAMP)
 	$(VENV)/bin/python tools/quickstart.py
 
 test: $(STAMP) lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

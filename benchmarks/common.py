@@ -6,10 +6,16 @@ import os
 import platform
 import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see latentcast/cli.py
 
 import torch
+
+FOLDER = str(Path(__file__).parent)
+if FOLDER in sys.path:  # last: transformers imports HuggingFace's ``tokenizers``, not the benchmark of that name
+    sys.path.remove(FOLDER)
+    sys.path.append(FOLDER)
 
 
 def run_parts(description, parts):
@@ -28,7 +34,7 @@ def run_parts(description, parts):
     ratios = {}
     for name in chosen:
         ratios |= parts[name]()
-    print(json.dumps({"ratios": {k: round(v, 2) for k, v in ratios.items()}, "env": environment()}))
+    print(json.dumps({"ratios": {k: float(f"{v:.3g}") for k, v in ratios.items()}, "env": environment()}))
 
 
 def environment():
@@ -61,6 +67,23 @@ def seconds(function, device="cpu", repeat=1):
         function()
     synchronize(device)
     return (time.perf_counter() - start) / repeat
+
+
+def compare(first, second, device="cpu", rounds=15):
+    """-> (median of the rounds' ratio first / second, median seconds of each), after warming up.
+
+    The two take turns, so that a machine that slows down slows both.
+    """
+    first(), second()
+    pairs = torch.tensor([[seconds(function, device) for function in (first, second)] for _ in range(rounds)])
+    ratio = (pairs[:, 0] / pairs[:, 1]).median().item()
+    return ratio, *pairs.median(0).values.tolist()
+
+
+def kilobytes(field):
+    """A field of this process's memory, "VmRSS" (now) or "VmHWM" (peak), from Linux's /proc."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
 
 
 def synchronize(device):

@@ -5,16 +5,13 @@
 The networks' weights are needed: see tools/fetch_weights.py.
 """
 
-import time
-
-from common import run_parts, say, seconds, synchronize  # isort: skip  (sets the thread policy before torch loads)
+from common import compare, run_parts, say, seconds  # isort: skip  (sets the thread policy before torch loads)
 
 import torch
 
 from latentcast.metrics import I3D, LPIPS, crps, ssim
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-ROUNDS = 15
 
 
 def videos(batch, n_frames, size, device, channels=3):
@@ -99,24 +96,6 @@ def crps_by_levels(samples, target):
     for level in range(255):
         total += ((samples <= level).float().mean(1) - (target <= level).float()).square()
     return total.mean((-3, -2, -1))
-
-
-def compare(first, second, device, rounds=ROUNDS):
-    """-> (median of the rounds' ratio first / second, median seconds of each), after warming up."""
-    first(), second()
-    times = []
-    for _ in range(rounds):
-        pair = []
-        for function in (first, second):
-            synchronize(device)
-            began = time.perf_counter()
-            function()
-            synchronize(device)
-            pair.append(time.perf_counter() - began)
-        times.append(pair)
-    pairs = torch.tensor(times)
-    ratio = (pairs[:, 0] / pairs[:, 1]).median().item()
-    return ratio, *pairs.median(0).values.tolist()
 
 
 if __name__ == "__main__":

@@ -37,6 +37,10 @@ _EXPORTS = {
     # stage two
     "Prior": "latentcast.priors.base",
     "VideoTransformer": "latentcast.priors.video_transformer",
+    "ResidualDiffusion": "latentcast.priors.residual_diffusion",
+    "STPixelCNN": "latentcast.priors.st_pixelcnn",
+    "RecurrentVAE": "latentcast.priors.recurrent_vae",
+    "SDEDiffusion": "latentcast.priors.sde_diffusion",
     # sampling
     "VideoPredictionPipeline": "latentcast.pipelines.video_prediction",
     # data
@@ -55,6 +59,7 @@ _EXPORTS = {
     # training
     "TokenizerModule": "latentcast.training.tokenizer_module",
     "PriorModule": "latentcast.training.prior_module",
+    "JointModule": "latentcast.training.joint",
 }
 
 __all__ = ["__version__", *_EXPORTS]

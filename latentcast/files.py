@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, their checksums, and where downloads and indices are kept."""
+"""Files that appear whole or not at all, JSON, checksums, and where downloads and indices are kept."""
 
 import contextlib
 import hashlib
+import json
 import os
 import uuid
 from pathlib import Path
@@ -20,6 +21,42 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing(path, advice=""):
+    """Name ``path`` in the error of what cannot be written there; ``advice`` ends the line."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}){advice}") from None
+
+
+def read_json(path):
+    """The dict in a JSON file; raises ValueError when it holds anything else."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def write_json(path, content):
+    """Write all or nothing: to a temporary file, renamed when it is on the disk. Raises OSError, which names it."""
+    path = Path(path)
+    with writing(path):
+        with replacing(path) as temporary, open(temporary, "w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes this rename, and those before it, last through a power cut
+        finally:
+            os.close(folder)
+
+
 def user_cache():
     """``$XDG_CACHE_HOME/latentcast`` or ``~/.cache/latentcast``; not created here."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentcast"
@@ -33,3 +70,15 @@ def file_sha256(*paths):
             for block in iter(lambda: file.read(1 << 20), b""):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def update_digest(digest, tensors, end=""):
+    """Feed a hash with name, type, shape and bytes of each of ``tensors``, a dict, in the order of their names.
+
+    ``end`` closes the line that goes before the bytes.
+    """
+    import torch  # here, because tools that hash no tensors start faster without it
+
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}{end}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -12,6 +12,7 @@ from diffusers import ConfigMixin, ModelMixin
 
 import latentcast
 from latentcast.config import instantiate, to_container
+from latentcast.files import read_json, update_digest
 
 STAGES = ("latentcast.tokenizers.", "latentcast.priors.")
 
@@ -83,17 +84,6 @@ def saved_class(path):
     return getattr(latentcast, name)
 
 
-def read_json(path):
-    """The dict in a JSON file; raises ValueError when it holds anything else."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
 def known_models():
     """Exported name -> class, for every tokenizer and prior."""
     return {
@@ -115,9 +105,7 @@ def fingerprint(model):
             value, default = model.config[name], argument.default
             if default is argument.empty or json.dumps(value) != json.dumps(default):
                 digest.update(f"{name} {json.dumps(value, sort_keys=True)}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    update_digest(digest, model.state_dict())
     return digest.hexdigest()
 
 

@@ -10,8 +10,9 @@ import torch.multiprocessing as mp
 from test_quantizer import assert_same_state, placed, state_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentcast.tokenizers.quantizers import code_tree
-from latentcast.tokenizers.quantizers.code_tree import CodebookFamily, CodeTree
+from latentcast.tokenizers.quantizers import ema_codebook
+from latentcast.tokenizers.quantizers.code_tree import CodeTree
+from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
 from latentcast.tokenizers.quantizers.sliced import SlicedQuantizer
 
 
@@ -61,7 +62,7 @@ def test_layers_have_a_codebook_for_each_path():
 @pytest.mark.parametrize("tree", [True, False])
 @pytest.mark.parametrize("learned", [True, False])
 def test_search_by_brute_force(tree, learned, monkeypatch):
-    monkeypatch.setattr(code_tree, "GATHERED_CPU", 7 * 4 * 5)  # several chunks
+    monkeypatch.setattr(ema_codebook, "GATHERED_CPU", 7 * 4 * 5)  # several chunks
     quantizer = trained(tree=tree, learned=learned).eval()
     vectors = torch.randn(6, 11, 5)
     output = quantizer(vectors)
@@ -82,7 +83,7 @@ def test_search_by_brute_force(tree, learned, monkeypatch):
 
 
 def test_nearest_far_from_the_origin():
-    family = CodebookFamily(3, 8, 6)
+    family = EMACodebook(8, 6, n_parents=3)
     family.codebook += 300
     vectors, parents = torch.randn(500, 6) + 300, torch.randint(3, (500,))
     distances = (vectors.double()[:, None] - family.codebook.double().view(3, 8, 6)[parents]).square().sum(-1)
@@ -101,7 +102,7 @@ def test_search_is_local_and_bounded(monkeypatch):
                 self.numel = max(self.numel, result.numel())
             return result
 
-    monkeypatch.setattr(code_tree, "GATHERED_CPU", 2**12)
+    monkeypatch.setattr(ema_codebook, "GATHERED_CPU", 2**12)
     quantizer, vectors = CodeTree(8, 4, 8), torch.randn(1000, 8)
     with Largest() as largest:
         largest.known = {layer.codebook.data_ptr() for layer in quantizer.layers}
@@ -235,7 +236,7 @@ def test_every_parent_is_updated_as_a_codebook_of_its_own():
     """Also averages by hand: a parent's codes follow its own vectors, in the batches that visit it."""
     m, dim, n_parents = 3, 2, 4
     arguments = {"decay": 0.9, "eps": 1e-2, "dead_code_threshold": 0}
-    family = CodebookFamily(n_parents, m, dim, **arguments)
+    family = EMACodebook(m, dim, n_parents=n_parents, **arguments)
     placed(family, torch.randn(n_parents * m, dim))
     size = np.ones((n_parents, m))
     total = family.codebook.view(n_parents, m, dim).double().numpy().copy()
@@ -243,7 +244,7 @@ def test_every_parent_is_updated_as_a_codebook_of_its_own():
         vectors, parents = torch.randn(30, dim), torch.randint(3, (30,))
         parents[parents == 1] = 0 if step % 2 else 1  # parent 1 in every other batch, parent 3 never
         codes = family.nearest(vectors, parents)
-        family.update(vectors, parents, codes)
+        family.update(vectors, codes, parents)
         for p in set(parents.tolist()):
             chosen = np.eye(m)[codes[parents == p].numpy()]
             size[p] = 0.9 * size[p] + 0.1 * chosen.sum(0)
@@ -266,7 +267,7 @@ def test_a_parent_that_is_not_visited_stays_bit_for_bit(learned):
     draws = torch.get_rng_state()
     for _ in range(200):
         path = family.nearest(vectors, torch.full((50,), 2))
-        family.update(vectors, torch.full((50,), 2), path)
+        family.update(vectors, path, torch.full((50,), 2))
     assert not torch.equal(torch.get_rng_state(), draws)  # parent 2 revived codes
     others = torch.arange(16) // 4 != 2
     for name, tensor in family.state_dict().items():
@@ -276,7 +277,7 @@ def test_a_parent_that_is_not_visited_stays_bit_for_bit(learned):
 
 
 def test_parents_are_placed_on_their_first_visit():
-    family = CodebookFamily(3, 4, 2, kmeans_iters=20)
+    family = EMACodebook(4, 2, n_parents=3, kmeans_iters=20)
     start = family.codebook.clone()
     first = torch.randn(60, 2) + torch.tensor([50.0, 0.0])
     rows = family.initialize(first, torch.full((60,), 1))
@@ -310,7 +311,7 @@ def test_unused_codes_do_not_explode():
 
 
 def test_dead_children_are_revived_from_their_own_parent_and_survive():
-    family = CodebookFamily(2, 4, 2, decay=0.8, dead_code_threshold=0.2)
+    family = EMACodebook(4, 2, n_parents=2, decay=0.8, dead_code_threshold=0.2)
     centers = torch.tensor([[0.0, 0.0], [1.0, 0.0], [80.0, 80.0], [90.0, 90.0]])
     placed(family, torch.cat([centers, centers - 200]))
     revived = torch.empty(0)
@@ -319,7 +320,7 @@ def test_dead_children_are_revived_from_their_own_parent_and_survive():
             break
         near, far = torch.rand(40, 2), torch.rand(40, 2) - 200
         vectors, parents = torch.cat([near, far]), torch.arange(80) // 40
-        revived = family.update(vectors, parents, family.nearest(vectors, parents))
+        revived = family.update(vectors, family.nearest(vectors, parents), parents)
     assert {2, 3, 6, 7} == set(revived.tolist())
     for row in revived.tolist():
         assert (family.codebook[row] == (near if row < 4 else far)).all(-1).any()
@@ -330,14 +331,14 @@ def test_dead_children_are_revived_from_their_own_parent_and_survive():
         torch.testing.assert_close(family.cluster_sum[rows], family.codebook[rows] * average)
     # A next batch that chooses none of them leaves them in place, and then they take part.
     before = family.codebook[[2, 3, 6, 7]].clone()
-    family.update(vectors, parents, torch.zeros(80, dtype=torch.int64))
+    family.update(vectors, torch.zeros(80, dtype=torch.int64), parents)
     torch.testing.assert_close(family.codebook[[2, 3, 6, 7]], before, rtol=1e-4, atol=1e-4)
     assert family.nearest(torch.rand(500, 2), torch.zeros(500, dtype=torch.int64)).unique().numel() >= 3
 
 
 def test_few_vectors_revive_few_codes():
     """Two codes on one vector would not both live: a dead code waits until its parent has a vector for it."""
-    family = CodebookFamily(2, 6, 2, decay=0.5, dead_code_threshold=0.5)
+    family = EMACodebook(6, 2, n_parents=2, decay=0.5, dead_code_threshold=0.5)
     placed(family, torch.cat([torch.zeros(6, 2) + 70, torch.zeros(6, 2)]))
     family.cluster_size[1:6] = 1e-3
     family.cluster_sum[1:6] = family.codebook[1:6] * 1e-3
@@ -346,7 +347,7 @@ def test_few_vectors_revive_few_codes():
     assert revived.tolist() == [1, 2]
     assert {tuple(code) for code in family.codebook[[1, 2]].tolist()} == {tuple(v) for v in vectors.tolist()}
     vectors = torch.randn(3, 2) + 70
-    assert family.update(vectors, torch.zeros(3, dtype=torch.int64), torch.tensor([0, 1, 2])).tolist() == [3, 4, 5]
+    assert family.update(vectors, torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.int64)).tolist() == [3, 4, 5]
 
 
 def test_below_a_new_code_the_tree_starts_over():

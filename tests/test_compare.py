@@ -186,7 +186,7 @@ def damaged(change):
     [
         ("", "not valid JSON"),
         (damaged(lambda r: None)[:900], "not valid JSON"),
-        ("[1, 2]", "not a result of tools/evaluate.py: expected an object, found list"),
+        ("[1, 2]", "expected a JSON object, found list"),
         ('{"name": "something", "metrics": {}}', "not a result of tools/evaluate.py: it has no section 'protocol'"),
         (damaged(lambda r: r["protocol"].pop("n_samples")), "protocol has no 'n_samples'"),
         (damaged(lambda r: r.update(metrics={})), "metrics: expected at least one, found none"),

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tiny import SMALL_VQVAE, TINY_TOKENIZERS, random_frames, tiny_tokenizer
 from torch.utils.data import DataLoader
 
-from latentcast import VQVAE, LatentCacheDataset, LatentCacheWriter, PixelTokenizer, load_model
+from latentcast import KLVAE, VQVAE, LatentCacheDataset, LatentCacheWriter, PixelTokenizer, load_model
 from latentcast.data.base import VideoDataset, VideoEntry
 from latentcast.data.encoding import encode_dataset
+from latentcast.data.latent_cache import read_manifest
 from latentcast.data.video_reader import VideoError
 from latentcast.modeling import fingerprint
 
@@ -171,6 +172,26 @@ def test_batches_do_not_shape_the_files(tmp_path, tokenizer, cache):
         assert contents(root) == contents(cache)
 
 
+def test_shards_and_batches_do_not_change_a_bit(tmp_path):
+    """Also of latents, whose last bits would follow the size of what the network gets at once."""
+    tokenizer, found = KLVAE(3, 16, 16, block_channels=[8, 16], norm_groups=4), []
+    for batch_frames, shard_videos in ((256, 64), (7, 2)):
+        root = tmp_path / str(batch_frames)
+        options = {"batch_frames": batch_frames, "shard_videos": shard_videos, "store": "latents"}
+        encode_dataset(Noise(), tokenizer, root, **options)
+        cached = LatentCacheDataset(root, 3)
+        found.append([cached.read_video(i) for i in range(len(LENGTHS))])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
+@pytest.mark.parametrize("name", ["vqvae", "gradient_hr_vqvae", "residual_vqvae", "fsq", "dcgan"])
+def test_encoding_leaves_the_tokenizer_as_it_is(tmp_path, name):
+    tokenizer = tiny_tokenizer(name).train()
+    identity = fingerprint(tokenizer)
+    encode_dataset(Noise(), tokenizer, tmp_path)
+    assert fingerprint(tokenizer) == identity == read_manifest(tmp_path)["tokenizer"]
+
+
 def test_long_videos_are_read_in_pieces(tmp_path, tokenizer):
     data = Noise(lengths=(500,))
     encode_dataset(data, tokenizer, tmp_path, batch_frames=64)
@@ -248,13 +269,13 @@ def test_short_videos_are_counted(cache, caplog):
     caplog.set_level(logging.INFO)
     assert len(LatentCacheDataset(cache, 8).videos) == 4
     assert "3 of 7 videos are shorter" in caplog.text
-    with pytest.raises(ValueError, match="no video has clip_length=11 frames at stride=2; the longest of 7 has 10"):
+    with pytest.raises(ValueError, match="no video has clip_length=11 frames at stride 2; the longest of 7 has 10"):
         LatentCacheDataset(cache, 11, stride=2)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 6), (-1, 2), (3, 3)])
 def test_read_video_refuses_frames_that_are_not_there(cache, start, stop):
-    with pytest.raises(ValueError, match=f"video 0: expected 0 <= start < stop <= 5, found {start}:{stop}"):
+    with pytest.raises(ValueError, match=rf"video 0 \(.*\): expected 0 <= start < stop <= 5, found {start}:{stop}"):
         LatentCacheDataset(cache, 1).read_video(0, start, stop)
 
 
@@ -398,6 +419,21 @@ def test_unreadable_videos_are_named_and_left_out(tmp_path, tokenizer, caplog):
         assert torch.equal(cached.read_video(index), tokenizer.encode(data.whole(i)[None]).codes[0])
     with pytest.raises(ValueError, match=r"none of 7 videos could be written .*damaged"):
         encode_dataset(Noise(damaged=range(7), lengths=(9,) * 7), tokenizer, tmp_path / "b")
+
+
+def test_an_error_while_reading_keeps_finished_shards_alone(tmp_path, tokenizer, cache):
+    class Breaking(Noise):
+        def read_video(self, index, start, stop):
+            if index == 4 and stop > 8:
+                raise RuntimeError("the cable is out")
+            return super().read_video(index, start, stop)
+
+    root = tmp_path / "again"
+    with pytest.raises(RuntimeError, match="the cable is out"):
+        encode_dataset(Breaking(), tokenizer, root, batch_frames=8, shard_videos=3)
+    assert sorted(path.name for path in root.glob("*shard*")) == ["shard-00000.json", "shard-00000.safetensors"]
+    encode_dataset(Noise(), tokenizer, root, batch_frames=8, shard_videos=3)
+    assert contents(root) == contents(cache)
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_start(tmp_path, tokenizer):

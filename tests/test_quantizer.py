@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentcast.metrics.codebook import CodebookUsage
 from latentcast.metrics.perplexity import perplexity
-from latentcast.tokenizers.quantizers.ema_codebook import SEARCH_CHUNK, EMACodebook
+from latentcast.tokenizers.quantizers.ema_codebook import SEARCHED_CPU, EMACodebook
 from latentcast.tokenizers.quantizers.sliced import SlicedQuantizer
 
 
@@ -40,17 +40,25 @@ def assert_same_state(first, second):
 # Nearest neighbours
 
 
+@pytest.mark.parametrize("size", [40, 256])  # the second is searched in groups of codes
 @pytest.mark.parametrize("offset", [0.0, 300.0])
-def test_nearest_by_brute_force(offset):
-    codebook = EMACodebook(40, 6)
+def test_nearest_by_brute_force(size, offset):
+    codebook = EMACodebook(size, 6)
     codebook.codebook += offset
-    vectors = torch.randn(SEARCH_CHUNK + 100, 6) + offset
+    vectors = torch.randn(2 * SEARCHED_CPU * torch.get_num_threads() + 100, 6) + offset
     distances = brute_force(vectors, codebook.codebook)
     codes = codebook.nearest(vectors)
     assert codes.shape == (len(vectors),) and codes.dtype == torch.int64
     chosen = distances.gather(1, codes[:, None])[:, 0]
     torch.testing.assert_close(chosen, distances.min(1).values, atol=1e-4, rtol=1e-4)
     assert (codes == distances.argmin(1)).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("size", [40, 256])
+def test_of_equal_codes_the_first_is_chosen(size):
+    codebook = EMACodebook(size, 3)
+    codebook.codebook[size // 2 :] = codebook.codebook[: size // 2]
+    assert torch.equal(codebook.nearest(codebook.codebook), torch.arange(size) % (size // 2))
 
 
 def test_slices_are_searched_in_their_own_codebooks():
@@ -77,10 +85,11 @@ def test_search_never_holds_every_difference():
                 self.numel = max(self.numel, result.numel())
             return result
 
-    codebook, vectors = EMACodebook(64, 32), torch.randn(3 * SEARCH_CHUNK, 32)
+    at_once = SEARCHED_CPU * torch.get_num_threads()
+    codebook, vectors = EMACodebook(256, 32), torch.randn(9 * at_once, 32)
     with Largest() as largest:
         codebook.nearest(vectors)
-    assert 0 < largest.numel <= max(SEARCH_CHUNK * 64, vectors.numel())
+    assert 0 < largest.numel <= max(at_once * 256, vectors.numel())
 
 
 # The loss and its gradients
@@ -157,12 +166,11 @@ def test_update_by_hand():
 
 def test_kmeans_places_the_codes():
     vectors = torch.randn(400, 2)
-    codebook = EMACodebook(6, 2, kmeans_iters=100)
-    torch.manual_seed(3)
-    start = codebook._draw(vectors)
-    torch.manual_seed(3)
-    codebook.initialize(vectors)
-    expected = KMeans(6, init=start.numpy(), n_init=1, max_iter=1000, tol=0).fit(vectors.numpy())
+    drawn, codebook = (EMACodebook(6, 2, kmeans_iters=n) for n in (0, 100))
+    for each in (drawn, codebook):
+        torch.manual_seed(3)
+        each.initialize(vectors)
+    expected = KMeans(6, init=drawn.codebook.numpy(), n_init=1, max_iter=1000, tol=0).fit(vectors.numpy())
     np.testing.assert_allclose(codebook.codebook, expected.cluster_centers_, atol=1e-5)
     assert codebook.initialized
     torch.testing.assert_close(codebook.cluster_size, torch.full((6,), 400 / 6))
@@ -321,6 +329,7 @@ def test_codebook_usage_over_an_epoch(sizes):
 # Two ranks
 
 SHARES = (50, 90)  # vectors a batch on each rank
+TRAINED = ["vqvae", "sliced_vqvae", "hr_vqvae", "gradient_hr_vqvae", "residual_vqvae"]
 
 
 def batches_of(rank):
@@ -337,6 +346,26 @@ def averaging_only():
     return quantizer
 
 
+def train_in_company(name, rank):
+    """A tokenizer after a few steps with unequal batches, in which codes died and were revived."""
+    torch.manual_seed(0)
+    tokenizer, revived = TINY_TOKENIZERS[name](), []
+    for codebook in tokenizer.quantizer.modules():
+        if isinstance(codebook, EMACodebook):
+            codebook.decay, codebook.dead_code_threshold = 0.5, 0.6
+            codebook.update = lambda *args, update=codebook.update: revived.append(update(*args)) or revived[-1]
+    # Nothing but the quantizer itself keeps its buffers equal.
+    model = DistributedDataParallel(tokenizer, broadcast_buffers=False)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    torch.manual_seed(rank)
+    for step in range(4):
+        optimizer.zero_grad()
+        model(random_frames(tokenizer, batch=1 + rank, seed=10 * step + rank)).loss.backward()
+        optimizer.step()
+    assert len(torch.cat(revived)) > 0
+    return tokenizer
+
+
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -349,14 +378,8 @@ def run_rank(rank, folder):
         usage.update(averaged(batch).codes)
         drawing(batch)
 
-    torch.manual_seed(0)
-    model = DistributedDataParallel(TINY_TOKENIZERS["vqvae"]())
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for step in range(3):
-        optimizer.zero_grad()
-        model(random_frames(model.module, batch=1 + rank, seed=10 * step + rank)).loss.backward()
-        optimizer.step()
-    result = {"averaged": averaged, "drawing": drawing, "model": model.module}
+    trained = {name: train_in_company(name, rank) for name in TRAINED}
+    result = {"averaged": averaged, "drawing": drawing} | trained
     result = {name: module.state_dict() for name, module in result.items()} | {
         "usage": {name: torch.tensor(values) for name, values in usage.compute().items()}
     }
@@ -367,8 +390,9 @@ def run_rank(rank, folder):
 def test_two_ranks_keep_one_codebook(tmp_path):
     mp.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    for name in ("averaged", "drawing", "model"):
+    for name in ("averaged", "drawing", *TRAINED):
         assert_same_state(first[name], second[name])
+        assert all(tensor.isfinite().all() for tensor in first[name].values())
 
     # Both ranks' batches at once in one process give the same averages and the same usage.
     alone, usage = averaging_only(), CodebookUsage([8, 8])

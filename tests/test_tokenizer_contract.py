@@ -89,6 +89,36 @@ def test_encoding_to_disk_and_back_equals_forward(tokenizer, frames, tmp_path):
         assert torch.equal(tokenizer.decode(latents), tokenizer(frames).frames)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_no_code(tokenizer, frames, dtype):
+    """The encoder may round, but what it gives is quantised in fp32."""
+    if not tokenizer.is_discrete:
+        return
+    output = tokenizer.encode(frames)
+    noise = torch.randn(output.latents.shape, generator=torch.Generator().manual_seed(0))
+    latents = output.latents + output.latents.std() * noise
+    codes = tokenizer.latents_to_codes(latents)
+    assert not torch.equal(codes, output.codes)
+    given = []
+    encoder = getattr(tokenizer, "encoder", getattr(getattr(tokenizer, "network", None), "quant_conv", None))
+    if encoder is not None:
+        encoder.register_forward_hook(lambda module, arguments, features: given.append(features.unflatten(0, (2, 3))))
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(tokenizer.latents_to_codes(latents), codes)
+        assert torch.equal(tokenizer.codes_to_latents(codes), tokenizer.quantize(latents))
+        rounded = tokenizer.encode(frames)
+    if encoder is None:  # pixels
+        assert torch.equal(rounded.codes, output.codes)
+    else:
+        (features,) = given
+        assert features.dtype == dtype
+        quantizer = getattr(tokenizer, "quantizer", None)
+        vectors = features.float()
+        expected = quantizer.nearest(vectors.movedim(2, -1)) if quantizer else tokenizer._nearest(vectors)
+        assert torch.equal(rounded.codes, expected)
+    assert torch.equal(rounded.latents, tokenizer.codes_to_latents(rounded.codes))
+
+
 def test_decode_never_quantises(tokenizer, frames):
     latents = tokenizer.encode(frames).latents.detach()
     latents = (0.9 * latents).requires_grad_()  # off the codebook, and inside [-1, 1] for pixels

@@ -10,11 +10,23 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from tiny import SMALL_TRANSFORMER, random_frames, tiny_tokenizer
 from tiny_experiment import N_CLIPS, call_tool, tiny_config
 from torch import nn
 
-from latentcast import MovingDigits, PriorModule, TokenizerModule, VideoDataModule, instantiate, load_model, probe
+from latentcast import (
+    MovingDigits,
+    PriorModule,
+    TokenizerModule,
+    VideoDataModule,
+    VideoTransformer,
+    instantiate,
+    load_model,
+    probe,
+)
 from latentcast.config import to_container
+from latentcast.modeling import fingerprint
+from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
 from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, WeightAverage
 from latentcast.training.loggers import read_metrics
 from latentcast.training.run import TrainingRun, check_checkpoint, preview_clips, replacing_folder
@@ -70,6 +82,11 @@ PIXEL_PRIOR = [
     "data.speeds=[2]",
     "batch_size=4",
 ]
+REVIVAL = ["tokenizer.dead_code_threshold=0.6", "tokenizer.ema_decay=0.5", "batch_size=4"]
+SMALL_HR_VQVAE = [
+    *("tokenizer.hidden_channels=16", "tokenizer.residual_channels=8", "tokenizer.n_residual_blocks=1"),
+    *("tokenizer.embedding_dim=8", "tokenizer.stride=8", "tokenizer.n_layers=2", "tokenizer.codebook_size=6"),
+]
 EXACT = ["trainer.max_steps=9", "lr_scheduler.name=cosine", "lr_scheduler.num_warmup_steps=3", "data.n_videos=20"]
 
 
@@ -77,12 +94,21 @@ EXACT = ["trainer.max_steps=9", "lr_scheduler.name=cosine", "lr_scheduler.num_wa
     "stage, extra, number",
     [
         ("tokenizer", ["trainer.accumulate_grad_batches=2", "batch_size=4", "num_workers=1"], signal.SIGTERM),
+        ("tokenizer", [*REVIVAL, "tokenizer.n_codebooks=2", "tokenizer.codebook_size=24"], signal.SIGTERM),
+        ("tokenizer", ["tokenizer=hr_vqvae", *REVIVAL, *SMALL_HR_VQVAE], signal.SIGTERM),
         ("prior", PIXEL_PRIOR, signal.SIGINT),
     ],
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tmp_path, stage, extra, number):
-    """5 batches an epoch, stopped inside the second or third one: weights, average, optimizer and rate are equal."""
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tmp_path, stage, extra, number, monkeypatch):
+    """5 batches an epoch, stopped inside the second or third one: weights, average, optimizer and rate are equal.
+
+    So are codebooks with all that they remember, where codes die and are revived before and after the stop."""
+    revived, update = [], EMACodebook.update
+    monkeypatch.setattr(EMACodebook, "update", lambda *args: revived.append(update(*args)) or revived[-1])
     _, _, whole = fit(tiny_config(tmp_path, *EXACT, *extra, f"run_dir={tmp_path}/whole"), stage)
+    if REVIVAL[0] in extra:
+        n_codebooks = len(revived) // 9
+        assert len(torch.cat(revived[: 6 * n_codebooks])) > 0 and len(torch.cat(revived[-2 * n_codebooks :])) > 0
     half = [*EXACT, *extra, f"run_dir={tmp_path}/half"]
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -183,11 +209,27 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_weights_or_checkpoint
             if trainer.global_step == 2:
                 pl_module.model.decoder[0].bias.data[0] = torch.inf
 
-    with pytest.raises(FloatingPointError, match=r"^VQVAE: the training loss is (nan|inf) at step 2;"):
+    message = r"^VQVAE: the training loss is (nan|inf) at step 2, first in decoder\.0 \(Conv2d\); stopped before"
+    with pytest.raises(FloatingPointError, match=message):
         run.fit(module, data, [Poison()])
     checkpoint = last(run)
     assert checkpoint["global_step"] == 2
     assert all(t.isfinite().all() for t in checkpoint["current_model_state"].values() if t.is_floating_point())
+
+
+def test_a_gradient_that_is_not_finite_names_the_module_where_it_came_up(tmp_path):
+    run, module, data = build(tiny_config(tmp_path), "tokenizer")
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+
+    def overflow(block, arguments, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * torch.inf)  # and so all that comes before it
+
+    module.model.encoder[4].register_forward_hook(overflow)
+    message = r"^VQVAE: the training gradient norm is (nan|inf) at step 0, first in encoder\.4(\.\S+)? \(\w+\); stopped"
+    with pytest.raises(FloatingPointError, match=message):
+        run.fit(module, data)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
 
 
 def test_trainer_keys_reach_the_trainer(tmp_path):
@@ -240,9 +282,31 @@ def test_codebook_usage_covers_the_whole_epoch_and_warns_by_name(tmp_path, caplo
         assert figures["usage"] == pytest.approx(used / 512)
         assert figures["dead_fraction"] == pytest.approx(1 - used / 512, abs=1e-6)
         assert figures["perplexity"] == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-4)
-    text = [record.message for record in caplog.records if "% of its 512 codes are used" in record.message]
-    assert all(message.startswith(("codebook 0:", "codebook 1:")) for message in text)
-    assert bool(text) == any(value < 0.1 for i in range(2) for _, value in curves(run)[f"val/usage_{i}"])
+
+
+@pytest.mark.parametrize("size, n_warnings", [(2048, 2), (8, 0)])  # a validation sees 128 positions
+def test_train_tokenizer_warns_by_name_of_codebooks_that_are_hardly_used(tmp_path, caplog, size, n_warnings):
+    call_tool("train_tokenizer", tmp_path, "tokenizer.n_codebooks=2", f"tokenizer.codebook_size={size}")
+    warnings = {record.message for record in caplog.records if "codes are used (val, step 4)" in record.message}
+    assert len(warnings) == n_warnings
+    for index in range(n_warnings):
+        (line,) = [line for line in warnings if line.startswith(f"VQVAE: codebook {index}: only ")]
+        assert f" % of its {size} codes" in line
+
+
+@pytest.mark.parametrize("name", ["sliced_vqvae", "hr_vqvae", "gradient_hr_vqvae", "residual_vqvae"])
+def test_a_tokenizer_does_not_move_while_a_prior_learns_its_codes(name):
+    tokenizer = tiny_tokenizer(name).train()
+    identity, spec = fingerprint(tokenizer), tokenizer.latent_spec
+    prior = VideoTransformer(spec, subscale=[2, 1, 1], **SMALL_TRANSFORMER | {"n_frames": 2})
+    module = PriorModule(prior, torch.optim.Adam, tokenizer=tokenizer).train()
+    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
+    for step in range(3):
+        loss = module.compute({"frames": random_frames(tokenizer, n_frames=2, seed=step)}).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert fingerprint(tokenizer) == identity
 
 
 def test_checkpoints_are_plain_and_bad_ones_are_refused_in_one_line(tmp_path):

@@ -11,7 +11,11 @@ from latentcast import (
     DCGANAutoencoder,
     DiffusersTokenizer,
     PixelTokenizer,
+    RecurrentVAE,
+    ResidualDiffusion,
     ResidualVQVAE,
+    SDEDiffusion,
+    STPixelCNN,
     VGGAutoencoder,
     VideoTransformer,
 )
@@ -101,20 +105,65 @@ CODES_SPEC = {
     "frame_width": 8,
 }
 SMALL_TRANSFORMER = {"n_frames": 4, "dim": 24, "embed_dim": 12, "n_heads": 2, "head_dim": 8, "n_layers": 1}
+SMALL_PIXELCNN = {"n_frames": 4, "dim": 16, "n_blocks": 1, "block_layers": 2, "n_heads": 2, "head_dim": 4}
+SMALL_RECURRENT_VAE = {"dim": 8, "hidden_channels": 4, "group_dim": 3, "cells": 12, "beta": 1e-2}
+
+
+def small_recurrent_vae(spec, **options):
+    return RecurrentVAE(spec, **SMALL_RECURRENT_VAE | options)
+
+
+SMALL_SDE_DIFFUSION = {
+    "motion_channels": [6, 8],
+    "motion_kernels": [3, 3],
+    "dt": 0.5,
+    "block_channels": [8, 16],
+    "n_blocks": 1,
+    "head_dim": 8,
+    "norm_groups": 4,
+}
+
+
+def small_sde_diffusion(tokenizer="continuous_pixel", **options):
+    return SDEDiffusion(TINY_TOKENIZERS[tokenizer]().latent_spec, **SMALL_SDE_DIFFUSION | options)
+
+
+SMALL_RESIDUAL_DIFFUSION = {"width": 8, "denoising_multipliers": [1, 2], "transform_multipliers": [1, 2]}
+
+
+def small_residual_diffusion(tokenizer="continuous_pixel", **options):
+    return ResidualDiffusion(TINY_TOKENIZERS[tokenizer]().latent_spec, **SMALL_RESIDUAL_DIFFUSION | options)
+
 
 TINY_PRIORS = {
     "video_transformer": lambda: VideoTransformer(CODES_SPEC, subscale=[4, 1, 1], **SMALL_TRANSFORMER),
     "video_transformer_spatial": lambda: VideoTransformer(CODES_SPEC, subscale=[1, 2, 2], **SMALL_TRANSFORMER),
     "video_transformer_spatiotemporal": lambda: VideoTransformer(CODES_SPEC, subscale=[2, 2, 2], **SMALL_TRANSFORMER),
+    "st_pixelcnn": lambda: STPixelCNN(CODES_SPEC, **SMALL_PIXELCNN),
+    "st_pixelcnn_shared": lambda: STPixelCNN(CODES_SPEC, layers="shared", attention="factorised", **SMALL_PIXELCNN),
+    "st_pixelcnn_windowed": lambda: STPixelCNN(CODES_SPEC, attention="windowed", window=2, **SMALL_PIXELCNN),
+    "recurrent_vae": lambda: small_recurrent_vae(PixelTokenizer(1, 8, 16, levels=None).latent_spec, n_groups=2),
+    "svg_lp_vgg": lambda: small_recurrent_vae(PixelTokenizer(1, 8, 16).latent_spec, network="vgg", aligner="none"),
+    "recurrent_vae_latents": lambda: small_recurrent_vae(CODES_SPEC, n_groups=3, aligner="encoder_value"),
+    "recurrent_vae_vectors": lambda: small_recurrent_vae(TINY_TOKENIZERS["dcgan"]().latent_spec, fixed_prior=True),
+    "sde_diffusion": small_sde_diffusion,
+    "ode_diffusion_latents": lambda: small_sde_diffusion("kl_vae", motion="ode", prediction_type="sample"),
+    "residual_diffusion": small_residual_diffusion,
+    "residual_diffusion_latents": lambda: small_residual_diffusion("kl_vae", learned_sigma=True, shared_step=False),
 }
 
 
 def random_clip(prior, batch=2, n_frames=4, seed=0):
-    """A clip in the space that the prior accepts."""
+    """A clip in the space that the prior accepts: codes, standard normal latents, or pixels in [-1, 1]."""
     spec = prior.config.latent_spec
     generator = torch.Generator().manual_seed(seed)
-    shape = (batch, n_frames, spec["height"], spec["width"])
-    return torch.stack([torch.randint(size, shape, generator=generator) for size in spec["codebook_sizes"]], -1)
+    if prior.accepts == "codes":
+        shape = (batch, n_frames, spec["height"], spec["width"])
+        return torch.stack([torch.randint(size, shape, generator=generator) for size in spec["codebook_sizes"]], -1)
+    shape = (batch, n_frames, spec["channels"], spec["height"], spec["width"])
+    if prior.accepts == "latents":
+        return torch.randn(shape, generator=generator)
+    return torch.rand(shape, generator=generator) * 2 - 1
 
 
 def tiny_prior(name):

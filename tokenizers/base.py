@@ -7,6 +7,8 @@ from diffusers.utils import BaseOutput
 
 from latentcast.modeling import VideoModel
 
+from .losses import reconstruction_loss
+
 
 @dataclass
 class TokenizerOutput(BaseOutput):
@@ -73,6 +75,17 @@ def check_codes(codes, codebook_sizes, grid=None, name="codes"):
             raise ValueError(f"{name}: expected values in [0, {min(codebook_sizes)}), found [{low}, {high}]")
 
 
+def check_weights(weights, codebook_sizes, grid, name="weights"):
+    """Refuse anything that is not a list with one float (B, T, h, w, K) tensor for each codebook of K codes."""
+    expected = [(*grid, size) for size in codebook_sizes]
+    found = [tuple(w.shape) if torch.is_tensor(w) else type(w).__name__ for w in weights]
+    if [shape[2:] for shape in found] != expected or len({shape[:2] for shape in found}) != 1:
+        wanted = ", ".join(f"(B, T, {', '.join(map(str, shape))})" for shape in expected)
+        raise ValueError(f"{name}: expected a tensor a codebook, of shapes {wanted}, found {found}")
+    if not all(w.is_floating_point() for w in weights):
+        raise ValueError(f"{name}: expected floats, found {[w.dtype for w in weights]}")
+
+
 def check_latents(latents, channels, height, width, name="latents"):
     """Refuse anything that is not a float (B, T, channels, height, width) tensor."""
     expected = f"(B, T, {channels}, {height}, {width})"
@@ -81,6 +94,12 @@ def check_latents(latents, channels, height, width, name="latents"):
         raise ValueError(f"{name}: expected shape {expected}, found {found}")
     if not latents.is_floating_point():
         raise ValueError(f"{name}: expected floats, found {latents.dtype}")
+
+
+def mix_rows(weights, table):
+    """Sums of a table's rows, exact where weights are one-hot: (..., K), (K, D) -> (..., D) fp32 under any autocast."""
+    with torch.autocast(weights.device.type, enabled=False):
+        return weights.float() @ table.float()
 
 
 class FrameTokenizer(VideoModel):
@@ -167,6 +186,38 @@ class FrameTokenizer(VideoModel):
     def latents_to_codes(self, latents):
         """(B, T, D, h, w) -> (B, T, h, w, n_codebooks), by nearest code. Discrete tokenizers only."""
         raise ValueError(f"{type(self).__name__} is a continuous tokenizer: it has no codes")
+
+    def weights_to_latents(self, weights):
+        """``codes_to_latents`` for distributions over codes, through which gradients pass. Discrete tokenizers only.
+
+        Args:
+            weights: list with one float tensor (B, T, h, w, K) for each codebook of K codes, summing to 1 over them.
+        Returns:
+            (B, T, D, h, w) fp32: the code vectors' weighted mean; where every weight is 0 or 1, exactly the latents of
+            those codes. Where codebooks form a tree, the codes mixed are those below the codes of largest weight.
+        """
+        raise ValueError(f"{type(self).__name__} is a continuous tokenizer: it has no codes")
+
+    def decoder_parameters(self):
+        """The parameters that ``decode`` alone uses, a list: when they change, all codes stay what they are.
+
+        For training a discrete tokenizer jointly with a prior; empty where the decoder has nothing to learn.
+        """
+        return []
+
+    def decoder_loss(self, latents, frames):
+        """The first term of the training loss, of given latents: how far they are, decoded, from the frames.
+
+        Gradients pass where ``decode`` clamps. Tokenizers that are trained only.
+
+        Args:
+            latents: (B, T, D, h, w).
+            frames: (B, T, C, H, W) in [-1, 1].
+        Returns:
+            (scalar, logs), see ``losses.py``.
+        """
+        options = (self.config.reconstruction_loss, self.config.lpips_weight)
+        return reconstruction_loss(self._decode(latents), frames, *options)
 
     def quantize(self, latents):
         """Snap the output of a continuous prior to the codebook: (B, T, D, h, w) -> the same shape."""

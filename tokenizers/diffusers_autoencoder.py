@@ -8,7 +8,16 @@ from diffusers.configuration_utils import register_to_config
 
 from latentcast.layers.gaussian import kl_to_standard_normal, sample_moments, scale_moments
 
-from .base import FrameTokenizer, ReconstructionOutput, TokenizerOutput, check_codes, check_frames, check_latents
+from .base import (
+    FrameTokenizer,
+    ReconstructionOutput,
+    TokenizerOutput,
+    check_codes,
+    check_frames,
+    check_latents,
+    check_weights,
+    mix_rows,
+)
 from .losses import check_reconstruction_options, reconstruction_loss
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
@@ -124,6 +133,20 @@ class DiffusersTokenizer(FrameTokenizer):
         if not self.is_discrete:
             return super().latents_to_codes(latents)
         return self._nearest(self._unscaled(latents))
+
+    def weights_to_latents(self, weights):
+        """A list with one (B, T, h, w, K) -> (B, T, D, h, w) fp32; see ``FrameTokenizer``. VQModel only."""
+        if not self.is_discrete:
+            return super().weights_to_latents(weights)
+        spec = self.latent_spec
+        check_weights(weights, spec["codebook_sizes"], (spec["height"], spec["width"]))
+        return self._scaled(mix_rows(weights[0], self._codebook.weight).movedim(-1, 2).contiguous())
+
+    def decoder_parameters(self):
+        """The parameters that ``decode`` alone uses, a list; of VQModel only."""
+        if not self.is_discrete:
+            return super().decoder_parameters()
+        return [*self.network.post_quant_conv.parameters(), *self.network.decoder.parameters()]
 
     def forward(self, frames):
         """Reconstruct; AutoencoderKL from a draw in training mode, from the means otherwise.

@@ -3,7 +3,16 @@
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from .base import FrameTokenizer, ReconstructionOutput, TokenizerOutput, check_codes, check_frames, check_latents
+from .base import (
+    FrameTokenizer,
+    ReconstructionOutput,
+    TokenizerOutput,
+    check_codes,
+    check_frames,
+    check_latents,
+    check_weights,
+    mix_rows,
+)
 
 
 class PixelTokenizer(FrameTokenizer):
@@ -87,6 +96,14 @@ class PixelTokenizer(FrameTokenizer):
         check_latents(latents, self.config.in_channels, self.config.height, self.config.width)
         top = self.config.levels - 1
         return ((latents.float() + 1) * (top / 2)).round().clamp(0, top).long().movedim(2, -1).contiguous()
+
+    def weights_to_latents(self, weights):
+        """A (B, T, H, W, levels) distribution a channel -> their means (B, T, C, H, W)."""
+        if not self.is_discrete:
+            return super().weights_to_latents(weights)
+        check_weights(weights, self.latent_spec["codebook_sizes"], (self.config.height, self.config.width))
+        levels = torch.arange(self.config.levels, device=weights[0].device) * (2 / (self.config.levels - 1)) - 1
+        return torch.cat([mix_rows(w, levels[:, None]) for w in weights], dim=-1).movedim(-1, 2).contiguous()
 
     def forward(self, frames):
         """The frames, snapped; the loss is zero, for nothing is learned."""

@@ -8,7 +8,15 @@ from torch import nn
 
 from latentcast.layers.convolutions import ResidualBlock
 
-from .base import FrameTokenizer, ReconstructionOutput, TokenizerOutput, check_codes, check_frames, check_latents
+from .base import (
+    FrameTokenizer,
+    ReconstructionOutput,
+    TokenizerOutput,
+    check_codes,
+    check_frames,
+    check_latents,
+    check_weights,
+)
 from .losses import check_reconstruction_options, reconstruction_loss
 from .quantizers.sliced import SlicedQuantizer
 
@@ -110,6 +118,16 @@ class ConvolutionalVQ(FrameTokenizer):
         check_latents(latents, spec["channels"], spec["height"], spec["width"])
         return self.quantizer.nearest(latents.float().movedim(2, -1) / self.config.scaling_factor)
 
+    def weights_to_latents(self, weights):
+        """A (B, T, h, w, K) distribution a codebook -> (B, T, D, h, w) fp32; see ``FrameTokenizer``."""
+        spec = self.latent_spec
+        check_weights(weights, spec["codebook_sizes"], (spec["height"], spec["width"]))
+        return self._to_latents(self.quantizer.mix(weights))
+
+    def decoder_parameters(self):
+        """The parameters that ``decode`` alone uses, a list."""
+        return list(self.decoder.parameters())
+
     def forward(self, frames):
         """Reconstruct, and in training mode update the codebooks.
 
@@ -154,7 +172,8 @@ class ConvolutionalVQ(FrameTokenizer):
         return frames.tanh() if self.config.output_activation == "tanh" else frames
 
     def _to_latents(self, vectors):
-        return vectors.movedim(-1, 2).contiguous() * self.config.scaling_factor
+        latents = vectors.movedim(-1, 2).clone(memory_format=torch.contiguous_format)
+        return latents.mul_(self.config.scaling_factor)
 
 
 class VQVAE(ConvolutionalVQ):

@@ -18,10 +18,11 @@ logger = logging.getLogger("latentcast")
 
 def main(args):
     from latentcast.config import instantiate, to_container
-    from latentcast.data.shards import difference_of, read_json
+    from latentcast.data.shards import difference_of
     from latentcast.distributed import default_device, process_group, rank_and_world, rank_zero_first
     from latentcast.evaluation.evaluator import Evaluation, git_commit, hardware
     from latentcast.evaluation.report import write_report
+    from latentcast.files import read_json
     from latentcast.pipelines.base import VideoPipeline
 
     began = time.perf_counter()
@@ -78,7 +79,7 @@ def main(args):
 def choose(args):
     """-> (config, folder of the pipeline)"""
     from latentcast.config import load_config
-    from latentcast.modeling import read_json
+    from latentcast.files import read_json
 
     experiments = [argument for argument in args.arguments if "=" not in argument]
     overrides = [argument for argument in args.arguments if "=" in argument]

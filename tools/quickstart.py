@@ -39,8 +39,8 @@ def show(overrides):
     from latentcast import VideoPredictionPipeline
     from latentcast.config import instantiate, load_config, to_container
     from latentcast.data.pictures import contact_sheet
-    from latentcast.data.shards import write_json
     from latentcast.data.video_writer import write_image, write_video
+    from latentcast.files import write_json
     from latentcast.metrics import psnr
 
     config = load_config(EXPERIMENT, overrides, tool="evaluate")

@@ -1,9 +1,10 @@
 """Encode whole data sets: frames through a tokenizer into a latents cache."""
 
-import itertools
+import contextlib
 import logging
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +17,8 @@ from .latent_cache import LatentCacheWriter, read_manifest
 from .video_reader import VideoError
 
 logger = logging.getLogger("latentcast")
+
+CPU_CHUNK = 16  # frames at once through a network on a CPU: what fits in its cache; more are slower
 
 
 @torch.no_grad()
@@ -34,10 +37,12 @@ def encode_dataset(
 ):
     """Encode every video of a VideoDataset into the cache at ``root``; continues what an earlier run left there.
 
-    Reading (``num_workers`` processes) overlaps with encoding. A batch is ``batch_frames`` frames of one shard: short
-    videos share it, long ones are spread over several, so memory depends on neither the videos' lengths nor their
-    number, and batches do not depend on how many processes share the work. A video that cannot be read is named and
-    skipped. ``store="auto"`` means codes for a discrete tokenizer, posteriors for one that has them, else latents.
+    Reading (``num_workers`` processes), encoding and writing (a thread) overlap. A batch is ``batch_frames`` frames of
+    one shard: short videos share it, long ones are spread over several, so memory depends on neither the videos'
+    lengths nor their number. The network always sees groups of one size (``encode_chunked``: 16 frames on a CPU,
+    ``batch_frames`` on a GPU), so that the cache's bits do not depend on how videos share shards, batches and
+    processes. A video that cannot be read is named and skipped. ``store="auto"`` means codes for a discrete tokenizer,
+    posteriors for one that has them, else latents.
 
     Args:
         dataset: a VideoDataset.
@@ -95,28 +100,27 @@ def encode_dataset(
         _check_space(writer)
     work = writer.pending()
     batches = [(s, segments) for s in work for segments in _batches(videos, writer.shard_videos(s), batch_frames)]
-    reader = DataLoader(_Reader(dataset, batches), batch_size=None, num_workers=num_workers)
+    on_gpu = torch.device(device).type == "cuda"
+    reader = DataLoader(_Reader(dataset, batches), batch_size=None, num_workers=num_workers, pin_memory=on_gpu)
     tokenizer = tokenizer.eval().to(device)
+    chunk = batch_frames if on_gpu else CPU_CHUNK
     began = time.perf_counter()
     bar = tqdm(total=writer.n_frames(work), desc=f"encode {dataset.split}", unit="frame", disable=rank > 0)
     # Fixed algorithms: the same batch gives the same bits on every rank and in every run.
-    with bar, torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        for shard, group in itertools.groupby(zip(batches, reader), key=lambda pair: pair[0][0]):
-            with writer.open_shard(shard) as file:
-                for (_, segments), (frames, unreadable) in group:
-                    for video, reason in unreadable.items():
-                        if video not in file.skipped:
-                            logger.warning("%s: skipped (%s)", videos[video].name, reason)
-                            file.skip(video, reason)
-                    kept = [segment for segment in segments if segment[0] not in unreadable]
-                    if kept:
-                        encoded = getattr(tokenizer.encode(frames.to(device)[None]), writer.job["store"])[0].cpu()
-                        lengths = [stop - start for _, start, stop in kept]
-                        for (video, start, _), piece in zip(kept, encoded.split(lengths)):
-                            file.append(video, piece)
-                            if start == 0:
-                                file.describe(video, dataset.read_conditions(video, 0, videos[video].n_frames))
-                    bar.update(sum(stop - start for _, start, stop in segments))
+    with (
+        bar,
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+        _writing_behind(writer) as write,
+    ):
+        for (shard, segments), (frames, unreadable, conditions) in zip(batches, reader):
+            pieces = {}
+            kept = [segment for segment in segments if segment[0] not in unreadable]
+            if kept:
+                frames = frames.to(device, non_blocking=True)
+                encoded = tokenizer.encode_chunked(frames[None], chunk)[writer.job["store"]][0]
+                pieces = dict(zip(kept, encoded.split([stop - start for _, start, stop in kept])))
+            write(shard, pieces, unreadable, conditions)
+            bar.update(sum(stop - start for _, start, stop in segments))
     barrier()
     seconds = time.perf_counter() - began
     if fingerprint(tokenizer) != identity:
@@ -125,6 +129,41 @@ def encode_dataset(
         if rank == 0:
             writer.finish()
     return _figures(root, n_frames / seconds)
+
+
+@contextlib.contextmanager
+def _writing_behind(writer):
+    """Gives ``write(shard, pieces, unreadable, conditions)``, which returns while a thread opens, fills and completes
+    shards, one batch behind; ``pieces`` are (video, start, stop) -> encoded frames, the others as ``_Reader`` gives
+    them. What the thread raises, the next call raises, or the end of the block. A block that ends by an exception
+    leaves nothing of the shard at hand.
+    """
+    file = current = job = None
+
+    def add(shard, pieces, unreadable, conditions):
+        nonlocal file, current
+        if shard != current:
+            shards.close()  # completes the one before
+            file, current = shards.enter_context(writer.open_shard(shard)), shard
+        for video, reason in unreadable.items():
+            if video not in file.skipped:
+                logger.warning("%s: skipped (%s)", writer.job["videos"][video]["name"], reason)
+                file.skip(video, reason)
+        for (video, _, _), encoded in pieces.items():
+            file.append(video, encoded)
+        for video, found in conditions.items():
+            file.describe(video, found)
+
+    def write(*batch):
+        nonlocal job
+        if job is not None:
+            job.result()
+        job = thread.submit(add, *batch)
+
+    with contextlib.ExitStack() as shards, ThreadPoolExecutor(1) as thread:
+        yield write
+        if job is not None:
+            job.result()
 
 
 class _Reader(Dataset):
@@ -137,8 +176,9 @@ class _Reader(Dataset):
         return len(self.batches)
 
     def __getitem__(self, index):
-        """-> frames (N, C, H, W) of the readable segments, None if there are none; and {video: reason} of the others"""
-        frames, unreadable = [], {}
+        """-> frames (N, C, H, W) of the readable segments, None if there are none; {video: reason} of the others; and
+        {video: conditions} of the videos that begin in this batch"""
+        frames, unreadable, conditions = [], {}, {}
         for video, start, stop in self.batches[index][1]:
             try:
                 piece = self.dataset.read_video(video, start, stop)
@@ -147,7 +187,10 @@ class _Reader(Dataset):
                 frames.append(piece)
             except VideoError as error:
                 unreadable[video] = str(error)
-        return torch.cat(frames) if frames else None, unreadable
+            else:
+                if start == 0:
+                    conditions[video] = self.dataset.read_conditions(video, 0, self.dataset.videos[video].n_frames)
+        return torch.cat(frames) if frames else None, unreadable, conditions
 
 
 def _batches(videos, indices, batch_frames):

@@ -4,7 +4,6 @@ One folder of shards (see shards.py) holds one split; its manifest says who made
 """
 
 import json
-import logging
 import random
 from pathlib import Path
 
@@ -13,9 +12,7 @@ from torch.utils.data import Dataset
 
 from ..layers.gaussian import sample_moments
 from . import shards
-from .base import ClipWindows, VideoEntry, check_split
-
-logger = logging.getLogger("latentcast")
+from .base import ClipWindows, check_split
 
 KIND = shards.Kind(
     name="latents cache",
@@ -125,19 +122,8 @@ class LatentCacheDataset(Dataset):
         self.root, self.clip_length, self.stride = Path(root), clip_length, stride
         self.seed, self.sample_posterior = seed, sample_posterior
         self.manifest = read_manifest(root)
-        self._reader = shards.ShardReader(root, self.manifest)
-        lengths = {v: (self._reader.length(v) - 1) // stride + 1 for v in self._reader.videos}
-        self._lengths = {video: n for video, n in lengths.items() if n >= clip_length}
-        if not self._lengths:
-            raise ValueError(
-                f"latents cache {root}: no video has clip_length={clip_length} frames at stride={stride}; "
-                f"the longest of {len(lengths)} has {max(lengths.values())}"
-            )
-        if len(self._lengths) < len(lengths):
-            n = len(lengths) - len(self._lengths)
-            logger.info("latents cache %s: %d of %d videos are shorter than a clip and left out", root, n, len(lengths))
-        self._index = list(self._lengths)
-        self._windows = ClipWindows(list(self._lengths.values()), clip_length, split, seed)
+        self._reader = shards.ClipReader(root, self.manifest, clip_length, stride, f"latents cache {root}")
+        self._windows = ClipWindows([video.n_frames for video in self.videos], clip_length, split, seed)
 
     @property
     def spec(self):
@@ -162,8 +148,7 @@ class LatentCacheDataset(Dataset):
     @property
     def videos(self):
         """list of VideoEntry: those long enough for a clip, at this stride."""
-        entries = [(self.manifest["videos"][i], self._lengths[i]) for i in self._index]
-        return [VideoEntry(video["name"], length, video["fps"] / self.stride) for video, length in entries]
+        return self._reader.videos
 
     def expect(self, tokenizer_fingerprint=None, latent_spec=None, data=None):
         """Refuse a cache that was not made as the caller needs it; returns the data set.
@@ -211,7 +196,7 @@ class LatentCacheDataset(Dataset):
         where the cache stores posteriors)."""
         if self.manifest["store"] == "posterior":
             return self.read_posterior(index, start, stop).chunk(2, dim=1)[0].contiguous()
-        frames = self._reader.frames(*self._place(index, start, stop))
+        frames = self._reader.frames(index, start, stop)
         return frames.to(torch.int64 if self.space == "codes" else torch.float32)
 
     def read_posterior(self, index, start=0, stop=None):
@@ -222,24 +207,15 @@ class LatentCacheDataset(Dataset):
         """
         if self.manifest["store"] != "posterior":
             raise ValueError(f"latents cache {self.root}: expected posteriors, found {self.manifest['store']}")
-        return self._reader.frames(*self._place(index, start, stop)).float()
+        return self._reader.frames(index, start, stop).float()
 
     def read_conditions(self, index, start=0, stop=None):
         """Conditions of the same frames; see VideoDataset."""
-        return self._reader.conditions(*self._place(index, start, stop))
+        return self._reader.conditions(index, start, stop)
 
     def verify(self):
         """Compare every shard with its checksum; see ``verify_cache``."""
         return verify_cache(self.root)
-
-    def _place(self, index, start, stop):
-        """-> (video, start, stop, stride) in frames of the cache"""
-        video = self._index[index]
-        length = self._lengths[video]
-        stop = length if stop is None else stop
-        if not 0 <= start < stop <= length:
-            raise ValueError(f"video {index}: expected 0 <= start < stop <= {length}, found {start}:{stop}")
-        return video, start * self.stride, (stop - 1) * self.stride + 1, self.stride
 
 
 def read_manifest(root):

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..files import replacing
+from ..files import read_json, replacing, write_json, writing
 from . import shards
-from .base import EmptySplitError, VideoDataset, VideoEntry, check_split
+from .base import EmptySplitError, VideoDataset, check_split
 from .moving_digits import MovingDigits
 from .pictures import contact_sheet
 from .video_folder import luma
@@ -81,7 +81,7 @@ def prepare(benchmark, output, *, workers=0, partial=False):
     for name, source in benchmark.files().items():
         path = output / name
         if not (path.is_file() and filecmp.cmp(source, path, shallow=False)):
-            with shards.writing(path), replacing(path) as temporary:
+            with writing(path), replacing(path) as temporary:
                 shutil.copyfile(source, temporary)
 
     notes = {split: writer.notes() for split, writer in writers.items()}
@@ -109,7 +109,7 @@ def prepare(benchmark, output, *, workers=0, partial=False):
             writers[split].finish()
     stored, generated = list(counts), benchmark.generated()
     counts |= {split: generator["n_videos"] for split, generator in generated.items()}
-    shards.write_json(
+    write_json(
         output / MANIFEST,
         {
             "format": FORMAT,
@@ -129,7 +129,7 @@ def prepare(benchmark, output, *, workers=0, partial=False):
             "provenance": benchmark.provenance,
         },
     )
-    with shards.writing(output / "preview.png"):
+    with writing(output / "preview.png"):
         write_image(output / "preview.png", _preview(output, stored[-1]))
     if incomplete:
         raise incomplete
@@ -316,40 +316,22 @@ class PreparedVideos(VideoDataset):
             found = ", ".join(self.manifest["counts"])
             raise EmptySplitError(f"{root}: {self.manifest['name']} has no split {split!r}; it has {found}")
         stored = shards.read_manifest(self.root / split, KIND)
-        self._reader = shards.ShardReader(self.root / split, stored)
-        lengths = {v: (self._reader.length(v) - 1) // frame_stride + 1 for v in self._reader.videos}
-        self._index = [video for video, n in lengths.items() if n >= clip_length]
-        if not self._index:
-            raise EmptySplitError(
-                f"{root}: {split}: no video has clip_length={clip_length} frames at frame_stride={frame_stride}; "
-                f"the longest of {len(lengths)} has {max(lengths.values())}"
-            )
-        if len(self._index) < len(lengths):
-            n = len(lengths) - len(self._index)
-            logger.info("%s: %s: %d of %d videos are shorter than a clip and left out", root, split, n, len(lengths))
-        self._videos = [VideoEntry(stored["videos"][v]["name"], lengths[v], self.fps) for v in self._index]
+        self._reader = shards.ClipReader(self.root / split, stored, clip_length, frame_stride, f"{root}: {split}")
 
     @property
     def videos(self):
         """list of VideoEntry; ``n_frames`` and ``fps`` after the stride."""
-        return self._videos
+        return self._reader.videos
 
     def read_video(self, index, start, stop):
-        frames = self._reader.frames(*self._place(index, start, stop)).float()
+        frames = self._reader.frames(index, start, stop).float()
         if self.channels < self.stored_channels:
             frames = luma(frames)
         frames = frames.div_(127.5).sub_(1).clamp_(-1, 1)
         return frames.repeat(1, self.channels // frames.shape[1], 1, 1)
 
     def read_conditions(self, index, start, stop):
-        return self._reader.conditions(*self._place(index, start, stop))
-
-    def _place(self, index, start, stop):
-        """-> (video, start, stop, stride) in stored frames"""
-        entry = self._videos[index]
-        if not 0 <= start < stop <= entry.n_frames:
-            raise ValueError(f"{entry.name}: expected 0 <= start < stop <= {entry.n_frames}, found {start}:{stop}")
-        return self._index[index], start * self.frame_stride, (stop - 1) * self.frame_stride + 1, self.frame_stride
+        return self._reader.conditions(index, start, stop)
 
     def describe(self):
         return {
@@ -375,8 +357,8 @@ def read_set_manifest(root, name=None):
     if not path.is_file():
         command = f"tools/prepare_dataset.py {name or 'NAME'} --output {root}"
         raise FileNotFoundError(f"{root}: no finished set here; run {command}, or give data.root=FOLDER")
-    manifest = shards.read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "counts" not in manifest:
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT or "counts" not in manifest:
         raise ValueError(f"{path}: not the manifest of a prepared set of format {FORMAT}")
     if name is not None and manifest["name"] != name:
         raise ValueError(f"{root}: expected the set {name}, found {manifest['name']}")

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import file_sha256, replacing
+from ..files import file_sha256, read_json, write_json, writing
+from .base import EmptySplitError, VideoEntry
 
 logger = logging.getLogger("latentcast")
 
@@ -36,6 +37,7 @@ DTYPES = {
 }
 UNKNOWN_LENGTH = 10**10  # frames that room is kept for in a header when a video's length is not known beforehand
 OPEN_FILES = 256  # mapped by one reader at a time
+KEPT = "; finished shards are kept, a re-run resumes"
 ALIGNMENT = 8  # bytes; mapped tensors of any type start at multiples of their items
 
 
@@ -228,7 +230,7 @@ class ShardFile:
             self.written[video] = 0
             self.start = self.file.tell()
         self.written[video] += len(frames)
-        with writing(self.path):
+        with writing(self.path, KEPT):
             self.file.write(_raw(frames.to(self.dtype)))
 
     def describe(self, video, conditions, **facts):
@@ -261,7 +263,7 @@ class ShardFile:
         if any(int(video) not in self.written for video in self.keep):
             return
         header, padding = self._header(self.written)
-        with writing(self.path):
+        with writing(self.path, KEPT):
             self.file.write(bytes(padding))
             for video, name, shape in self._condition_shapes(self.written):
                 self.file.write(_raw(self._condition(video, name, shape)))
@@ -371,6 +373,56 @@ class ShardReader:
         return self.__dict__ | {"_open": collections.OrderedDict()}
 
 
+class ClipReader:
+    """The videos of a finished folder that are long enough for a clip, at every ``stride``-th frame, numbered anew.
+
+    Shorter ones are counted, logged and left out. Pickles as ShardReader does.
+
+    Args:
+        root, manifest: see ShardReader.
+        clip_length, stride: at least 1.
+        name: of the folder, for errors.
+    Attributes:
+        videos: list of VideoEntry; ``n_frames`` counts after the stride, ``fps`` is the manifest's over the stride.
+    Raises:
+        EmptySplitError: no video is long enough.
+    """
+
+    def __init__(self, root, manifest, clip_length, stride, name):
+        self._reader, self._stride = ShardReader(root, manifest), stride
+        lengths = {v: (self._reader.length(v) - 1) // stride + 1 for v in self._reader.videos}
+        self._numbers = [v for v, n in lengths.items() if n >= clip_length]
+        if not self._numbers:
+            raise EmptySplitError(
+                f"{name}: no video has clip_length={clip_length} frames at stride {stride}; "
+                f"the longest of {len(lengths)} has {max(lengths.values())}"
+            )
+        left_out = len(lengths) - len(self._numbers)
+        if left_out:
+            logger.info("%s: %d of %d videos are shorter than a clip and left out", name, left_out, len(lengths))
+        fps, known = manifest["fps"], manifest["videos"]
+        self.videos = [
+            VideoEntry(known[v]["name"], lengths[v], known[v].get("fps", fps) / stride) for v in self._numbers
+        ]
+
+    def frames(self, index, start=0, stop=None):
+        """Frames ``start:stop`` of video ``index`` -> (stop - start, *frame_shape), as stored."""
+        return self._reader.frames(*self._place(index, start, stop))
+
+    def conditions(self, index, start=0, stop=None):
+        """Conditions of the same frames; see VideoDataset."""
+        return self._reader.conditions(*self._place(index, start, stop))
+
+    def _place(self, index, start, stop):
+        """-> (video, start, stop, stride) in stored frames"""
+        length = self.videos[index].n_frames
+        stop = length if stop is None else stop
+        if not 0 <= start < stop <= length:
+            name = self.videos[index].name
+            raise ValueError(f"video {index} ({name}): expected 0 <= start < stop <= {length}, found {start}:{stop}")
+        return self._numbers[index], start * self._stride, (stop - 1) * self._stride + 1, self._stride
+
+
 def read_manifest(root, kind):
     """The manifest of a finished folder, after a check that every shard has its full size.
 
@@ -442,16 +494,6 @@ def _size_error(root, note):
     return f"{path}: expected {note['bytes']} bytes, found {'no file' if found is None else found}"
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Name ``path`` in the error of what cannot be written there."""
-    try:
-        yield
-    except OSError as error:
-        message = f"{path}: cannot be written ({error.strerror}); finished shards are kept, a re-run resumes"
-        raise OSError(message) from None
-
-
 def _raw(tensor):
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
@@ -466,25 +508,3 @@ def _shard_name(shard):
 
 def _note_path(root, shard):
     return root / f"shard-{shard:05d}.json"
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-
-
-def write_json(path, content):
-    """Write all or nothing: to a temporary file, renamed when it is on the disk."""
-    with writing(path):
-        with replacing(path) as temporary, open(temporary, "w") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes this rename, and a shard's before it, last through a power cut
-        finally:
-            os.close(folder)

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..files import replacing, user_cache
+from ..files import replacing, update_digest, user_cache
 
 logger = logging.getLogger("latentcast")
 
@@ -104,9 +104,7 @@ def load_weights(name, folder=None):
 def fingerprint(tensors):
     """sha256 (hex) over names, types, shapes and bytes of ``tensors``, however the file orders them."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    update_digest(digest, tensors, end="\n")
     return digest.hexdigest()
 
 

@@ -3,188 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from latentcast.metrics.perplexity import perplexity
 
-from .ema_codebook import EMACodebook, _sum_over_ranks, _world_size
+from .ema_codebook import EMACodebook
 from .sliced import QuantizerOutput
-
-# Numbers of gathered code vectors at once, which bounds the memory of a search: on a CPU they should fit in its cache,
-# a GPU wants few and large kernels.
-GATHERED_CPU, GATHERED_GPU = 2**20, 2**25
-
-
-class CodebookFamily(EMACodebook):
-    """One layer of the tree: a codebook of m codes for each of P parents.
-
-    A vector belongs to a parent and is compared with the m codes of that parent alone. Code c of parent p is row
-    p * m + c of all tensors, and that row is the parent's number for the layer below. With one parent this is
-    ``EMACodebook``.
-
-    What ``EMACodebook`` does for its codes happens for each parent by itself: its codes are placed by k-means on the
-    first batch that visits it, follow the vectors routed to it, and are drawn anew from these when they die. A batch
-    that does not visit a parent leaves its codes and counts as they are, bit for bit.
-
-    Args:
-        n_parents: P.
-        codebook_size: m.
-        dim: length of a code vector.
-        learned: the codes are a parameter, for a loss and an optimiser to move; the moving averages then only count.
-        **codebook: further arguments of ``EMACodebook``.
-    """
-
-    def __init__(self, n_parents, codebook_size, dim, learned=False, **codebook):
-        super().__init__(n_parents * codebook_size, dim, **codebook)
-        self.n_parents = n_parents
-        self.n_children = codebook_size
-        self.learned = learned
-        self.initialized = torch.zeros(n_parents, dtype=torch.bool)
-        if learned:
-            codes = self._buffers.pop("codebook")
-            self.codebook = nn.Parameter(codes)
-            del self.cluster_sum
-
-    @torch.no_grad()
-    def nearest(self, vectors, parents):
-        """Number of the nearest code among a parent's m, by Euclidean distance in fp32.
-
-        Args:
-            vectors: (N, dim).
-            parents: (N,) int64 in [0, P).
-        Returns:
-            (N,) int64 in [0, m).
-        """
-        if self.n_parents == 1:
-            return super().nearest(vectors)
-        families = self.codebook.unflatten(0, (self.n_parents, self.n_children))
-        rows = families.flatten(1)  # selecting long rows is several times as fast as indexing the three axes
-        chunk = max(1, (GATHERED_CPU if rows.device.type == "cpu" else GATHERED_GPU) // rows.shape[1])
-        found = []
-        for x, p in zip(vectors.float().split(chunk), parents.split(chunk)):
-            children = rows.index_select(0, p).unflatten(1, families.shape[1:])
-            distances = torch.cdist(x[:, None], children, compute_mode="donot_use_mm_for_euclid_dist")
-            found.append(distances[:, 0].argmin(-1))
-        return torch.cat(found)
-
-    @torch.no_grad()
-    def initialize(self, vectors, parents):
-        """Place the codes of those parents that are visited for the first time.
-
-        Args:
-            vectors: (N, dim) of this rank's batch; N may differ between ranks.
-            parents: (N,) int64, the parent of each.
-        Returns:
-            the rows that were placed, the same on every rank.
-        """
-        vectors, _, slots, ids, visits = self._route(vectors, parents, ~self.initialized)
-        m, rows = self.n_children, self._rows(ids)
-        if len(ids) == 0:
-            return rows.flatten()
-        drawn, n_drawn = self._draw(vectors, slots, len(ids))
-        # With fewer vectors than codes, some codes repeat a vector.
-        repeated = torch.arange(m, device=rows.device) % n_drawn[:, None]
-        self.codebook[rows] = drawn.gather(1, repeated[..., None].expand_as(drawn))
-        for _ in range(self.kmeans_iters):
-            counts, sums = self._statistics(vectors, slots, self.nearest(vectors, ids[slots]), len(ids))
-            means = sums / counts[..., None].clamp(min=1)
-            self.codebook[rows] = torch.where(counts[..., None] > 0, means, self.codebook[rows])
-        self._set_counts(rows, (visits / m)[:, None].expand_as(rows))
-        self.initialized[ids] = True
-        return rows.flatten()
-
-    @torch.no_grad()
-    def update(self, vectors, parents, codes):
-        """One step of the moving averages of the parents visited, then revival of their dead codes.
-
-        Args:
-            vectors: (N, dim) of this rank's batch; N may differ between ranks.
-            parents: (N,) int64, the parent of each.
-            codes: (N,) int64 in [0, m), the code of each.
-        Returns:
-            the rows that were revived, the same on every rank.
-        """
-        vectors, codes, slots, ids, _ = self._route(vectors, parents, self.initialized, codes)
-        m, rows = self.n_children, self._rows(ids)
-        counts, sums = self._statistics(vectors, slots, codes, len(ids))
-        sizes = self.cluster_size[rows].lerp_(counts, 1 - self.decay)
-        self.cluster_size[rows] = sizes
-        totals = sizes.sum(-1, keepdim=True)
-        if not self.learned:
-            self.cluster_sum[rows] = self.cluster_sum[rows].lerp_(sums, 1 - self.decay)
-            smoothed = (sizes + self.eps) / (totals + m * self.eps) * totals
-            self.codebook[rows] = self.cluster_sum[rows] / smoothed[..., None]
-        dead = sizes < self.dead_code_threshold * totals / m
-        if not dead.any():
-            return rows[dead]
-        drawn, n_drawn = self._draw(vectors, slots, len(ids))
-        # Where a parent has a vector for each of its codes, code c takes the c-th. Where it has fewer, its first dead
-        # codes take them, and the others wait for a later batch: two codes on one vector would not both live.
-        turn = torch.where(n_drawn[:, None] == m, torch.arange(m, device=rows.device), dead.cumsum(-1) - 1)
-        dead &= turn < n_drawn[:, None]
-        slot = dead.nonzero()[:, 0]
-        revived = rows[dead]
-        self.codebook[revived] = drawn[slot, turn[dead]]
-        self._set_counts(revived, (totals / m)[slot, 0])
-        return revived
-
-    def _set_counts(self, rows, sizes):
-        """Start the moving averages of codes as if each had been chosen ``sizes`` times a batch so far."""
-        self.cluster_size[rows] = sizes
-        if not self.learned:
-            self.cluster_sum[rows] = self.codebook[rows] * sizes[..., None]
-
-    def _rows(self, ids):
-        """Rows of the codes of some parents: (A,) -> (A, m)."""
-        return ids[:, None] * self.n_children + torch.arange(self.n_children, device=ids.device)
-
-    def _route(self, vectors, parents, wanted, codes=None):
-        """What this batch brings to the parents in ``wanted`` (P,) bool, without vectors that overflowed under fp16.
-
-        Returns:
-            vectors (N', dim) fp32 and their codes (or None); slots (N',), for each vector the place of its parent in
-            ids; ids (A,), the wanted parents that some rank visits; visits (A,), their vectors on all ranks.
-        """
-        keep = vectors.isfinite().all(-1) & wanted[parents]
-        vectors, parents = vectors[keep].float(), parents[keep]
-        visits = _sum_over_ranks(torch.bincount(parents, minlength=self.n_parents))
-        ids = visits.nonzero()[:, 0]
-        slot_of = torch.zeros_like(visits)
-        slot_of[ids] = torch.arange(len(ids), device=ids.device)
-        return vectors, None if codes is None else codes[keep], slot_of[parents], ids, visits[ids]
-
-    def _statistics(self, vectors, slots, codes, n_slots):
-        """For each code of A parents, the number (A, m) and the sum (A, m, dim) of its vectors on all ranks."""
-        packed = torch.cat([vectors, vectors.new_ones(len(vectors), 1)], -1)
-        sums = vectors.new_zeros(n_slots * self.n_children, packed.shape[-1])
-        sums = _sum_over_ranks(sums.index_add_(0, slots * self.n_children + codes, packed))
-        sums = sums.unflatten(0, (n_slots, self.n_children))
-        return sums[..., -1], sums[..., :-1]
-
-    def _draw(self, vectors, slots, n_slots):
-        """Up to m different vectors of each of A parents, the same on every rank.
-
-        Returns:
-            drawn (A, m, dim), and how many of the m are filled (A,).
-        """
-        m, device = self.n_children, vectors.device
-        order = torch.randperm(len(vectors), device=device)
-        order = order[slots[order].argsort(stable=True)]  # shuffled within each parent
-        slots = slots[order]
-        counts = torch.bincount(slots, minlength=n_slots)
-        turn = torch.arange(len(order), device=device) - (counts.cumsum(0) - counts)[slots]
-        # Ranks take turns. A vector's place is the number of vectors before it: of each rank those with a lower turn,
-        # and of lower ranks the one with the same turn.
-        rank = dist.get_rank() if _world_size() > 1 else 0
-        ranks = torch.arange(_world_size(), device=device)[:, None]
-        counts = _sum_over_ranks(torch.where(ranks == rank, counts, 0))
-        places = torch.minimum(counts[:, slots], turn + (ranks < rank)).sum(0)
-        taken = places < m
-        drawn = vectors.new_zeros(n_slots, m, vectors.shape[-1])
-        drawn[slots[taken], places[taken]] = vectors[order[taken]]
-        return _sum_over_ranks(drawn), counts.sum(0).clamp(max=m)
 
 
 @dataclass
@@ -218,7 +43,7 @@ class CodeTree(nn.Module):
         n_layers: n.
         codebook_size: m.
         tree: False for residual quantisation without the tree.
-        learned: codebooks that learn by gradients, see ``CodebookFamily``.
+        learned: codebooks that learn by gradients, see ``EMACodebook``.
         **codebook: further arguments of ``EMACodebook``.
     """
 
@@ -232,7 +57,7 @@ class CodeTree(nn.Module):
         self.tree = tree
         self.learned = learned
         self.layers = nn.ModuleList(
-            CodebookFamily(codebook_size**i if tree else 1, codebook_size, dim, learned, **codebook)
+            EMACodebook(codebook_size, dim, n_parents=codebook_size**i if tree else 1, learned=learned, **codebook)
             for i in range(n_layers)
         )
 
@@ -263,6 +88,24 @@ class CodeTree(nn.Module):
             parents = rows if self.tree else 0
         return total
 
+    def mix(self, weights):
+        """``lookup`` of distributions over the codes of every layer.
+
+        In a tree the codes of a layer are those below the path of largest weights. The path has no gradient: a weight
+        counts by its own layer's code vectors, not by what another path would have below it.
+
+        Args:
+            weights: list of n tensors (..., m).
+        Returns:
+            (..., D) fp32.
+        """
+        total, parents = 0.0, torch.zeros_like(weights[0][..., 0], dtype=torch.int64)
+        for layer, w in zip(self.layers, weights):
+            total = total + layer.mix(w, parents)
+            if self.tree:
+                parents = parents * self.codebook_size + w.argmax(-1)
+        return total
+
     def forward(self, vectors):
         """Quantise (..., D) -> ResidualQuantizerOutput."""
         z = vectors.float().flatten(0, -2)
@@ -277,7 +120,7 @@ class CodeTree(nn.Module):
         if self.training:
             for i, (layer, xi, rows) in enumerate(steps):
                 parents, column = rows // self.codebook_size, rows % self.codebook_size
-                self._start_over_below(i, layer.update(xi, parents, column))
+                self._start_over_below(i, layer.update(xi, column, parents))
         codes = torch.stack([rows for _, _, rows in steps], -1) % self.codebook_size
         histograms = [torch.bincount(column, minlength=self.codebook_size) for column in codes.unbind(-1)]
         latents = e_C.detach() + (z - z.detach())  # exact values, straight-through gradient

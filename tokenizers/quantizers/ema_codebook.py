@@ -5,7 +5,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-SEARCH_CHUNK = 8192  # vectors compared with all codes at once; bounds the memory of a search at (chunk, K) floats
+from ..base import mix_rows
+
+# What a search works on at once, which bounds its memory: each thread of a CPU should stay in its cache, a GPU wants
+# few and large kernels. Vectors that are compared with all codes, and numbers of code vectors gathered for local
+# searches.
+SEARCHED_CPU, SEARCHED_GPU = 512, 8192
+GATHERED_CPU, GATHERED_GPU = 2**17, 2**25
 
 
 def _world_size():
@@ -19,14 +25,18 @@ def _sum_over_ranks(tensor):
 
 
 class EMACodebook(nn.Module):
-    """K code vectors of ``dim`` numbers, learned without gradients.
+    """K code vectors of ``dim`` numbers, learned without gradients; or K for each of P parents.
 
     Every code is the moving average of the vectors assigned to it (van den Oord et al. 2017, appendix A.1). The first
     training batch places the codes by k-means, and each code starts with an average code's share of that batch, so a
     code that nothing chose keeps its place instead of being divided by almost zero. A code whose moving count falls
     below ``dead_code_threshold`` times the average count is drawn anew from the batch and starts over.
 
-    All state is in buffers, stays in fp32 whatever the model is cast to, and is the same on every rank.
+    With ``n_parents``, a vector belongs to a parent and is compared with the K codes of that parent alone. All of the
+    above happens for each parent by itself, with the vectors routed to it; a batch that does not visit a parent leaves
+    its codes and counts as they are, bit for bit. Code c of parent p is row p * K + c of all tensors.
+
+    All state stays in fp32 whatever the model is cast to, and is the same on every rank.
 
     Args:
         codebook_size: K.
@@ -35,20 +45,38 @@ class EMACodebook(nn.Module):
         eps: Laplace smoothing of the counts.
         kmeans_iters: Lloyd iterations on the first training batch; 0 only draws the codes from it.
         dead_code_threshold: fraction of the average count; 0 never revives a code.
+        n_parents: P; None: a codebook by itself, whose methods need no ``parents``.
+        learned: the codes are a parameter, for a loss and an optimiser to move; the moving averages then only count.
     """
 
-    def __init__(self, codebook_size, dim, decay=0.99, eps=1e-5, kmeans_iters=10, dead_code_threshold=0.1):
+    def __init__(
+        self,
+        codebook_size,
+        dim,
+        decay=0.99,
+        eps=1e-5,
+        kmeans_iters=10,
+        dead_code_threshold=0.1,
+        n_parents=None,
+        learned=False,
+    ):
         super().__init__()
         self.codebook_size = codebook_size
+        self.n_parents = n_parents or 1
         self.decay = decay
         self.eps = eps
         self.kmeans_iters = kmeans_iters
         self.dead_code_threshold = dead_code_threshold
-        codebook = torch.randn(codebook_size, dim)
-        self.register_buffer("codebook", codebook)
-        self.register_buffer("cluster_size", torch.ones(codebook_size))
-        self.register_buffer("cluster_sum", codebook.clone())
-        self.register_buffer("initialized", torch.tensor(False))
+        self.learned = learned
+        n_codes = self.n_parents * codebook_size
+        codebook = torch.randn(n_codes, dim)
+        if learned:
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+            self.register_buffer("cluster_sum", codebook.clone())
+        self.register_buffer("cluster_size", torch.ones(n_codes))
+        self.register_buffer("initialized", torch.zeros(() if n_parents is None else n_parents, dtype=torch.bool))
 
     def _apply(self, fn, recurse=True):
         # Follow the model between devices, but stay in fp32 under .half() or .to(torch.bfloat16).
@@ -59,75 +87,196 @@ class EMACodebook(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     @torch.no_grad()
-    def nearest(self, vectors):
-        """Index of the nearest code, by Euclidean distance in fp32: (N, dim) -> (N,) int64."""
-        with torch.autocast(vectors.device.type, enabled=False):
-            # |x - e|^2 = |x|^2 - 2 x.e + |e|^2. Distances are taken from the codebook's mean, because the expansion
-            # cancels badly far from the origin.
-            center = self.codebook.mean(0)
-            codes = self.codebook - center
-            half_norms = codes.square().sum(-1) / 2
-            chunks = (vectors.float() - center).split(SEARCH_CHUNK)
-            return torch.cat([torch.addmm(half_norms, chunk, codes.T, alpha=-1).argmin(-1) for chunk in chunks])
-
-    def lookup(self, codes):
-        """The code vectors of indices: (...) int64 -> (..., dim) fp32."""
-        return F.embedding(codes, self.codebook)
-
-    @torch.no_grad()
-    def initialize(self, vectors):
-        """Place the codes by k-means on the vectors (N, dim) of all ranks."""
-        vectors = vectors.float()
-        self.codebook.copy_(self._draw(vectors))
-        for _ in range(self.kmeans_iters):
-            counts, sums = self._statistics(vectors, self.nearest(vectors))
-            self.codebook.copy_(torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), self.codebook))
-        n_vectors = _sum_over_ranks(torch.tensor(float(len(vectors)), device=vectors.device))
-        self.cluster_size.fill_(n_vectors / self.codebook_size)
-        self.cluster_sum.copy_(self.codebook * self.cluster_size[:, None])
-        self.initialized.fill_(True)
-
-    @torch.no_grad()
-    def update(self, vectors, codes):
-        """One step of the moving averages, then revival of dead codes.
+    def nearest(self, vectors, parents=None):
+        """Number of the nearest code among a parent's K, by Euclidean distance in fp32.
 
         Args:
-            vectors: (N, dim) encoder outputs of this rank's batch; N may differ between ranks.
-            codes: (N,) int64, the code of each.
+            vectors: (N, dim).
+            parents: (N,) int64 in [0, P).
+        Returns:
+            (N,) int64 in [0, K).
         """
-        vectors = vectors.float()
-        counts, sums = self._statistics(vectors, codes)
-        self.cluster_size.lerp_(counts, 1 - self.decay)
-        self.cluster_sum.lerp_(sums, 1 - self.decay)
-        total = self.cluster_size.sum()
-        smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
-        self.codebook.copy_(self.cluster_sum / smoothed[:, None])
-        if self.dead_code_threshold > 0:
-            average = total / self.codebook_size
-            dead = (self.cluster_size < self.dead_code_threshold * average)[:, None]
-            drawn = self._draw(vectors)
-            self.codebook.copy_(torch.where(dead, drawn, self.codebook))
-            self.cluster_size.copy_(torch.where(dead[:, 0], average, self.cluster_size))
-            self.cluster_sum.copy_(torch.where(dead, drawn * average, self.cluster_sum))
+        with torch.autocast(vectors.device.type, enabled=False):
+            search = self._nearest_of_all if self.n_parents == 1 else self._nearest_of_children
+            return search(vectors.float(), parents)
 
-    def _statistics(self, vectors, codes):
-        """Per code, the number (K,) and the sum (K, dim) of its vectors on all ranks."""
-        finite = vectors.isfinite().all(-1)  # an overflow under fp16 must not poison the averages
+    def _nearest_of_all(self, vectors, _):
+        # |x - e|^2 = |x|^2 - 2 x.e + |e|^2. Distances are taken from the codebook's mean, because the expansion cancels
+        # badly far from the origin.
+        center = self.codebook.mean(0)
+        codes = self.codebook - center
+        half_norms = codes.square().sum(-1) / 2
+        size = _at_once(codes.device, SEARCHED_CPU, SEARCHED_GPU)
+        found = torch.empty(len(vectors), dtype=torch.int64, device=codes.device)
+        distances = half_norms.new_empty(min(size, len(vectors)), len(codes))  # one for all: fresh memory is slow
+        for x, nearest in zip(vectors.split(size), found.split(size)):
+            nearest.copy_(_argmin(torch.addmm(half_norms, x - center, codes.T, alpha=-1, out=distances[: len(x)])))
+        return found
+
+    def _nearest_of_children(self, vectors, parents):
+        families = self.codebook.unflatten(0, (self.n_parents, self.codebook_size))
+        rows = families.flatten(1)  # selecting long rows is several times as fast as indexing the three axes
+        chunk = max(1, _at_once(rows.device, GATHERED_CPU, GATHERED_GPU) // rows.shape[1])
+        found = []
+        for x, p in zip(vectors.split(chunk), parents.split(chunk)):
+            children = rows.index_select(0, p).unflatten(1, families.shape[1:])
+            distances = torch.cdist(x[:, None], children, compute_mode="donot_use_mm_for_euclid_dist")
+            found.append(distances[:, 0].argmin(-1))
+        return torch.cat(found)
+
+    def lookup(self, rows):
+        """The code vectors in these rows, which are the codes where there is one parent: (...) int64 -> (..., dim)
+        fp32."""
+        return F.embedding(rows, self.codebook)
+
+    def mix(self, weights, parents=None):
+        """Weighted sums of a parent's codes, by which gradients reach the weights.
+
+        Args:
+            weights: (..., K).
+            parents: (...) int64 in [0, P).
+        Returns:
+            (..., dim) fp32.
+        """
+        if self.n_parents == 1:
+            return mix_rows(weights, self.codebook)
+        # A bag of K rows for each position; gathering them instead would keep K vectors a position for the gradient.
+        flat = weights.float().flatten(0, -2)
+        sums = F.embedding_bag(self._rows(parents.flatten()), self.codebook, mode="sum", per_sample_weights=flat)
+        return sums.unflatten(0, parents.shape)
+
+    @torch.no_grad()
+    def initialize(self, vectors, parents=None):
+        """Place the codes of those parents that are visited for the first time.
+
+        Args:
+            vectors: (N, dim) of this rank's batch; N may differ between ranks.
+            parents: (N,) int64, the parent of each.
+        Returns:
+            the rows that were placed, the same on every rank.
+        """
+        if self.initialized.all():
+            return torch.empty(0, dtype=torch.int64, device=vectors.device)
+        vectors, _, slots, ids, visits = self._route(vectors, parents, ~self.initialized)
+        K, rows = self.codebook_size, self._rows(ids)
+        if len(ids) == 0:
+            return rows.flatten()
+        drawn, n_drawn = self._draw(vectors, slots, len(ids))
+        # With fewer vectors than codes, some codes repeat a vector.
+        repeated = torch.arange(K, device=rows.device) % n_drawn[:, None]
+        self.codebook[rows] = drawn.gather(1, repeated[..., None].expand_as(drawn))
+        for _ in range(self.kmeans_iters):
+            counts, sums = self._statistics(vectors, slots, self.nearest(vectors, ids[slots]), len(ids))
+            means = sums / counts[..., None].clamp(min=1)
+            self.codebook[rows] = torch.where(counts[..., None] > 0, means, self.codebook[rows])
+        self._set_counts(rows, (visits / K)[:, None].expand_as(rows))
+        self.initialized.view(-1)[ids] = True
+        return rows.flatten()
+
+    @torch.no_grad()
+    def update(self, vectors, codes, parents=None):
+        """One step of the moving averages of the parents visited, then revival of their dead codes.
+
+        Args:
+            vectors: (N, dim) of this rank's batch; N may differ between ranks.
+            codes: (N,) int64 in [0, K), the code of each.
+            parents: (N,) int64, the parent of each.
+        Returns:
+            the rows that were revived, the same on every rank.
+        """
+        vectors, codes, slots, ids, _ = self._route(vectors, parents, self.initialized, codes)
+        K, rows = self.codebook_size, self._rows(ids)
+        counts, sums = self._statistics(vectors, slots, codes, len(ids))
+        sizes = self.cluster_size[rows].lerp_(counts, 1 - self.decay)
+        self.cluster_size[rows] = sizes
+        totals = sizes.sum(-1, keepdim=True)
+        if not self.learned:
+            self.cluster_sum[rows] = self.cluster_sum[rows].lerp_(sums, 1 - self.decay)
+            smoothed = (sizes + self.eps) / (totals + K * self.eps) * totals
+            self.codebook[rows] = self.cluster_sum[rows] / smoothed[..., None]
+        dead = sizes < self.dead_code_threshold * totals / K
+        if not dead.any():
+            return rows[dead]
+        drawn, n_drawn = self._draw(vectors, slots, len(ids))
+        # Where a parent has a vector for each of its codes, code c takes the c-th. Where it has fewer, its first dead
+        # codes take them, and the others wait for a later batch: two codes on one vector would not both live.
+        turn = torch.where(n_drawn[:, None] == K, torch.arange(K, device=rows.device), dead.cumsum(-1) - 1)
+        dead &= turn < n_drawn[:, None]
+        slot = dead.nonzero()[:, 0]
+        revived = rows[dead]
+        self.codebook[revived] = drawn[slot, turn[dead]]
+        self._set_counts(revived, (totals / K)[slot, 0])
+        return revived
+
+    def _set_counts(self, rows, sizes):
+        """Start the moving averages of codes as if each had been chosen ``sizes`` times a batch so far."""
+        self.cluster_size[rows] = sizes
+        if not self.learned:
+            self.cluster_sum[rows] = self.codebook[rows] * sizes[..., None]
+
+    def _rows(self, ids):
+        """Rows of the codes of some parents: (A,) -> (A, K)."""
+        return ids[:, None] * self.codebook_size + torch.arange(self.codebook_size, device=ids.device)
+
+    def _route(self, vectors, parents, wanted, codes=None):
+        """What this batch brings to the parents in ``wanted`` (P,) bool, without vectors that overflowed under fp16.
+
+        Returns:
+            vectors (N', dim) fp32 and their codes (or None); slots (N',), for each vector the place of its parent in
+            ids; ids (A,), the wanted parents that some rank visits; visits (A,), their vectors on all ranks.
+        """
+        if parents is None:
+            parents = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
+        keep = vectors.isfinite().all(-1) & wanted.view(-1)[parents]
+        vectors, parents = vectors[keep].float(), parents[keep]
+        visits = _sum_over_ranks(torch.bincount(parents, minlength=self.n_parents))
+        ids = visits.nonzero()[:, 0]
+        slot_of = torch.zeros_like(visits)
+        slot_of[ids] = torch.arange(len(ids), device=ids.device)
+        return vectors, None if codes is None else codes[keep], slot_of[parents], ids, visits[ids]
+
+    def _statistics(self, vectors, slots, codes, n_slots):
+        """For each code of A parents, the number (A, K) and the sum (A, K, dim) of its vectors on all ranks."""
         packed = torch.cat([vectors, vectors.new_ones(len(vectors), 1)], -1)
-        packed = torch.where(finite[:, None], packed, 0.0)
-        sums = vectors.new_zeros(self.codebook_size, packed.shape[-1]).index_add_(0, codes, packed)
-        sums = _sum_over_ranks(sums)
-        return sums[:, -1], sums[:, :-1]
+        sums = vectors.new_zeros(n_slots * self.codebook_size, packed.shape[-1])
+        sums = _sum_over_ranks(sums.index_add_(0, slots * self.codebook_size + codes, packed))
+        sums = sums.unflatten(0, (n_slots, self.codebook_size))
+        return sums[..., -1], sums[..., :-1]
 
-    def _draw(self, vectors):
-        """K vectors from the batches of all ranks, the same on every rank: (N, dim) -> (K, dim)."""
-        if len(vectors) >= self.codebook_size:
-            rows = torch.randperm(len(vectors), device=vectors.device)[: self.codebook_size]
-        else:
-            rows = torch.randint(len(vectors), (self.codebook_size,), device=vectors.device)
-        drawn = vectors[rows].nan_to_num(0.0, 0.0, 0.0)
-        if _world_size() > 1:
-            # Each rank supplies every world-size-th row; the sum joins them.
-            mine = torch.arange(self.codebook_size, device=drawn.device) % _world_size() == dist.get_rank()
-            drawn = _sum_over_ranks(torch.where(mine[:, None], drawn, 0.0))
-        return drawn
+    def _draw(self, vectors, slots, n_slots):
+        """Up to K different vectors of each of A parents, the same on every rank.
+
+        Returns:
+            drawn (A, K, dim), and how many of the K are filled (A,).
+        """
+        K, device = self.codebook_size, vectors.device
+        order = torch.randperm(len(vectors), device=device)
+        order = order[slots[order].argsort(stable=True)]  # shuffled within each parent
+        slots = slots[order]
+        counts = torch.bincount(slots, minlength=n_slots)
+        turn = torch.arange(len(order), device=device) - (counts.cumsum(0) - counts)[slots]
+        # Ranks take turns. A vector's place is the number of vectors before it: of each rank those with a lower turn,
+        # and of lower ranks the one with the same turn.
+        rank = dist.get_rank() if _world_size() > 1 else 0
+        ranks = torch.arange(_world_size(), device=device)[:, None]
+        counts = _sum_over_ranks(torch.where(ranks == rank, counts, 0))
+        places = torch.minimum(counts[:, slots], turn + (ranks < rank)).sum(0)
+        taken = places < K
+        drawn = vectors.new_zeros(n_slots, K, vectors.shape[-1])
+        drawn[slots[taken], places[taken]] = vectors[order[taken]]
+        return _sum_over_ranks(drawn), counts.sum(0).clamp(max=K)
+
+
+def _at_once(device, per_thread, on_gpu):
+    return per_thread * torch.get_num_threads() if device.type == "cpu" else on_gpu
+
+
+def _argmin(distances, group=64):
+    """``argmin(-1)`` of (N, K), contiguous; on a CPU torch finds a minimum several times as fast as its place."""
+    n_groups = distances.shape[1] // group
+    if distances.device.type != "cpu" or n_groups < 4 or distances.shape[1] % group:
+        return distances.argmin(-1)
+    rows = distances.view(-1, group)
+    best = rows.amin(-1).view(-1, n_groups).argmin(-1)
+    members = rows.index_select(0, best + torch.arange(0, len(rows), n_groups))
+    return best * group + members.argmin(-1)

@@ -9,6 +9,8 @@ from vector_quantize_pytorch import FSQ, LFQ
 
 from latentcast.metrics.perplexity import perplexity
 
+from ..base import mix_rows
+
 
 @dataclass
 class LookupFreeOutput(BaseOutput):
@@ -50,6 +52,13 @@ class _LookupFreeQuantizer(nn.Module):
         """(..., n_codebooks) int64 -> code vectors (..., D) fp32."""
         vectors = self.library.indices_to_codes(codes.flatten(0, -2)[None])
         return vectors[0].float().unflatten(0, codes.shape[:-1])
+
+    def mix(self, weights):
+        """``lookup`` of distributions: a (..., K) a codebook -> their mean code vectors (..., D) fp32."""
+        n = len(weights)
+        codes = torch.arange(self.library.codebook_size, device=weights[0].device)
+        tables = self.lookup(codes[:, None].expand(-1, n)).chunk(n, dim=-1)
+        return torch.cat([mix_rows(w, table) for w, table in zip(weights, tables)], dim=-1)
 
     def forward(self, vectors):
         """Quantise encoder outputs (..., D) -> LookupFreeOutput."""

@@ -57,15 +57,20 @@ class SlicedQuantizer(nn.Module):
 
     def lookup(self, codes):
         """(..., n_codebooks) int64 -> code vectors (..., D) fp32."""
-        return torch.cat([codebook.lookup(part) for codebook, part in zip(self.codebooks, codes.unbind(-1))], dim=-1)
+        first = torch.arange(len(self.codebooks), device=codes.device) * self.codebook_size
+        table = torch.cat([codebook.codebook for codebook in self.codebooks])
+        return F.embedding(codes + first, table).flatten(-2)
+
+    def mix(self, weights):
+        """``lookup`` of distributions: a (..., codebook_size) a codebook -> their mean code vectors (..., D) fp32."""
+        return torch.cat([codebook.mix(w) for codebook, w in zip(self.codebooks, weights)], dim=-1)
 
     def forward(self, vectors):
         """Quantise (..., D) -> QuantizerOutput."""
         vectors = vectors.float()
         if self.training:
             for codebook, part in self._parts(vectors.detach()):
-                if not codebook.initialized:
-                    codebook.initialize(part)
+                codebook.initialize(part)
         codes = self.nearest(vectors)
         quantized = self.lookup(codes)
         columns = codes.flatten(0, -2).unbind(-1)

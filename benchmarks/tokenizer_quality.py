@@ -1,0 +1,200 @@
+"""Train every tokenizer with one budget on one data set, and compare what they keep of its test frames.
+
+    python benchmarks/tokenizer_quality.py tokenizers_smmnist [--only vqvae,hr_vqvae] [--measure] [key=value ...]
+
+Each tokenizer is trained by tools/train_tokenizer.py in runs/EXPERIMENT/NAME; what stands there is not trained again.
+Then the table (table.md, table.json) and the pictures (reconstructions.png, layers.png) are written beside them, of
+every tokenizer that stands. ``--measure`` trains none.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from common import environment, say, seconds  # isort: skip  (sets the thread policy before torch loads)
+
+import torch
+
+from latentcast.config import instantiate, load_config
+from latentcast.data.pictures import contact_sheet
+from latentcast.data.video_writer import write_image
+from latentcast.metrics import lpips, mse, psnr, ssim
+from latentcast.metrics.codebook import CodebookUsage
+from latentcast.modeling import load_model
+
+NARROW = ["tokenizer.hidden_channels=64", "tokenizer.residual_channels=32"]
+# No tanh: it saturates on frames that are mostly black. Replicated borders: an edge has no codes of its own.
+CONVOLUTIONAL = [*NARROW, "tokenizer.output_activation=linear", "tokenizer.padding_mode=replicate"]
+# name -> what tools/train_tokenizer.py is told beyond the experiment. Bits at a position stand behind each.
+TOKENIZERS = {
+    "vqvae": ["tokenizer=vqvae", *CONVOLUTIONAL, "tokenizer.embedding_dim=64"],  # 9
+    "sliced_vqvae": ["tokenizer=sliced_vqvae", *CONVOLUTIONAL, "tokenizer.embedding_dim=64"],  # 36
+    "flat_4096": [
+        "tokenizer=vqvae",
+        *CONVOLUTIONAL,
+        "tokenizer.embedding_dim=64",
+        "tokenizer.codebook_size=4096",
+    ],  # 12
+    "hr_vqvae": ["tokenizer=hr_vqvae", *CONVOLUTIONAL],  # 12
+    "residual_vqvae": ["tokenizer=residual_vqvae", *CONVOLUTIONAL],  # 12
+    "fsq": ["tokenizer=fsq", *CONVOLUTIONAL],  # 9.97
+    "lfq": ["tokenizer=lfq", *CONVOLUTIONAL, "tokenizer.n_codebooks=2"],  # 10
+    "kl_vae": [
+        "tokenizer=kl_vae",
+        "tokenizer.block_channels=[16,32,64]",
+        "tokenizer.norm_groups=16",
+        "tokenizer.attention=false",
+    ],
+    "dcgan": ["tokenizer=dcgan", "tokenizer.output_activation=linear"],
+    "vgg": ["tokenizer=vgg", "tokenizer.output_activation=linear", "tokenizer.hidden_channels=16"],
+}
+TEST_FRAMES = 2560
+SHOWN = 8  # frames in the pictures
+BATCH = 64
+
+
+def main(experiment, names, training, overrides):
+    root = Path("runs") / experiment
+    if training:
+        for name in names:
+            train(experiment, root / name, [*TOKENIZERS[name], *overrides])
+    frames = test_frames(experiment, overrides)
+    rows, pictures, layers = {}, {"test frames": frames[:SHOWN]}, {}
+    for name in TOKENIZERS:
+        if not (root / name / "tokenizer").is_dir():
+            continue
+        tokenizer = load_model(root / name / "tokenizer")
+        rows[name], reconstruction = measure(tokenizer, frames)
+        pictures[name] = reconstruction[:SHOWN]
+        say(f"  {name}: {rows[name]}")
+        if name == "hr_vqvae":
+            rows[name]["layers"], layers = by_layer(tokenizer, frames)
+    text = table(rows) + picture(root / "reconstructions.png", pictures)
+    if layers:
+        text += picture(root / "layers.png", {"test frames": frames[:SHOWN], **layers})
+    (root / "table.md").write_text(text)
+    result = {"experiment": experiment, "test_frames": len(frames), "tokenizers": rows, "env": environment()}
+    (root / "table.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result))
+
+
+def train(experiment, run_dir, overrides):
+    if (run_dir / "tokenizer").is_dir():
+        return
+    tool = Path(__file__).parents[1] / "tools" / "train_tokenizer.py"
+    command = [sys.executable, str(tool), experiment, f"run_dir={run_dir}", "resume=true", *overrides]
+    say(" ".join(command[1:]))
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_frames(experiment, overrides):
+    """The first frame of evenly spread clips of the test split -> (N, 1, C, H, W)."""
+    config = load_config(experiment, [o for o in overrides if o.startswith("data")], tool="train_tokenizer")
+    dataset = instantiate(config.data)(split="test")
+    count = min(TEST_FRAMES, len(dataset))
+    return torch.stack([dataset[i * len(dataset) // count]["frames"][:1] for i in range(count)])
+
+
+@torch.no_grad()
+def measure(tokenizer, frames):
+    """-> (figures of one row, reconstructions like ``frames``)"""
+    spec = tokenizer.latent_spec
+    usage = CodebookUsage(spec["codebook_sizes"]) if tokenizer.is_discrete else None
+    parts = []
+    for batch in frames.split(BATCH):
+        encoded = tokenizer.encode(batch)
+        if usage is not None:
+            usage.update(encoded.codes)
+        parts.append(tokenizer.decode(encoded.latents))
+    reconstruction = torch.cat(parts)
+    batch = frames[:BATCH]
+    latents = tokenizer.encode(batch).latents
+    error = mse(reconstruction, frames).mean()
+    row = {
+        "bits_per_frame": bits_per_frame(spec),
+        "numbers_per_frame": None if tokenizer.is_discrete else spec["channels"] * spec["height"] * spec["width"],
+        "mse": error.item() / 4,  # of intensities in [0, 1]
+        "psnr": psnr(reconstruction, frames).mean().item(),
+        "ssim": ssim(reconstruction, frames).mean().item(),
+        "lpips": torch.cat([lpips(*pair) for pair in zip(reconstruction.split(BATCH), frames.split(BATCH))])
+        .mean()
+        .item(),
+        "encode_fps": BATCH / seconds(lambda: tokenizer.encode(batch), repeat=3),
+        "decode_fps": BATCH / seconds(lambda: tokenizer.decode(latents), repeat=3),
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+    }
+    if usage is not None:
+        row["usage"] = usage.compute()["usage"].tolist()
+        row["perplexity"] = usage.compute()["perplexity"].tolist()
+    return row, reconstruction
+
+
+def bits_per_frame(spec):
+    """Of codes stored plainly: the sum of log2 K over codebooks and positions. None for continuous latents."""
+    if not spec["codebook_sizes"]:
+        return None
+    bits = torch.tensor(spec["codebook_sizes"], dtype=torch.float64).log2().sum().item()
+    return round(bits * spec["height"] * spec["width"])
+
+
+@torch.no_grad()
+def by_layer(tokenizer, frames):
+    """PSNR, MSE and the share of the tree's nodes in use with the first layers only -> (rows, label -> frames)."""
+    codes = torch.cat([tokenizer.encode(batch).codes for batch in frames.split(BATCH)])
+    rows, pictures = [], {}
+    path = torch.zeros_like(codes[..., 0])
+    for n, size in enumerate(tokenizer.latent_spec["codebook_sizes"], 1):
+        decoded = torch.cat([tokenizer.decode(part, n_layers=n) for part in codes.split(BATCH)])
+        path = path * size + codes[..., n - 1]
+        rows.append(
+            {
+                "n_layers": n,
+                "psnr": psnr(decoded, frames).mean().item(),
+                "mse": mse(decoded, frames).mean().item() / 4,
+                "nodes_used": len(path.unique()) / size**n,
+            }
+        )
+        pictures[f"{n} layer{'s' * (n > 1)}"] = decoded[:SHOWN]
+    return rows, pictures
+
+
+def picture(path, rows):
+    """Write rows of frames, and say in Markdown which is which."""
+    write_image(path, contact_sheet(torch.stack([row[:, 0] for row in rows.values()]), scale=2))
+    return f"\n![{path.stem}]({path.name})\n\nRows: {', '.join(rows)}.\n"
+
+
+def table(rows):
+    lines = [
+        "| tokenizer | bits a frame | MSE | PSNR, dB | SSIM | LPIPS | codes used | frames/s in, out | parameters |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in rows.items():
+        size = f"{row['bits_per_frame']:,}" if row["bits_per_frame"] else f"{row['numbers_per_frame']} floats"
+        usage = ", ".join(f"{100 * u:.0f} %" for u in row["usage"]) if "usage" in row else ""
+        lines.append(
+            f"| {name} | {size} | {row['mse']:.5f} | {row['psnr']:.2f} | {row['ssim']:.3f} | {row['lpips']:.3f} "
+            f"| {usage} | {row['encode_fps']:.0f}, {row['decode_fps']:.0f} | {row['parameters'] / 1e6:.2f}M |"
+        )
+    if "hr_vqvae" in rows:
+        lines += ["", "| HR-VQVAE, layers decoded | MSE | PSNR, dB | nodes of the tree in use |", "|--:|--:|--:|--:|"]
+        for row in rows["hr_vqvae"]["layers"]:
+            lines.append(
+                f"| {row['n_layers']} | {row['mse']:.5f} | {row['psnr']:.2f} | {100 * row['nodes_used']:.0f} % |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", help="tokenizers_smmnist, tokenizers_folder or one like them")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--only", default=",".join(TOKENIZERS), help="comma-separated names of tokenizers to train")
+    parser.add_argument("--measure", action="store_true", help="train none")
+    args = parser.parse_intermixed_args()
+    chosen = args.only.split(",")
+    if not set(chosen) <= TOKENIZERS.keys():
+        parser.error(f"--only: expected some of {', '.join(TOKENIZERS)}, found {args.only}")
+    main(args.experiment, chosen, not args.measure, args.overrides)
