@@ -97,7 +97,7 @@ class WandbRun(Logger):
 
     Args:
         folder: ``run_dir``; W&B's files go to ``folder/wandb``, the id of the run to ``folder/wandb/{stage}.id``.
-        stage: "tokenizer" or "prior": the two are separate runs of one group.
+        stage: "tokenizer", "prior" or "joint": separate runs of one group.
         settings: the ``wandb`` section of the config (mode, project, entity, group, tags).
         name: of the experiment; the group, unless the settings name one.
         resume: continue the run whose id is in ``folder``.
