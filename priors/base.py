@@ -69,6 +69,13 @@ class Prior(VideoModel):
             raise ValueError(f"n_context: expected fewer than the clip's {n_total} frames, found {n_context}")
 
 
+def check_counts(**counts):
+    """Refuse counts (of frames, samples, ...) below 1, by name."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, found {value}")
+
+
 class no_progress:
     """Stands in for a progress bar when nobody watches."""
 

@@ -28,7 +28,7 @@ from latentcast.layers.vgg import VGGDecoder, VGGEncoder
 from latentcast.modeling import eval_mode
 from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, no_progress
+from .base import Prior, PriorOutput, check_counts, no_progress
 
 NETWORKS = {
     "dcgan": (DCGANEncoder, DCGANDecoder),
@@ -236,9 +236,7 @@ class RecurrentVAE(Prior):
             ValueError: too short a context, unknown groups or values that do not fit.
         """
         self._check(context, "context")
-        for name, value in (("n_frames", n_frames), ("num_samples", num_samples), ("sample_batch", sample_batch)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
+        check_counts(n_frames=n_frames, num_samples=num_samples, sample_batch=sample_batch)
         B, n_context = context.shape[:2]
         self.check_context(n_context, n_context + n_frames)
         fixed = self._fixed_groups(z_groups, B, n_frames)

@@ -18,7 +18,7 @@ from latentcast.layers.linear_attention import LinearAttention
 from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResBlock, double, halve
 from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, no_progress
+from .base import Prior, PriorOutput, check_counts, no_progress
 from .denoising import denoise, make_scheduler, noise_schedule, noised
 
 PIXEL_BOUND = 2.0  # two frames in [-1, 1] differ by no more
@@ -350,9 +350,7 @@ class ResidualDiffusion(Prior):
                 a frame (a reference for tests and benchmarks).
         """
         self.check_clip(context, "context")
-        for name, value in (("n_frames", n_frames), ("num_samples", num_samples), ("sample_batch", sample_batch)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
+        check_counts(n_frames=n_frames, num_samples=num_samples, sample_batch=sample_batch)
         n_clips, n_context = context.shape[:2]
         self.check_context(n_context, n_context + n_frames)
         device = "cpu" if generator is None else generator.device

@@ -18,7 +18,7 @@ from latentcast.layers.neural_sde import NeuralSDE
 from latentcast.layers.spade_unet import SpadeUNet
 from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, no_progress
+from .base import Prior, PriorOutput, check_counts, no_progress
 from .denoising import denoise, make_scheduler, min_snr_weight, noise_schedule, noised
 
 
@@ -267,9 +267,7 @@ class SDEDiffusion(Prior):
             ValueError: an option outside its range. FloatingPointError: the motion exploded.
         """
         self._check(context, "context")
-        for name, value in (("n_frames", n_frames), ("num_samples", num_samples)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
+        check_counts(n_frames=n_frames, num_samples=num_samples)
         self.check_context(context.shape[1], context.shape[1] + n_frames)
         batch = len(context)
         times = frame_times_of(n_frames, batch, frame_times, fps_multiplier)

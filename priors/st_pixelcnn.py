@@ -25,7 +25,7 @@ from latentcast.layers.masked_convolutions import AxisCausalConv3d, shifted
 from latentcast.layers.positions import sinusoidal_positions_3d
 from latentcast.tokenizers.base import check_codes
 
-from .base import Prior, PriorOutput, no_progress
+from .base import Prior, PriorOutput, check_counts, no_progress
 from .sampling import check_sampling, draw, record_graph, sliding_windows
 
 ATTENTION_FORMS = ("full", "factorised", "windowed", "none")
@@ -331,9 +331,7 @@ class STPixelCNN(Prior):
         """
         check_sampling(temperature, top_k, top_p)
         check_codes(context, self.codebook_sizes, self.grid[1:], name="context")
-        for name, value in (("n_frames", n_frames), ("num_samples", num_samples)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
+        check_counts(n_frames=n_frames, num_samples=num_samples)
         self.check_context(context.shape[1], context.shape[1] + n_frames)
         length, n_context = self.grid[0], context.shape[1]
         if overlap is None:

@@ -20,7 +20,7 @@ from latentcast.layers.masked_convolutions import CausalConv3d
 from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
 from latentcast.tokenizers.base import check_codes
 
-from .base import Prior, PriorOutput, no_progress
+from .base import Prior, PriorOutput, check_counts, no_progress
 from .sampling import check_sampling, draw, record_graph, sliding_windows
 
 ATTENTION_FORMS = ("query_key_relative", "key_relative", "relative")
@@ -429,9 +429,7 @@ class VideoTransformer(Prior):
         """
         check_sampling(temperature, top_k, top_p)
         check_codes(context, self.codebook_sizes, self.grid[1:], name="context")
-        for name, value in (("n_frames", n_frames), ("num_samples", num_samples)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
+        check_counts(n_frames=n_frames, num_samples=num_samples)
         n_context = context.shape[1]
         self.check_context(n_context, n_context + n_frames)
         overlap = self.grid[0] - 1 if self.single_frame else max(1, self.grid[0] // 2)
