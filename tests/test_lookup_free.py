@@ -187,6 +187,42 @@ def test_training_uses_more_codes_and_loses_less(name):
     assert used[-1] > 100, used
 
 
+# Batch normalisation before FSQ
+
+
+def test_channels_are_normalised_by_the_batch_in_training_and_by_running_statistics_otherwise():
+    plain, quantizer = FiniteScalarQuantizer([8, 5, 4]), FiniteScalarQuantizer([8, 5, 4], batch_norm=True)
+    vectors = 5 + 3 * random_vectors(4, 50, 3)
+    mean, variance = vectors.mean((0, 1)), vectors.var((0, 1), unbiased=False)
+    output = quantizer.train()(vectors)
+    assert torch.equal(output.codes, plain((vectors - mean) / (variance + 1e-5).sqrt()).codes)
+    unbiased = vectors.var((0, 1))
+    torch.testing.assert_close(quantizer.norm.running_mean, 0.1 * mean)
+    torch.testing.assert_close(quantizer.norm.running_var, 0.9 + 0.1 * unbiased)
+    state = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    expected = plain((vectors - 0.1 * mean) / (0.9 + 0.1 * unbiased + 1e-5).sqrt()).codes
+    assert torch.equal(quantizer.nearest(vectors), expected)  # encoding is the same in either mode, and moves nothing
+    assert torch.equal(quantizer.eval()(vectors).codes, expected)
+    assert all(torch.equal(value, state[name]) for name, value in quantizer.state_dict().items())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.nearest(vectors), expected)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_without_normalisation_a_large_learning_rate_leaves_one_code(batch_norm):
+    torch.manual_seed(0)
+    frames = -torch.ones(16, 1, 1, 32, 32)  # mostly black: the first gradients of all positions agree
+    frames[:, :, :, 8:16, 8:16] = torch.rand(16, 1, 1, 8, 8)
+    model = FSQVAE(1, 32, 32, 32, 16, 1, output_activation="linear", batch_norm=batch_norm).train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(30):
+        output = model(frames)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    assert (output.codes.unique().numel() > 20) == batch_norm
+
+
 # Settings
 
 

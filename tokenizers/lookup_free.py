@@ -28,6 +28,8 @@ class FSQVAE(_LookupFreeVAE):
         levels: values of each channel of a codebook; their product is its size (the paper's table 1: [8, 5, 5, 5] for
             about 2^10 codes, [8, 8, 8, 5, 5, 5] for about 2^16).
         n_codebooks: parts that the channels are split into, each with these ``levels``.
+        batch_norm: give the encoder's channels mean 0 and variance 1 before tanh (not in the paper). Without it all can
+            saturate in the first steps, and one code is left.
         embedding_dim: D, ``n_codebooks * len(levels)``; may be left out.
         reconstruction_loss: "l2" or "l1".
         lpips_weight: of LPIPS in the loss; see ``losses.py``.
@@ -47,6 +49,7 @@ class FSQVAE(_LookupFreeVAE):
         stride: int = 4,
         levels: list[int] = (8, 5, 5, 5),
         n_codebooks: int = 1,
+        batch_norm: bool = True,
         embedding_dim: int | None = None,
         output_activation: str = "tanh",
         padding_mode: str = "zeros",
@@ -55,7 +58,7 @@ class FSQVAE(_LookupFreeVAE):
         scaling_factor: float = 1.0,
     ):
         super().__init__()
-        quantizer = FiniteScalarQuantizer(levels, n_codebooks)
+        quantizer = FiniteScalarQuantizer(levels, n_codebooks, batch_norm)
         if embedding_dim not in (None, quantizer.dim):
             raise ValueError(f"embedding_dim: expected {quantizer.dim}, as the levels say, found {embedding_dim}")
         self.register_to_config(embedding_dim=quantizer.dim)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils import BaseOutput
 from torch import nn
+from torch.nn import functional as F
 from vector_quantize_pytorch import FSQ, LFQ
 
 from latentcast.metrics.perplexity import perplexity
@@ -82,12 +83,22 @@ class FiniteScalarQuantizer(_LookupFreeQuantizer):
     Args:
         levels: values of each channel of a codebook, at least 3; their product is the number of codes.
         n_codebooks: parts that the channels are split into, each with these levels.
+        batch_norm: give every channel mean 0 and variance 1 before tanh (not in the paper): by the batch in ``forward``
+            of training, by the running statistics otherwise. Without it a large learning rate, whose first steps move
+            all vectors alike, can saturate tanh everywhere: one code is left, and no gradient.
     """
 
-    def __init__(self, levels, n_codebooks=1):
+    def __init__(self, levels, n_codebooks=1, batch_norm=False):
         if not levels or min(levels) < 3:
             raise ValueError(f"levels: expected at least 3 values for every channel, found {list(levels)}")
         super().__init__(FSQ(list(levels), num_codebooks=n_codebooks, keep_num_codebooks_dim=True))
+        self.norm = nn.BatchNorm1d(self.dim, affine=False) if batch_norm else None
+
+    def nearest(self, vectors):
+        return super().nearest(self._normalised(vectors.detach(), training=False))
+
+    def forward(self, vectors):
+        return super().forward(self._normalised(vectors, self.training))
 
     def nearest_level(self, vectors):
         """Like ``nearest``, of vectors in the space of the code vectors, which tanh must not squash again."""
@@ -96,6 +107,14 @@ class FiniteScalarQuantizer(_LookupFreeQuantizer):
         grid = vectors.float().unflatten(-1, (-1, len(levels)))
         grid = (grid * half).round().clamp(-half, levels - 1 - half) / half
         return self.library.codes_to_indices(grid).long()
+
+    def _normalised(self, vectors, training):
+        if self.norm is None:
+            return vectors
+        flat = vectors.float().flatten(0, -2)
+        statistics = self.norm.running_mean, self.norm.running_var
+        flat = self.norm(flat) if training else F.batch_norm(flat, *statistics, eps=self.norm.eps)
+        return flat.unflatten(0, vectors.shape[:-1])
 
 
 class LookupFreeQuantizer(_LookupFreeQuantizer):
