@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from metric_files import save_scripted
+from tiny import SMALL_SDE_DIFFUSION
 from tiny_experiment import TOOLS, call_tool, write_experiment
 
-from latentcast import MovingDigits, PixelTokenizer, Protocol, VideoPredictionPipeline, VideoTransformer
+from latentcast import MovingDigits, PixelTokenizer, Protocol, SDEDiffusion, VideoPredictionPipeline, VideoTransformer
 from latentcast.evaluation import report
-from latentcast.evaluation.evaluator import Evaluation
+from latentcast.evaluation.evaluator import Evaluation, _seed
 from latentcast.metrics import FVD, I3D, crps, mse, psnr, ssim
 from latentcast.metrics.baselines import copy_last_frame
 
@@ -173,6 +174,32 @@ def test_fvd_of_the_scripted_detector(pipe, tmp_path, monkeypatch):
     assert f"fvd, extrapolated to infinitely many videos: {expected}." in report.table(found, results)
 
 
+def test_a_context_at_half_the_rate(pipe, tmp_path):
+    """STDiff's Table 4: every second frame up to the last one given, then every frame."""
+    changes = {"fps_multiplier": 2, "n_predicted": 3, "metrics": ["psnr"], "best_of": []}
+    with pytest.raises(ValueError, match="fps_multiplier 2: VideoTransformer predicts whole frame steps"):
+        evaluation(pipe, tmp_path, **changes)
+    data = dataset()
+    frames = torch.stack([data[i]["frames"] for i in (0, 1)])
+    context, target = protocol(**changes).divide(frames)
+    assert torch.equal(context, frames[:, [0, 2]]) and torch.equal(target, frames[:, 3:])
+
+    torch.manual_seed(0)
+    tokenizer = PixelTokenizer(1, 16, 16, levels=None)
+    prior = SDEDiffusion(tokenizer.latent_spec, **SMALL_SDE_DIFFUSION)
+    pipe = VideoPredictionPipeline(prior.eval(), tokenizer)
+    found = Evaluation(pipe, data, protocol(**changes), tmp_path, sampler={"n_steps": 2}, futures=6)
+    generator = torch.Generator().manual_seed(_seed(0, 0))
+    expected = pipe(context, frame_times=[0.5, 1, 1.5], num_samples=3, generator=generator, n_steps=2).frames
+    assert torch.equal(found._draw(context, 0), expected)
+    found.run()
+    results = found.finish()
+    copied = copy_last_frame(context, 3)
+    both = psnr(copied, target).mean(1).tolist()
+    assert results["baselines"]["copy_last_frame"]["psnr"]["per_clip"][:2] == pytest.approx(both, rel=1e-5)
+    assert "3 predicted at 2 times the context's frame rate" in report.table(found, results)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -206,6 +233,8 @@ def test_futures_that_are_not_numbers_are_named(pipe, tmp_path):
         ({"metrics": ["ilpips"], "n_samples": 1, "best_of": []}, "n_samples: expected at least 2 for ilpips"),
         ({"best_of": [4]}, "best_of: expected 1 to n_samples=3"),
         ({"metrics": ["fvd"], "fvd_context": False}, "at least 9 frames a video for fvd, here 4, found 4"),
+        ({"fps_multiplier": 0}, "fps_multiplier: expected at least 1, found 0"),
+        ({"fps_multiplier": 2}, "fps_multiplier: expected 1 for bits"),
         ({"ssim": "box"}, "ssim: expected one of gaussian, uniform, found 'box'"),
     ],
 )

@@ -21,7 +21,14 @@ SECTIONS = {
     "baselines": (),
 }
 TYPES = (("data", "name", str), ("data", "describe", dict), ("model", "name", str))
-CLIP_FIELDS = {"split", "n_clips", "frame_size", "n_context", "n_predicted"}  # they choose the frames of a clip
+CLIP_FIELDS = {
+    "split",
+    "n_clips",
+    "frame_size",
+    "n_context",
+    "n_predicted",
+    "fps_multiplier",
+}  # they choose a clip's frames
 ENTRY_TYPES = {"clips": list, "per_clip": list, "per_frame": list, "per_frame_ci95": list, "best_of": dict}
 SETTINGS = {  # what changes a metric on the same frames
     "ssim": {"ssim"},

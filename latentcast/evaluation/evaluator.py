@@ -165,7 +165,7 @@ class Evaluation:
         """name -> tensor of what is known of a group of clips; the keys are WHO.METRIC, maps.WHO and shown.NAME."""
         protocol = self.protocol
         clips = torch.stack([self.dataset[i]["frames"] for i in self.groups[group]]).to(self.device)
-        context, target = clips[:, : protocol.n_context], clips[:, protocol.n_context :]
+        context, target = protocol.divide(clips)
         samples = self._draw(context, group)
         if not samples.isfinite().all():
             raise ValueError(f"{self.label}: NaN or infinity among the frames predicted for clips {self.groups[group]}")
@@ -187,19 +187,22 @@ class Evaluation:
 
     def _draw(self, context, group):
         """Futures of a group of contexts (B, T, C, H, W) -> (B, S, T, C, H, W), ``futures`` at once."""
-        n_samples, drawn = self.protocol.n_samples, []
+        n_samples, n_predicted, drawn = self.protocol.n_samples, self.protocol.n_predicted, []
+        sampler = dict(self.sampler)
+        if self.protocol.fps_multiplier > 1:
+            sampler["fps_multiplier"] = self.protocol.fps_multiplier
         generator = torch.Generator().manual_seed(_seed(self.protocol.seed, group))
         while sum(part.shape[1] for part in drawn) < n_samples:
             n = min(self.futures, n_samples - sum(part.shape[1] for part in drawn))
-            futures = self.pipe(context, self.protocol.n_predicted, num_samples=n, generator=generator, **self.sampler)
+            futures = self.pipe(context, n_predicted, num_samples=n, generator=generator, **sampler)
             drawn.append(futures.frames.to(self.device))
         return torch.cat(drawn, 1)
 
     def _baseline(self, name, clips):
         if name == RECONSTRUCTION:
             latents = self.pipe.tokenizer.encode(clips).latents
-            return self.pipe.tokenizer.decode(latents).float().clamp(-1, 1)[:, self.protocol.n_context :]
-        return BASELINES[name](clips[:, : self.protocol.n_context], self.protocol.n_predicted)
+            return self.protocol.divide(self.pipe.tokenizer.decode(latents).float().clamp(-1, 1))[1]
+        return BASELINES[name](self.protocol.divide(clips)[0], self.protocol.n_predicted)
 
     def _scores(self, who, samples, context, target):
         best_of_n = BestOfN(self.frame_metrics)
@@ -293,9 +296,9 @@ class Evaluation:
         """Of one of ``clips``: context and future (T, C, H, W), and the name -> future of shown samples."""
         group = next(g for g, clips in enumerate(self.groups) if clip in clips)
         place, part = self.groups[group].index(clip), self._read(group, "shown.")
-        frames = self.dataset[clip]["frames"]
+        context, future = self.protocol.divide(self.dataset[clip]["frames"])
         samples = {key.partition(".")[2]: tensor[place].float() / 127.5 - 1 for key, tensor in part.items()}
-        return frames[: self.protocol.n_context], frames[self.protocol.n_context :], samples
+        return context, future, samples
 
     def clear(self):
         """Delete the parts, and the folder if nothing else is in it."""
@@ -356,7 +359,12 @@ def check_fit(pipe, dataset, protocol):
             )
     if "bits" in protocol.metrics and not has_likelihood(pipe.prior):
         raise ValueError(f"protocol {protocol.name}: bits: {type(pipe.prior).__name__} has no likelihood")
-    pipe.prior.check_context(protocol.n_context, protocol.n_frames)
+    if protocol.fps_multiplier > 1 and "fps_multiplier" not in pipe.prior.sampler_options():
+        raise ValueError(
+            f"protocol {protocol.name}: fps_multiplier {protocol.fps_multiplier}: {type(pipe.prior).__name__} predicts "
+            "whole frame steps"
+        )
+    pipe.prior.check_context(protocol.n_context, protocol.n_context + protocol.n_predicted)
 
 
 def has_likelihood(prior):

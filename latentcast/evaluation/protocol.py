@@ -27,6 +27,8 @@ class Protocol:
         n_clips: so many clips, spread evenly over the split's; None: all.
         frame_size: H = W of the frames that are compared, pixels.
         n_context, n_predicted: frames given and predicted.
+        fps_multiplier: predicted frames in an interval of the context, which is every ``fps_multiplier``-th frame of
+            the data up to the last one given. Above 1 only for priors over continuous time: STDiff, Table 4.
         n_samples: futures for each clip.
         seed: of the samples.
         metrics: of METRICS. mse, psnr, ssim and lpips: the best of ``n_samples`` counts, for each metric by itself.
@@ -55,6 +57,7 @@ class Protocol:
     frame_size: int = 64
     n_context: int
     n_predicted: int
+    fps_multiplier: int = 1
     n_samples: int = 1
     seed: int = 0
     metrics: tuple = ("psnr", "ssim", "lpips", "fvd")
@@ -73,7 +76,7 @@ class Protocol:
         object.__setattr__(self, "best_of", tuple(self.best_of))
         self._expect("name", bool(self.name) and "/" not in self.name, "the name of a file")
         self._expect("seed", isinstance(self.seed, int), "a whole number")
-        for name in ("n_context", "n_predicted", "n_samples", "frame_size", "fvd_samples"):
+        for name in ("n_context", "n_predicted", "fps_multiplier", "n_samples", "frame_size", "fvd_samples"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         self._expect("n_clips", self.n_clips is None or self.n_clips >= 1, "at least 1, or null for all")
         self._expect("metrics", self.metrics and set(self.metrics) <= set(METRICS), f"some of {', '.join(METRICS)}")
@@ -86,6 +89,8 @@ class Protocol:
             ("detector", DETECTORS),
         ):
             self._expect(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        whole = self.fps_multiplier == 1 or "bits" not in self.metrics
+        self._expect("fps_multiplier", whole, "1 for bits, which are of frames that follow each other")
         fewest = 2 if "ilpips" in self.metrics or ("crps" in self.metrics and self.crps == "fair") else 1
         self._expect("n_samples", self.n_samples >= fewest, f"at least {fewest} for ilpips and fair crps")
         self._expect("best_of", all(1 <= n <= self.n_samples for n in self.best_of), f"1 to n_samples={self.n_samples}")
@@ -102,7 +107,15 @@ class Protocol:
     @property
     def n_frames(self):
         """Frames a clip needs."""
-        return self.n_context + self.n_predicted
+        return self._given.stop + self.n_predicted
+
+    def divide(self, frames):
+        """(..., n_frames, C, H, W) -> context (..., n_context, C, H, W), future (..., n_predicted, C, H, W)"""
+        return frames[..., self._given, :, :, :], frames[..., self._given.stop :, :, :, :]
+
+    @property
+    def _given(self):
+        return slice(0, (self.n_context - 1) * self.fps_multiplier + 1, self.fps_multiplier)
 
     def describe(self):
         """JSON-able: every field that two comparable results share."""

@@ -79,10 +79,12 @@ def table(evaluation, results):
     protocol, data, model = results["protocol"], results["data"], results["model"]
     metrics = list(results["metrics"])
     heads = [plots.HEADINGS[name] for name in metrics]
+    multiplier = protocol["fps_multiplier"]
+    rate = f" at {multiplier} times the context's frame rate" if multiplier > 1 else ""
     lines = [
         f"# {model['name']} under the protocol {protocol['name']}",
         "",
-        f"{protocol['n_context']} context frames, {protocol['n_predicted']} predicted, "
+        f"{protocol['n_context']} context frames, {protocol['n_predicted']} predicted{rate}, "
         f"{protocol['n_samples']} samples; {data['n_clips']} clips of {data['name']} ({data['split']}), "
         f"{protocol['frame_size']} pixels. "
         "psnr, ssim, lpips and mse: the best sample of each clip by its mean over frames, "
