@@ -9,8 +9,18 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from tiny import SMALL_SDE_DIFFUSION
 
-from latentcast import VQVAE, VideoPredictionPipeline, VideoTransformer, probe, read_clip, write_video
+from latentcast import (
+    VQVAE,
+    PixelTokenizer,
+    SDEDiffusion,
+    VideoPredictionPipeline,
+    VideoTransformer,
+    probe,
+    read_clip,
+    write_video,
+)
 from latentcast.cli import run_tool
 
 TOOL = Path(__file__).parents[1] / "tools" / "sample.py"
@@ -150,6 +160,19 @@ def test_which_frames_are_taken(folder, tool, capsys, tmp_path, arguments, n_fra
     truth = cells(tmp_path / "long.mp4", 2)[0].mean((1, 2, 3))
     levels = torch.linspace(-1, 1, 20)
     torch.testing.assert_close(truth[[0, -1]], levels[[first, last]], atol=0.03, rtol=0)
+
+
+def test_twice_the_frame_rate(folder, tool, capsys, tmp_path):
+    tokenizer = PixelTokenizer(1, SIZE, SIZE, levels=None)
+    prior = SDEDiffusion(tokenizer.latent_spec, **SMALL_SDE_DIFFUSION)
+    VideoPredictionPipeline(prior, tokenizer, n_context=3, fps=10).save_pretrained(tmp_path / "pipeline")
+    common = ["--input", folder / "videos/long.mp4", "--n-frames", 5, "--num-samples", 1, "n_steps=2"]
+    call(tool, capsys, "--pipeline", tmp_path / "pipeline", *common, "fps_multiplier=2")
+    info = probe(tmp_path / "samples/long.mp4")
+    assert (info.n_frames, round(info.fps, 2)) == (5 + 5, 20)
+    truth = cells(tmp_path / "samples/long.mp4", 2)[0].mean((1, 2, 3))
+    expected = torch.linspace(-1, 1, 20)[[0, 0, 2, 2, 4, 4, 6, 6, 8, 8]]  # after the last given frame: 4 (half a step)
+    torch.testing.assert_close(truth, expected, atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 Writes, for each video, NAME.mp4 and NAME.gif with the true continuation (where the video is long enough) beside the
 predicted ones, and one contact_sheet.png. Given frames have a green border, predicted ones an orange one. Options of
-the prior's sampler follow as key=value, for instance temperature=0.9 top_k=50.
+the prior's sampler follow as key=value, for instance temperature=0.9 top_k=50. With fps_multiplier=2 the videos have
+twice the context's rate, and given and true frames stay for two.
 """
 
 import argparse
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -55,6 +57,8 @@ def main(args):
     if args.fps is not None and not 0 < args.fps < float("inf"):
         raise UserError(f"--fps: expected a rate above 0, found {args.fps}")
     sampler = parse_options(args.options)
+    multiplier = sampler.get("fps_multiplier", 1)  # what it may be is the sampler's to say
+    multiplier = multiplier if isinstance(multiplier, (int, float)) and multiplier > 0 else 1
     videos = find_videos(args.input)
     pipe = VideoPipeline.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype))
     pipe.to(pick_device(args.device))
@@ -67,7 +71,7 @@ def main(args):
     outputs, skipped, sheet, predicting = [], {}, [], 0.0
     for video, name in videos.items():
         try:
-            context, truth, fps = read_video(video, n_context, args, pipe)
+            context, truth, fps = read_video(video, n_context, args, pipe, multiplier)
         except VideoError as error:
             logger.warning("skipped: %s", error)
             skipped[str(video)] = str(error)
@@ -84,13 +88,14 @@ def main(args):
         futures = futures.cpu()
         predicting += time.perf_counter() - began
 
+        context, truth = held(context, truth, args.n_frames, multiplier)
         given = bordered(context, GIVEN)
         rows = [torch.cat([given, bordered(future, PREDICTED)]) for future in futures]
         if truth is not None:
             rows = [torch.cat([given, bordered(truth, TRUE)]), *rows]
         scale = max(1, round(SMALLEST / context.shape[-1]))
         for suffix in (".mp4", ".gif"):
-            write_video(output / f"{name}{suffix}", side_by_side(rows, scale), fps)
+            write_video(output / f"{name}{suffix}", side_by_side(rows, scale), fps * multiplier)
             outputs.append(str(output / f"{name}{suffix}"))
         if len(outputs) <= 2 * SHEET_VIDEOS:
             sheet += rows
@@ -108,8 +113,8 @@ def main(args):
     }
 
 
-def read_video(path, n_context, args, pipe):
-    """Context (n_context, C, H, W), the true future (n_frames, C, H, W) or None, and the rate they are shown at."""
+def read_video(path, n_context, args, pipe, multiplier=1):
+    """Context (n_context, C, H, W), the true frames of the time to predict (or None), and the rate of both."""
     from latentcast.data.video_folder import load_frames, sampled_places, sampled_rate
     from latentcast.data.video_reader import VideoError, probe
 
@@ -123,10 +128,23 @@ def read_video(path, n_context, args, pipe):
     end = args.start + n_context
     if available < end:
         raise VideoError(f"{path}: {end} frames are needed, {available} are there at {fps:.3g} frames per second")
-    n_true = args.n_frames if available >= end + args.n_frames else 0
+    n_true = math.ceil(args.n_frames / multiplier)
+    n_true = n_true if available >= end + n_true else 0
     places = sampled_places(info, range(args.start, end + n_true), *rate)
     frames = load_frames(path, places, spec["frame_height"], spec["frame_channels"])
     return frames[:n_context], frames[n_context:] if n_true else None, fps
+
+
+def held(context, truth, n_frames, multiplier):
+    """Context and truth at ``multiplier`` times their rate, each frame staying until the next -> the same two."""
+    import torch
+
+    last = len(context) - 1
+    frames = context if truth is None else torch.cat([context, truth])
+    times = torch.arange(-math.floor(last * multiplier), n_frames + 1) / multiplier + last
+    places = (times + 1e-4).floor().long()  # 1e-4: times are rounded
+    given = frames[places[:-n_frames]]
+    return given, None if truth is None else frames[places[-n_frames:]]
 
 
 def find_videos(path):
