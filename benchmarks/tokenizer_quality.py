@@ -1,10 +1,10 @@
 """Train every tokenizer with one budget on one data set, and compare what they keep of its test frames.
 
-    python benchmarks/tokenizer_quality.py tokenizers_smmnist [--only vqvae,hr_vqvae] [--measure] [key=value ...]
+    python benchmarks/tokenizer_quality.py tokenizers_smmnist [--only A,B] [--measure] [--root DIR] [key=value ...]
 
-Each tokenizer is trained by tools/train_tokenizer.py in runs/EXPERIMENT/NAME; what stands there is not trained again.
-Then the table (table.md, table.json) and the pictures (reconstructions.png, layers.png) are written beside them, of
-every tokenizer that stands. ``--measure`` trains none.
+Each tokenizer is trained by tools/train_tokenizer.py in ROOT/NAME, ROOT being runs/EXPERIMENT unless given; what stands
+there is not trained again. Then the table (table.md, table.json) and the pictures (reconstructions.png, layers.png) are
+written beside them, of every tokenizer that stands. ``--measure`` trains none.
 """
 
 import argparse
@@ -55,8 +55,7 @@ SHOWN = 8  # frames in the pictures
 BATCH = 64
 
 
-def main(experiment, names, training, overrides):
-    root = Path("runs") / experiment
+def main(experiment, root, names, training, overrides):
     if training:
         for name in names:
             train(experiment, root / name, [*TOKENIZERS[name], *overrides])
@@ -192,9 +191,10 @@ if __name__ == "__main__":
     parser.add_argument("experiment", help="tokenizers_smmnist, tokenizers_folder or one like them")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--only", default=",".join(TOKENIZERS), help="comma-separated names of tokenizers to train")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="default: runs/EXPERIMENT")
     parser.add_argument("--measure", action="store_true", help="train none")
     args = parser.parse_intermixed_args()
     chosen = args.only.split(",")
     if not set(chosen) <= TOKENIZERS.keys():
         parser.error(f"--only: expected some of {', '.join(TOKENIZERS)}, found {args.only}")
-    main(args.experiment, chosen, not args.measure, args.overrides)
+    main(args.experiment, args.root or Path("runs") / args.experiment, chosen, not args.measure, args.overrides)
