@@ -90,11 +90,12 @@ def denoise(predict, noise, scheduler, n_steps, generator=None, clamp=None, on_s
         scheduler.set_begin_index(0)
     noisy = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     x = noise.float() * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
+    alpha_bars = scheduler.alphas_cumprod.to(x)[scheduler.timesteps.to(x.device).long()]  # no step waits for the GPU
+    for t, alpha_bar in zip(scheduler.timesteps, alpha_bars):
         scaled = scheduler.scale_model_input(x, t)
         output = predict(scaled, t.expand(len(x))).float()
         if clamp is not None:
-            output = _clamped(output, scaled, scheduler, t, clamp)
+            output = _clamped(output, scaled, alpha_bar, scheduler.config.prediction_type, clamp)
         x = scheduler.step(output, t, x, **noisy).prev_sample
         if on_step is not None:
             on_step()
@@ -117,10 +118,9 @@ def network_output(x_0, x, alpha_bar, prediction_type):
     return (alpha * x - x_0) / sigma if prediction_type == "v_prediction" else x_0
 
 
-def _clamped(output, x, scheduler, t, bound):
-    kind = scheduler.config.prediction_type
-    alpha_bar = scheduler.alphas_cumprod[int(t)].to(x)
-    return network_output(clean_sample(output, x, alpha_bar, kind).clamp(-bound, bound), x, alpha_bar, kind)
+def _clamped(output, x, alpha_bar, prediction_type, bound):
+    x_0 = clean_sample(output, x, alpha_bar, prediction_type).clamp(-bound, bound)
+    return network_output(x_0, x, alpha_bar, prediction_type)
 
 
 def noised(x_0, noise, alpha_bar, prediction_type):
