@@ -50,7 +50,7 @@ TOKENIZERS = {
     "dcgan": ["tokenizer=dcgan", "tokenizer.output_activation=linear"],
     "vgg": ["tokenizer=vgg", "tokenizer.output_activation=linear", "tokenizer.hidden_channels=16"],
 }
-TEST_FRAMES = 2560
+FRAMES = 2560  # of the test split; and of the training split, for the usage of codes
 SHOWN = 8  # frames in the pictures
 BATCH = 64
 
@@ -59,13 +59,13 @@ def main(experiment, root, names, training, overrides):
     if training:
         for name in names:
             train(experiment, root / name, [*TOKENIZERS[name], *overrides])
-    frames = test_frames(experiment, overrides)
+    frames, seen = (some_frames(experiment, split, overrides) for split in ("test", "train"))
     rows, pictures, layers = {}, {"test frames": frames[:SHOWN]}, {}
     for name in TOKENIZERS:
         if not (root / name / "tokenizer").is_dir():
             continue
         tokenizer = load_model(root / name / "tokenizer")
-        rows[name], reconstruction = measure(tokenizer, frames)
+        rows[name], reconstruction = measure(tokenizer, frames, seen)
         pictures[name] = reconstruction[:SHOWN]
         say(f"  {name}: {rows[name]}")
         if name == "hr_vqvae":
@@ -74,7 +74,13 @@ def main(experiment, root, names, training, overrides):
     if layers:
         text += picture(root / "layers.png", {"test frames": frames[:SHOWN], **layers})
     (root / "table.md").write_text(text)
-    result = {"experiment": experiment, "test_frames": len(frames), "tokenizers": rows, "env": environment()}
+    result = {
+        "experiment": experiment,
+        "test_frames": len(frames),
+        "train_frames": len(seen),
+        "tokenizers": rows,
+        "env": environment(),
+    }
     (root / "table.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result))
 
@@ -88,26 +94,19 @@ def train(experiment, run_dir, overrides):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def test_frames(experiment, overrides):
-    """The first frame of evenly spread clips of the test split -> (N, 1, C, H, W)."""
+def some_frames(experiment, split, overrides):
+    """The first frame of evenly spread clips of a split -> (N, 1, C, H, W)."""
     config = load_config(experiment, [o for o in overrides if o.startswith("data")], tool="train_tokenizer")
-    dataset = instantiate(config.data)(split="test")
-    count = min(TEST_FRAMES, len(dataset))
+    dataset = instantiate(config.data)(split=split)
+    count = min(FRAMES, len(dataset))
     return torch.stack([dataset[i * len(dataset) // count]["frames"][:1] for i in range(count)])
 
 
 @torch.no_grad()
-def measure(tokenizer, frames):
-    """-> (figures of one row, reconstructions like ``frames``)"""
+def measure(tokenizer, frames, seen):
+    """-> (figures of one row, reconstructions like ``frames``); ``seen`` are frames of the training split."""
     spec = tokenizer.latent_spec
-    usage = CodebookUsage(spec["codebook_sizes"]) if tokenizer.is_discrete else None
-    parts = []
-    for batch in frames.split(BATCH):
-        encoded = tokenizer.encode(batch)
-        if usage is not None:
-            usage.update(encoded.codes)
-        parts.append(tokenizer.decode(encoded.latents))
-    reconstruction = torch.cat(parts)
+    reconstruction = torch.cat([tokenizer.decode(tokenizer.encode(batch).latents) for batch in frames.split(BATCH)])
     batch = frames[:BATCH]
     latents = tokenizer.encode(batch).latents
     error = mse(reconstruction, frames).mean()
@@ -124,9 +123,12 @@ def measure(tokenizer, frames):
         "decode_fps": BATCH / seconds(lambda: tokenizer.decode(latents), repeat=3),
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
     }
-    if usage is not None:
-        row["usage"] = usage.compute()["usage"].tolist()
-        row["perplexity"] = usage.compute()["perplexity"].tolist()
+    if tokenizer.is_discrete:
+        for split, shown in (("test", frames), ("train", seen)):
+            usage = CodebookUsage(spec["codebook_sizes"])
+            for batch in shown.split(BATCH):
+                usage.update(tokenizer.encode(batch).codes)
+            row |= {f"{name}_{split}": values.tolist() for name, values in usage.compute().items()}
     return row, reconstruction
 
 
@@ -167,12 +169,17 @@ def picture(path, rows):
 
 def table(rows):
     lines = [
-        "| tokenizer | bits a frame | MSE | PSNR, dB | SSIM | LPIPS | codes used | frames/s in, out | parameters |",
+        "| tokenizer | bits a frame | MSE | PSNR, dB | SSIM | LPIPS | codes used in training frames, in test frames "
+        "| frames/s in, out | parameters |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
         size = f"{row['bits_per_frame']:,}" if row["bits_per_frame"] else f"{row['numbers_per_frame']} floats"
-        usage = ", ".join(f"{100 * u:.0f} %" for u in row["usage"]) if "usage" in row else ""
+        usage = "; ".join(
+            ", ".join(f"{100 * u:.0f} %" for u in row[f"usage_{split}"])
+            for split in ("train", "test")
+            if f"usage_{split}" in row
+        )
         lines.append(
             f"| {name} | {size} | {row['mse']:.5f} | {row['psnr']:.2f} | {row['ssim']:.3f} | {row['lpips']:.3f} "
             f"| {usage} | {row['encode_fps']:.0f}, {row['decode_fps']:.0f} | {row['parameters'] / 1e6:.2f}M |"
