@@ -35,6 +35,7 @@ def encode(path, frames, fps=25, codec="libx264", pix_fmt="yuv420p", options=Non
     with av.open(str(path), "w", options=container) as file:
         stream = file.add_stream(codec, rate=fps)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+        stream.codec_context.thread_count = 2  # else the file's bytes depend on the machine's cores
         stream.options = {"crf": "12", "g": "12"} if options is None and codec == "libx264" else options or {}
         if rotation:
             stream.set_display_rotation(rotation)
