@@ -45,7 +45,7 @@ def assert_same_state(first, second):
 def test_nearest_by_brute_force(size, offset):
     codebook = EMACodebook(size, 6)
     codebook.codebook += offset
-    vectors = torch.randn(2 * SEARCHED_CPU * torch.get_num_threads() + 100, 6) + offset
+    vectors = torch.randn(2 * SEARCHED_CPU * torch.get_num_threads() // size + 100, 6) + offset
     distances = brute_force(vectors, codebook.codebook)
     codes = codebook.nearest(vectors)
     assert codes.shape == (len(vectors),) and codes.dtype == torch.int64
@@ -85,7 +85,7 @@ def test_search_never_holds_every_difference():
                 self.numel = max(self.numel, result.numel())
             return result
 
-    at_once = SEARCHED_CPU * torch.get_num_threads()
+    at_once = SEARCHED_CPU * torch.get_num_threads() // 256
     codebook, vectors = EMACodebook(256, 32), torch.randn(9 * at_once, 32)
     with Largest() as largest:
         codebook.nearest(vectors)

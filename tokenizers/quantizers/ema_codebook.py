@@ -7,10 +7,10 @@ from torch import nn
 
 from ..base import mix_rows
 
-# What a search works on at once, which bounds its memory: each thread of a CPU should stay in its cache, a GPU wants
-# few and large kernels. Vectors that are compared with all codes, and numbers of code vectors gathered for local
-# searches.
-SEARCHED_CPU, SEARCHED_GPU = 512, 8192
+# What a search works on at once, which bounds its memory: a CPU should stay in its cache and not start its threads too
+# often, a GPU wants few and large kernels. Distances (of at least LEAST vectors), and numbers of code vectors gathered
+# for local searches.
+SEARCHED_CPU, SEARCHED_GPU, LEAST = 2**20, 2**24, 256
 GATHERED_CPU, GATHERED_GPU = 2**17, 2**25
 
 
@@ -106,7 +106,7 @@ class EMACodebook(nn.Module):
         center = self.codebook.mean(0)
         codes = self.codebook - center
         half_norms = codes.square().sum(-1) / 2
-        size = _at_once(codes.device, SEARCHED_CPU, SEARCHED_GPU)
+        size = max(LEAST, _at_once(codes.device, SEARCHED_CPU, SEARCHED_GPU) // len(codes))
         found = torch.empty(len(vectors), dtype=torch.int64, device=codes.device)
         distances = half_norms.new_empty(min(size, len(vectors)), len(codes))  # one for all: fresh memory is slow
         for x, nearest in zip(vectors.split(size), found.split(size)):
