@@ -106,7 +106,10 @@ def some_frames(experiment, split, overrides):
 def measure(tokenizer, frames, seen):
     """-> (figures of one row, reconstructions like ``frames``); ``seen`` are frames of the training split."""
     spec = tokenizer.latent_spec
-    reconstruction = torch.cat([tokenizer.decode(tokenizer.encode(batch).latents) for batch in frames.split(BATCH)])
+    reconstruction, of_seen = (
+        torch.cat([tokenizer.decode(tokenizer.encode(batch).latents) for batch in shown.split(BATCH)])
+        for shown in (frames, seen)
+    )
     batch = frames[:BATCH]
     latents = tokenizer.encode(batch).latents
     error = mse(reconstruction, frames).mean()
@@ -115,6 +118,7 @@ def measure(tokenizer, frames, seen):
         "numbers_per_frame": None if tokenizer.is_discrete else spec["channels"] * spec["height"] * spec["width"],
         "mse": error.item() / 4,  # of intensities in [0, 1]
         "psnr": psnr(reconstruction, frames).mean().item(),
+        "psnr_train": psnr(of_seen, seen).mean().item(),
         "ssim": ssim(reconstruction, frames).mean().item(),
         "lpips": torch.cat([lpips(*pair) for pair in zip(reconstruction.split(BATCH), frames.split(BATCH))])
         .mean()
@@ -169,20 +173,20 @@ def picture(path, rows):
 
 def table(rows):
     lines = [
-        "| tokenizer | bits a frame | MSE | PSNR, dB | SSIM | LPIPS | codes used in training frames, in test frames "
+        "| tokenizer | bits a frame | MSE | PSNR, dB (training frames) | SSIM | LPIPS | codes used (training frames) "
         "| frames/s in, out | parameters |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
         size = f"{row['bits_per_frame']:,}" if row["bits_per_frame"] else f"{row['numbers_per_frame']} floats"
-        usage = "; ".join(
-            ", ".join(f"{100 * u:.0f} %" for u in row[f"usage_{split}"])
-            for split in ("train", "test")
-            if f"usage_{split}" in row
-        )
+        usage = ""
+        if "usage_test" in row:
+            test, train = (", ".join(f"{100 * u:.0f} %" for u in row[f"usage_{split}"]) for split in ("test", "train"))
+            usage = f"{test} ({train})"
         lines.append(
-            f"| {name} | {size} | {row['mse']:.5f} | {row['psnr']:.2f} | {row['ssim']:.3f} | {row['lpips']:.3f} "
-            f"| {usage} | {row['encode_fps']:.0f}, {row['decode_fps']:.0f} | {row['parameters'] / 1e6:.2f}M |"
+            f"| {name} | {size} | {row['mse']:.5f} | {row['psnr']:.2f} ({row['psnr_train']:.2f}) | {row['ssim']:.3f} "
+            f"| {row['lpips']:.3f} | {usage} | {row['encode_fps']:.0f}, {row['decode_fps']:.0f} "
+            f"| {row['parameters'] / 1e6:.2f}M |"
         )
     if "hr_vqvae" in rows:
         lines += ["", "| HR-VQVAE, layers decoded | MSE | PSNR, dB | nodes of the tree in use |", "|--:|--:|--:|--:|"]
