@@ -50,7 +50,7 @@ TOKENIZERS = {
     "dcgan": ["tokenizer=dcgan", "tokenizer.output_activation=linear"],
     "vgg": ["tokenizer=vgg", "tokenizer.output_activation=linear", "tokenizer.hidden_channels=16"],
 }
-FRAMES = 2560  # of the test split; and of the training split, for the usage of codes
+FRAMES = 2560  # of the test split and of the training split
 SHOWN = 8  # frames in the pictures
 BATCH = 64
 
@@ -106,10 +106,7 @@ def some_frames(experiment, split, overrides):
 def measure(tokenizer, frames, seen):
     """-> (figures of one row, reconstructions like ``frames``); ``seen`` are frames of the training split."""
     spec = tokenizer.latent_spec
-    reconstruction, of_seen = (
-        torch.cat([tokenizer.decode(tokenizer.encode(batch).latents) for batch in shown.split(BATCH)])
-        for shown in (frames, seen)
-    )
+    (reconstruction, usage_test), (of_seen, usage_train) = (reconstruct(tokenizer, part) for part in (frames, seen))
     batch = frames[:BATCH]
     latents = tokenizer.encode(batch).latents
     error = mse(reconstruction, frames).mean()
@@ -127,13 +124,21 @@ def measure(tokenizer, frames, seen):
         "decode_fps": BATCH / seconds(lambda: tokenizer.decode(latents), repeat=3),
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
     }
-    if tokenizer.is_discrete:
-        for split, shown in (("test", frames), ("train", seen)):
-            usage = CodebookUsage(spec["codebook_sizes"])
-            for batch in shown.split(BATCH):
-                usage.update(tokenizer.encode(batch).codes)
-            row |= {f"{name}_{split}": values.tolist() for name, values in usage.compute().items()}
+    for split, usage in (("test", usage_test), ("train", usage_train)):
+        row |= {f"{name}_{split}": values.tolist() for name, values in usage.items()}
     return row, reconstruction
+
+
+def reconstruct(tokenizer, frames):
+    """-> (reconstructions like ``frames``, figures of ``CodebookUsage``; none of a continuous tokenizer)"""
+    usage = CodebookUsage(tokenizer.latent_spec["codebook_sizes"]) if tokenizer.is_discrete else None
+    parts = []
+    for batch in frames.split(BATCH):
+        encoded = tokenizer.encode(batch)
+        if usage is not None:
+            usage.update(encoded.codes)
+        parts.append(tokenizer.decode(encoded.latents))
+    return torch.cat(parts), {} if usage is None else usage.compute()
 
 
 def bits_per_frame(spec):
