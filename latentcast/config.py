@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import latentcast
+from latentcast.files import read_json
 
 ALLOWED_PACKAGES = ("latentcast", "torch", "diffusers", "pytorch_lightning")
 TOOLS = ("train_tokenizer", "encode_dataset", "train_prior", "train_jointly", "sample", "evaluate")
@@ -97,6 +98,32 @@ def load_config(experiment, overrides=(), tool=None):
     except OmegaConfBaseException as error:
         raise ConfigError(f"{experiment}: {str(error).splitlines()[0]}") from None
     return config
+
+
+def load_pipeline_config(folder, data, overrides=(), **settings):
+    """What ``tool="evaluate"`` needs for a saved pipeline and a data set, without the experiment that made it.
+
+    Args:
+        folder: of the pipeline. Its parent is the ``run_dir``, and names the config.
+        data: a name under ``configs/data/``. overrides: see ``load_config``.
+        **settings: root keys of ``configs/base.yaml``.
+    Raises:
+        ConfigError: no saved pipeline there, or as ``load_config``.
+    """
+    model = Path(folder) / "prior" / "config.json"
+    if not model.is_file():
+        raise ConfigError(f"{folder}: no saved pipeline here")
+    spec = read_json(model)["latent_spec"]
+    run_dir = Path(folder).resolve().parent
+    experiment = {
+        "name": run_dir.name,
+        "run_dir": str(run_dir),
+        "defaults": {"data": data},
+        "frame_size": spec["frame_height"],
+        "channels": spec["frame_channels"],
+        **settings,
+    }
+    return load_config(experiment, overrides, tool="evaluate")
 
 
 def instantiate(config, **kwargs):

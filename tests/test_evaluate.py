@@ -43,7 +43,7 @@ def pipe():
 
 
 def evaluation(pipe, folder, **changes):
-    options = {name: changes.pop(name) for name in ("futures", "baselines", "weights") if name in changes}
+    options = {name: changes.pop(name) for name in ("sampler", "futures", "baselines", "weights") if name in changes}
     return Evaluation(pipe, dataset(), protocol(**changes), folder, **({"futures": 6} | options))
 
 
@@ -179,6 +179,8 @@ def test_a_context_at_half_the_rate(pipe, tmp_path):
     changes = {"fps_multiplier": 2, "n_predicted": 3, "metrics": ["psnr"], "best_of": []}
     with pytest.raises(ValueError, match="fps_multiplier 2: VideoTransformer predicts whole frame steps"):
         evaluation(pipe, tmp_path, **changes)
+    with pytest.raises(ValueError, match="sampler: fps_multiplier: the protocol sets it"):
+        evaluation(pipe, tmp_path, sampler={"fps_multiplier": 2})
     data = dataset()
     frames = torch.stack([data[i]["frames"] for i in (0, 1)])
     context, target = protocol(**changes).divide(frames)

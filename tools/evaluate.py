@@ -78,8 +78,7 @@ def main(args):
 
 def choose(args):
     """-> (config, folder of the pipeline)"""
-    from latentcast.config import load_config
-    from latentcast.files import read_json
+    from latentcast.config import load_config, load_pipeline_config
 
     experiments = [argument for argument in args.arguments if "=" not in argument]
     overrides = [argument for argument in args.arguments if "=" in argument]
@@ -92,19 +91,7 @@ def choose(args):
         return config, Path(config.run_dir) / "pipeline"
     if experiments or not args.data:
         raise UserError("--pipeline DIR goes with --data NAME and without an EXPERIMENT")
-    folder = Path(args.pipeline)
-    if not (folder / "prior" / "config.json").is_file():
-        raise UserError(f"--pipeline {folder}: no saved pipeline here")
-    spec = read_json(folder / "prior" / "config.json")["latent_spec"]
-    run_dir = folder.resolve().parent
-    experiment = {
-        "name": run_dir.name,
-        "run_dir": str(run_dir),
-        "defaults": {"data": args.data},
-        "frame_size": spec["frame_height"],
-        "channels": spec["frame_channels"],
-    }
-    return load_config(experiment, overrides, tool="evaluate"), folder
+    return load_pipeline_config(args.pipeline, args.data, overrides), Path(args.pipeline)
 
 
 def summary(results):

@@ -6,7 +6,8 @@ layers      a hierarchical tokenizer's prediction, decoded from its first layer,
 residual    Residual Video Diffusion frame by frame: mu, the residual (grey is none), their sum
 half_steps  a prior over continuous time at half frame steps, the truth above the whole ones
 
-Time runs to the right, and the first row is the truth. ``key=value`` are options of the prior's sampler.
+Time runs to the right, and the first row is the truth. ``key=value`` are options of the prior's sampler,
+``data.key=value`` of the data set.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import argparse
 import torch
 
 from latentcast.cli import parse_options
-from latentcast.config import instantiate, load_config
+from latentcast.config import instantiate, load_pipeline_config
 from latentcast.data.pictures import contact_sheet
 from latentcast.data.video_writer import write_image
 from latentcast.pipelines.base import VideoPipeline
@@ -58,16 +59,12 @@ def seeded():
 def main(figure, pipeline, data, output, clip, n_frames, overrides):
     pipe = VideoPipeline.from_pretrained(pipeline)
     pipe.prior.eval()
-    spec, n_context = pipe.prior.config.latent_spec, pipe.config.n_context
-    experiment = {
-        "name": "figures",
-        "defaults": {"data": data},
-        "frame_size": spec["frame_height"],
-        "channels": spec["frame_channels"],
-        "clip_length": n_context + n_frames,
-    }
-    frames = instantiate(load_config(experiment, [], tool="evaluate").data)(split="test")[clip]["frames"]
-    rows = figure(pipe, frames[None, :n_context], frames[n_context:], parse_options(overrides))
+    n_context = pipe.config.n_context
+    of_data = [override for override in overrides if override.startswith("data.")]
+    config = load_pipeline_config(pipeline, data, of_data, clip_length=n_context + n_frames)
+    frames = instantiate(config.data)(split="test")[clip]["frames"]
+    sampler = parse_options([override for override in overrides if override not in of_data])
+    rows = figure(pipe, frames[None, :n_context], frames[n_context:], sampler)
     write_image(output, contact_sheet(torch.stack([row.clamp(-1, 1) for row in rows])))
 
 

@@ -74,6 +74,9 @@ class Evaluation:
         if unknown:
             known = ", ".join([*BASELINES, RECONSTRUCTION])
             raise ValueError(f"evaluation.baselines: expected some of {known}, found {unknown[0]!r}")
+        timed = [name for name in ("fps_multiplier", "frame_times") if name in self.sampler]
+        if timed:
+            raise ValueError(f"evaluation.sampler: {timed[0]}: the protocol sets it (protocol.fps_multiplier)")
         if self.futures < 1:
             raise ValueError(f"evaluation.futures: expected at least 1, found {self.futures}")
         self.baselines = [name for name in self.baselines if name != RECONSTRUCTION or self.pipe.tokenizer is not None]
