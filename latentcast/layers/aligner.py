@@ -7,8 +7,9 @@ computed of the observed frame alone, once for all the frames that are predicted
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from .attention import attention
 
 VALUES = {"paper": "decoder", "encoder_value": "encoder"}  # form of the aligner -> where its values come from
 
@@ -88,7 +89,7 @@ class FeatureAligner(SkipConnection):
         positions = to_positions(decoded)
         value = self.to_value(positions) if memory.value is None else memory.value
         query, key, value = (x[:, None] for x in (self.to_query(positions), memory.key, value))
-        aligned = F.scaled_dot_product_attention(query, key, value, scale=1.0)[:, 0]
+        aligned = attention(query, key, value, scale=1.0)[:, 0]
         return [aligned.unflatten(1, decoded.shape[2:]).movedim(-1, 1)]
 
 

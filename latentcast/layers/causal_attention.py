@@ -3,9 +3,10 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+
+from .attention import attention
 
 
 class CausalWindowAttention(nn.Module):
@@ -74,7 +75,7 @@ class CausalWindowAttention(nn.Module):
             pair = torch.stack([k, v], -2).flatten(1, 3).movedim(1, 3)  # (B, heads, 2, n, e)
             pair = pair.repeat_interleave(len(cache) // (len(x) * self.n_heads), 0).flatten(0, 1)
             cache.index_copy_(2, self.slots[:n], pair.to(cache.dtype))
-        out = causal_attention(*(self._to_windows(part) for part in (q, k, v)))
+        out = attention(*(self._to_windows(part) for part in (q, k, v)), is_causal=True)
         return x + self.to_out(self._from_windows(out, x.shape[:4]))
 
     def new_cache(self, n_rows, dtype, device):
@@ -111,16 +112,6 @@ class CausalWindowAttention(nn.Module):
         if span is None:
             logits = logits.masked_fill(slots > slot, -torch.inf)
         return x + self.to_out((logits.softmax(-1) @ values).view(len(x), -1))
-
-
-def causal_attention(query, key, value):
-    """(..., n, e) -> (..., n, e)"""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
-        # Over short sequences the fused backward of bf16 takes 4 to 8 times as long as that of fp32 there (torch 2.13).
-        with torch.autocast("cpu", enabled=False):
-            parts = (part.float() for part in (query, key, value))
-            return F.scaled_dot_product_attention(*parts, is_causal=True).to(value.dtype)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 def rotate(x, cos, sin):
