@@ -300,6 +300,23 @@ def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path):
     assert comparable(tmp_path / "metrics/one_digit.json") == comparable(metrics / "one_digit.json")
 
 
+def test_the_tool_in_half_precision(trained, tmp_path, monkeypatch):
+    folder, _ = trained
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        command = ["evaluate.py", str(write_experiment(folder)), *TINY, "protocol.n_clips=2", "--dtype", dtype]
+        monkeypatch.setattr(
+            sys, "argv", [*command, "evaluation.baselines=[reconstruction]", f"run_dir={tmp_path / dtype}"]
+        )
+        (tmp_path / dtype).mkdir()
+        (tmp_path / dtype / "pipeline").symlink_to(folder / "run/pipeline")
+        runpy.run_path(str(TOOLS / "evaluate.py"), run_name="__main__")
+        found[dtype] = json.loads((tmp_path / dtype / "metrics/one_digit.json").read_text())
+        assert found[dtype]["model"]["dtype"] == dtype
+    full, half = (found[dtype]["baselines"]["reconstruction"]["mse"]["mean"] for dtype in found)
+    assert full != half and half == pytest.approx(full, rel=0.02)
+
+
 def test_mistakes_are_one_line(trained, tmp_path, capsys):
     folder, _ = trained
     experiment = str(write_experiment(folder))

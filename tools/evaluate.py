@@ -17,6 +17,8 @@ logger = logging.getLogger("latentcast")
 
 
 def main(args):
+    import torch
+
     from latentcast.config import instantiate, to_container
     from latentcast.data.shards import difference_of
     from latentcast.distributed import default_device, process_group, rank_and_world, rank_zero_first
@@ -38,7 +40,7 @@ def main(args):
     protocol = instantiate(config.protocol)
     with process_group():
         device = pick_device(args.device) if args.device else default_device()
-        pipe = VideoPipeline.from_pretrained(folder).to(device)
+        pipe = VideoPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(device)
         with rank_zero_first():  # a data set may write an index or download when it is built
             dataset = instantiate(config.data, clip_length=protocol.n_frames)(split=protocol.split)
         metrics_dir = prepare_run_dir(config.run_dir) / "metrics"
@@ -114,4 +116,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", metavar="NAME", help="a data set under configs/data")
     parser.add_argument("--weights", metavar="DIR", help="the metric networks (see tools/fetch_weights.py)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the pipeline"
+    )
     run_tool(main, parser)

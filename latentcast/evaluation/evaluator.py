@@ -133,6 +133,7 @@ class Evaluation:
                 **{name: None if model is None else type(model).__name__ for name, model in models.items()},
                 **{f"{name}_fingerprint": model and fingerprint(model) for name, model in models.items()},
                 "parameters": {name: _n_parameters(model) for name, model in models.items() if model is not None},
+                "dtype": str(prior.dtype).removeprefix("torch."),
                 "sampler": self.sampler,
                 **_scheduler(self.pipe.scheduler),
             },
