@@ -87,6 +87,8 @@ def run(*arguments):
 
 def test_two_runs_stand_side_by_side_with_their_differences(tmp_path):
     a, b = make_result("A", 0.05, 0), make_result("B", 0.1, 1)
+    for place, metrics in enumerate((a["metrics"], a["baselines"]["copy_last_frame"], b["metrics"])):
+        metrics["fvd"]["debiased"] = 10.0 + place
     paths = write(tmp_path, "a.json", a), write(tmp_path, "b.json", b)
     status, out, err = run(*paths, "--output", tmp_path / "out")
     assert status == 0, err
@@ -108,6 +110,7 @@ def test_two_runs_stand_side_by_side_with_their_differences(tmp_path):
     assert lines[0] == "|  | A | B | copy_last_frame |"
     psnr = next(line for line in lines if line.startswith("| PSNR"))
     assert f"{a['metrics']['psnr']['mean']:.4g} ±" in psnr and f"{b['metrics']['psnr']['mean']:.4g} ±" in psnr
+    assert "fvd, extrapolated to infinitely many videos: A 10, B 12, copy_last_frame 11." in lines
     curves = {f"curves_{metric}" for metric in ("mse", "psnr", "ssim", "crps", "inverse_crps")}
     assert found["files"].keys() == {"table", *curves, *(f"ablation_{metric}" for metric in ("mse", "psnr", "ssim"))}
     for path in found["files"].values():

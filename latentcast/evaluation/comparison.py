@@ -10,7 +10,7 @@ from latentcast.metrics.statistics import paired_bootstrap
 
 from .plots import HEADINGS
 from .protocol import METRICS
-from .report import cell
+from .report import cell, extrapolated_fvd
 
 SECTIONS = {
     "protocol": ("name", "n_context", "n_predicted", "n_samples", "frame_size"),
@@ -174,6 +174,8 @@ def table(results, unlike):
     columns = {label + marks.get(label, ""): result["metrics"] for label, result in results.items()}
     columns |= results[first]["baselines"]
     lines = _grid(["", *columns], ([HEADINGS[m], *(cell(found.get(m)) for found in columns.values())] for m in metrics))
+    if extrapolated := extrapolated_fvd(columns):
+        lines += [extrapolated, ""]
     for label, found in unlike.items():
         lines += [f"{marks[label].strip()} does not compare with {first}: {describe_differences(found)}", ""]
     return "\n".join(lines)

@@ -102,11 +102,16 @@ def table(evaluation, results):
             f"fvd: {fvd['n_real']} real against {fvd['n_fake']} generated videos, detector "
             f"{results['detector']['fvd'][:12]}.",
         ]
-        if fvd["debiased"] is not None:
-            named = {model["name"]: results["metrics"]} | results["baselines"]
-            values = ", ".join(f"{label} {found['fvd']['debiased']:.4g}" for label, found in named.items())
-            lines += ["", f"fvd, extrapolated to infinitely many videos: {values}."]
+    if extrapolated := extrapolated_fvd({model["name"]: results["metrics"]} | results["baselines"]):
+        lines += ["", extrapolated]
     return "\n".join(lines) + "\n"
+
+
+def extrapolated_fvd(named):
+    """A line with the FVDs of infinitely many videos, empty if there are none; ``named``: label -> metric -> entry."""
+    fvds = {label: found.get("fvd", {}).get("debiased") for label, found in named.items()}
+    values = ", ".join(f"{label} {fvd:.4g}" for label, fvd in fvds.items() if fvd is not None)
+    return f"fvd, extrapolated to infinitely many videos: {values}." if values else ""
 
 
 def cell(entry):
