@@ -1,8 +1,6 @@
 """STDiff's part of sampling.py: SPADE maps once a frame and few steps, against the published sampler."""
 
-from common import say, seconds  # isort: skip  (sets the thread policy before torch loads)
-
-from statistics import median
+from common import compare, say, seconds  # isort: skip  (sets the thread policy before torch loads)
 
 import torch
 
@@ -11,7 +9,7 @@ from latentcast.priors.denoising import make_scheduler
 
 RGB64 = {"kind": "pixels", "channels": 3, "height": 64, "width": 64, "codebook_sizes": [], "scaling_factor": 1.0}
 RGB64 |= {"frame_channels": 3, "frame_height": 64, "frame_width": 64}
-N_FRAMES, REFERENCE_STEPS, STEPS_A_TURN = 10, 100, 4
+N_FRAMES, REFERENCE_STEPS = 10, 100
 
 
 def stdiff():
@@ -28,7 +26,7 @@ def stdiff():
 
 
 @torch.no_grad()
-def stdiff_ratios(model, device, measured=7):
+def stdiff_ratios(model, device, measured=9):
     """``stdiff_step_cached``: seconds of a U-Net step that computes the maps over one that is given them.
 
     ``stdiff_end_to_end``: seconds of 100 steps of DDPM a frame with the maps computed at every step, as published, over
@@ -43,18 +41,12 @@ def stdiff_ratios(model, device, measured=7):
     feature = motion()
     x, t = torch.randn(1, 6, 64, 64, device=device, dtype=model.dtype), torch.tensor([500], device=device)
     maps = model.unet.maps(feature)
-    for given in (maps, None):  # the first calls set the libraries up
-        model.unet(x, t, feature, given)
-
-    # In turns, so that both see the same machine; some steps a turn, as they follow each other in a denoising loop.
-    times_of = {"cached": [], "recomputed": []}
-    for _ in range(measured):
-        times_of["recomputed"].append(seconds(lambda: model.unet(x, t, feature), device, repeat=STEPS_A_TURN))
-        times_of["cached"].append(seconds(lambda: model.unet(x, t, feature, maps), device, repeat=STEPS_A_TURN))
-    cached, recomputed = (median(times_of[name]) for name in ("cached", "recomputed"))
+    ratio, recomputed, cached = compare(
+        lambda: model.unet(x, t, feature), lambda: model.unet(x, t, feature, maps), device, rounds=measured
+    )
     say(
-        f"  a step: maps given {cached * 1e3:.0f} ms, recomputed {recomputed * 1e3:.0f} ms (medians of {measured} "
-        f"turns of {STEPS_A_TURN})"
+        f"  a step: maps given {cached * 1e3:.0f} ms, recomputed {recomputed * 1e3:.0f} ms (medians of {measured}, in "
+        "turns)"
     )
 
     scheduler = make_scheduler("ddpm", model.schedule)
@@ -65,7 +57,7 @@ def stdiff_ratios(model, device, measured=7):
     ours = seconds(lambda: model.sample(context, N_FRAMES), device)
     say(
         f"  {N_FRAMES} frames: default sampler {ours:.1f} s (measured whole); {REFERENCE_STEPS} steps of DDPM a frame "
-        f"with the maps recomputed {published:.0f} s (extrapolated from {measured * STEPS_A_TURN} steps of "
+        f"with the maps recomputed {published:.0f} s (extrapolated from {measured} steps of "
         f"{REFERENCE_STEPS * N_FRAMES}; motion {moving:.2f} s)"
     )
-    return {"stdiff_step_cached": recomputed / cached, "stdiff_end_to_end": published / ours}
+    return {"stdiff_step_cached": ratio, "stdiff_end_to_end": published / ours}
