@@ -1,7 +1,7 @@
 """RVD's part of sampling.py: what a frame's steps share computed once, and few of them, against 1600 ancestral ones."""
 
 import torch
-from common import say, seconds
+from common import compare, say, seconds
 
 from latentcast import PixelTokenizer, ResidualDiffusion
 from latentcast.priors.denoising import make_scheduler
@@ -39,14 +39,14 @@ def rvd_ratios(model, device, measured=20):
     def read():
         model.predict_frame(model.observe(context[:, 1], memory=memory))
 
-    for warm_up in (read, lambda: network(y, n, given)):
-        warm_up()
-    # In turns, so that both see the same machine.
-    cached = recomputed = 0
-    for _ in range(measured):
-        recomputed += seconds(lambda: network(y, n, network.conditions(states)), device) / measured
-        cached += seconds(lambda: network(y, n, given), device) / measured
-    say(f"  a step: context's part given {cached * 1e3:.1f} ms, recomputed {recomputed * 1e3:.1f} ms ({measured} each)")
+    read()
+    ratio, recomputed, cached = compare(
+        lambda: network(y, n, network.conditions(states)), lambda: network(y, n, given), device, rounds=measured
+    )
+    say(
+        f"  a step: context's part given {cached * 1e3:.1f} ms, recomputed {recomputed * 1e3:.1f} ms (medians of "
+        f"{measured}, in turns)"
+    )
 
     scheduler = make_scheduler("ddpm", model.schedule)
     noise = torch.randn_like(y)
@@ -58,4 +58,4 @@ def rvd_ratios(model, device, measured=20):
         f"  {N_FRAMES} frames: default sampler {ours:.1f} s (measured whole); {N_STEPS} steps of DDPM a frame "
         f"{published:.0f} s (extrapolated from {measured} steps of {(recomputed + update) * 1e3:.1f} ms)"
     )
-    return {"rvd_step_cached": recomputed / cached, "rvd_end_to_end": published / ours}
+    return {"rvd_step_cached": ratio, "rvd_end_to_end": published / ours}

@@ -28,15 +28,15 @@ def st_pixelcnn():
         return model
 
     model = build()
-    ratios = compare(model, "cpu")
+    ratios = measure(model, "cpu")
     if torch.cuda.is_available():
-        ratios |= {f"{name}_gpu": ratio for name, ratio in compare(model.to("cuda", torch.bfloat16), "cuda").items()}
-    ratios["st_pixelcnn_cached_full"] = compare(build(attention="full"), "cpu", batches=(1,))["st_pixelcnn_cached"]
+        ratios |= {f"{name}_gpu": ratio for name, ratio in measure(model.to("cuda", torch.bfloat16), "cuda").items()}
+    ratios["st_pixelcnn_cached_full"] = measure(build(attention="full"), "cpu", batches=(1,))["st_pixelcnn_cached"]
     return ratios
 
 
 @torch.no_grad()
-def compare(model, device, batches=(1, 16)):
+def measure(model, device, batches=(1, 16)):
     """The ratios of one model on one device."""
     cached, full = {}, {}
     for n in batches:
