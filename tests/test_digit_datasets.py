@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentcast import MovingDigits
+from latentcast import MovingDigits, prepared_videos
 from latentcast.data import digits as module
 from latentcast.data.benchmarks.digits import MovingMNIST, StochasticMovingMNIST
 from latentcast.data.checking import check_folder
@@ -166,6 +166,16 @@ def test_train_is_made_from_the_prepared_set_alone(idx_files, tmp_path, kind, na
     described = {"motion": motion, "n_digits": 3, "digit_size": 32, "seed": 4, "source": "mnist"}
     assert described.items() <= dataset.describe().items()
     assert dataset._digits.shape == (33, 32, 32)
+
+
+def test_every_split_of_a_set_takes_a_stride(idx_files, tmp_path):
+    prepare(MovingMNIST(idx_files, **FEW), tmp_path / "set")
+    for split in ("train", "val"):
+        dataset = prepared_videos(tmp_path / "set", split, 10, frame_stride=2)
+        assert dataset.fps == 5 and dataset.videos[0].n_frames == 10
+        assert torch.equal(dataset[0]["frames"], prepared_videos(tmp_path / "set", split, 20)[0]["frames"][::2])
+        with pytest.raises(ValueError, match="clip_length"):
+            prepared_videos(tmp_path / "set", split, 11, frame_stride=2)
 
 
 def test_a_re_run_mends_the_copy_of_mnist_in_a_set(idx_files, tmp_path):

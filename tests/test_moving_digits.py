@@ -69,6 +69,18 @@ def test_motion_is_a_reflected_straight_line(size, speeds, lattice):
     assert len(seen) > 1  # signs differ between videos
 
 
+@pytest.mark.parametrize("motion", ["lattice", "deterministic", "stochastic"])
+def test_stride_takes_every_nth_frame_of_the_same_videos(motion):
+    whole, strided = digits(motion=motion), digits(motion=motion, frame_stride=3)
+    assert strided.videos[0].n_frames == 10 and strided.fps == strided.videos[0].fps == pytest.approx(10 / 3)
+    for index in range(3):
+        expected = whole.read_video(index, 0, 30)[::3]
+        assert torch.equal(strided.read_video(index, 0, 10), expected)
+        assert torch.equal(strided.read_video(index, 4, 7), expected[4:7])
+    assert strided[0]["frames"].shape == (10, 1, 64, 64) and len(strided) == 12
+    assert strided.describe() != whole.describe()
+
+
 def _holds(frame, digit):
     """Whether a frame shows this digit and nothing else."""
     if abs(frame.sum() - digit.sum()) > 1e-2:
@@ -286,7 +298,9 @@ def test_sklearn_digits_have_the_stated_contrast():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"clip_length": 31}, "clip_length: expected 1 to video_length=30, found 31"),
+        ({"clip_length": 31}, "clip_length: expected 1 to 30, the frames of a video"),
+        ({"frame_stride": 3, "clip_length": 11}, r"\(video_length=30, frame_stride=3\), found 11"),
+        ({"frame_stride": 0}, "frame_stride: expected at least 1, found 0"),
         ({"source": "svhn"}, "source"),
         ({"channels": 2}, "channels"),
         ({"digit_size": 64}, "digit_size: expected 1 to 63"),

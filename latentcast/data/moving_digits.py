@@ -9,6 +9,7 @@ from .base import VideoDataset, VideoEntry, check_split
 from .digits import MNIST_URL, mnist_digits, sklearn_digits
 
 MOTIONS = ("lattice", "deterministic", "stochastic")
+FPS = 10.0
 MAX_SPEED = 4  # of SVG's generator, pixels a frame on each axis
 
 
@@ -28,7 +29,7 @@ class MovingDigits(VideoDataset):
 
     Args:
         split: "train", "val" or "test".
-        clip_length: frames a clip, at most ``video_length``.
+        clip_length: frames a clip, no more than a video has after ``frame_stride``.
         size: H = W of the frames, pixels.
         channels: 1, or 3 equal ones.
         n_digits: digits a video.
@@ -40,13 +41,12 @@ class MovingDigits(VideoDataset):
         mnist_dir: folder with MNIST's IDX files, gzipped or not; None: downloaded once into the user's cache.
         mnist_url: where they are downloaded from.
         n_videos, n_heldout_videos: videos in train, and in each of val and test.
-        video_length: frames a video.
+        video_length: frames a video, before ``frame_stride``.
+        frame_stride: take every ``frame_stride``-th frame.
         seed: of everything random, but not of the splits.
     Raises:
         OSError: MNIST's files are missing, damaged or out of reach.
     """
-
-    fps = 10.0
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class MovingDigits(VideoDataset):
         n_videos=2000,
         n_heldout_videos=256,
         video_length=16,
+        frame_stride=1,
         seed=0,
     ):
         check_split(split)
@@ -74,11 +75,16 @@ class MovingDigits(VideoDataset):
             raise ValueError(f"source: expected sklearn or mnist, found {source!r}")
         if channels not in (1, 3):
             raise ValueError(f"channels: expected 1 or 3, found {channels}")
-        if not 1 <= clip_length <= video_length:
-            raise ValueError(f"clip_length: expected 1 to video_length={video_length}, found {clip_length}")
-        for name, value in (("n_digits", n_digits), ("n_videos", n_videos), ("n_heldout_videos", n_heldout_videos)):
+        counts = {"n_digits": n_digits, "n_videos": n_videos, "n_heldout_videos": n_heldout_videos}
+        for name, value in (counts | {"frame_stride": frame_stride}).items():
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, found {value}")
+        n_frames = (video_length - 1) // frame_stride + 1
+        if not 1 <= clip_length <= n_frames:
+            raise ValueError(
+                f"clip_length: expected 1 to {n_frames}, the frames of a video (video_length={video_length}, "
+                f"frame_stride={frame_stride}), found {clip_length}"
+            )
         if motion == "lattice":
             speeds, lattice = [4] if speeds is None else list(speeds), 4 if lattice is None else lattice
             if not speeds or min(speeds) < 0:
@@ -96,6 +102,7 @@ class MovingDigits(VideoDataset):
         self.split, self.clip_length, self.size, self.channels, self.seed = split, clip_length, size, channels, seed
         self.n_digits, self.digit_size, self.motion, self.source = n_digits, digit_size, motion, source
         self.speeds, self.lattice, self.video_length = speeds, lattice, video_length
+        self.frame_stride, self.n_frames, self.fps = frame_stride, n_frames, FPS / frame_stride
         self.n_videos = n_videos if split == "train" else n_heldout_videos
         if source == "sklearn":
             self._digits = sklearn_digits(split, digit_size)
@@ -105,7 +112,7 @@ class MovingDigits(VideoDataset):
     @property
     def videos(self):
         """list of VideoEntry."""
-        return [VideoEntry(f"{self.split}-{i:06d}", self.video_length, self.fps) for i in range(self.n_videos)]
+        return [VideoEntry(f"{self.split}-{i:06d}", self.n_frames, self.fps) for i in range(self.n_videos)]
 
     def read_video(self, index, start, stop):
         return self.draw(index, start, stop).float() / 255 * 2 - 1
@@ -124,34 +131,36 @@ class MovingDigits(VideoDataset):
     def trajectories(self, index, start, stop):
         """For each digit of video ``index``: its number among the split's digits, and a list of the row and column of
         its upper left corner in frames ``start:stop``."""
-        if not 0 <= start < stop <= self.video_length:
-            raise ValueError(f"video {index}: expected 0 <= start < stop <= {self.video_length}, found {start}:{stop}")
+        if not 0 <= start < stop <= self.n_frames:
+            raise ValueError(f"video {index}: expected 0 <= start < stop <= {self.n_frames}, found {start}:{stop}")
         if not 0 <= index < self.n_videos:
             raise IndexError(f"video {index}: expected 0 to {self.n_videos - 1}")
         rng = random.Random(f"{self.seed} {self.split} {index}")
         wall = self.size - self.digit_size
+        times = range(start * self.frame_stride, stop * self.frame_stride, self.frame_stride)
         trajectories = []
         for _ in range(self.n_digits):
             digit = rng.randrange(len(self._digits))
             if self.motion == "lattice":
-                rows, columns = (_triangle_wave(rng, wall, self.speeds, self.lattice, start, stop) for _ in range(2))
+                rows, columns = (_triangle_wave(rng, wall, self.speeds, self.lattice, times) for _ in range(2))
                 places = list(zip(rows, columns))
             else:
-                places = _bouncing_line(rng, wall - 1, stop, self.motion == "stochastic")[start:]
+                path = _bouncing_line(rng, wall - 1, times[-1] + 1, self.motion == "stochastic")
+                places = [path[time] for time in times]
             trajectories.append((digit, places))
         return trajectories
 
     def describe(self):
         names = ("split", "size", "channels", "n_digits", "digit_size", "motion", "speeds", "lattice", "source")
-        names += ("n_videos", "video_length", "seed")
+        names += ("n_videos", "video_length", "frame_stride", "seed")
         return {"type": "MovingDigits"} | {name: getattr(self, name) for name in names}
 
 
-def _triangle_wave(rng, wall, speeds, lattice, start, stop):
-    """Positions along one axis at times start..stop-1: constant speed, reflected at 0 and at ``wall``."""
+def _triangle_wave(rng, wall, speeds, lattice, times):
+    """Positions along one axis: constant speed, reflected at 0 and at ``wall``."""
     origin = lattice * rng.randrange(wall // lattice + 1)
     speed = rng.choice(speeds) * rng.choice((-1, 1))
-    unfolded = [(origin + speed * t) % (2 * wall) for t in range(start, stop)]
+    unfolded = [(origin + speed * t) % (2 * wall) for t in times]
     return [min(x, 2 * wall - x) for x in unfolded]
 
 

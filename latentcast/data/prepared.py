@@ -265,10 +265,6 @@ def prepared_videos(root, split, clip_length, size=None, channels=None, *, name=
     manifest = read_set_manifest(root, name)
     if split not in manifest["generated"]:
         return PreparedVideos(root, split, clip_length, size, channels, name=name, frame_stride=frame_stride, seed=seed)
-    if frame_stride != 1:
-        raise ValueError(
-            f"frame_stride: expected 1 for videos that are made as they are asked for, found {frame_stride}"
-        )
     _check_size(root, manifest, size)
     return MovingDigits(
         split,
@@ -276,6 +272,7 @@ def prepared_videos(root, split, clip_length, size=None, channels=None, *, name=
         size=manifest["frame_size"][0],
         channels=channels or manifest["channels"],
         mnist_dir=Path(root) / "mnist",
+        frame_stride=frame_stride,
         **manifest["generated"][split],
     )
 

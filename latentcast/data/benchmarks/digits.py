@@ -1,7 +1,7 @@
 """Moving MNIST and Stochastic Moving MNIST (SM-MNIST), made from MNIST's IDX files."""
 
 from ..digits import MNIST_FILES, mnist_file
-from ..moving_digits import MovingDigits
+from ..moving_digits import FPS, MovingDigits
 from .base import Benchmark, Clip
 
 TRAIN_FILE = "train-images-idx3-ubyte"
@@ -29,7 +29,7 @@ class MovingMNIST(Benchmark):
     name = "moving_mnist"
     protocols = ("svg",)
     channels = 1
-    fps = MovingDigits.fps
+    fps = FPS
     motion = "deterministic"
     usual_length, usual_n_test = 20, 1000
 
