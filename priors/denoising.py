@@ -15,6 +15,8 @@ SCHEDULERS = {
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_lu_lambdas": True},
     ),
+    # its stochastic form, which adds fresh noise at every step as ancestral sampling does
+    "sde-dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
 }

@@ -238,7 +238,7 @@ class SDEDiffusion(Prior):
         fps_multiplier=1,
         motion_seed=None,
         image_seed=None,
-        scheduler="dpmsolver++",
+        scheduler="sde-dpmsolver++",
         n_steps=15,
         use_cache=True,
     ):
@@ -259,7 +259,8 @@ class SDEDiffusion(Prior):
             motion_seed: of the Brownian paths: a whole number, or one for each context. The same seed gives the same
                 motion at a time, whatever other times are asked for.
             image_seed: of the noise that the frames are made from, likewise.
-            scheduler: name in ``denoising.SCHEDULERS`` or a scheduler of diffusers.
+            scheduler: name in ``denoising.SCHEDULERS`` or a scheduler of diffusers. The default is a stochastic one: in
+                so few steps it keeps the quality of 100 ancestral ones better than deterministic solvers do.
             n_steps: denoising steps a frame.
             use_cache: False computes the SPADE maps at every step, as the published code does, instead of once a frame;
                 the same bits (a reference for tests and benchmarks).

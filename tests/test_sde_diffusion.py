@@ -256,7 +256,7 @@ def test_each_frame_is_made_from_the_one_before_at_its_own_time(make):
 
 
 @pytest.mark.parametrize("motion", ["sde", "ode"])
-@pytest.mark.parametrize("scheduler", ["dpmsolver++", "ddpm"])
+@pytest.mark.parametrize("scheduler", ["sde-dpmsolver++", "dpmsolver++", "ddpm"])
 def test_videos_sampled_together_are_those_sampled_alone(make, motion, scheduler):
     """Every sample has its own seeds: neither the batch nor its order nor the number of samples matters."""
     prior = make(motion=motion)
