@@ -15,8 +15,13 @@ SCHEDULERS = {
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_lu_lambdas": True},
     ),
-    # its stochastic form, which adds fresh noise at every step as ancestral sampling does
+    # Their stochastic forms: fresh noise at every step, as in ancestral sampling, wipes out what the noisiest steps did
+    # wrong, where a small error in epsilon is a large one in x_0. The deterministic forms keep it.
     "sde-dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "sde-dpmsolver++_logsnr": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "use_lu_lambdas": True},
+    ),
     "unipc": ("UniPCMultistepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
 }

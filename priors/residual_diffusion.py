@@ -325,7 +325,7 @@ class ResidualDiffusion(Prior):
         num_samples=1,
         generator=None,
         progress=None,
-        scheduler="dpmsolver++_logsnr",
+        scheduler="sde-dpmsolver++_logsnr",
         n_steps=25,
         sample_batch=64,
         use_cache=True,
@@ -344,6 +344,7 @@ class ResidualDiffusion(Prior):
             progress: a callable like ``tqdm``; counts denoising steps.
             scheduler: a name in ``denoising.SCHEDULERS`` or a scheduler of diffusers. The steps of the default are even
                 in log-SNR: residuals are a few percent of sigma, and few steps even in time end before they take shape.
+                And it is stochastic: deterministic solvers end far from mu where the network is still a little wrong.
             n_steps: denoising steps for each frame.
             sample_batch: futures computed at once, which bounds the memory.
             use_cache: False computes what the context adds to the U-Net at every denoising step anew, instead of once

@@ -40,6 +40,24 @@ def test_every_scheduler_finds_the_data(name, betas, kind):
     assert x.mean().item() == pytest.approx(0.4, abs=0.03) and x.std().item() == pytest.approx(0.3, abs=0.03)
 
 
+@pytest.mark.parametrize("steps", ["", "_logsnr"])
+def test_stochastic_solvers_forget_the_errors_of_the_noisiest_steps(steps):
+    """A network that errs by a hundredth in epsilon, in the noisier half of the process."""
+    schedule = noise_schedule(1600, "cosine", "epsilon")
+    noise = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    off = {}
+    for name in (f"dpmsolver++{steps}", f"sde-dpmsolver++{steps}"):
+        scheduler = make_scheduler(name, schedule)
+        best = oracle(scheduler, 0.0, 0.03, "epsilon")
+
+        def predict(x, t, best=best):
+            return best(x, t) + 0.01 * (t[0] > 800)
+
+        x = denoise(predict, noise, scheduler, 25, torch.Generator().manual_seed(1), clamp=1.0)
+        off[name] = x.mean().abs().item()
+    assert off[f"sde-dpmsolver++{steps}"] < off[f"dpmsolver++{steps}"] / 2
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])
 def test_clamping_is_that_of_diffusers(scheduler_class, kind):
