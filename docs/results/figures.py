@@ -56,7 +56,7 @@ def seeded():
 
 
 @torch.no_grad()
-def main(figure, pipeline, data, output, clip, n_frames, overrides):
+def main(figure, pipeline, data, output, clip, n_frames, contrast, overrides):
     pipe = VideoPipeline.from_pretrained(pipeline)
     pipe.prior.eval()
     n_context = pipe.config.n_context
@@ -65,7 +65,7 @@ def main(figure, pipeline, data, output, clip, n_frames, overrides):
     frames = instantiate(config.data)(split="test")[clip]["frames"]
     sampler = parse_options([override for override in overrides if override not in of_data])
     rows = figure(pipe, frames[None, :n_context], frames[n_context:], sampler)
-    write_image(output, contact_sheet(torch.stack([row.clamp(-1, 1) for row in rows])))
+    write_image(output, contact_sheet((torch.stack(rows) * contrast).clamp(-1, 1)))
 
 
 if __name__ == "__main__":
@@ -77,6 +77,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", required=True, metavar="FILE.png")
     parser.add_argument("--clip", type=int, default=0, help="number of the test clip")
     parser.add_argument("--n-frames", type=int, default=10, help="true frames after the context (default: 10)")
+    parser.add_argument("--contrast", type=float, default=1.0, help="factor on all values, of which 0 is grey")
     args = parser.parse_intermixed_args()
     figure = globals()[args.figure]
-    main(figure, args.pipeline, args.data, args.output, args.clip, args.n_frames, args.options)
+    main(figure, args.pipeline, args.data, args.output, args.clip, args.n_frames, args.contrast, args.options)
