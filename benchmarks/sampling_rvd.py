@@ -1,7 +1,8 @@
 """RVD's part of sampling.py: what a frame's steps share computed once, and few of them, against 1600 ancestral ones."""
 
+from common import compare, say, seconds  # isort: skip  (sets the thread policy before torch loads)
+
 import torch
-from common import compare, say, seconds
 
 from latentcast import PixelTokenizer, ResidualDiffusion
 from latentcast.priors.denoising import make_scheduler

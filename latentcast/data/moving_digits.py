@@ -75,8 +75,12 @@ class MovingDigits(VideoDataset):
             raise ValueError(f"source: expected sklearn or mnist, found {source!r}")
         if channels not in (1, 3):
             raise ValueError(f"channels: expected 1 or 3, found {channels}")
-        counts = {"n_digits": n_digits, "n_videos": n_videos, "n_heldout_videos": n_heldout_videos}
-        for name, value in (counts | {"frame_stride": frame_stride}).items():
+        for name, value in (
+            ("n_digits", n_digits),
+            ("n_videos", n_videos),
+            ("n_heldout_videos", n_heldout_videos),
+            ("frame_stride", frame_stride),
+        ):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, found {value}")
         n_frames = (video_length - 1) // frame_stride + 1
