@@ -39,8 +39,8 @@ class Spade(nn.Module):
 class Conditions(NamedTuple):
     """What the U-Net hands to its ResNet blocks, in the place of diffusers' time embedding.
 
-    time: (N, width) embedding of the diffusion time. feature: (N, C, h, w) condition. maps: the scales and shifts of
-    all blocks when they are known already, else None.
+    time: (N, width) embedding of the diffusion time, activated. feature: (N, C, h, w) condition. maps: the scales and
+    shifts of all blocks when they are known already, else None.
     """
 
     time: torch.Tensor
@@ -72,9 +72,10 @@ class SpadeResnetBlock(nn.Module):
         resnet = self.resnet
         h = resnet.conv1(resnet.nonlinearity(resnet.norm1(x)))
         h = self.spade(h, *(self.spade.maps(feature, h.shape[2:]) if maps is None else maps[self.index]))
-        h = h + resnet.time_emb_proj(resnet.nonlinearity(time))[:, :, None, None]
+        h += resnet.time_emb_proj(time)[:, :, None, None]  # in place here and below, which autograd allows
         h = resnet.conv2(resnet.nonlinearity(resnet.norm2(h)))
-        return h + (x if resnet.conv_shortcut is None else resnet.conv_shortcut(x))
+        h += x if resnet.conv_shortcut is None else resnet.conv_shortcut(x)
+        return h
 
 
 class SpadeUNet(nn.Module):
@@ -159,7 +160,8 @@ class SpadeUNet(nn.Module):
             (N, out_channels, H, W).
         """
         unet = self.unet
-        conditions = Conditions(unet.time_embedding(unet.time_proj(t).to(x.dtype)), feature, maps)
+        time = F.silu(unet.time_embedding(unet.time_proj(t).to(x.dtype)))
+        conditions = Conditions(time, feature, maps)
         h = unet.conv_in(x)
         skips = (h,)
         for block in unet.down_blocks:
