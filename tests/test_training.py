@@ -31,6 +31,8 @@ from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview
 from latentcast.training.loggers import read_metrics
 from latentcast.training.run import TrainingRun, check_checkpoint, preview_clips, replacing_folder
 
+EPOCH = N_CLIPS // 8  # steps
+
 
 class Stop(pl.Callback):
     """Sends this process a signal in the middle of a step."""
@@ -255,6 +257,25 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
     clips, frames = (dict(figures[f"throughput/{unit}_per_s"]) for unit in ("clips", "frames"))
     assert clips and all(frames[step] == pytest.approx(4 * clips[step]) for step in clips)
     assert (run.run_dir / "metrics/tokenizer_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "overrides, every",
+    [
+        ([], 2 * EPOCH),  # a tenth of the run, one and a half epochs
+        (["least_steps_between_val=4"], 2 * EPOCH),
+        (["least_steps_between_val=3"], EPOCH),
+        (["least_steps_between_val=0"], EPOCH),
+        (["trainer.accumulate_grad_batches=2", "least_steps_between_val=3"], 4),  # two steps an epoch
+        (["trainer.check_val_every_n_epoch=3"], 3 * EPOCH),
+        (["trainer.val_check_interval=1"], 1),
+        (["trainer.val_check_interval=5", "trainer.check_val_every_n_epoch=null"], 5),
+    ],
+)
+def test_short_epochs_share_a_validation(tmp_path, overrides, every):
+    _, _, run = fit(tiny_config(tmp_path, "trainer.max_steps=50", *overrides))
+    steps = {step + 1 for step, _ in curves(run)["val/loss"]}
+    assert steps == {*range(every, 51, every), 50}  # in the end in any case
 
 
 def test_codebook_usage_covers_the_whole_epoch_and_warns_by_name(tmp_path, caplog):

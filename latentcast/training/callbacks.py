@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -167,8 +168,29 @@ class FinishStepOnInterrupt(Callback):
         self._restore()
 
 
+class ValidationInterval(Callback):
+    """Validates after every n-th epoch, where epochs are short: those over few videos take less time than a validation.
+
+    Args:
+        least_steps: n is the smallest number of epochs that have so many steps, or a tenth of the run's if that is
+            less. A Trainer that is told more epochs, or to validate by steps, keeps to that.
+    """
+
+    def __init__(self, least_steps):
+        self.least_steps = least_steps
+
+    def on_train_start(self, trainer, pl_module):
+        n_batches = trainer.num_training_batches  # of an epoch
+        if trainer.check_val_every_n_epoch is None or trainer.val_check_batch != n_batches:
+            return
+        steps = min(self.least_steps, trainer.estimated_stepping_batches // 10)
+        epochs = math.ceil(steps / math.ceil(n_batches / trainer.accumulate_grad_batches))
+        trainer.check_val_every_n_epoch = max(trainer.check_val_every_n_epoch, epochs)
+
+
 class CodebookMonitor(Callback):
-    """Logs usage, perplexity and dead fraction of every codebook over each training epoch and each validation.
+    """Logs usage, perplexity and dead fraction of every codebook: in training over the epochs since the validation
+    before, and over each validation.
 
     Args:
         codebook_sizes: as in ``latent_spec``.
@@ -184,7 +206,8 @@ class CodebookMonitor(Callback):
         self.val.to(pl_module.device).update(outputs["codes"])
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self._report(trainer, pl_module, self.train, "train")
+        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+            self._report(trainer, pl_module, self.train, "train")
 
     def on_validation_epoch_end(self, trainer, pl_module):
         self._report(trainer, pl_module, self.val, "val")

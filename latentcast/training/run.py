@@ -19,7 +19,14 @@ from torch.utils.data import default_collate
 from latentcast.cli import UserError, prepare_run_dir
 from latentcast.config import instantiate, to_container
 
-from .callbacks import FinishStepOnInterrupt, LastCheckpoint, StepSeed, Throughput, WeightAverage
+from .callbacks import (
+    FinishStepOnInterrupt,
+    LastCheckpoint,
+    StepSeed,
+    Throughput,
+    ValidationInterval,
+    WeightAverage,
+)
 from .loggers import CSVMetrics, WandbRun, plot_curves, read_metrics
 
 logger = logging.getLogger("latentcast")
@@ -50,6 +57,8 @@ class TrainingRun:
             raise UserError(f"final_weights: expected last or best, found {config.final_weights!r}")
         if not 0 <= config.ema_decay < 1:
             raise UserError(f"ema_decay: expected at least 0 and below 1, found {config.ema_decay}")
+        if config.least_steps_between_val < 0:
+            raise UserError(f"least_steps_between_val: expected at least 0, found {config.least_steps_between_val}")
         for group in ("prior" if stage == "joint" else stage, "data", "trainer"):
             if config[group] is None:
                 raise UserError(f"{group}: the experiment names none; choose one by {group}=NAME")
@@ -128,6 +137,7 @@ class TrainingRun:
             callbacks=[
                 *([average] if average else []),
                 StepSeed(config.seed),
+                ValidationInterval(config.least_steps_between_val),
                 Throughput(),
                 LearningRateMonitor("step"),
                 *callbacks,
