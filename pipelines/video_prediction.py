@@ -10,6 +10,7 @@ import torch
 from diffusers.utils import BaseOutput
 
 from latentcast.modeling import eval_mode
+from latentcast.priors.base import check_counts
 from latentcast.tokenizers.base import check_frames
 
 from .base import VideoPipeline
@@ -42,7 +43,7 @@ class VideoPredictionPipeline(VideoPipeline):
     """
 
     _optional_components = ["tokenizer", "scheduler"]  # noqa: RUF012 (diffusers' name)
-    model_cpu_offload_seq = "tokenizer->prior->tokenizer"
+    model_cpu_offload_seq = "tokenizer->prior"  # and back
 
     def __init__(self, prior, tokenizer=None, scheduler=None, n_context=None, fps=None):
         super().__init__()
@@ -95,16 +96,24 @@ class VideoPredictionPipeline(VideoPipeline):
         Raises:
             ValueError: wrong shape or range of frames, too short a context, or an option that is not known.
         """
+        if frame_times is not None:
+            try:
+                frame_times = torch.as_tensor(frame_times, dtype=torch.float32, device=self._execution_device)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"frame_times: expected numbers, found {frame_times!r}") from None
         if n_frames is None:
-            n_frames = 16 if frame_times is None else torch.atleast_1d(torch.as_tensor(frame_times)).shape[-1]
+            n_frames = 16 if frame_times is None else torch.atleast_1d(frame_times).shape[-1]
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator: expected one torch.Generator, found {type(generator).__name__}")
         frames = self.check_inputs(frames, n_frames, num_samples, output_type, frame_times, sampler, decode_batch)
         if frame_times is not None:
-            sampler["frame_times"] = torch.as_tensor(frame_times, dtype=torch.float32, device=self._execution_device)
+            sampler["frame_times"] = frame_times
         if self.scheduler is not None:
             sampler["scheduler"] = self.scheduler
 
         with eval_mode(self.prior, self.tokenizer):
             context = self.encode(frames)
+            _onload(self.prior)
             future = self.prior.sample(
                 context,
                 n_frames,
@@ -122,6 +131,7 @@ class VideoPredictionPipeline(VideoPipeline):
         frames = frames.to(self._execution_device)
         if self.prior.accepts == "pixels":
             return frames.to(self.prior.dtype)
+        _onload(self.tokenizer)
         output = self.tokenizer.encode(frames)
         return output.codes if self.prior.accepts == "codes" else output.latents.to(self.prior.dtype)
 
@@ -129,6 +139,7 @@ class VideoPredictionPipeline(VideoPipeline):
         """What the prior predicts, (B, S, T, ...) -> (B, S, T, C, H, W) float32 in [-1, 1]. Never quantises."""
         if self.prior.accepts == "pixels":
             return future.float().clamp(-1, 1)
+        _onload(self.tokenizer)
         frames = []
         for part in future.flatten(0, 2).split(decode_batch):
             part = part[:, None]
@@ -142,9 +153,9 @@ class VideoPredictionPipeline(VideoPipeline):
             frames = frames[None]
         spec = self.prior.config.latent_spec
         check_frames(frames, spec["frame_channels"], spec["frame_height"], spec["frame_width"])
-        for name, value in {"n_frames": n_frames, "num_samples": num_samples, "decode_batch": decode_batch}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
+        check_counts(n_frames=n_frames, num_samples=num_samples, decode_batch=decode_batch)
+        if not len(frames):
+            raise ValueError("frames: expected at least one clip, found none")
         self.prior.check_context(frames.shape[1], frames.shape[1] + n_frames)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, found {output_type!r}")
@@ -152,7 +163,7 @@ class VideoPredictionPipeline(VideoPipeline):
         if frame_times is not None:
             if "frame_times" not in known:
                 raise ValueError(f"{type(self.prior).__name__} predicts whole frame steps: it takes no frame_times")
-            shape = tuple(torch.as_tensor(frame_times).shape)
+            shape = tuple(frame_times.shape)
             if shape not in ((n_frames,), (len(frames), n_frames)):
                 raise ValueError(
                     f"frame_times: expected shape ({n_frames},) or ({len(frames)}, {n_frames}), found {shape}"
@@ -165,6 +176,13 @@ class VideoPredictionPipeline(VideoPipeline):
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"unknown sampler option {name!r}{hint} (known: {', '.join(known) or 'none'})")
         return frames
+
+
+def _onload(model):
+    """Bring a model to the GPU that ``enable_model_cpu_offload`` keeps on the CPU; that alone minds ``forward``."""
+    hook = getattr(model, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(model)
 
 
 def _check_same_spec(prior_spec, tokenizer_spec):

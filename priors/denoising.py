@@ -5,6 +5,8 @@ import inspect
 import diffusers
 import torch
 
+from .base import check_counts
+
 # name -> (class in diffusers, its arguments beyond the forward process). "trailing" steps begin at the noisiest time.
 SCHEDULERS = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),  # ancestral sampling
@@ -27,25 +29,26 @@ SCHEDULERS = {
 }
 
 
-def noise_schedule(n_steps, betas, prediction_type):
+def noise_schedule(n_diffusion_steps, betas, prediction_type):
     """The forward process as diffusers' schedulers are configured.
 
     Args:
-        n_steps: N, the number of diffusion steps in training.
+        n_diffusion_steps: N, the number of diffusion steps in training.
         betas: "linear" (Ho et al. 2020, from 1e-4 to .02) or "cosine" (Nichol and Dhariwal 2021).
         prediction_type: what the network predicts: "epsilon", "v_prediction" or "sample".
     Returns:
         dict for ``make_scheduler``; JSON-able.
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or no steps.
     """
+    check_counts(n_diffusion_steps=n_diffusion_steps)
     names = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
     if betas not in names:
         raise ValueError(f"betas: expected linear or cosine, found {betas!r}")
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(f"prediction_type: expected epsilon, v_prediction or sample, found {prediction_type!r}")
     return {
-        "num_train_timesteps": n_steps,
+        "num_train_timesteps": n_diffusion_steps,
         "beta_schedule": names[betas],
         "beta_start": 1e-4,
         "beta_end": 0.02,
@@ -58,13 +61,20 @@ def make_scheduler(scheduler, schedule):
 
     Args:
         scheduler: a name in ``SCHEDULERS``, or an instance (a pipeline's component), of which class and options are
-            taken; the forward process is always that of the training.
+            taken; the forward process is always that of the training, and x_0 is clamped by ``denoise`` alone.
         schedule: of ``noise_schedule``.
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a scheduler of another kind of process (flow matching, EDM).
     """
     if isinstance(scheduler, diffusers.SchedulerMixin):
-        return type(scheduler).from_config(scheduler.config, **schedule)
+        if not all(hasattr(scheduler, name) for name in ("alphas_cumprod", "init_noise_sigma")):
+            raise ValueError(
+                f"scheduler: expected one with the discrete noise levels of DDPM (alphas_cumprod), like DDIMScheduler, "
+                f"found {type(scheduler).__name__}"
+            )
+        ours = {"clip_sample": False, "trained_betas": None, "rescale_betas_zero_snr": False}
+        ours = {name: value for name, value in ours.items() if name in scheduler.config}
+        return type(scheduler).from_config(scheduler.config, **schedule, **ours)
     if scheduler not in SCHEDULERS:
         raise ValueError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, found {scheduler!r}")
     name, options = SCHEDULERS[scheduler]
@@ -89,16 +99,16 @@ def denoise(predict, noise, scheduler, n_steps, generator=None, clamp=None, on_s
     Raises:
         ValueError: more steps than the process has, or fewer than one.
     """
+    check_counts(n_steps=n_steps)
     n_train = scheduler.config.num_train_timesteps
-    if not 1 <= n_steps <= n_train:
+    if n_steps > n_train:
         raise ValueError(f"n_steps: expected 1 to {n_train}, found {n_steps}")
     scheduler.set_timesteps(n_steps, device=noise.device)
     if hasattr(scheduler, "set_begin_index"):  # else one whose first two times round to the same step skips one
         scheduler.set_begin_index(0)
     noisy = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     x = noise.float() * scheduler.init_noise_sigma
-    alpha_bars = scheduler.alphas_cumprod.to(x)[scheduler.timesteps.to(x.device).long()]  # no step waits for the GPU
-    for t, alpha_bar in zip(scheduler.timesteps, alpha_bars):
+    for t, alpha_bar in zip(scheduler.timesteps, _noise_levels(scheduler).to(x)):  # moved once: no step waits
         scaled = scheduler.scale_model_input(x, t)
         output = predict(scaled, t.expand(len(x))).float()
         if clamp is not None:
@@ -107,6 +117,17 @@ def denoise(predict, noise, scheduler, n_steps, generator=None, clamp=None, on_s
         if on_step is not None:
             on_step()
     return x
+
+
+def _noise_levels(scheduler):
+    """alpha_bar of each step (n_steps,), as the scheduler itself counts.
+
+    Steps even in log-SNR lie between the times of training; the scheduler tells the network the nearest of those.
+    """
+    times, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", ())
+    if len(sigmas) == len(times) + 1:
+        return 1 / (1 + sigmas[:-1].double().cpu() ** 2)
+    return scheduler.alphas_cumprod[times.cpu().long()]
 
 
 def clean_sample(output, x, alpha_bar, prediction_type):
@@ -128,6 +149,11 @@ def network_output(x_0, x, alpha_bar, prediction_type):
 def _clamped(output, x, alpha_bar, prediction_type, bound):
     x_0 = clean_sample(output, x, alpha_bar, prediction_type).clamp(-bound, bound)
     return network_output(x_0, x, alpha_bar, prediction_type)
+
+
+def precise(x):
+    """x in at least fp32, whatever autocast or the weights made of it: bf16 rounds the least noise to none."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def noised(x_0, noise, alpha_bar, prediction_type):

@@ -107,9 +107,10 @@ class RecurrentVAE(Prior):
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
-        for name, value, least in (("n_groups", n_groups, 0), ("group_dim", group_dim, 1)):
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, found {value}")
+        check_counts(least=0, n_groups=n_groups)
+        check_counts(group_dim=group_dim)
+        if beta < 0:
+            raise ValueError(f"beta: expected at least 0, found {beta}")
         sizes = (latent_spec["channels"], latent_spec["height"], latent_spec["width"], dim, hidden_channels)
         make_encoder, make_decoder = NETWORKS[network]
         if network != "latent":

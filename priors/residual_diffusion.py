@@ -18,8 +18,8 @@ from latentcast.layers.linear_attention import LinearAttention
 from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResBlock, double, halve
 from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, check_counts, no_progress
-from .denoising import denoise, make_scheduler, noise_schedule, noised
+from .base import Prior, PriorOutput, check_counts, check_widths, no_progress
+from .denoising import denoise, make_scheduler, noise_schedule, noised, precise
 
 PIXEL_BOUND = 2.0  # two frames in [-1, 1] differ by no more
 LATENT_BOUND = 10.0  # latents have unit variance: hardly ever reached, but it keeps the noisiest steps from exploding
@@ -178,7 +178,8 @@ class ResidualDiffusion(Prior):
             over pixels 2, or 1 where the frame itself is diffused, over latents 10.
         gradient_checkpointing: recompute each level's activations in the backward pass: less memory, more time.
     Raises:
-        ValueError: an unknown loss, a width that is no multiple of 8, or a frame that cannot be halved often enough.
+        ValueError: an unknown loss, a width that is no multiple of 8, a frame that cannot be halved often enough, a
+            negative weight, or an option of the residual without one.
     """
 
     _supports_gradient_checkpointing = True
@@ -209,6 +210,11 @@ class ResidualDiffusion(Prior):
         for name, value in (("sigma", sigma), ("residual_bound", residual_bound)):
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: expected a positive number, found {value}")
+        if mu_weight < 0:
+            raise ValueError(f"mu_weight: expected at least 0, found {mu_weight}")
+        if not residual and (learned_sigma or mu_weight):
+            name = "learned_sigma" if learned_sigma else "mu_weight"
+            raise ValueError(f"{name}: expected none without a residual, found {learned_sigma or mu_weight}")
         networks = {"denoising_multipliers": denoising_multipliers}
         if residual:
             networks["transform_multipliers"] = transform_multipliers
@@ -259,8 +265,8 @@ class ResidualDiffusion(Prior):
         mu, scale = self.transform(memory["transform"])
         sigma = self.config.sigma
         if scale is not None:
-            sigma = sigma * (LEAST_SCALE + (1 - LEAST_SCALE) * _precise(scale).sigmoid())
-        return _precise(mu), sigma
+            sigma = sigma * (LEAST_SCALE + (1 - LEAST_SCALE) * precise(scale).sigmoid())
+        return precise(mu), sigma
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -280,7 +286,7 @@ class ResidualDiffusion(Prior):
         self.check_context(n_context, clip.shape[1])
         n_clips, n_frames = clip.shape[:2]
         frames = clip.transpose(0, 1)
-        past, target = frames[:-1].flatten(0, 1), _precise(frames[n_context:].flatten(0, 1))
+        past, target = frames[:-1].flatten(0, 1), precise(frames[n_context:].flatten(0, 1))
         memory = _rows(self.observe(past.to(self.dtype), n_frames - 1), slice((n_context - 1) * n_clips, None))
 
         mu, sigma = self.predict_frame(memory)
@@ -418,8 +424,7 @@ class ResidualDiffusion(Prior):
 
 def _widths(latent_spec, width, name, multipliers):
     """Channels of a network's levels; refuses frames whose sides cannot be halved from level to level."""
-    if not multipliers or any(not isinstance(m, int) or m < 1 for m in multipliers):
-        raise ValueError(f"{name}: expected whole numbers of at least 1, found {list(multipliers)}")
+    check_widths(**{name: multipliers})
     sides, stride = (latent_spec["height"], latent_spec["width"]), 2 ** (len(multipliers) - 1)
     if any(side % stride for side in sides):
         raise ValueError(
@@ -427,11 +432,6 @@ def _widths(latent_spec, width, name, multipliers):
             f"{sides[0]} x {sides[1]}; give fewer levels"
         )
     return [width * multiplier for multiplier in multipliers]
-
-
-def _precise(x):
-    """x in at least fp32, whatever autocast or the weights made of it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _rows(memory, index):

@@ -7,15 +7,16 @@ import torch
 
 def check_sampling(temperature, top_k, top_p):
     """Refuse sampling options outside their ranges."""
-    if not (_is_number(temperature) and temperature >= 0):
+    if not (is_number(temperature) and temperature >= 0):
         raise ValueError(f"temperature: expected a number >= 0, found {temperature!r}")
-    if top_k is not None and not (_is_number(top_k) and top_k >= 1 and top_k % 1 == 0):
+    if top_k is not None and not (is_number(top_k) and top_k >= 1 and top_k % 1 == 0):
         raise ValueError(f"top_k: expected an integer >= 1 or None, found {top_k!r}")
-    if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
+    if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
         raise ValueError(f"top_p: expected a number in (0, 1] or None, found {top_p!r}")
 
 
-def _is_number(value):
+def is_number(value):
+    """Whether it is a real number; False and True are not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -18,8 +18,9 @@ from latentcast.layers.neural_sde import NeuralSDE
 from latentcast.layers.spade_unet import SpadeUNet
 from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, check_counts, no_progress
-from .denoising import denoise, make_scheduler, min_snr_weight, noise_schedule, noised
+from .base import Prior, PriorOutput, check_counts, check_widths, no_progress
+from .denoising import denoise, make_scheduler, min_snr_weight, noise_schedule, noised, precise
+from .sampling import is_number
 
 
 class MotionEncoder(nn.Sequential):
@@ -120,8 +121,11 @@ class SDEDiffusion(Prior):
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected {' or '.join(known)}, found {value!r}")
-        if n_sampled_frames is not None and n_sampled_frames < 1:
-            raise ValueError(f"n_sampled_frames: expected at least 1 or None, found {n_sampled_frames}")
+        check_counts(n_blocks=n_blocks, head_dim=head_dim, norm_groups=norm_groups)
+        check_counts(least=0, attention_from=attention_from)
+        check_widths(motion_channels=motion_channels, motion_kernels=motion_kernels, block_channels=block_channels)
+        if n_sampled_frames is not None:
+            check_counts(n_sampled_frames=n_sampled_frames)
         if min_snr_gamma is not None and not min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma: expected above 0 or None, found {min_snr_gamma}")
         channels, size = latent_spec["channels"], (latent_spec["height"], latent_spec["width"])
@@ -196,19 +200,20 @@ class SDEDiffusion(Prior):
             steps = torch.arange(1, n_future + 1, device=device).expand(batch, -1)
             seeds, source = [(0, row) for row in range(batch)], {"generator": torch.Generator().manual_seed(0)}
 
-        start = self.encode_motion(clip[:, :n_context])
+        start = self.encode_motion(clip[:, :n_context].to(self.dtype))
         feature = self.motion_sde(start, steps, seeds).flatten(0, 1)  # line 10; Eqs. 13 and 14
         before = steps - 1
         if config.previous_frame == "sampled":
             before = torch.cat([torch.zeros_like(steps[:, :1]), steps[:, :-1]], 1)
         rows = torch.arange(batch, device=device)[:, None]
-        x_0, previous = (clip[rows, n_context - 1 + index].flatten(0, 1) for index in (steps, before))
+        x_0, previous = (precise(clip[rows, n_context - 1 + index]).flatten(0, 1) for index in (steps, before))
 
         times = torch.randint(config.n_diffusion_steps, (len(x_0),), **source).to(device)  # line 11
         noise = torch.randn(x_0.shape, **source).to(x_0)
         alpha_bar = self.alpha_bars.to(x_0)[times].view(-1, 1, 1, 1)
         x_l, target = noised(x_0, noise, alpha_bar, config.prediction_type)  # line 12, gamma_l^2 = alpha_bar
-        error = self.unet(torch.cat([x_l, previous], 1), times, feature.to(x_l.dtype)).float() - target
+        noisy = torch.cat([x_l, previous], 1).to(self.dtype)
+        error = precise(self.unet(noisy, times, feature.to(self.dtype))) - target
         loss = error.abs() if config.loss == "l1" else error.square()  # line 14
         if config.min_snr_gamma is not None:
             loss = loss * min_snr_weight(alpha_bar, config.min_snr_gamma, config.prediction_type)
@@ -308,8 +313,8 @@ class SDEDiffusion(Prior):
 def frame_times_of(n_frames, batch, frame_times, fps_multiplier):
     """The times to predict, (batch, n_frames) float32; refuses those that are not positive and increasing."""
     if frame_times is None:
-        if not fps_multiplier > 0:
-            raise ValueError(f"fps_multiplier: expected a number above 0, found {fps_multiplier}")
+        if not (is_number(fps_multiplier) and fps_multiplier > 0):
+            raise ValueError(f"fps_multiplier: expected a number above 0, found {fps_multiplier!r}")
         times = torch.arange(1, n_frames + 1) / fps_multiplier
     elif fps_multiplier != 1:
         raise ValueError(f"fps_multiplier: expected 1 where frame_times are given, found {fps_multiplier}")

@@ -202,16 +202,8 @@ class STPixelCNN(Prior):
         sizes = list(latent_spec["codebook_sizes"])
         if not sizes:
             raise ValueError(f"latent_spec: ST-PixelCNN needs codes, found kind {latent_spec['kind']!r}")
-        for name, value, least in (
-            ("n_frames", n_frames, 2),
-            ("dim", dim, 1),
-            ("n_blocks", n_blocks, 1),
-            ("block_layers", block_layers, 1),
-            ("kernel_frames", kernel_frames, 2),
-            ("n_heads", n_heads, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, found {value}")
+        check_counts(least=2, n_frames=n_frames, kernel_frames=kernel_frames)
+        check_counts(dim=dim, n_blocks=n_blocks, block_layers=block_layers, n_heads=n_heads)
         for name, value, known in (
             ("layers", layers, ("separate", "shared")),
             ("attention", attention, ATTENTION_FORMS),
@@ -336,7 +328,8 @@ class STPixelCNN(Prior):
         length, n_context = self.grid[0], context.shape[1]
         if overlap is None:
             overlap = length // 2
-        elif not 1 <= overlap < length:
+        check_counts(overlap=overlap)
+        if overlap >= length:
             raise ValueError(f"overlap: expected 1 to {length - 1} (n_frames - 1), found {overlap}")
         video = (context + self.first_row).repeat_interleave(num_samples, 0)
         choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}

@@ -275,14 +275,17 @@ class VideoTransformer(Prior):
         sizes = list(latent_spec["codebook_sizes"])
         if not sizes:
             raise ValueError(f"latent_spec: the video transformer needs codes, found kind {latent_spec['kind']!r}")
+        check_counts(n_frames=n_frames, dim=dim, embed_dim=embed_dim, n_heads=n_heads)
+        check_counts(head_dim=head_dim, n_layers=n_layers)
         grid = (n_frames, latent_spec["height"], latent_spec["width"])
         subscale = tuple(subscale)
         if len(subscale) != 3 or any(not isinstance(s, int) or s < 1 or n % s for s, n in zip(subscale, grid)):
             raise ValueError(f"subscale: expected three divisors of (T, h, w) = {grid}, found {list(subscale)}")
         if attention not in ATTENTION_FORMS:
             raise ValueError(f"attention: expected one of {', '.join(ATTENTION_FORMS)}, found {attention!r}")
-        if context_frames is not None and context_frames < 1:
-            raise ValueError(f"context_frames: expected at least 1 or None, found {context_frames}")
+        for name, value in (("context_frames", context_frames), ("slices_per_clip", slices_per_clip)):
+            if value is not None:
+                check_counts(**{name: value})
         self.codebook_sizes, self.grid, self.subscale = sizes, grid, subscale
         self.single_frame = subscale[0] == n_frames and subscale[1:] == (1, 1)
         slice_grid = tuple(size // s for size, s in zip(grid, subscale))

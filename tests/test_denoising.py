@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+)
 
 from latentcast.priors.denoising import (
     SCHEDULERS,
@@ -80,6 +87,33 @@ def test_clamping_is_that_of_diffusers(scheduler_class, kind):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("betas", ["linear", "cosine"])
+@pytest.mark.parametrize("name", ["dpmsolver++", "dpmsolver++_logsnr", "sde-dpmsolver++_logsnr", "unipc"])
+def test_the_clamp_holds_in_what_the_scheduler_makes_of_it(name, betas):
+    scheduler = make_scheduler(name, noise_schedule(1000, betas, "epsilon"))
+    convert, found = scheduler.convert_model_output, []
+
+    def record(*arguments, **options):
+        found.append(convert(*arguments, **options))
+        return found[-1]
+
+    scheduler.convert_model_output = record
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    denoise(lambda x, t: torch.sin(3 * x), noise, scheduler, 25, torch.Generator().manual_seed(1), clamp=0.7)
+    assert len(found) == 25 and all(x_0.abs().max() < 0.72 for x_0 in found)
+
+
+@pytest.mark.parametrize("component", [HeunDiscreteScheduler, KDPM2DiscreteScheduler])
+def test_clamping_hardly_changes_what_lies_within_the_bound(component):
+    schedule = noise_schedule(1000, "linear", "epsilon")
+    noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
+    found = []
+    for clamp in (None, 4.0):
+        scheduler = make_scheduler(component(), schedule)
+        found.append(denoise(oracle(scheduler, 0.4, 0.3, "epsilon"), noise, scheduler, 50, clamp=clamp))
+    torch.testing.assert_close(*found, rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_outputs_and_clean_samples_are_inverse(kind):
     x, x_0 = torch.randn(2, 5, 3, dtype=torch.float64)
@@ -89,21 +123,39 @@ def test_outputs_and_clean_samples_are_inverse(kind):
 
 
 def test_a_component_keeps_its_options_and_takes_the_forward_process_of_the_training():
-    component = DDIMScheduler(num_train_timesteps=77, beta_schedule="linear", rescale_betas_zero_snr=False)
-    scheduler = make_scheduler(component, noise_schedule(30, "cosine", "v_prediction"))
-    assert isinstance(scheduler, DDIMScheduler) and scheduler.config.num_train_timesteps == 30
-    assert scheduler.config.prediction_type == "v_prediction" and scheduler is not component
+    schedule = noise_schedule(30, "cosine", "v_prediction")
+    component = DDIMScheduler(77, trained_betas=[0.1] * 77, rescale_betas_zero_snr=True, set_alpha_to_one=False)
+    scheduler = make_scheduler(component, schedule)
+    assert isinstance(scheduler, DDIMScheduler) and scheduler is not component
+    assert scheduler.config.num_train_timesteps == 30 and scheduler.config.prediction_type == "v_prediction"
+    assert not scheduler.config.set_alpha_to_one
+    torch.testing.assert_close(scheduler.alphas_cumprod, make_scheduler("ddpm", schedule).alphas_cumprod)
+
+
+@pytest.mark.parametrize("component", [DDIMScheduler(), DDPMScheduler()])  # which clip x_0 to [-1, 1] by default
+def test_a_component_does_not_clip(component):
+    scheduler = make_scheduler(component, noise_schedule(1000, "linear", "epsilon"))
+    noise = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    x = denoise(oracle(scheduler, 0.0, 1.0, "epsilon"), noise, scheduler, 100, torch.Generator().manual_seed(1))
+    assert x.std().item() == pytest.approx(1, abs=0.06) and x.abs().max() > 2.5
 
 
 def test_unknown_names_and_step_counts_are_refused():
     schedule = noise_schedule(10, "linear", "epsilon")
     for call, message in (
         (lambda: make_scheduler("dppm", schedule), "scheduler: expected one of"),
+        (lambda: make_scheduler(FlowMatchEulerDiscreteScheduler(), schedule), "scheduler: expected one with .* DDPM"),
+        (lambda: make_scheduler(EDMEulerScheduler(), schedule), "scheduler: .* found EDMEulerScheduler"),
+        (lambda: noise_schedule(0, "linear", "epsilon"), "n_diffusion_steps: expected a whole number of at least 1"),
         (lambda: noise_schedule(10, "quadratic", "epsilon"), "betas: expected"),
         (lambda: noise_schedule(10, "linear", "noise"), "prediction_type: expected"),
         (
             lambda: denoise(lambda x, t: x, torch.randn(1, 2), make_scheduler("ddim", schedule), 11),
             "n_steps: expected 1 to 10",
+        ),
+        (
+            lambda: denoise(lambda x, t: x, torch.randn(1, 2), make_scheduler("ddim", schedule), 2.5),
+            "n_steps: expected a whole number of at least 1, found 2.5",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,9 +9,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DDPMScheduler
 from diffusers.configuration_utils import register_to_config
-from tiny import random_frames, tiny_tokenizer
+from tiny import random_frames, small_sde_diffusion, tiny_tokenizer
 
 from latentcast import PixelTokenizer, Prior, VideoPredictionPipeline, VideoTransformer
 from latentcast.pipelines.base import VideoPipeline
@@ -211,6 +212,9 @@ def test_the_progress_bar_follows_the_sampler(frames, capfd):
         ({"frames": np.zeros((2, 2, 1, 8, 16))}, "frames: expected a tensor"),
         ({"frames": torch.zeros(2, 2, 1, 8, 16, dtype=torch.uint8)}, "frames: expected floats"),
         ({"frames": torch.full((2, 2, 1, 8, 16), 255.0)}, r"frames: expected values in \[-1, 1\]"),
+        ({"frames": torch.zeros(0, 2, 1, 8, 16)}, "frames: expected at least one clip, found none"),
+        ({"generator": [torch.Generator()]}, "generator: expected one torch.Generator, found list"),
+        ({"frame_times": "a"}, "frame_times: expected numbers, found 'a'"),
         ({"frames": torch.zeros(2, 0, 1, 8, 16)}, "n_context: expected at least 1, found 0"),
         ({"n_frames": 0}, "n_frames: expected a whole number of at least 1, found 0"),
         ({"n_frames": 2.5}, "n_frames: expected a whole number"),
@@ -225,6 +229,23 @@ def test_the_progress_bar_follows_the_sampler(frames, capfd):
 def test_bad_calls_are_refused(pipe, frames, change, message):
     with pytest.raises(ValueError, match=message):
         pipe(**{"frames": frames, "n_frames": 2, **change})
+
+
+def test_cpu_offload_brings_each_model_in_before_its_turn():
+    pipe = VideoPredictionPipeline(small_sde_diffusion("kl_vae").eval(), tiny_tokenizer("kl_vae"))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.model_cpu_offload_seq == "tokenizer->prior"
+    turns = []
+
+    class Record(ModelHook):
+        def pre_forward(self, module, *arguments, **options):
+            turns.append(type(module).__name__)
+            return arguments, options
+
+    for model in (pipe.tokenizer, pipe.prior):
+        add_hook_to_module(model, Record())
+    pipe(random_frames(pipe.tokenizer, batch=1, n_frames=2), n_frames=1, n_steps=1)
+    assert turns == ["KLVAE", "SDEDiffusion", "KLVAE"]
 
 
 def test_models_that_do_not_belong_together_are_refused():

@@ -423,8 +423,8 @@ def test_posterior_draws_are_those_that_the_loss_decodes():
         ({"z_groups": {1: "x"}}, "z_groups: group 1: expected a number or numbers, found 'x'"),
         ({"z_groups": {1: [[0.0], [1.0, 2.0]]}}, "z_groups: group 1: expected a number or numbers, found"),
         ({"z_groups": 1}, "z_groups: expected a mapping from groups to values, like {1: 0}, found 1"),
-        ({"sample_batch": 0}, "sample_batch: expected at least 1, found 0"),
-        ({"num_samples": 0}, "num_samples: expected at least 1, found 0"),
+        ({"sample_batch": 0}, "sample_batch: expected a whole number of at least 1, found 0"),
+        ({"num_samples": 0}, "num_samples: expected a whole number of at least 1, found 0"),
     ],
 )
 def test_bad_sampler_options(options, message):
@@ -449,8 +449,9 @@ def test_no_groups_to_fix():
         ({"network": "resnet"}, "network: expected one of dcgan, vgg, latent, found 'resnet'"),
         ({"aligner": "decoder"}, "aligner: expected one of none, paper, encoder_value, found 'decoder'"),
         ({"kl_reduction": "total"}, "kl_reduction: expected one of sum, mean, found 'total'"),
-        ({"n_groups": -1}, "n_groups: expected at least 0, found -1"),
-        ({"group_dim": 0}, "group_dim: expected at least 1, found 0"),
+        ({"n_groups": -1}, "n_groups: expected a whole number of at least 0, found -1"),
+        ({"group_dim": 0}, "group_dim: expected a whole number of at least 1, found 0"),
+        ({"beta": -1.0}, "beta: expected at least 0, found -1.0"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -208,9 +208,13 @@ def test_gradient_checkpointing_changes_no_gradient(make, motion):
     assert prior.motion_sde.gradient_checkpointing and prior.is_gradient_checkpointing
 
 
-def test_it_trains_through_the_adjoint(make):
-    prior = make(adjoint=True).train()
-    prior(random_clip(prior), 2).loss.backward()
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_it_trains_through_the_adjoint(make, autocast, gradient_checkpointing):
+    prior = make(adjoint=True, gradient_checkpointing=gradient_checkpointing).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = prior(random_clip(prior), 2).loss
+    loss.backward()  # outside of autocast, as Lightning does
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in prior.parameters())
 
 
@@ -223,8 +227,20 @@ def test_it_trains_and_samples_in_bf16(make):
         found.backward()
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
     assert all(p.grad.isfinite().all() for p in prior.parameters())
+    found = prior.to(torch.bfloat16)(clip, 2).loss  # a clip of another dtype than the weights
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
     half = sample(prior.to(torch.bfloat16), clip[:, :2].bfloat16())
     assert half.dtype == torch.bfloat16 and half.isfinite().all()
+
+
+def test_half_precision_keeps_the_least_noise(make):
+    prior = make().to(torch.bfloat16)
+    seen = record(prior.unet, outputs=False)
+    prior.alpha_bars = prior.alpha_bars[:1].expand(1000)  # all times alike the first, whose sigma is .01
+    clip = random_clip(prior).bfloat16()
+    prior(clip, 2)
+    x_0, x_l = clip[:, 2:].flatten(0, 1).float(), seen[0][0][:, : clip.shape[2]].float()
+    assert (x_l - x_0).square().mean().sqrt() > 0.007
 
 
 # Sampling -----------------------------------------------------------------------------------------------------------
@@ -356,10 +372,12 @@ def test_every_scheduler_samples(make, scheduler):
         ({"frame_times": [1.0]}, r"frame_times: expected shape \(2,\) or \(2, 2\), found \(1,\)"),
         ({"frame_times": [1.0, 2.0], "fps_multiplier": 2}, "fps_multiplier: expected 1 where frame_times are given"),
         ({"fps_multiplier": 0}, "fps_multiplier: expected a number above 0, found 0"),
+        ({"fps_multiplier": "x"}, "fps_multiplier: expected a number above 0, found 'x'"),
+        ({"n_steps": "x"}, "n_steps: expected a whole number of at least 1, found 'x'"),
         ({"motion_seed": -1}, "motion_seed: expected a whole number of at least 0, or one for each of 2 contexts"),
         ({"image_seed": [1, 2, 3]}, r"image_seed: expected .* found \[1, 2, 3\]"),
         ({"image_seed": 0.5}, "image_seed: expected a whole number"),
-        ({"num_samples": 0}, "num_samples: expected at least 1, found 0"),
+        ({"num_samples": 0}, "num_samples: expected a whole number of at least 1, found 0"),
         ({"scheduler": "ddpn"}, "scheduler: expected one of ddpm"),
         ({"n_steps": 1001}, "n_steps: expected 1 to 1000, found 1001"),
     ],
@@ -387,7 +405,13 @@ def test_bad_clips_are_refused(make):
         ({"motion": "cde"}, "motion: expected sde or ode, found 'cde'"),
         ({"loss": "huber"}, "loss: expected l2 or l1, found 'huber'"),
         ({"previous_frame": "last"}, "previous_frame: expected sampled or immediate, found 'last'"),
-        ({"n_sampled_frames": 0}, "n_sampled_frames: expected at least 1 or None, found 0"),
+        ({"n_sampled_frames": 0}, "n_sampled_frames: expected a whole number of at least 1, found 0"),
+        ({"head_dim": 0}, "head_dim: expected a whole number of at least 1, found 0"),
+        ({"n_blocks": 0}, "n_blocks: expected a whole number of at least 1, found 0"),
+        ({"norm_groups": 0}, "norm_groups: expected a whole number of at least 1, found 0"),
+        ({"n_diffusion_steps": 0}, "n_diffusion_steps: expected a whole number of at least 1, found 0"),
+        ({"block_channels": []}, r"block_channels: expected whole numbers of at least 1, found \[\]"),
+        ({"motion_channels": []}, "motion_channels: expected whole numbers of at least 1"),
         ({"min_snr_gamma": 0}, "min_snr_gamma: expected above 0 or None, found 0"),
         ({"motion_kernels": [3]}, "motion_kernels: expected an odd number for each"),
         ({"motion_channels": [4] * 4, "motion_kernels": [3] * 4}, "motion_channels: 4 of them halve the size 3 times"),

@@ -70,7 +70,7 @@ class NeuralSDE(nn.Module):
         n, channels, height, width = start.shape
         shape = (height, width, channels)  # channels last, which convolutions like; torchsde wants rows
         y_0 = start.to(torch.promote_types(start.dtype, torch.float32)).movedim(1, -1).flatten(1)
-        states = self._solve(y_0, _Equation(self, shape, start.dtype), grid, seeds)
+        states = self._solve(y_0, _Equation(self, shape, start.dtype, start.device.type), grid, seeds)
         self._check(states.detach(), grid)
 
         rows = torch.arange(n, device=start.device)[:, None]
@@ -116,9 +116,15 @@ class _Equation(nn.Module):
 
     noise_type = "diagonal"
 
-    def __init__(self, model, shape, dtype):
+    def __init__(self, model, shape, dtype, device_type):
         super().__init__()
         self.model, self.shape, self.dtype, self.sde_type = model, shape, dtype, model.sde_type
+        # The adjoint calls drift and diffusion in the backward pass, which runs outside of autocast.
+        self.autocast = {
+            "device_type": device_type,
+            "dtype": torch.get_autocast_dtype(device_type),
+            "enabled": torch.is_autocast_enabled(device_type),
+        }
 
     def f(self, t, y):
         return self.model.dt * self._evaluate(self.model.drift, y)
@@ -128,10 +134,11 @@ class _Equation(nn.Module):
 
     def _evaluate(self, network, y):
         maps = y.unflatten(1, self.shape).movedim(-1, 1).to(self.dtype)
-        if self.model.gradient_checkpointing and torch.is_grad_enabled():
-            out = self.model._gradient_checkpointing_func(network, maps)
-        else:
-            out = network(maps)
+        with torch.autocast(**self.autocast):
+            if self.model.gradient_checkpointing and torch.is_grad_enabled():
+                out = self.model._gradient_checkpointing_func(network, maps)
+            else:
+                out = network(maps)
         return out.movedim(1, -1).flatten(1).to(y.dtype)
 
 
