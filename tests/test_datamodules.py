@@ -80,6 +80,29 @@ def test_last_batch_is_dropped_unless_it_is_the_only_one(caplog):
     assert "train: 10 clips a process are fewer than batch_size=64" in caplog.text
 
 
+@pytest.mark.parametrize("batch_size, n_left", [(1, 4), (2, 2), (3, 1), (4, 1), (5, 0)])
+def test_a_pass_goes_on_at_its_clip_with_any_batch_size(batch_size, n_left):
+    def loader(size):
+        return VideoDataModule(DIGITS, batch_size=size).train_dataloader()
+
+    def epoch(number):
+        data = loader(1)
+        data.load_state_dict({"epoch": number, "n_clips": 0})
+        return torch.cat([batch["frames"] for batch in data])
+
+    first = loader(2)
+    served = torch.cat([batch["frames"] for _, batch in zip(range(3), first)])
+    assert torch.equal(served, epoch(0)[:6])
+    resumed = loader(batch_size)
+    resumed.load_state_dict(first.state_dict())
+    for batch, expected in zip(range(n_left), epoch(0)[6:].split(batch_size)):
+        if batch == 0:
+            rest = iter(resumed)
+        assert torch.equal(next(rest)["frames"], expected)
+    assert n_left == 0 or not list(rest)
+    assert torch.equal(next(iter(resumed))["frames"], epoch(1)[:batch_size])
+
+
 def test_empty_val_split_leaves_out_validation(tmp_path, caplog):
     caplog.set_level(logging.INFO, "latentcast")
     encode(tmp_path / "a.mp4", counter_frames(12))

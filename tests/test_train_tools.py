@@ -1,6 +1,7 @@
 """train_tokenizer.py and train_prior.py as a user meets them: processes, exit statuses, one-line errors."""
 
 import json
+import os
 import signal
 import time
 
@@ -119,8 +120,11 @@ def test_non_finite_loss_ends_the_process_with_one_line(tmp_path):
 
 
 def test_killed_and_interrupted_runs_can_be_resumed(tmp_path):
-    """kill -9 leaves the periodic checkpoint; ctrl-C the step at hand; then the run goes on to its end."""
-    endless = ["trainer.max_steps=100000", "checkpoint_every_n_steps=3", "resume=true"]
+    """kill -9 leaves the periodic checkpoint; ctrl-C the step at hand; then the run goes on to its end.
+
+    A terminal's signals reach the loader's workers as well.
+    """
+    endless = ["trainer.max_steps=100000", "checkpoint_every_n_steps=3", "resume=true", "num_workers=2"]
     last = tmp_path / "run/tokenizer_training/last.ckpt"
     steps = []
     for number in (signal.SIGKILL, signal.SIGINT):
@@ -130,7 +134,7 @@ def test_killed_and_interrupted_runs_can_be_resumed(tmp_path):
         while not (last.exists() and last.stat().st_mtime_ns > since):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
             time.sleep(0.02)
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         out, err = process.communicate(timeout=60)
         assert out == ""
         steps.append(torch.load(last, weights_only=True)["global_step"])
@@ -139,6 +143,11 @@ def test_killed_and_interrupted_runs_can_be_resumed(tmp_path):
     assert steps[0] % 3 == 0 and steps[1] > steps[0] >= 3
     figures = call_tool("train_tokenizer", tmp_path, "resume=true", f"trainer.max_steps={steps[1] + 2}")
     assert figures["steps"] == steps[1] + 2
+
+
+def test_a_resumed_run_may_have_larger_batches(tmp_path):
+    call_tool("train_tokenizer", tmp_path, "batch_size=2", "trainer.max_steps=10")  # 20 of 24 clips
+    assert call_tool("train_tokenizer", tmp_path, "batch_size=8", "trainer.max_steps=14", "resume=true")["steps"] == 14
 
 
 def test_two_processes_train_together(tmp_path):

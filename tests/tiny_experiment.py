@@ -80,6 +80,7 @@ def start_tool(tool, folder, *overrides):
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
+        start_new_session=True,  # a process group of its own, as a terminal gives it
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 

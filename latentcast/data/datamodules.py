@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import signal
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -51,24 +52,24 @@ class _ResumableLoader(DataLoader):
     """A train loader whose state Lightning saves and restores, so that a resumed run sees the right batches.
 
     It counts its own epochs, because Lightning's count jumps when ``max_steps`` ends a run inside an epoch; a pass that
-    was left early goes on where it stopped."""
+    was left early goes on where it stopped, also with another batch size or number of processes."""
 
-    _epoch, _n_done = 0, 0  # batches of the epoch that were served
+    _epoch, _n_done = 0, 0  # clips of the epoch that this process was served
 
     def __iter__(self):
-        if self._n_done == len(self):
+        if len(self.sampler) - self._n_done < (self.batch_size if self.drop_last else 1):
             self._epoch, self._n_done = self._epoch + 1, 0
         self.sampler.set_epoch(self._epoch)
-        self.sampler.skip = self._n_done * self.batch_size
+        self.sampler.skip = self._n_done
         for batch in super().__iter__():
-            self._n_done += 1
+            self._n_done += self.batch_size
             yield batch
 
     def state_dict(self):
-        return {"epoch": self._epoch, "n_done": self._n_done}
+        return {"epoch": self._epoch, "n_clips": self._n_done * self.sampler.num_replicas}
 
     def load_state_dict(self, state):
-        self._epoch, self._n_done = state["epoch"], state["n_done"]
+        self._epoch, self._n_done = state["epoch"], state["n_clips"] // self.sampler.num_replicas
 
 
 class _ClipDataModule(pl.LightningDataModule):
@@ -128,9 +129,16 @@ class _ClipDataModule(pl.LightningDataModule):
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_main_process,
             pin_memory=torch.cuda.is_available(),
             **kwargs,
         )
+
+
+def _leave_signals_to_the_main_process(worker):
+    """A terminal's ctrl-C reaches the workers too; without them the step at hand could not be finished and saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class VideoDataModule(_ClipDataModule):
