@@ -267,6 +267,7 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
         (["least_steps_between_val=3"], EPOCH),
         (["least_steps_between_val=0"], EPOCH),
         (["trainer.accumulate_grad_batches=2", "least_steps_between_val=3"], 4),  # two steps an epoch
+        (["batch_size=1"], 5),  # an epoch of 24 steps, within which a tenth of the run
         (["trainer.check_val_every_n_epoch=3"], 3 * EPOCH),
         (["trainer.val_check_interval=1"], 1),
         (["trainer.val_check_interval=5", "trainer.check_val_every_n_epoch=null"], 5),
@@ -276,6 +277,16 @@ def test_short_epochs_share_a_validation(tmp_path, overrides, every):
     _, _, run = fit(tiny_config(tmp_path, "trainer.max_steps=50", *overrides))
     steps = {step + 1 for step, _ in curves(run)["val/loss"]}
     assert steps == {*range(every, 51, every), 50}  # in the end in any case
+
+
+def test_a_run_shorter_than_an_epoch_keeps_its_best_weights(tmp_path, caplog):
+    short = ["batch_size=1", "final_weights=best"]
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    _, _, run = fit(tiny_config(tmp_path / "a", "trainer.max_steps=20", *short))
+    assert run.best.exists() and "nothing was validated" not in caplog.text
+    _, _, run = fit(tiny_config(tmp_path / "b", "trainer.max_steps=2", *short))
+    assert not run.best.exists() and "final_weights=best: nothing was validated in training" in caplog.text
 
 
 def test_codebook_usage_covers_the_whole_epoch_and_warns_by_name(tmp_path, caplog):

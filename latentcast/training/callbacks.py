@@ -169,11 +169,14 @@ class FinishStepOnInterrupt(Callback):
 
 
 class ValidationInterval(Callback):
-    """Validates after every n-th epoch, where epochs are short: those over few videos take less time than a validation.
+    """Validates after every n-th epoch where epochs are short, and within them where they are long.
+
+    An epoch over few videos takes less time than a validation; one over many can be longer than the whole run, which
+    validates ten times at least. A Trainer that is told how often to validate keeps to that.
 
     Args:
         least_steps: n is the smallest number of epochs that have so many steps, or a tenth of the run's if that is
-            less. A Trainer that is told more epochs, or to validate by steps, keeps to that.
+            less.
     """
 
     def __init__(self, least_steps):
@@ -181,11 +184,15 @@ class ValidationInterval(Callback):
 
     def on_train_start(self, trainer, pl_module):
         n_batches = trainer.num_training_batches  # of an epoch
-        if trainer.check_val_every_n_epoch is None or trainer.val_check_batch != n_batches:
+        if trainer.check_val_every_n_epoch != 1 or trainer.val_check_batch != n_batches:
             return
-        steps = min(self.least_steps, trainer.estimated_stepping_batches // 10)
-        epochs = math.ceil(steps / math.ceil(n_batches / trainer.accumulate_grad_batches))
-        trainer.check_val_every_n_epoch = max(trainer.check_val_every_n_epoch, epochs)
+        steps = trainer.estimated_stepping_batches
+        tenth = steps // 10 * trainer.accumulate_grad_batches if math.isfinite(steps) else math.inf
+        if 1 <= tenth < n_batches:
+            trainer.val_check_batch, trainer.check_val_every_n_epoch = tenth, None  # None: counted over epochs
+        else:
+            least = min(self.least_steps * trainer.accumulate_grad_batches, tenth)
+            trainer.check_val_every_n_epoch = max(1, math.ceil(least / n_batches))
 
 
 class CodebookMonitor(Callback):

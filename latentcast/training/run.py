@@ -157,7 +157,9 @@ class TrainingRun:
             trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
             if average:
                 average.apply(module)
-            if config.final_weights == "best" and self.best.exists():
+            if config.final_weights == "best" and not self.best.exists():
+                logger.warning("final_weights=best: nothing was validated in training; the last weights are kept")
+            elif config.final_weights == "best":
                 module.load_state_dict(torch.load(self.best, map_location="cpu", weights_only=True)["state_dict"])
             val = trainer.validate(module, datamodule=datamodule, verbose=False)[0] if has_val else {}
         except SystemExit:  # how Lightning ends a run that was asked to stop
