@@ -1,5 +1,6 @@
 """Means with confidence intervals, over ranks too, the paired bootstrap, and bits per dimension."""
 
+import itertools
 import json
 import math
 
@@ -173,6 +174,15 @@ def test_paired_bootstrap_pairs_the_clips():
     result = paired_bootstrap(clips + 0.01, clips, n_resamples=2500)
     assert result["ci95"] == pytest.approx([0.01, 0.01])
     assert result["p_value"] == pytest.approx(2 / 2501)
+
+
+@pytest.mark.parametrize("n_clips", [2, 3, 6, 12])
+def test_paired_bootstrap_of_few_clips_is_no_surer_than_their_signs(n_clips):
+    """The least p-value of an exact test, by brute force: the share of all signs that give a mean as far from zero."""
+    differences = np.linspace(1, 2, n_clips)
+    means = [np.mean(signs * differences) for signs in itertools.product((-1, 1), repeat=n_clips)]
+    exact = np.mean(np.abs(means) >= differences.mean())
+    assert paired_bootstrap(differences, np.zeros(n_clips))["p_value"] == exact
 
 
 def test_paired_bootstrap_of_equal_runs_finds_nothing():

@@ -109,13 +109,16 @@ def per_clip(clips, values):
 def paired_bootstrap(first, second, n_resamples=10_000, seed=0):
     """Bootstrap of the mean difference of two runs over the same clips.
 
-    Clips are drawn with replacement and the mean of ``first - second`` over them is taken, ``n_resamples`` times.
+    Clips are drawn with replacement and the mean of ``first - second`` over them is taken, ``n_resamples`` times. Where
+    all differences have one sign, so have the resampled means, of however few clips. The p-value is therefore kept at
+    2 ** (1 - n_clips) or above, the least that an exact test over the signs of the differences can give.
 
     Args:
         first, second: (n_clips,) values, the same clips in the same order.
     Returns:
         ``difference``, ``ci95`` ([low, high], percentiles), ``p_value`` (two-sided: twice the share of resampled
-        differences on the far side of zero, counting the observed one, so at least 2 / (n_resamples + 1)), ``n_clips``.
+        differences on the far side of zero, counting the observed one, so at least 2 / (n_resamples + 1); and at least
+        2 ** (1 - n_clips)), ``n_clips``.
     """
     first, second = (np.asarray(values, dtype=np.float64) for values in (first, second))
     if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
@@ -136,7 +139,7 @@ def paired_bootstrap(first, second, n_resamples=10_000, seed=0):
     return {
         "difference": float(differences.mean()),
         "ci95": np.percentile(means, [2.5, 97.5]).tolist(),
-        "p_value": float(min(1, 2 * (tail + 1) / (n_resamples + 1))),
+        "p_value": float(min(1, max(2 * (tail + 1) / (n_resamples + 1), 2.0 ** (1 - n_clips)))),
         "n_clips": n_clips,
     }
 
