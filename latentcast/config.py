@@ -15,7 +15,7 @@ import latentcast
 from latentcast.files import read_json
 
 ALLOWED_PACKAGES = ("latentcast", "torch", "diffusers", "pytorch_lightning")
-TOOLS = ("train_tokenizer", "encode_dataset", "train_prior", "train_jointly", "sample", "evaluate")
+TOOLS = ("train_tokenizer", "encode_dataset", "train_prior", "train_jointly", "evaluate")
 
 
 class ConfigError(ValueError):

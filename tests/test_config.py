@@ -49,7 +49,6 @@ FILES = {
           seed: 5
           prior: {bias: false}
         train_jointly: {channels: 4}
-        sample: {seed: 9}
     """,
     "experiment/needs_data.yaml": "defaults: {data: folder}",
 }
@@ -95,7 +94,6 @@ def test_a_tool_section_applies_to_that_tool_alone(configs):
     assert config.seed == 5
     assert config.prior.bias is False
     assert config.prior.out_features == 8
-    assert load_config("small", tool="sample").seed == 9
     assert "bias" not in load_config("small", tool="evaluate").prior
 
 
@@ -195,7 +193,8 @@ def test_a_bad_override_is_one_clear_line(configs, overrides, expected):
         ("defaults: {priors: linear}", "unknown group 'priors' under defaults; did you mean 'prior'?"),
         ("defaults: [prior]", "expected a mapping group: name under defaults"),
         ("defaults: {prior: nothing}", "prior: no config named 'nothing'; known: convolution, linear"),
-        ("sample: {sed: 1}", "unknown key 'sed'; did you mean 'seed'?"),  # also for another tool
+        ("evaluate: {sed: 1}", "unknown key 'sed'; did you mean 'seed'?"),  # also for another tool
+        ("sample: {seed: 1}", "unknown key 'sample'"),  # a section of no tool
         ("seed: [1", "not valid YAML"),
         ("seed: 1\nseed: 2", "not valid YAML"),
         ("- seed", "expected a mapping at the top"),
