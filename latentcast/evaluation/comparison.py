@@ -36,7 +36,9 @@ SETTINGS = {  # what changes a metric on the same frames
     "ilpips": {"ilpips", "lpips", "detector.lpips"},
     "crps": {"crps"},
 }
-STATED = ("n_context", "n_predicted", "n_samples", "frame_size", "data_protocol")  # of a published figure's protocol
+# of a published figure's protocol
+STATED = ("n_context", "n_predicted", "fps_multiplier", "n_samples", "frame_size", "data_protocol")
+UNWRITTEN = {"fps_multiplier": 1}  # what a protocol that does not name it has
 TABLE_KEYS = {"paper", "place", "data", "preset", "protocol", "note", "units", "rows"}
 
 
@@ -107,8 +109,9 @@ def read_published(path):
     """The published figures -> list of rows, one a method and table.
 
     A row has ``method``, ``paper``, ``place`` (the table), ``data``, ``preset`` (a protocol's name or None), ``note``,
-    ``protocol`` (STATED -> value; None: not stated) and ``metrics``: name -> {"printed": str, "unit": str, "value":
-    float in the units of latentcast.metrics, or None where the printed unit is not known, "spread": float or None}.
+    ``protocol`` (STATED -> value; None: not stated; left out: as in UNWRITTEN) and ``metrics``: name -> {"printed":
+    str, "unit": str, "value": float in the units of latentcast.metrics, or None where the printed unit is not known,
+    "spread": float or None}.
 
     Raises:
         OSError, ValueError: no such file, or something in it is not as its head says; names table and row.
@@ -137,7 +140,7 @@ def read_published(path):
                 {
                     "method": row["method"],
                     **{key: table.get(key) for key in ("paper", "place", "data", "preset", "note")},
-                    "protocol": {key: row.get(key, table["protocol"].get(key)) for key in STATED},
+                    "protocol": {key: (UNWRITTEN | table["protocol"] | row).get(key) for key in STATED},
                     "metrics": {
                         metric: _figure(f"{where}: {row['method']}: {metric}", text, table["units"][metric], content)
                         for metric, text in printed.items()
@@ -152,7 +155,7 @@ def published_beside(rows, result):
 
     Those with the fewest differences come first.
     """
-    ours = result["protocol"] | {"data_protocol": (result["data"]["protocol"] or {}).get("protocol")}
+    ours = UNWRITTEN | result["protocol"] | {"data_protocol": (result["data"]["protocol"] or {}).get("protocol")}
     beside = []
     for row in rows:
         if row["data"] == result["data"]["name"] and row["metrics"].keys() & result["metrics"].keys():
@@ -210,8 +213,8 @@ def published_table(results, rows):
         ]
     heads = ["", "frames", "samples", *(HEADINGS[m] for m in metrics), "source", "protocol differs"]
     intro = (
-        f"Published for {first['data']['name']}. The last column compares frames, samples, size and split: not the "
-        "number of clips, the window of SSIM, the network of LPIPS, the detector of FVD."
+        f"Published for {first['data']['name']}. The last column compares frames, their rate, samples, size and split: "
+        "not the number of clips, the window of SSIM, the network of LPIPS, the detector of FVD."
     )
     return "\n".join([intro, "", *_grid(heads, body)])
 
@@ -294,7 +297,9 @@ def _frames(protocol):
     n_context, n_predicted, n_samples = (
         "?" if protocol[key] is None else protocol[key] for key in ("n_context", "n_predicted", "n_samples")
     )
-    return f"{n_context} → {n_predicted}", n_samples
+    multiplier = (UNWRITTEN | protocol)["fps_multiplier"]
+    rate = "" if multiplier in (1, None) else f" at {multiplier} times the rate"
+    return f"{n_context} → {n_predicted}{rate}", n_samples
 
 
 def _notes(row):
