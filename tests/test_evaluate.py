@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from metric_files import save_scripted
+from noise_benchmark import Noise
 from tiny import SMALL_SDE_DIFFUSION
 from tiny_experiment import TOOLS, call_tool, write_experiment
 
 from latentcast import MovingDigits, PixelTokenizer, Protocol, SDEDiffusion, VideoPredictionPipeline, VideoTransformer
+from latentcast.data.prepared import PreparedVideos, prepare
 from latentcast.evaluation import report
 from latentcast.evaluation.evaluator import Evaluation, _seed
 from latentcast.metrics import FVD, I3D, crps, mse, psnr, ssim
@@ -211,12 +213,45 @@ def test_a_context_at_half_the_rate(pipe, tmp_path):
         ({"data_options": {"n_digits": 3}}, "data_options: expected n_digits=3, found None"),
         ({"data": "bair"}, "data: expected bair, found None"),
         ({"baselines": ["zero"]}, "expected some of copy_last_frame, .*, found 'zero'"),
-        ({"futures": 0}, "evaluation.futures: expected at least 1, found 0"),
+        ({"futures": 0}, "evaluation.futures: expected a whole number of at least 1, found 0"),
+        ({"futures": 2.5}, "evaluation.futures: expected a whole number of at least 1, found 2.5"),
+        ({"baselines": None}, "evaluation.baselines: expected a list, found None"),
+        ({"baselines": "zero"}, "evaluation.baselines: expected a list, found 'zero'"),
+        ({"sampler": "ddpm"}, "evaluation.sampler: expected options and their values, found 'ddpm'"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(pipe, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         evaluation(pipe, tmp_path, **changes)
+
+
+class Prepared(Noise):
+    """Noise with an option that shapes the training videos alone."""
+
+    def __init__(self, n_train):
+        super().__init__(frame_size=16, channels=1)
+        self.n_train = n_train
+
+    def describe(self):
+        return super().describe() | {"n_train": self.n_train}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Two prepared sets with the same test clips."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for n_train in (5, 9):
+        prepare(Prepared(n_train), folder / str(n_train))
+    return folder
+
+
+def test_a_protocol_of_one_set_refuses_every_second_frame(pipe, tmp_path, prepared):
+    changes = {"n_clips": None, "n_predicted": 1}
+    every, second = (PreparedVideos(prepared / "5", "test", 3, frame_stride=stride) for stride in (1, 2))
+    Evaluation(pipe, every, protocol(**changes, data="noise"), tmp_path)
+    with pytest.raises(ValueError, match=r"protocol tiny: data\.frame_stride: expected 1, found 2"):
+        Evaluation(pipe, second, protocol(**changes, data="noise"), tmp_path)
+    Evaluation(pipe, second, protocol(**changes), tmp_path)  # a protocol of any set has no rate of its own
 
 
 def test_futures_that_are_not_numbers_are_named(pipe, tmp_path):
@@ -229,13 +264,24 @@ def test_futures_that_are_not_numbers_are_named(pipe, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"n_samples": 0}, "n_samples: expected at least 1, found 0"),
+        ({"n_samples": 0}, "n_samples: expected a whole number of at least 1, found 0"),
+        ({"n_context": 2.5}, "n_context: expected a whole number of at least 1, found 2.5"),
+        ({"n_context": None}, "n_context: expected a whole number of at least 1, found None"),
+        ({"n_clips": 1.5}, "n_clips: expected a whole number of at least 1, or null for all, found 1.5"),
+        ({"n_clips": True}, "n_clips: expected a whole number of at least 1, or null for all, found True"),
         ({"seed": "x"}, "seed: expected a whole number, found 'x'"),
+        ({"split": "train"}, "split: expected one of val, test, found 'train'"),
+        ({"data_options": 3}, "data_options: expected options and their values, found 3"),
+        ({"fvd_context": "no"}, "fvd_context: expected true or false, found 'no'"),
+        ({"metrics": "psnr"}, "metrics: expected a list, found 'psnr'"),
+        ({"metrics": [["psnr"]]}, "metrics: expected some of mse, "),
+        ({"best_of": 2}, "best_of: expected a list, found 2"),
+        ({"best_of": ["a"]}, r"best_of: expected whole numbers from 1 to n_samples=3, found \('a',\)"),
         ({"metrics": ["psnr", "fid"]}, "metrics: expected some of mse, "),
         ({"metrics": ["ilpips"], "n_samples": 1, "best_of": []}, "n_samples: expected at least 2 for ilpips"),
-        ({"best_of": [4]}, "best_of: expected 1 to n_samples=3"),
+        ({"best_of": [4]}, "best_of: expected whole numbers from 1 to n_samples=3"),
         ({"metrics": ["fvd"], "fvd_context": False}, "at least 9 frames a video for fvd, here 4, found 4"),
-        ({"fps_multiplier": 0}, "fps_multiplier: expected at least 1, found 0"),
+        ({"fps_multiplier": 0}, "fps_multiplier: expected a whole number of at least 1, found 0"),
         ({"fps_multiplier": 2}, "fps_multiplier: expected 1 for bits"),
         ({"ssim": "box"}, "ssim: expected one of gaussian, uniform, found 'box'"),
     ],

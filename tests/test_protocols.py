@@ -73,6 +73,10 @@ def test_protocol_fits_the_set_that_its_command_prepares(name):
     arguments = inspect.signature(benchmark).parameters
     assert options.keys() <= arguments.keys()
     assert options.get("frame_size", arguments["frame_size"].default) == found.frame_size
+    shaped = {"moving_mnist": {"n_digits"}, "smmnist": {"n_digits"}, "flow": {"normalisation"}}.get(data, set())
+    assert found.data_options.keys() == shaped  # options that change what a figure means
+    for option, value in found.data_options.items():
+        assert options.get(option, arguments[option].default) == value
     length = options.get("length") or options.get("max_frames") or getattr(benchmark, "usual_length", None)
     assert found.n_frames <= (length or FRAMES[data])
 

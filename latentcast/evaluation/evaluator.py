@@ -28,7 +28,7 @@ from latentcast.metrics.statistics import ClipValues
 from latentcast.metrics.weights import find_weights
 from latentcast.modeling import fingerprint
 
-from .protocol import BEST_OF, Protocol
+from .protocol import BEST_OF, Protocol, is_whole
 
 logger = logging.getLogger("latentcast")
 
@@ -69,6 +69,10 @@ class Evaluation:
     weights: str | None = None
 
     def __post_init__(self):
+        if not isinstance(self.sampler, (dict, type(None))):
+            raise ValueError(f"evaluation.sampler: expected options and their values, found {self.sampler!r}")
+        if not isinstance(self.baselines, (list, tuple)):
+            raise ValueError(f"evaluation.baselines: expected a list, found {self.baselines!r}")
         self.folder, self.sampler = Path(self.folder), dict(self.sampler or {})
         unknown = [name for name in self.baselines if name not in (*BASELINES, RECONSTRUCTION)]
         if unknown:
@@ -77,8 +81,8 @@ class Evaluation:
         timed = [name for name in ("fps_multiplier", "frame_times") if name in self.sampler]
         if timed:
             raise ValueError(f"evaluation.sampler: {timed[0]}: the protocol sets it (protocol.fps_multiplier)")
-        if self.futures < 1:
-            raise ValueError(f"evaluation.futures: expected at least 1, found {self.futures}")
+        if not is_whole(self.futures, 1):
+            raise ValueError(f"evaluation.futures: expected a whole number of at least 1, found {self.futures!r}")
         self.baselines = [name for name in self.baselines if name != RECONSTRUCTION or self.pipe.tokenizer is not None]
         check_fit(self.pipe, self.dataset, self.protocol)
         n_there, n_asked = len(self.dataset), self.protocol.n_clips or len(self.dataset)
@@ -352,6 +356,9 @@ def check_fit(pipe, dataset, protocol):
     found = dataset.describe()
     if protocol.data is not None and found.get("name") != protocol.data:
         raise ValueError(f"protocol {protocol.name}: data: expected {protocol.data}, found {found.get('name')}")
+    stride = found.get("frame_stride", 1)
+    if protocol.data is not None and stride != 1:  # its frames are those of the data set's own rate
+        raise ValueError(f"protocol {protocol.name}: data.frame_stride: expected 1, found {stride}")
     prepared = found.get("protocol") or {}
     kind = prepared.get("protocol")
     if protocol.data_protocol is not None and kind != protocol.data_protocol:

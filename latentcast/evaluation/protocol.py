@@ -23,7 +23,7 @@ class Protocol:
         data: name of the prepared set it is for (``manifest["name"]``); None: any data set.
         data_protocol: which of the set's protocols (``--split`` of prepare_dataset); None: any.
         data_options: options that the set must have been prepared with, ``{n_digits: 3}`` say.
-        split: of the data set.
+        split: "val" or "test". Clips of "train" are drawn by a seed, and so other ones under an equal protocol.
         n_clips: so many clips, spread evenly over the split's; None: all.
         frame_size: H = W of the frames that are compared, pixels.
         n_context, n_predicted: frames given and predicted.
@@ -44,7 +44,7 @@ class Protocol:
         fvd_samples: futures of each clip among the generated videos.
         fvd_debiased: extrapolate to infinitely many videos.
     Raises:
-        ValueError: a field out of range.
+        ValueError: a field of another kind or out of range.
     """
 
     name: str
@@ -72,16 +72,22 @@ class Protocol:
     fvd_debiased: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "metrics", tuple(self.metrics))
-        object.__setattr__(self, "best_of", tuple(self.best_of))
-        self._expect("name", bool(self.name) and "/" not in self.name, "the name of a file")
-        self._expect("seed", isinstance(self.seed, int), "a whole number")
+        for name in ("metrics", "best_of"):
+            self._expect(name, isinstance(getattr(self, name), (list, tuple)), "a list")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._expect("name", isinstance(self.name, str) and self.name and "/" not in self.name, "the name of a file")
+        self._expect("data_options", isinstance(self.data_options, dict), "options and their values")
+        self._expect("seed", is_whole(self.seed), "a whole number")
         for name in ("n_context", "n_predicted", "fps_multiplier", "n_samples", "frame_size", "fvd_samples"):
-            self._expect(name, getattr(self, name) >= 1, "at least 1")
-        self._expect("n_clips", self.n_clips is None or self.n_clips >= 1, "at least 1, or null for all")
-        self._expect("metrics", self.metrics and set(self.metrics) <= set(METRICS), f"some of {', '.join(METRICS)}")
+            self._expect(name, is_whole(getattr(self, name), 1), "a whole number of at least 1")
+        clips = self.n_clips is None or is_whole(self.n_clips, 1)
+        self._expect("n_clips", clips, "a whole number of at least 1, or null for all")
+        for name in ("fvd_context", "fvd_debiased"):
+            self._expect(name, isinstance(getattr(self, name), bool), "true or false")
+        known_metrics = self.metrics and all(metric in METRICS for metric in self.metrics)
+        self._expect("metrics", known_metrics, f"some of {', '.join(METRICS)}")
         for name, known in (
-            ("split", ("train", "val", "test")),
+            ("split", ("val", "test")),
             ("ssim", SSIM_FORMS),
             ("lpips", LPIPS_NETS),
             ("crps", CRPS_ESTIMATORS),
@@ -93,7 +99,8 @@ class Protocol:
         self._expect("fps_multiplier", whole, "1 for bits, which are of frames that follow each other")
         fewest = 2 if "ilpips" in self.metrics or ("crps" in self.metrics and self.crps == "fair") else 1
         self._expect("n_samples", self.n_samples >= fewest, f"at least {fewest} for ilpips and fair crps")
-        self._expect("best_of", all(1 <= n <= self.n_samples for n in self.best_of), f"1 to n_samples={self.n_samples}")
+        counts = all(is_whole(n, 1) and n <= self.n_samples for n in self.best_of)
+        self._expect("best_of", counts, f"whole numbers from 1 to n_samples={self.n_samples}")
         self._expect("fvd_samples", self.fvd_samples <= self.n_samples, f"at most n_samples={self.n_samples}")
         if "fvd" in self.metrics:
             found = self.n_predicted + self.fvd_context * self.n_context
@@ -121,3 +128,8 @@ class Protocol:
         """JSON-able: every field that two comparable results share."""
         described = asdict(self)
         return {name: described[name] for name in sorted(described) if name not in ("name", "source")}
+
+
+def is_whole(value, least=float("-inf")):
+    """Whether ``value`` is an int, not a bool, of at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
