@@ -167,6 +167,15 @@ def test_forced_columns_are_labelled(tmp_path, caplog):
     assert table in caplog.text
 
 
+def test_options_of_other_splits_do_not_differ():
+    results = a, b, c = make_result(), make_result(), make_result()
+    options = {"n_train": 8000, "n_test": 256}, {"n_train": 4000, "n_test": 256}, {"n_train": 8000, "n_test": 64}
+    for result, prepared in zip(results, options):
+        result["data"]["describe"]["protocol"] |= prepared
+    assert differences(a, b) == {} and paired(a, b).keys() == {"mse", "psnr", "ssim", "crps"}
+    assert differences(a, c) == {"data.protocol.n_test": (256, 64)}
+
+
 def test_only_equal_clips_under_equal_settings_are_paired():
     a = make_result()
     assert paired(a, make_result(n_samples=5)).keys() == {"mse", "psnr", "ssim", "crps"}

@@ -254,6 +254,13 @@ def test_a_protocol_of_one_set_refuses_every_second_frame(pipe, tmp_path, prepar
     Evaluation(pipe, second, protocol(**changes), tmp_path)  # a protocol of any set has no rate of its own
 
 
+def test_options_of_the_training_split_are_no_part_of_the_identity(pipe, tmp_path, prepared):
+    clips = [PreparedVideos(prepared / str(n_train), "test", 6) for n_train in (5, 9)]
+    assert clips[0].describe() != clips[1].describe()
+    first, second = (Evaluation(pipe, data, protocol(n_clips=None), tmp_path).identity for data in clips)
+    assert first == second
+
+
 def test_futures_that_are_not_numbers_are_named(pipe, tmp_path):
     found = evaluation(pipe, tmp_path)
     found._draw = lambda context, group: torch.full((2, 3, 4, 1, 16, 16), torch.nan)

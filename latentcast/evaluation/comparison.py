@@ -9,7 +9,7 @@ from latentcast.files import read_json
 from latentcast.metrics.statistics import paired_bootstrap
 
 from .plots import HEADINGS
-from .protocol import METRICS
+from .protocol import METRICS, without_other_splits
 from .report import cell, extrapolated_fvd
 
 SECTIONS = {
@@ -222,7 +222,8 @@ def published_table(results, rows):
 def _compared(result):
     """field -> value of all that comparable results share."""
     protocol = {key: value for key, value in result["protocol"].items() if key not in ("name", "source")}
-    data = result["data"]["describe"] | {key: result["data"][key] for key in ("name", "n_clips")}
+    described = without_other_splits(result["data"]["describe"], protocol.get("split"))
+    data = described | {key: result["data"][key] for key in ("name", "n_clips")}
     digest = {"data.clips": result["data"]["sha256"]}  # of the description and which clips
     return protocol | dict(_leaves(result["detector"], "detector")) | dict(_leaves(data, "data")) | digest
 

@@ -28,7 +28,7 @@ from latentcast.metrics.statistics import ClipValues
 from latentcast.metrics.weights import find_weights
 from latentcast.modeling import fingerprint
 
-from .protocol import BEST_OF, Protocol, is_whole
+from .protocol import BEST_OF, Protocol, is_whole, without_other_splits
 
 logger = logging.getLogger("latentcast")
 
@@ -114,7 +114,7 @@ class Evaluation:
     @functools.cached_property
     def identity(self):
         """JSON-able: two evaluations with equal identities give equal results."""
-        data = self.dataset.describe()
+        data = without_other_splits(self.dataset.describe(), self.protocol.split)
         digest = hashlib.sha256(json.dumps([data, self.clips], sort_keys=True).encode()).hexdigest()
         prior, tokenizer = self.pipe.prior, self.pipe.tokenizer
         models = {"prior": prior, "tokenizer": tokenizer}

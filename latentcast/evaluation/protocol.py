@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 
+from latentcast.data.base import SPLITS
 from latentcast.metrics.i3d import MIN_FRAMES
 
 METRICS = ("mse", "psnr", "ssim", "lpips", "crps", "ilpips", "fvd", "bits")
@@ -11,6 +12,7 @@ LPIPS_NETS = ("alex", "vgg")
 CRPS_ESTIMATORS = ("standard", "fair")
 ILPIPS_PAIRS = ("ring", "all")
 DETECTORS = ("i3d_k400", "i3d_torchscript")
+OF_A_SPLIT = ("n_{}", "{}_frames", "{}_fraction")  # options of a prepared set that shape one split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +135,15 @@ class Protocol:
 def is_whole(value, least=float("-inf")):
     """Whether ``value`` is an int, not a bool, of at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def without_other_splits(described, split):
+    """What ``VideoDataset.describe`` gave, without the options of a prepared set that shape other splits.
+
+    A set prepared with more training videos has the same test clips, and ``sha256`` says so.
+    """
+    if not isinstance(described.get("protocol"), dict):
+        return described
+    others = {option.format(other) for option in OF_A_SPLIT for other in SPLITS if other != split}
+    options = {name: value for name, value in described["protocol"].items() if name not in others}
+    return described | {"protocol": options}
