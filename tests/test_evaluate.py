@@ -1,5 +1,6 @@
 """Evaluation: figures that follow from the definitions, resumed and shared among processes without a difference."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -368,6 +369,20 @@ def test_the_tool_in_half_precision(trained, tmp_path, monkeypatch):
         assert found[dtype]["model"]["dtype"] == dtype
     full, half = (found[dtype]["baselines"]["reconstruction"]["mse"]["mean"] for dtype in found)
     assert full != half and half == pytest.approx(full, rel=0.02)
+
+
+def test_quickstart_shows_metrics_that_have_no_mean_of_samples(trained, tmp_path):
+    """CRPS is of all samples at once."""
+    folder, _ = trained
+    (tmp_path / "pipeline").symlink_to(folder / "run/pipeline")
+    settings = [*TINY, f"run_dir={tmp_path}", "frame_size=16", "clip_length=6", "data.digit_size=12"]
+    tool = runpy.run_path(str(TOOLS / "evaluate.py"))["main"]
+    arguments = {"arguments": ["quickstart", *settings], "pipeline": None, "data": None, "weights": None}
+    tool(argparse.Namespace(**arguments, device="cpu", dtype="float32"))
+    figures, files = runpy.run_path(str(TOOLS / "quickstart.py"))["show"](settings)
+    assert figures["model"].keys() == {"mse", "psnr", "ssim", "crps"}
+    assert figures["model_mean_of_samples"].keys() == {"mse", "psnr", "ssim"}
+    assert all(Path(path).is_file() for path in files.values())
 
 
 def test_mistakes_are_one_line(trained, tmp_path, capsys):

@@ -46,11 +46,9 @@ def show(overrides):
     config = load_config(EXPERIMENT, overrides, tool="evaluate")
     run_dir = Path(config.run_dir)
     results = json.loads((run_dir / "metrics" / f"{config.protocol.name}.json").read_text())
-    rows = {
-        "model": results["metrics"],
-        "model_mean_of_samples": {name: entry["mean_of_samples"] for name, entry in results["metrics"].items()},
-        **results["baselines"],
-    }
+    metrics = results["metrics"]
+    by_sample = {name: entry["mean_of_samples"] for name, entry in metrics.items() if "mean_of_samples" in entry}
+    rows = {"model": metrics, "model_mean_of_samples": by_sample, **results["baselines"]}
     figures = {who: {name: round(entry["mean"], 4) for name, entry in row.items()} for who, row in rows.items()}
     result = run_dir / "metrics" / "quickstart.json"
     write_json(result, figures | {"protocol": results["protocol"], "sampler": results["model"]["sampler"]})
