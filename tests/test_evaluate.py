@@ -346,6 +346,19 @@ def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path):
     _, _, err = evaluate(folder, str(write_experiment(folder)), *TINY)
     assert "finished before, nothing to do" in err
 
+    finished = (metrics / "one_digit.json").read_bytes()
+    other = [str(write_experiment(folder)), *TINY, "protocol.seed=1"]
+    status, _, err = evaluate(folder, *other)
+    assert status == 1 and (metrics / "one_digit.json").read_bytes() == finished
+    assert f"{metrics / 'one_digit.json'}: a finished result of another evaluation (made with protocol.seed 0" in err
+    assert "give another run_dir, protocol.name=..., or evaluation.overwrite=true" in err
+    for way, name in (("protocol.name=again", "again"), ("evaluation.overwrite=true", "one_digit")):
+        status, _, err = evaluate(folder, *other, way)
+        assert status == 0, err
+        assert json.loads((metrics / f"{name}.json").read_text())["protocol"]["seed"] == 1
+    status, _, err = evaluate(folder, str(write_experiment(folder)), *TINY, "evaluation.overwrite=true")
+    assert status == 0, err
+
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     arguments = ["--pipeline", str(folder / "run/pipeline"), "--data", "moving_digits", *TINY]
     arguments += [f"run_dir={tmp_path}", "data.n_heldout_videos=8", "data.digit_size=12", "preview.sampler={}"]

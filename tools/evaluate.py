@@ -2,8 +2,9 @@
 
 ``evaluate.py EXPERIMENT protocol=NAME [key=value ...]`` takes the experiment's pipeline and data;
 ``evaluate.py --pipeline DIR --data NAME protocol=NAME [key=value ...]`` any pipeline and data set. Results go to
-``run_dir/metrics``. Continues what an earlier run left. Several GPUs: ``torchrun --nproc-per-node N tools/evaluate.py
-...``.
+``run_dir/metrics``, under the protocol's name. Continues what an earlier run left; the finished result of another
+evaluation is replaced with ``evaluation.overwrite=true`` alone. Several GPUs: ``torchrun --nproc-per-node N
+tools/evaluate.py ...``.
 """
 
 import argparse
@@ -60,9 +61,14 @@ def main(args):
         result = metrics_dir / f"{protocol.name}.json"
         if result.is_file() and not overwrite:
             earlier = read_json(result)
-            if not difference_of({key: earlier.get(key) for key in evaluation.identity}, evaluation.identity):
-                logger.info("%s: finished before, nothing to do", result)
-                return summary(earlier) | {"files": {"figures": str(result)}}
+            difference = difference_of({key: earlier.get(key) for key in evaluation.identity}, evaluation.identity)
+            if difference:
+                raise UserError(
+                    f"{result}: a finished result of another evaluation ({difference}); give another run_dir, "
+                    "protocol.name=..., or evaluation.overwrite=true"
+                )
+            logger.info("%s: finished before, nothing to do", result)
+            return summary(earlier) | {"files": {"figures": str(result)}}
         evaluation.run()
         rank = rank_and_world()[0]
     if rank > 0:  # the group is closed: what follows is rank 0's alone
