@@ -5,6 +5,7 @@ import difflib
 import functools
 import importlib
 import inspect
+from numbers import Integral
 from pathlib import Path
 
 import yaml
@@ -124,6 +125,11 @@ def load_pipeline_config(folder, data, overrides=(), **settings):
         **settings,
     }
     return load_config(experiment, overrides, tool="evaluate")
+
+
+def is_whole(value, least=float("-inf")):
+    """Whether ``value`` is a whole number (False and True are not) of at least ``least``."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def instantiate(config, **kwargs):

@@ -2,11 +2,11 @@
 
 import inspect
 from dataclasses import dataclass, field
-from numbers import Integral
 
 import torch
 from diffusers.utils import BaseOutput
 
+from latentcast.config import is_whole
 from latentcast.modeling import VideoModel
 
 
@@ -73,19 +73,15 @@ class Prior(VideoModel):
 def check_counts(least=1, **counts):
     """Refuse counts (of frames, samples, layers, ...) that are no whole numbers of at least ``least``, by name."""
     for name, value in counts.items():
-        if not _is_count(value, least):
+        if not is_whole(value, least):
             raise ValueError(f"{name}: expected a whole number of at least {least}, found {value!r}")
 
 
 def check_widths(**lists):
     """Refuse lists (of a network's levels) that are empty or hold anything but whole numbers of at least 1, by name."""
     for name, values in lists.items():
-        if not values or not all(_is_count(value, 1) for value in values):
+        if not values or not all(is_whole(value, 1) for value in values):
             raise ValueError(f"{name}: expected whole numbers of at least 1, found {list(values)}")
-
-
-def _is_count(value, least):
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 class no_progress:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import latentcast
+from latentcast.config import is_whole
 from latentcast.data.shards import difference_of
 from latentcast.distributed import barrier, rank_and_world, rank_zero_first
 from latentcast.files import read_json, replacing, write_json
@@ -28,7 +29,7 @@ from latentcast.metrics.statistics import ClipValues
 from latentcast.metrics.weights import find_weights
 from latentcast.modeling import fingerprint
 
-from .protocol import BEST_OF, Protocol, is_whole, without_other_splits
+from .protocol import BEST_OF, Protocol, without_other_splits
 
 logger = logging.getLogger("latentcast")
 

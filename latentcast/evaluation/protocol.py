@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 
+from latentcast.config import is_whole
 from latentcast.data.base import SPLITS
 from latentcast.metrics.i3d import MIN_FRAMES
 
@@ -130,11 +131,6 @@ class Protocol:
         """JSON-able: every field that two comparable results share."""
         described = asdict(self)
         return {name: described[name] for name in sorted(described) if name not in ("name", "source")}
-
-
-def is_whole(value, least=float("-inf")):
-    """Whether ``value`` is an int, not a bool, of at least ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def without_other_splits(described, split):
