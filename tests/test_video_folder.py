@@ -80,8 +80,12 @@ def test_index_is_built_once_and_follows_changes(video_folder, tmp_path, capsys)
     after = json.loads(index.read_text())["files"]
     assert after["b.mkv"] == before["b.mkv"]
 
-    index.write_text("{ broken")
-    assert {v.name for v in open_folder(root).videos} == set(names)
+    older = {
+        name: {"size": entry["size"], "mtime": entry["mtime"], "error": "damaged"} for name, entry in after.items()
+    }
+    for content in ("{ broken", json.dumps({"format": 1, "files": older})):
+        index.write_text(content)
+        assert {v.name for v in open_folder(root).videos} == set(names)
 
 
 def test_index_elsewhere(video_folder, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Reading with both backends against the frame numbers drawn into the pictures, damage, writing, and picture layout."""
 
 import random
+import shutil
 from fractions import Fraction
 
 import av
@@ -163,6 +164,30 @@ def test_damage_is_found_and_named(tmp_path, encoded):
         for backend in ("auto", "pyav", "decord"):
             with pytest.raises(VideoError, match=path.name):
                 read_clip(path, [0], backend=backend)
+
+
+def replace_bytes(path, old, new):
+    content = path.read_bytes()
+    assert old in content and len(old) == len(new)
+    path.write_bytes(content.replace(old, new))
+    return path
+
+
+def test_a_stream_without_a_decoder_is_named(tmp_path, encoded):
+    path = shutil.copy(encoded / "pictures.avi", tmp_path / "unknown.avi")
+    replace_bytes(path, b"MJPG", b"ZZZZ")
+    for call in (probe, stated_rate, lambda path: read_clip(path, [0]), lambda path: list(iter_clip(path))):
+        with pytest.raises(VideoError, match=r"unknown\.avi: FFmpeg has no decoder for its video stream"):
+            call(path)
+
+
+@pytest.mark.parametrize("name", ["tagged.mp4", "tagged.mkv", "tagged.avi"])
+def test_a_title_that_is_not_utf8_is_no_damage(tmp_path, name):
+    options = {"codec": "mpeg4", "options": {"b": "4000000"}}
+    path = replace_bytes(encode(tmp_path / name, counter_frames(60), title="caXX", **options), b"caXX", b"ca\xe9\xff")
+    assert probe(path).n_frames == 60 and stated_rate(path) == 25
+    assert read_counter(read_clip(path, [1, 50])) == [1, 50]
+    assert read_counter(torch.cat(list(iter_clip(path)))) == list(range(60))
 
 
 # ------------------------------------------------------------------------------------------------------- streaming

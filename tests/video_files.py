@@ -30,7 +30,18 @@ def read_counter(frames):
     return (bits * 2 ** np.arange(N_BARS)).sum(1).tolist()
 
 
-def encode(path, frames, fps=25, codec="libx264", pix_fmt="yuv420p", options=None, pts=None, rotation=0, **container):
+def encode(
+    path,
+    frames,
+    fps=25,
+    codec="libx264",
+    pix_fmt="yuv420p",
+    options=None,
+    pts=None,
+    rotation=0,
+    title=None,
+    **container,
+):
     """Write (n, H, W, 3) uint8 frames with PyAV; ``pts``: times of the frames in units of 1 / fps."""
     with av.open(str(path), "w", options=container) as file:
         stream = file.add_stream(codec, rate=fps)
@@ -39,6 +50,8 @@ def encode(path, frames, fps=25, codec="libx264", pix_fmt="yuv420p", options=Non
         stream.options = {"crf": "12", "g": "12"} if options is None and codec == "libx264" else options or {}
         if rotation:
             stream.set_display_rotation(rotation)
+        if title:
+            file.metadata["title"] = title
         for i, array in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(array, format="rgb24")
             if pts is not None:

@@ -28,7 +28,7 @@ logger = logging.getLogger("latentcast")
 
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".ogv", ".gif")
 INDEX_NAME = ".latentcast-index.json"
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 SAVE_EVERY = 30  # seconds between saves of an index that is being built
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 

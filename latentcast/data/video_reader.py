@@ -219,13 +219,16 @@ class _Video:
     def __init__(self, path, strict=False):
         self.path = path
         try:
-            self.container = av.open(str(path))
+            self.container = av.open(str(path), metadata_errors="replace")  # a title in Latin-1 is no damage
         except (av.FFmpegError, ValueError) as error:
             raise VideoError(f"{path}: not a readable video ({_reason(error)})") from None
         self.stream = self.container.streams.best("video")
         if self.stream is None:
             self.container.close()
             raise VideoError(f"{path}: holds no video stream")
+        if self.stream.codec_context is None:
+            self.container.close()
+            raise VideoError(f"{path}: FFmpeg has no decoder for its video stream")
         self.stream.codec_context.thread_count = 1
         if strict:
             self.stream.codec_context.options = {"err_detect": "explode"}
