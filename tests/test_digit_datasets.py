@@ -45,12 +45,15 @@ def images_of(folder):
     return np.frombuffer(content[16:], np.uint8).reshape(-1, 28, 28)
 
 
-def test_mnist_from_a_folder(idx_files):
+def test_mnist_from_a_folder(idx_files, monkeypatch):
     pools = [module.mnist_digits(split, 28, idx_files) for split in ("train", "val", "test")]
     assert [tuple(pool.shape) for pool in pools] == [(33, 28, 28), (7, 28, 28), (9, 28, 28)]
     assert np.array_equal(torch.cat(pools[:2]).numpy(), images_of(idx_files))
     dataset = MovingDigits("train", 10, source="mnist", mnist_dir=idx_files, digit_size=20)
     assert dataset[0]["frames"].shape == (10, 1, 64, 64)
+    monkeypatch.chdir(idx_files.parent)
+    idx_files.rename("2024")
+    assert len(module.mnist_digits("test", 28, 2024)) == 9
 
 
 @pytest.mark.parametrize("size", [20, 32])

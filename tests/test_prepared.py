@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from noise_benchmark import LENGTHS, Noise, actions, noise
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
-from latentcast import LatentCacheDataset, PixelTokenizer, PreparedVideos
+from latentcast import LatentCacheDataset, PixelTokenizer, PreparedVideos, prepared_videos
 from latentcast.data.base import EmptySplitError, match_conditions
 from latentcast.data.checking import check_folder
 from latentcast.data.encoding import encode_dataset
@@ -47,6 +48,12 @@ def test_every_window_is_what_the_source_held(prepared):
     item = data[0]
     assert item["frames"].shape == (3, 3, 15, 15) and item["frames"].abs().max() <= 1
     assert set(item["conditions"]) == {"actions", "label"}
+
+
+def test_a_set_whose_folder_is_a_number(prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared, tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    assert len(PreparedVideos(2024, "train", 3)) == len(prepared_videos(2024, "train", 3)) > 0
 
 
 def test_stride_takes_frames_and_conditions_alike(prepared):

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 from video_files import counter_frames, encode, read_counter
 
-from latentcast import VideoFolder, read_clip
+from latentcast import VideoFolder, instantiate, load_config, read_clip
 from latentcast.cli import run_tool
 from latentcast.data import video_folder as module
 from latentcast.data.base import EmptySplitError, VideoDataset
@@ -141,6 +141,15 @@ def test_folders_named_after_splits_are_the_splits(tmp_path):
         encode(tmp_path / split / "a.mp4", counter_frames(8 + i))
     for i, split in enumerate(("train", "val", "test")):
         assert [(v.name, v.n_frames) for v in VideoFolder(tmp_path, split, 8, 16).videos] == [(f"{split}/a.mp4", 8 + i)]
+
+
+def test_a_folder_whose_name_is_a_number(tmp_path, monkeypatch):
+    (tmp_path / "2024").mkdir()
+    encode(tmp_path / "2024" / "a.mp4", counter_frames(8))
+    monkeypatch.chdir(tmp_path)
+    overrides = [f"data.{key}" for key in ("root=2024", "index_dir=7", "val_fraction=0", "test_fraction=0")]
+    dataset = instantiate(load_config("video_folder", [*overrides, "clip_length=8"]).data)(split="train")
+    assert [v.n_frames for v in dataset.videos] == [8] and len(list((tmp_path / "7").glob("2024-*.json"))) == 1
 
 
 def test_no_usable_video_is_an_error_that_counts(video_folder, tmp_path):

@@ -73,7 +73,8 @@ def mnist_file(name, folder):
     Raises:
         FileNotFoundError: neither is there.
     """
-    for path in (Path(folder, f"{name}.gz"), Path(folder, name)):
+    folder = Path(str(folder))  # 2024 in a config is a number
+    for path in (folder / f"{name}.gz", folder / name):
         if path.is_file():
             return path
     raise FileNotFoundError(f"{folder}: expected MNIST's {name}.gz or {name}, found neither")

@@ -262,6 +262,7 @@ def prepared_videos(root, split, clip_length, size=None, channels=None, *, name=
     Args: see PreparedVideos; videos that are made keep the set's own seed.
     """
     check_split(split)
+    root = Path(str(root))  # 2024 in a config is a number
     manifest = read_set_manifest(root, name)
     if split not in manifest["generated"]:
         return PreparedVideos(root, split, clip_length, size, channels, name=name, frame_stride=frame_stride, seed=seed)
@@ -271,7 +272,7 @@ def prepared_videos(root, split, clip_length, size=None, channels=None, *, name=
         clip_length,
         size=manifest["frame_size"][0],
         channels=channels or manifest["channels"],
-        mnist_dir=Path(root) / "mnist",
+        mnist_dir=root / "mnist",
         frame_stride=frame_stride,
         **manifest["generated"][split],
     )
@@ -302,9 +303,9 @@ class PreparedVideos(VideoDataset):
                 raise ValueError(f"{argument}: expected at least 1, found {value}")
         if channels not in (None, 1, 3):
             raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), found {channels}")
-        self.root, self.split, self.clip_length, self.frame_stride = Path(root), split, clip_length, frame_stride
+        self.root, self.split, self.clip_length, self.frame_stride = Path(str(root)), split, clip_length, frame_stride
         self.seed = seed
-        self.manifest = read_set_manifest(root, name)
+        self.manifest = read_set_manifest(self.root, name)
         _check_size(root, self.manifest, size)
         self.size, self.stored_channels = self.manifest["frame_size"][0], self.manifest["channels"]
         self.channels = channels or self.stored_channels

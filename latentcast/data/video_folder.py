@@ -79,7 +79,7 @@ class VideoFolder(VideoDataset):
         check_whole(clip_length=clip_length, size=size, frame_stride=frame_stride)
         check_options(channels, frame_stride, fps, val_fraction, test_fraction)
         self.root, self.split, self.clip_length, self.size, self.channels = (
-            Path(root),
+            Path(str(root)),  # 2024 in a config is a number
             split,
             clip_length,
             size,
@@ -296,7 +296,7 @@ def _find(root):
 def _index_path(root, index_dir):
     unique = f"{root.name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}.json"
     if index_dir is not None:
-        return Path(index_dir) / unique
+        return Path(str(index_dir)) / unique
     return root / INDEX_NAME if os.access(root, os.W_OK) else user_cache() / "indices" / unique
 
 
