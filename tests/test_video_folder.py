@@ -143,6 +143,43 @@ def test_folders_named_after_splits_are_the_splits(tmp_path):
         assert [(v.name, v.n_frames) for v in VideoFolder(tmp_path, split, 8, 16).videos] == [(f"{split}/a.mp4", 8 + i)]
 
 
+@pytest.mark.parametrize("missing", ["val", "test"])
+def test_a_split_without_a_folder_takes_its_share_of_train(tmp_path, missing):
+    other = {"val": "test", "test": "val"}[missing]
+    frames, sizes = counter_frames(4), {"clip_length": 4, f"{missing}_fraction": 0.3, f"{other}_fraction": 0.5}
+    for folder, n_files in (("train", 20), (other, 4), ("elsewhere", 1)):
+        (tmp_path / folder).mkdir()
+        for i in range(n_files):
+            encode(tmp_path / folder / f"{i:02d}.mp4", frames)
+
+    def names(split, **kwargs):
+        return {v.name for v in open_folder(tmp_path, split, **(sizes | kwargs)).videos}
+
+    assert names(other) == {f"{other}/{i:02d}.mp4" for i in range(4)}
+    assert 1 < len(names(missing)) < 12
+    assert names("train") | names(missing) == {f"train/{i:02d}.mp4" for i in range(20)}
+    assert not names("train") & names(missing)
+    assert len(names("train", **{f"{missing}_fraction": 0.0})) == 20
+    with pytest.raises(EmptySplitError, match=f"raise {missing}_fraction"):
+        names(missing, **{f"{missing}_fraction": 0.0})
+
+
+def test_split_folders_without_train_are_refused(tmp_path):
+    for folder in ("val", "test"):
+        (tmp_path / folder).mkdir()
+        encode(tmp_path / folder / "a.mp4", counter_frames(8))
+    for split in ("train", "val", "test"):
+        with pytest.raises(ValueError, match=r"expected a folder train beside val and test, found none$"):
+            open_folder(tmp_path, split)
+
+
+def test_train_alone_is_a_folder_like_any_other(tmp_path):
+    for folder in ("car", "train"):
+        (tmp_path / folder).mkdir()
+        encode(tmp_path / folder / "a.mp4", counter_frames(8))
+    assert [v.name for v in open_folder(tmp_path).videos] == ["car/a.mp4", "train/a.mp4"]
+
+
 def test_a_folder_whose_name_is_a_number(tmp_path, monkeypatch):
     (tmp_path / "2024").mkdir()
     encode(tmp_path / "2024" / "a.mp4", counter_frames(8))

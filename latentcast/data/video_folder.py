@@ -36,8 +36,9 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 class VideoFolder(VideoDataset):
     """Clips and whole videos of every mp4, avi, mov, mkv, webm, ogv and gif file under a folder.
 
-    A file's split follows from a hash of its path below ``root``, so adding files moves no other file; where ``root``
-    holds the folders ``train``, ``val`` and ``test``, those are the splits.
+    A file's split follows from a hash of its path below ``root``, so adding files moves no other file. Where ``root``
+    holds a folder ``val`` or ``test`` beside ``train``, these are the splits and other files are left out; of ``val``
+    and ``test`` the one without a folder takes its share of the files in ``train``, by the hash.
 
     The first use decodes each file once, with a progress bar, and keeps what it found in an index; later uses look only
     at new and changed files. Damaged and too short files are named in the log, counted and left out.
@@ -57,6 +58,7 @@ class VideoFolder(VideoDataset):
         backend: see ``read_clip``.
     Raises:
         FileNotFoundError: no such folder.
+        ValueError: a folder ``val`` or ``test`` without ``train``.
         EmptySplitError: no usable video in this split; counts what fell out and why.
     """
 
@@ -87,6 +89,7 @@ class VideoFolder(VideoDataset):
         )
         self.frame_stride, self.target_fps, self.seed, self.backend = frame_stride, fps, seed, backend
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self._folders = _split_folders(self.root)
         self._files = self._choose(build_index(self.root, index_dir))
         self._videos = [VideoEntry(name, *self._rate(info)) for name, _, info in self._files]
         self.fps = statistics.median(entry.fps for entry in self._videos)
@@ -122,13 +125,20 @@ class VideoFolder(VideoDataset):
     def _rate(self, info):
         return sampled_rate(info, self.frame_stride, self.target_fps)
 
+    def _split_of(self, name):
+        folder = name.partition("/")[0]
+        if self._folders and folder != "train":
+            return folder
+        fractions = {"val": self.val_fraction, "test": self.test_fraction}
+        return split_of(
+            name, *(0 if split in self._folders else share for split, share in fractions.items()), self.seed
+        )
+
     def _choose(self, index):
         """The usable files of this split as (name, size in bytes, VideoInfo)."""
-        explicit = all((self.root / split).is_dir() for split in SPLITS)
         usable, damaged, short, slow, elsewhere = [], [], [], 0, 0
         for name, record in sorted(index.items()):
-            shares = self.val_fraction, self.test_fraction
-            if (name.partition("/")[0] if explicit else split_of(name, *shares, self.seed)) != self.split:
+            if self._split_of(name) != self.split:
                 elsewhere += 1
             elif "error" in record:
                 damaged.append(f"{name} ({record['error']})")
@@ -147,7 +157,7 @@ class VideoFolder(VideoDataset):
         if not usable:
             lost = [f"{len(damaged)} damaged{_listed(damaged)}", f"{len(short)} {short_of}{_listed(short)}"]
             advice = f"raise {self.split}_fraction"
-            if explicit or self.split == "train":
+            if self.split in ("train", *self._folders):
                 advice = "add files"
             raise EmptySplitError(
                 f"{self.root}: no usable video in split {self.split!r}: of {len(index)} files, {', '.join(lost)}, "
@@ -162,6 +172,14 @@ class VideoFolder(VideoDataset):
             )
         logger.info("%s: %s: %d of %d files", self.root, self.split, len(usable), len(index))
         return usable
+
+
+def _split_folders(root):
+    """Those of train/, val/ and test/ that hold the splits of a folder of videos."""
+    folders = [split for split in SPLITS if (root / split).is_dir()]
+    if folders and folders[0] != "train":
+        raise ValueError(f"{root}: expected a folder train beside {' and '.join(folders)}, found none")
+    return folders if len(folders) > 1 else []  # train alone sets nothing apart
 
 
 def check_whole(**values):
