@@ -259,6 +259,15 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
     assert (run.run_dir / "metrics/tokenizer_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("every", [0, 2, EPOCH + 2])
+def test_throughput_is_logged_every_so_many_steps_also_over_short_epochs(tmp_path, every, accumulated):
+    overrides = [f"trainer.log_every_n_steps={every}", f"trainer.accumulate_grad_batches={accumulated}"]
+    _, _, run = fit(tiny_config(tmp_path, "trainer.max_steps=12", *overrides))
+    steps = [step + 1 for step, _ in curves(run)["throughput/clips_per_s"]]
+    assert steps == (list(range(every, 13, every)) if every else [])
+
+
 @pytest.mark.parametrize(
     "overrides, every",
     [

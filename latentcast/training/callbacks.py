@@ -266,6 +266,7 @@ class Throughput(Callback):
     The time that validation and previews take is left out."""
 
     def on_train_start(self, trainer, pl_module):
+        self._step = trainer.global_step
         self._restart()
 
     def on_validation_end(self, trainer, pl_module):
@@ -285,7 +286,8 @@ class Throughput(Callback):
             counts["codes"] = clips.numel()
         for unit, count in counts.items():
             self._seen[unit] = self._seen.get(unit, 0) + count * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        stepped, self._step = trainer.global_step > self._step, trainer.global_step  # not so while gradients add up
+        if stepped and trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             seconds = time.perf_counter() - self._since
             pl_module.log_dict({f"throughput/{unit}_per_s": count / seconds for unit, count in self._seen.items()})
             self._restart()
