@@ -3,6 +3,7 @@
 import random
 import shutil
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 from PIL import Image
 from video_files import counter_frames, cut_off, encode, overwrite_middle, read_counter
 
-from latentcast import probe, read_clip, write_video
+from latentcast import VideoFolder, probe, read_clip, write_video
 from latentcast.data.pictures import contact_sheet, side_by_side
 from latentcast.data.video_folder import sampled_places, sampled_rate
-from latentcast.data.video_reader import VideoError, fit_frames, iter_clip, stated_rate
+from latentcast.data.video_reader import VideoError, _scan_packets, fit_frames, iter_clip, stated_rate
 from latentcast.data.video_writer import write_image
 
 # name -> (arguments of encode, whether decord finds single frames exactly)
@@ -35,6 +36,20 @@ ENCODINGS = {
     "loop.gif": ({"codec": "gif", "pix_fmt": "rgb8"}, None),  # decord does not open it
 }
 N_FRAMES = 96
+
+
+IO_COUNTER = Path("/proc/self/io")
+
+
+def bytes_read(call, *args, **kwargs):
+    """By this process, while it makes the call."""
+
+    def so_far():
+        return int(IO_COUNTER.read_text().split()[1])  # rchar
+
+    before = so_far()
+    call(*args, **kwargs)
+    return so_far() - before
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +179,23 @@ def test_damage_is_found_and_named(tmp_path, encoded):
         for backend in ("auto", "pyav", "decord"):
             with pytest.raises(VideoError, match=path.name):
                 read_clip(path, [0], backend=backend)
+
+
+@pytest.mark.skipif(not IO_COUNTER.is_file(), reason="counts the bytes read as Linux tells them")
+def test_packets_are_looked_through_once(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (150, 240, 320, 3), np.uint8)
+    path = encode(tmp_path / "noise.avi", noise, codec="mjpeg", pix_fmt="yuvj420p", options={"q": "2"})
+    first, *later = (bytes_read(read_clip, path, range(start, start + 4), backend="pyav") for start in (90, 120, 60))
+    assert first > path.stat().st_size > 3 * max(later)
+    dataset = VideoFolder(tmp_path, "train", 4, 64, val_fraction=0, test_fraction=0)
+    _scan_packets.cache_clear()
+    assert bytes_read(dataset.read_video, 0, 90, 94) < 1.5 * path.stat().st_size
+
+
+def test_a_file_that_is_replaced_is_looked_through_again(tmp_path):
+    for first in (0, 5):
+        path = encode(tmp_path / "a.mp4", counter_frames(80, first=first), pts=[(first + 1) * i for i in range(80)])
+        assert read_counter(read_clip(path, [70], backend="pyav")) == [70 + first]
 
 
 def replace_bytes(path, old, new):

@@ -104,7 +104,7 @@ class VideoFolder(VideoDataset):
         if not 0 <= start < stop <= entry.n_frames:
             raise ValueError(f"{name}: expected 0 <= start < stop <= {entry.n_frames}, found {start}:{stop}")
         places = sampled_places(info, range(start, stop), self.frame_stride, self.target_fps)
-        return load_frames(self.root / name, places, self.size, self.channels, self.backend)
+        return load_frames(self.root / name, places, self.size, self.channels, self.backend, info)
 
     def describe(self):
         files = [[name, size, info.n_frames] for name, size, info in self._files]
@@ -239,9 +239,11 @@ def sampled_places(info, frames, frame_stride=1, fps=None):
     return (times[None] - asked[:, None]).abs().argmin(1).tolist()
 
 
-def load_frames(path, places, size, channels=3, backend="auto"):
-    """The file's frames numbered ``places``, central square -> (len(places), channels, size, size) in [-1, 1]."""
-    frames = read_clip(path, places, size=size, backend=backend).float()
+def load_frames(path, places, size, channels=3, backend="auto", info=None):
+    """The file's frames numbered ``places``, central square -> (len(places), channels, size, size) in [-1, 1].
+
+    ``backend``, ``info``: see ``read_clip``."""
+    frames = read_clip(path, places, size=size, backend=backend, info=info).float()
     if channels == 1:
         frames = luma(frames)
     return (frames / 127.5 - 1).clamp_(-1, 1)

@@ -5,6 +5,7 @@ A frame's index counts the frames that decode, in the order they are shown. Cont
 """
 
 import functools
+from array import array
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -20,6 +21,7 @@ CHUNK = 16  # frames held at their full size at once
 SEEK_FROM = 48  # an earlier frame is reached faster by decoding from the start than through a table of timestamps
 RESAMPLE = ("bilinear", "lanczos")
 DEFAULT_RATE = 25.0  # of files that state none
+KEPT_TABLES = 64  # of timestamps, one a file: 8 bytes a frame
 
 
 class VideoError(OSError):
@@ -299,13 +301,19 @@ def _nearest_in_time(frames, fps, rate=None):
 
 def _scan(path):
     """Read packets without decoding -> (kind of seek, sorted presentation times, of those the keyframes')."""
+    status = path.stat()
+    return _scan_packets(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(KEPT_TABLES)
+def _scan_packets(path, size, mtime):
     with _Video(path) as (container, stream):
         packets = [(p.pts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
         kind = _seek_kind(container, stream, packets)
     if kind == "start":
         return kind, None, None
     shown = [(pts, key) for pts, key, discard in packets if not discard]
-    return kind, sorted(pts for pts, _ in shown), sorted(pts for pts, key in shown if key)
+    return kind, array("q", sorted(pts for pts, _ in shown)), array("q", sorted(pts for pts, key in shown if key))
 
 
 def _seek_kind(container, stream, packets):
