@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from tiny import SMALL_SDE_DIFFUSION
+from video_files import counter_frames, encode, overwrite_middle
 
 from latentcast import (
     VQVAE,
@@ -22,6 +23,7 @@ from latentcast import (
     write_video,
 )
 from latentcast.cli import run_tool
+from latentcast.data.video_reader import VideoError
 
 TOOL = Path(__file__).parents[1] / "tools" / "sample.py"
 SIZE, SCALE, BORDER, GAP = 32, 4, 2, 2
@@ -119,6 +121,18 @@ def test_a_folder_of_videos_from_the_shell(folder, tmp_path):
     sheet = PIL.Image.open(samples / "contact_sheet.png")
     cell = (SIZE + 2 * BORDER) * 2
     assert sheet.size == (7 * cell + 6 * GAP, 7 * cell + 6 * GAP)  # 7 frames; 3 + 4 rows
+
+
+def test_no_more_is_decoded_than_is_shown(folder, tool, capsys, tmp_path):
+    """Damage is named where the frames asked for need the damaged part, and not met elsewhere."""
+    (tmp_path / "in").mkdir()
+    overwrite_middle(encode(tmp_path / "whole.mp4", counter_frames(96), fps=10), tmp_path / "in/late.mp4")
+    with pytest.raises(VideoError, match="damaged"):
+        probe(tmp_path / "in/late.mp4")
+    common = ["--pipeline", folder / "run/pipeline", "--input", tmp_path / "in", "--output", tmp_path]
+    assert call(tool, capsys, *common, "--n-frames", 4)["skipped"] == []
+    assert cells(tmp_path / "late.mp4", 5).shape[1] == 2 + 4
+    assert "late.mp4: damaged" in call(tool, capsys, *common, "--n-frames", 4, "--start", 60)
 
 
 def test_given_frames_are_marked(folder, tool, capsys, tmp_path):

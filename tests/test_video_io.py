@@ -68,6 +68,7 @@ def test_every_backend_gives_the_frames_asked_for(encoded, name):
     assert (info.height, info.width) == ((49, 67) if name.startswith("odd") else (48, 64))
     windows = [[s, s + 1, s + 2, s + 7] for s in random.Random(0).choices(range(N_FRAMES - 7), k=8)]
     windows += [[0], [N_FRAMES - 1], [80, 3, 80, 51]]
+    assert probe(encoded / name, backend="packets") == info
     exact = ENCODINGS[name][1]
     for window in windows:
         by_pyav = read_clip(encoded / name, window, backend="pyav")
@@ -85,9 +86,10 @@ def test_every_backend_gives_the_frames_asked_for(encoded, name):
         assert probe(encoded / name, backend="decord").n_frames == N_FRAMES
 
 
-def test_uneven_times_are_told(tmp_path):
+@pytest.mark.parametrize("backend", ["pyav", "packets"])
+def test_uneven_times_are_told(tmp_path, backend):
     pts = [i + i * i // 4 for i in range(20)]
-    info = probe(encode(tmp_path / "uneven.mkv", counter_frames(20), fps=10, pts=pts))
+    info = probe(encode(tmp_path / "uneven.mkv", counter_frames(20), fps=10, pts=pts), backend)
     assert info.n_frames == 20 and info.fps == pytest.approx(19 / (pts[-1] / 10), rel=1e-3)
     assert info.times == pytest.approx([p / 10 for p in pts], abs=2e-3)
 
@@ -103,6 +105,7 @@ def test_rotated_video_is_shown_upright(tmp_path, backend, height):
     frames[:, :, :48] = 255  # stored: left half white
     path = encode(tmp_path / "phone.mp4", frames, rotation=90)  # shown: turned counter-clockwise
     info = probe(path)
+    assert probe(path, backend="packets") == info
     clip = read_clip(path, [2], backend=backend)  # decord fails on shown widths like 48, and auto must survive it
     assert clip.shape == (1, 3, info.height, info.width) == (1, 3, 96, height)
     assert clip[0, :, 56:].min() > 240 and clip[0, :, :40].max() < 15
@@ -132,7 +135,7 @@ def test_trimmed_video_shows_only_what_its_edit_list_keeps(tmp_path):
                 shift = round(10 / 25 / packet.time_base)
                 packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
                 target.mux(packet)
-    assert probe(tmp_path / "trimmed.mp4").n_frames == 50
+    assert probe(tmp_path / "trimmed.mp4").n_frames == probe(tmp_path / "trimmed.mp4", "packets").n_frames == 50
     assert read_counter(read_clip(tmp_path / "trimmed.mp4", range(50))) == list(range(10, 60))
     for backend in ("auto", "pyav"):
         assert read_counter(read_clip(tmp_path / "trimmed.mp4", [49, 48], backend=backend)) == [59, 58]
@@ -175,6 +178,9 @@ def test_damage_is_found_and_named(tmp_path, encoded):
         with pytest.raises(VideoError) as caught:
             probe(path)
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    for path in [*broken[:4], tmp_path / "sound.mkv"]:
+        with pytest.raises(VideoError, match=path.name):
+            probe(path, backend="packets")
     for path in broken[:4]:
         for backend in ("auto", "pyav", "decord"):
             with pytest.raises(VideoError, match=path.name):

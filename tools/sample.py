@@ -7,6 +7,7 @@ twice the context's rate, and given and true frames stay for two.
 """
 
 import argparse
+import itertools
 import logging
 import math
 import time
@@ -116,12 +117,12 @@ def main(args):
 def read_video(path, n_context, args, pipe, multiplier=1):
     """Context (n_context, C, H, W), the true frames of the time to predict (or None), and the rate of both."""
     from latentcast.data.video_folder import load_frames, sampled_places, sampled_rate
-    from latentcast.data.video_reader import VideoError, probe
+    from latentcast.data.video_reader import VideoError, iter_clip, probe
 
     spec = pipe.prior.config.latent_spec
     if spec["frame_height"] != spec["frame_width"]:
         raise UserError(f"{args.pipeline}: expected square frames, found {spec['frame_height']}x{spec['frame_width']}")
-    info = probe(path)
+    info = probe(path, backend="packets")
     stride = args.frame_stride or (max(1, round(info.fps / pipe.config.fps)) if pipe.config.fps else 1)
     rate = (1, args.fps) if args.fps else (stride, None)
     available, fps = sampled_rate(info, *rate)
@@ -131,7 +132,9 @@ def read_video(path, n_context, args, pipe, multiplier=1):
     n_true = math.ceil(args.n_frames / multiplier)
     n_true = n_true if available >= end + n_true else 0
     places = sampled_places(info, range(args.start, end + n_true), *rate)
-    frames = load_frames(path, places, spec["frame_height"], spec["frame_channels"])
+    for _ in itertools.islice(iter_clip(path, chunk=1), max(places) + 1):  # names damage, which reading would conceal
+        pass
+    frames = load_frames(path, places, spec["frame_height"], spec["frame_channels"], info=info)
     return frames[:n_context], frames[n_context:] if n_true else None, fps
 
 

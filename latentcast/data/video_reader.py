@@ -54,6 +54,8 @@ def probe(path, backend="auto"):
     """Count, time and measure the frames of a video by decoding all of them -> VideoInfo.
 
     ``auto`` is PyAV, the one backend that reports damage; ``decord`` is faster and takes the file's word for it.
+    ``packets`` says what PyAV says of a sound file after decoding its first frame alone; files whose packets do not
+    tell their frames are decoded.
 
     Raises:
         VideoError: the file is missing, is no video, or is damaged anywhere.
@@ -391,6 +393,21 @@ def _probe_pyav(path):
             height, width = _shown_size(frame)
             times.append(frame.time)
         seek = _seek_kind(container, stream, packets)
+    return _info(times, rate, height, width, seek)
+
+
+def _probe_packets(path):
+    seek, times, keys = _scan(path)
+    with _Video(path, strict=True) as (container, stream):
+        # Frames before the first keyframe are not decoded, and a VP8 packet may hold a frame that is not shown.
+        if seek == "start" or not keys or times[0] < keys[0] or stream.codec_context.name == "vp8":
+            return _probe_pyav(path)
+        first = next(_decode(path, container, stream, container.demux(stream)))
+        seconds = [float(pts * stream.time_base) for pts in times]
+        return _info(seconds, _stated_rate(stream), *_shown_size(first), seek)
+
+
+def _info(times, rate, height, width, seek):
     n = len(times)
     if None in times or any(later <= earlier for earlier, later in pairwise(times)):
         seek = "start"
@@ -407,7 +424,7 @@ def _probe_pyav(path):
 # ----------------------------------------------------------------------------------------------------------------
 
 READERS = {"decord": _read_decord, "pyav": _read_pyav}
-PROBES = {"decord": _probe_decord, "pyav": _probe_pyav}
+PROBES = {"decord": _probe_decord, "pyav": _probe_pyav, "packets": _probe_packets}
 
 
 def _backend(table, name):
