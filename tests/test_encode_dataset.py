@@ -170,9 +170,8 @@ def test_a_folder_of_videos_without_a_val_split(tmp_path, video_folder, caplog):
     data = instantiate(tiny_config(tmp_path, *options).data)(split="train")
     cached = LatentCacheDataset(tmp_path / "run" / "latents" / "train", 4)
     assert len(cached.videos) == figures["splits"]["train"]["videos"] == len(data.videos) == 6
-    assert [len(tensor) for tensor in load_file(cached.root / "shard-00000.safetensors").values()] == [
-        entry.n_frames for entry in data.videos
-    ]
+    shards = [load_file(shard) for shard in sorted(cached.root.glob("*.safetensors"))]
+    assert [len(tensor) for (tensor,) in map(dict.values, shards)] == [entry.n_frames for entry in data.videos]
     for i, entry in enumerate(data.videos):
         frames = data.read_video(i, 0, entry.n_frames)
         pixels = cached.read_video(i).movedim(-1, 1) / 127.5 - 1

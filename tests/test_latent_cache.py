@@ -343,6 +343,42 @@ def test_settings_that_cannot_be(tmp_path, options, message):
         write(tmp_path, torch.zeros(2, 4, 2, 3), spec_of(), **options)
 
 
+# --- the size of shards
+
+
+@pytest.mark.parametrize(
+    ("n_videos", "n_frames", "expected"),
+    [
+        (2000, 16, 64),
+        (2000, 1000, 20),
+        (2000, 50_000, 1),
+        (63, 16, 7),  # nine shards
+        (5, 30_000, 1),
+        (1, 5, 1),
+    ],
+)
+def test_long_and_few_videos_make_small_shards(tmp_path, n_videos, n_frames, expected):
+    videos = [VideoEntry(str(i), n_frames, 5.0) for i in range(n_videos)]
+    writer = LatentCacheWriter(tmp_path, spec_of(), "f" * 64, videos=videos, data={}, fps=5.0)
+    assert writer.job["shard_videos"] == expected
+
+
+def test_a_cache_keeps_the_shards_that_it_was_begun_with(cache, tokenizer, tmp_path):
+    before = contents(cache)
+    assert encode_dataset(Noise(kill_at=0), tokenizer, cache)["frames_per_s"] is None
+    assert contents(cache) == before
+    with pytest.raises(ValueError, match="made with shard_videos 3, asked for 2"):
+        encode_dataset(Noise(), tokenizer, cache, shard_videos=2)
+    root = tmp_path / "killed"
+    killed = multiprocessing.get_context("spawn").Process(target=encode_until_killed, args=(tokenizer, root))
+    killed.start()
+    killed.join()
+    encode_dataset(Noise(kill_at=0), tokenizer, root, batch_frames=8)
+    assert contents(root) == before
+    encode_dataset(Noise(), tokenizer, root, batch_frames=8, overwrite=True)
+    assert len(list(root.glob("*.safetensors"))) == len(LENGTHS)
+
+
 # --- damage and interruption
 
 

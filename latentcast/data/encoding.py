@@ -30,7 +30,7 @@ def encode_dataset(
     store="auto",
     dtype="float32",
     batch_frames=256,
-    shard_videos=64,
+    shard_videos=None,
     num_workers=0,
     overwrite=False,
     device=None,

@@ -22,6 +22,8 @@ KIND = shards.Kind(
 )
 STORES = ("auto", "codes", "latents", "posterior")
 LATENT_DTYPES = ("float32", "bfloat16", "float16")
+# A shard is what a killed run may lose and what ranks take turns at; each is a file that training holds open.
+MOST_VIDEOS, FRAMES_A_SHARD, LEAST_SHARDS = 64, 20_000, 8
 
 
 class LatentCacheWriter(shards.ShardWriter):
@@ -39,7 +41,8 @@ class LatentCacheWriter(shards.ShardWriter):
             the channels), or "auto": codes where the latent spec has them, else latents.
         dtype: of stored latents and posteriors, "float32", "bfloat16" or "float16". Codes take the smallest unsigned
             type that holds their codebooks.
-        shard_videos: videos a shard.
+        shard_videos: videos a shard; None: as in the cache that stands in ``root``, else by the videos' number and mean
+            length: at most 64, about 20,000 frames, and few enough for eight shards.
         overwrite: replace a finished cache, and one of another tokenizer or data set, instead of keeping or refusing
             it.
         rank, world_size: this process among those that write.
@@ -59,12 +62,15 @@ class LatentCacheWriter(shards.ShardWriter):
         conditions=None,
         store="auto",
         dtype="float32",
-        shard_videos=64,
+        shard_videos=None,
         overwrite=False,
         rank=0,
         world_size=1,
     ):
         store, dtype, frame_shape = _layout(latent_spec, store, dtype)
+        if shard_videos is None:
+            standing = None if overwrite else shards.standing_job(Path(root))
+            shard_videos = (standing or {}).get("shard_videos") or _shard_videos(videos)
         job = {
             "tokenizer": fingerprint,
             "latent_spec": latent_spec,
@@ -248,6 +254,11 @@ def _layout(latent_spec, store, dtype):
         return "latents", dtype, [latent_spec["channels"], *grid]
     largest = max(sizes)
     return "codes", "uint8" if largest <= 2**8 else "uint16" if largest <= 2**16 else "uint32", [*grid, len(sizes)]
+
+
+def _shard_videos(videos):
+    n_frames = sum(video.n_frames for video in videos)
+    return max(1, min(MOST_VIDEOS, FRAMES_A_SHARD * len(videos) // max(n_frames, 1), len(videos) // LEAST_SHARDS))
 
 
 def _itemsize(dtype):

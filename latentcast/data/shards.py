@@ -150,9 +150,9 @@ class ShardWriter:
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.glob("*.tmp"):
             leftover.unlink()
-        standing = self.root / (MANIFEST if self.finished else PLAN)
-        if standing.is_file():
-            difference = difference_of({k: v for k, v in read_json(standing).items() if k in self.job}, self.job)
+        standing = standing_job(self.root)
+        if standing is not None:
+            difference = difference_of({k: v for k, v in standing.items() if k in self.job}, self.job)
             if difference and not overwrite:
                 raise ValueError(f"{self.kind.name} {self.root}: {difference}; {self.kind.replace}")
             if difference or (overwrite and self.finished):
@@ -191,6 +191,11 @@ class ShardWriter:
             path.unlink()
         for name in (PLAN, MANIFEST):
             (self.root / name).unlink(missing_ok=True)
+
+
+def standing_job(root):
+    """The job that a folder's manifest or plan names, as a dict; None where neither is."""
+    return next((read_json(path) for path in (root / MANIFEST, root / PLAN) if path.is_file()), None)
 
 
 class ShardFile:
