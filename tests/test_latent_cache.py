@@ -359,7 +359,7 @@ def test_settings_that_cannot_be(tmp_path, options, message):
 )
 def test_long_and_few_videos_make_small_shards(tmp_path, n_videos, n_frames, expected):
     videos = [VideoEntry(str(i), n_frames, 5.0) for i in range(n_videos)]
-    writer = LatentCacheWriter(tmp_path, spec_of(), "f" * 64, videos=videos, data={}, fps=5.0)
+    writer = LatentCacheWriter(tmp_path, spec_of(), "f" * 64, videos=videos, data={}, fps=5.0, shard_videos=None)
     assert writer.job["shard_videos"] == expected
 
 

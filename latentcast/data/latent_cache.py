@@ -62,7 +62,7 @@ class LatentCacheWriter(shards.ShardWriter):
         conditions=None,
         store="auto",
         dtype="float32",
-        shard_videos=None,
+        shard_videos=MOST_VIDEOS,
         overwrite=False,
         rank=0,
         world_size=1,
