@@ -141,7 +141,11 @@ def find_tokenizer(config, run_dir):
             if name == "_target_":
                 found, value = type(tokenizer).__name__, value.rpartition(".")[2]
             else:
-                found = tokenizer.config.get(name, value)  # what is not saved (a path) is not compared
+                found = tokenizer.config.get(name, value)
+                if name in ("path", "subfolder"):  # where its weights came from is not kept
+                    found = value
+                elif isinstance(value, dict) and isinstance(found, dict):  # completed by the model
+                    found = {key: found.get(key) for key in value}
             if found != value and name != "scaling_factor":  # which training sets
                 raise ValueError(
                     f"{folder}: trained with tokenizer.{name}={found}, asked for {value}; train again with "

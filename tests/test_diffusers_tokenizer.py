@@ -6,12 +6,14 @@ import shutil
 import diffusers
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_latent_cache import Noise
 from tiny import SMALL_DIFFUSERS, random_frames, small_diffusers
 
 from latentcast import DiffusersTokenizer, LatentCacheDataset, load_model
 from latentcast.data.encoding import encode_dataset
+from latentcast.modeling import find_tokenizer
 
 SIZES = {"height": 16, "width": 16}
 SPATIAL = {"norm_type": "spatial", "block_out_channels": [32, 32], "norm_num_groups": 32, "vq_embed_dim": 3}  # MoVQ's
@@ -184,6 +186,22 @@ def test_nearest_codes_are_found_in_fp32_under_autocast(dtype):
     assert (distances.argmin(-1) == expected[..., 0]).float().mean() > 0.999
 
 
+@pytest.mark.parametrize("by", ["path", "some settings"])
+def test_a_trained_one_is_found_by_the_settings_it_was_made_with(tmp_path, by):
+    if by == "path":
+        saved(tmp_path / "saved", "AutoencoderKL")
+        settings = {"path": str(tmp_path / "saved")}
+    else:
+        settings = {"autoencoder": {"_class_name": "AutoencoderTiny", "latent_channels": 3}}
+    DiffusersTokenizer(**settings, **SIZES).save_pretrained(tmp_path / "tokenizer")
+    asked = {"_target_": "latentcast.DiffusersTokenizer"} | settings | SIZES
+    found = find_tokenizer(OmegaConf.create({"tokenizer": asked}), tmp_path)
+    assert isinstance(found, DiffusersTokenizer)
+    asked["autoencoder"] = {"_class_name": "AutoencoderTiny", "latent_channels": 5}
+    with pytest.raises(ValueError, match=r"trained with tokenizer.autoencoder=.*, asked for .*5"):
+        find_tokenizer(OmegaConf.create({"tokenizer": asked}), tmp_path)
+
+
 # What cannot be loaded
 
 
@@ -203,6 +221,8 @@ def test_other_models_are_refused(tmp_path):
         DiffusersTokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"autoencoder: expected _class_name .* found None"):
         DiffusersTokenizer(autoencoder={"in_channels": 3})
+    with pytest.raises(ValueError, match="autoencoder: AutoencoderTiny has no latent_chanels"):
+        DiffusersTokenizer(autoencoder={"_class_name": "AutoencoderTiny", "latent_chanels": 16})
 
 
 def test_folders_without_config_or_safe_weights_are_refused(tmp_path):

@@ -5,6 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from tiny import random_frames, tiny_tokenizer
 
 from latentcast import FSQVAE, LFQVAE
@@ -223,14 +225,39 @@ def test_without_normalisation_a_large_learning_rate_leaves_one_code(batch_norm)
     assert (output.codes.unique().numel() > 20) == batch_norm
 
 
+# Several ranks
+
+
+def diversity_gradient():
+    torch.manual_seed(0)
+    vectors = (torch.randn(64, 4) * 0.05 + 0.1).requires_grad_()
+    quantizer = LookupFreeQuantizer(4, entropy_weight=1.0, diversity_gamma=2.0, commitment_weight=0.0).train()
+    quantizer(vectors).loss.backward()
+    return vectors.grad
+
+
+def run_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(diversity_gradient(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_with_the_same_batch_have_the_gradient_of_one(tmp_path):
+    mp.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), diversity_gradient())
+
+
 # Settings
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FSQVAE(levels=[8, 2]), r"levels: expected at least 3 values for every channel, found \[8, 2\]"),
-        (lambda: FSQVAE(levels=[]), "levels: expected at least 3"),
+        (lambda: FSQVAE(levels=[8, 2]), r"levels: expected 3 to 1000 values for every channel, found \[8, 2\]"),
+        (lambda: FSQVAE(levels=[]), "levels: expected 3 to 1000"),
+        (lambda: FSQVAE(levels=[1024]), "levels: expected 3 to 1000"),
+        (lambda: FSQVAE(levels=[4], n_codebooks=0), "n_codebooks: expected at least 1, found 0"),
         (lambda: FSQVAE(embedding_dim=5), "embedding_dim: expected 4, as the levels say, found 5"),
         (
             lambda: LFQVAE(embedding_dim=10, n_codebooks=3),

@@ -387,6 +387,18 @@ def run_rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"codebook_size": 0}, "codebook_size: expected a whole number of at least 1, found 0"),
+        ({"decay": 1.5}, "ema_decay: expected at least 0 and below 1, found 1.5"),
+    ],
+)
+def test_settings_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        SlicedQuantizer(4, **options)
+
+
 def test_two_ranks_keep_one_codebook(tmp_path):
     mp.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

@@ -237,7 +237,11 @@ class DiffusersTokenizer(FrameTokenizer):
 def _build(sizes):
     """The untrained autoencoder that a diffusers config describes."""
     cls = _class_of(sizes, "autoencoder")
-    return cls(**_arguments(cls, sizes))
+    arguments = _arguments(cls, sizes)
+    unknown = [name for name in sizes if name not in arguments and not name.startswith("_")]  # _: diffusers' own notes
+    if unknown:
+        raise ValueError(f"autoencoder: {cls.__name__} has no {', '.join(unknown)}")
+    return cls(**arguments)
 
 
 def _load(path, subfolder):

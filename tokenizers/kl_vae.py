@@ -54,7 +54,7 @@ class KLVAE(FrameTokenizer):
     ):
         super().__init__()
         check_reconstruction_options(reconstruction_loss, lpips_weight)
-        if not block_channels or any(channels % norm_groups for channels in block_channels):
+        if norm_groups < 1 or not block_channels or any(channels % norm_groups for channels in block_channels):
             raise ValueError(f"block_channels: expected multiples of norm_groups={norm_groups}, found {block_channels}")
         stride = self._stride
         if height % stride or width % stride:

@@ -36,7 +36,7 @@ class CodebookUsage(Metric):
         """name -> (n_codebooks,) float64 array: ``usage`` (fraction of the codes seen at least once), ``dead_fraction``
         (its complement) and ``perplexity`` (1 to codebook size)."""
         sizes = torch.tensor(self.codebook_sizes, device=self.counts.device)
-        usage = (self.counts > 0).sum(-1) / sizes
+        usage = (self.counts > 0).sum(-1).float() / sizes
         figures = {"usage": usage, "dead_fraction": 1 - usage, "perplexity": perplexity(self.counts)}
         # NumPy, because torchmetrics would squeeze the tensor of a single codebook.
         return {name: values.double().cpu().numpy() for name, values in figures.items()}

@@ -5,6 +5,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from latentcast.config import is_whole
+
 from ..base import mix_rows
 
 # What a search works on at once, which bounds its memory: a CPU should stay in its cache and not start its threads too
@@ -14,17 +16,28 @@ SEARCHED_CPU, SEARCHED_GPU, LEAST = 2**20, 2**24, 256
 GATHERED_CPU, GATHERED_GPU = 2**17, 2**25
 
 
-def _world_size():
+def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _sum_over_ranks(tensor):
-    if _world_size() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-class EMACodebook(nn.Module):
+class KeepsDtype(nn.Module):
+    """Follows the model between devices, but stays in fp32 under ``.half()`` or ``.to(torch.bfloat16)``."""
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class EMACodebook(KeepsDtype):
     """K code vectors of ``dim`` numbers, learned without gradients; or K for each of P parents.
 
     Every code is the moving average of the vectors assigned to it (van den Oord et al. 2017, appendix A.1). The first
@@ -47,6 +60,8 @@ class EMACodebook(nn.Module):
         dead_code_threshold: fraction of the average count; 0 never revives a code.
         n_parents: P; None: a codebook by itself, whose methods need no ``parents``.
         learned: the codes are a parameter, for a loss and an optimiser to move; the moving averages then only count.
+    Raises:
+        ValueError: a codebook without codes, or a decay outside [0, 1).
     """
 
     def __init__(
@@ -61,6 +76,10 @@ class EMACodebook(nn.Module):
         learned=False,
     ):
         super().__init__()
+        if not is_whole(codebook_size, 1):
+            raise ValueError(f"codebook_size: expected a whole number of at least 1, found {codebook_size!r}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay: expected at least 0 and below 1, found {decay}")
         self.codebook_size = codebook_size
         self.n_parents = n_parents or 1
         self.decay = decay
@@ -77,14 +96,6 @@ class EMACodebook(nn.Module):
             self.register_buffer("cluster_sum", codebook.clone())
         self.register_buffer("cluster_size", torch.ones(n_codes))
         self.register_buffer("initialized", torch.zeros(() if n_parents is None else n_parents, dtype=torch.bool))
-
-    def _apply(self, fn, recurse=True):
-        # Follow the model between devices, but stay in fp32 under .half() or .to(torch.bfloat16).
-        def keep_dtype(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
 
     @torch.no_grad()
     def nearest(self, vectors, parents=None):
@@ -169,7 +180,7 @@ class EMACodebook(nn.Module):
             counts, sums = self._statistics(vectors, slots, self.nearest(vectors, ids[slots]), len(ids))
             means = sums / counts[..., None].clamp(min=1)
             self.codebook[rows] = torch.where(counts[..., None] > 0, means, self.codebook[rows])
-        self._set_counts(rows, (visits / K)[:, None].expand_as(rows))
+        self._set_counts(rows, (visits.float() / K)[:, None].expand_as(rows))
         self.initialized.view(-1)[ids] = True
         return rows.flatten()
 
@@ -257,8 +268,8 @@ class EMACodebook(nn.Module):
         turn = torch.arange(len(order), device=device) - (counts.cumsum(0) - counts)[slots]
         # Ranks take turns. A vector's place is the number of vectors before it: of each rank those with a lower turn,
         # and of lower ranks the one with the same turn.
-        rank = dist.get_rank() if _world_size() > 1 else 0
-        ranks = torch.arange(_world_size(), device=device)[:, None]
+        rank = dist.get_rank() if world_size() > 1 else 0
+        ranks = torch.arange(world_size(), device=device)[:, None]
         counts = _sum_over_ranks(torch.where(ranks == rank, counts, 0))
         places = torch.minimum(counts[:, slots], turn + (ranks < rank)).sum(0)
         taken = places < K

@@ -11,6 +11,7 @@ from vector_quantize_pytorch import FSQ, LFQ
 from latentcast.metrics.perplexity import perplexity
 
 from ..base import mix_rows
+from .ema_codebook import KeepsDtype, world_size
 
 
 @dataclass
@@ -77,11 +78,15 @@ class _LookupFreeQuantizer(nn.Module):
         return quantized[0].unflatten(0, axes), codes.unflatten(0, axes), loss
 
 
+class _BatchNorm(KeepsDtype, nn.BatchNorm1d):
+    """Its statistics stay in fp32, as does what it normalises."""
+
+
 class FiniteScalarQuantizer(_LookupFreeQuantizer):
     """FSQ (Mentzer et al. 2024, section 3): every channel is squashed by tanh and rounded to one of a few levels.
 
     Args:
-        levels: values of each channel of a codebook, at least 3; their product is the number of codes.
+        levels: values of each channel of a codebook, 3 to 1000; their product is the number of codes.
         n_codebooks: parts that the channels are split into, each with these levels.
         batch_norm: give every channel mean 0 and variance 1 before tanh (not in the paper): by the batch in ``forward``
             of training, by the running statistics otherwise. Without it a large learning rate, whose first steps move
@@ -89,10 +94,12 @@ class FiniteScalarQuantizer(_LookupFreeQuantizer):
     """
 
     def __init__(self, levels, n_codebooks=1, batch_norm=False):
-        if not levels or min(levels) < 3:
-            raise ValueError(f"levels: expected at least 3 values for every channel, found {list(levels)}")
+        if not levels or not 3 <= min(levels) <= max(levels) <= 1000:  # of more the library rounds beyond the last
+            raise ValueError(f"levels: expected 3 to 1000 values for every channel, found {list(levels)}")
+        if n_codebooks < 1:
+            raise ValueError(f"n_codebooks: expected at least 1, found {n_codebooks}")
         super().__init__(FSQ(list(levels), num_codebooks=n_codebooks, keep_num_codebooks_dim=True))
-        self.norm = nn.BatchNorm1d(self.dim, affine=False) if batch_norm else None
+        self.norm = _BatchNorm(self.dim, affine=False) if batch_norm else None
 
     def nearest(self, vectors):
         return super().nearest(self._normalised(vectors.detach(), training=False))
@@ -123,7 +130,7 @@ class LookupFreeQuantizer(_LookupFreeQuantizer):
     In training mode the loss is ``entropy_weight`` times (mean entropy of a vector's code distribution minus
     ``diversity_gamma`` times the entropy of their mean; eq. 6) plus ``commitment_weight`` times the mean square
     distance to the code vectors; in eval mode it is 0. The entropies take memory for every code at every position. With
-    several ranks the library (1.32) takes the mean over each rank's own batch, and divides it by their number.
+    several ranks each takes the mean over its own batch; W of them lower the loss by a constant, gamma ln W.
 
     Args:
         dim: D, channels or bits of all codebooks together.
@@ -142,3 +149,9 @@ class LookupFreeQuantizer(_LookupFreeQuantizer):
             commitment_loss_weight=commitment_weight,
         )
         super().__init__(library)
+        self.diversity_gamma = diversity_gamma
+
+    def _run(self, vectors):
+        # The library (1.32) divides the mean distribution by the number of ranks, and so its entropy's gradient.
+        self.library.diversity_gamma = self.diversity_gamma * world_size()
+        return super()._run(vectors)
