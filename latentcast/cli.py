@@ -83,15 +83,18 @@ def parse_options(options):
 
 
 def pick_device(name):
-    """The device of that name; "auto": a GPU where there is one."""
+    """The device of that name, a GPU from now on the current one; "auto": a GPU where there is one."""
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise UserError(f"--device {name}: not available ({str(error).splitlines()[0]})") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def prepare_run_dir(path, name="run_dir"):

@@ -45,5 +45,9 @@ def barrier():
 
 
 def default_device():
-    """This process's GPU, or the CPU where there is none."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    """This process's GPU, from now on its current one, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    torch.cuda.set_device(device)  # else every process keeps memory on the first one too
+    return device

@@ -103,14 +103,15 @@ def denoise(predict, noise, scheduler, n_steps, generator=None, clamp=None, on_s
     n_train = scheduler.config.num_train_timesteps
     if n_steps > n_train:
         raise ValueError(f"n_steps: expected 1 to {n_train}, found {n_steps}")
-    scheduler.set_timesteps(n_steps, device=noise.device)
+    scheduler.set_timesteps(n_steps)  # its tables stay on the CPU: no step waits for a GPU
     if hasattr(scheduler, "set_begin_index"):  # else one whose first two times round to the same step skips one
         scheduler.set_begin_index(0)
     noisy = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     x = noise.float() * scheduler.init_noise_sigma
-    for t, alpha_bar in zip(scheduler.timesteps, _noise_levels(scheduler).to(x)):  # moved once: no step waits
+    seen = scheduler.timesteps.to(x.device)
+    for t, t_seen, alpha_bar in zip(scheduler.timesteps, seen, _noise_levels(scheduler).to(x)):
         scaled = scheduler.scale_model_input(x, t)
-        output = predict(scaled, t.expand(len(x))).float()
+        output = predict(scaled, t_seen.expand(len(x))).float()
         if clamp is not None:
             output = _clamped(output, scaled, alpha_bar, scheduler.config.prediction_type, clamp)
         x = scheduler.step(output, t, x, **noisy).prev_sample
@@ -126,8 +127,8 @@ def _noise_levels(scheduler):
     """
     times, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", ())
     if len(sigmas) == len(times) + 1:
-        return 1 / (1 + sigmas[:-1].double().cpu() ** 2)
-    return scheduler.alphas_cumprod[times.cpu().long()]
+        return 1 / (1 + sigmas[:-1].double() ** 2)
+    return scheduler.alphas_cumprod[times.long()]
 
 
 def clean_sample(output, x, alpha_bar, prediction_type):

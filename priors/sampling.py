@@ -63,15 +63,17 @@ def sliding_windows(n_context, n_frames, length, overlap):
     return windows
 
 
-def record_graph(step):
-    """Record ``step()``, whose inputs and outputs are fixed buffers on the GPU, as a CUDA graph to ``replay()``."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries set themselves up on the first runs, which a graph must not record
+def record_graph(step, device):
+    """Record ``step()``, whose inputs and outputs are fixed buffers on a GPU, as a CUDA graph to ``replay()``."""
+    with torch.cuda.device(device):  # streams belong to the current device; recorded on another's, a graph is empty
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries set themselves up on the first runs, which a graph must not record
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local: the thread that pins a loader's batches may go on meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
     return graph

@@ -427,7 +427,7 @@ class LayerState:
         self.left = zeros(n_rows, dim)
         self.past_columns = [zeros(n_rows, (layer.conv.taps - 1) * dim) for layer in layers]
         self.column, self.position = (zeros(1, dtype=torch.int64) for _ in range(2))
-        self.graph = record_graph(self._step) if self.device.type == "cuda" else None
+        self.graph = record_graph(self._step, self.device) if self.device.type == "cuda" else None
 
     def start(self, window):
         """Begin with known frames (B, n, h, w, n_codebooks); each of the B stands for M / B neighbouring rows."""

@@ -526,7 +526,7 @@ class CachedStepper:
         self.own = torch.zeros(n_rows, n, n_codebooks, dtype=torch.int64, device=self.device)
         self.uniform = torch.zeros(n, n_rows, n_codebooks, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.graph = record_graph(lambda: self._step(n)) if self.device.type == "cuda" else None
+        self.graph = record_graph(lambda: self._step(n), self.device) if self.device.type == "cuda" else None
 
     def start_slice(self, memory, own, start, uniform):
         self.own.copy_(own)

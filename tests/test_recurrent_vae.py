@@ -508,7 +508,10 @@ def test_latent_networks_fit_any_size(height, width):
 
 @pytest.mark.parametrize("name", ["recurrent_vae", "svg_lp_vgg", "recurrent_vae_latents"])
 def test_half_precision(name):
-    prior = tiny_prior(name).train()
+    prior, lstms = tiny_prior(name).train(), []
+    for module in prior.modules():
+        if isinstance(module, nn.LSTM):
+            module.register_forward_hook(lambda lstm, _, output: lstms.append(output[0].dtype))
     clip = random_clip(prior)
     torch.manual_seed(0)
     expected = prior.eval()(clip, 2)
@@ -516,6 +519,7 @@ def test_half_precision(name):
     with torch.autocast("cpu", torch.bfloat16):
         output = prior(clip, 2)
         sampled = prior.sample(clip[:, :2], 3, generator=seeded())
+    assert set(lstms) == {torch.float32}
     output.loss.backward()
     assert output.loss.dtype == torch.float32 and sampled.dtype == torch.float32
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=0.05)

@@ -4,12 +4,14 @@ import math
 import os
 import signal
 from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from tiny import SMALL_TRANSFORMER, random_frames, tiny_tokenizer
 from tiny_experiment import N_CLIPS, call_tool, tiny_config
 from torch import nn
@@ -130,13 +132,65 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tmp_path, stage, ex
     assert [step for step, _ in curves(resumed)["train/loss"]] == list(range(9))
 
 
+def test_the_average_lives_on_the_device_of_the_training(tmp_path):
+    """Lightning sets callbacks up before it moves the module. "meta" stands for the GPU."""
+
+    class OnMeta(SingleDeviceStrategy):
+        def setup_environment(self):
+            """No accelerator is asked whether it has such a device."""
+
+        def teardown(self):
+            """Nothing comes back from there."""
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("stopped before")
+
+        def on_fit_start(self):
+            parts = self, average._average_model
+            self.devices = {tensor.device.type for part in parts for tensor in part.state_dict().values()}
+            raise InterruptedError
+
+    average, module = WeightAverage(0.9), Module()
+    settings = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = pl.Trainer(strategy=OnMeta(device="meta"), accelerator="cpu", callbacks=[average], **settings)
+    with pytest.raises(InterruptedError):
+        trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(4, 2)))
+    assert module.devices == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["tokenizer=hr_vqvae", *SMALL_HR_VQVAE],
+        ["tokenizer=fsq", *SMALL_HR_VQVAE[:3], "tokenizer.stride=8", "tokenizer.levels=[4,3,5]"],
+    ],
+)
+def test_quantizers_train_in_fp32_where_all_else_is_bf16(tmp_path, overrides):
+    config = tiny_config(tmp_path, *overrides, "trainer.precision=bf16-true")
+    sizes = instantiate(config.tokenizer).latent_spec["codebook_sizes"]
+    _, module, run = fit(config, callbacks=[CodebookMonitor(sizes)])
+    kept = {t.dtype for name, t in module.state_dict().items() if "quantizer" in name and t.is_floating_point()}
+    assert kept == {torch.float32}
+    perplexities = [value for name, rows in curves(run).items() if "perplexity" in name for _, value in rows]
+    assert perplexities and all(1 <= value <= max(sizes) * (1 + 1e-6) for value in perplexities)
+
+
 def test_average_follows_the_formula_and_keeps_masks_and_flags():
     model = nn.Linear(2, 2)
     model.register_buffer("mask", torch.full((2,), -torch.inf), persistent=False)
     model.register_buffer("codebook", torch.zeros(3))
     model.register_buffer("flag", torch.tensor(False))
     callback = WeightAverage(decay=0.4)
-    callback.setup(None, model, "fit")
+    callback.setup(SimpleNamespace(strategy=SimpleNamespace(root_device="cpu")), model, "fit")
     weight, codebook = model.weight.detach().clone(), torch.zeros(3)
     for n in range(6):
         with torch.no_grad():

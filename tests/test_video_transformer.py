@@ -338,13 +338,22 @@ def test_bad_input_is_named():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("subscale", SUBSCALES)
 def test_cuda_graph_samples_equal_uncached(subscale):
-    model = tiny(subscale).cuda()
+    model = tiny(subscale).double().cuda()  # convolutions in fp32 may be TF32, matrix products are not
     context = random_codes(frames=1).cuda()
     samples = [
         model.sample(context, 6, num_samples=3, generator=torch.Generator("cuda").manual_seed(5), use_cache=cache)
         for cache in (True, False)
     ]
     assert torch.equal(*samples)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_cuda_graphs_are_recorded_on_the_models_device():
+    context, found = random_codes(frames=1), []
+    for device in ("cuda:0", "cuda:1"):
+        model = tiny().double().to(device)
+        found.append(model.sample(context.to(device), 6, generator=torch.Generator().manual_seed(5)).cpu())
+    assert torch.equal(*found)
 
 
 def test_encoder_positions_and_relative_scale_change_what_they_name():

@@ -22,7 +22,10 @@ class EmbeddedLSTM(nn.Module):
 
     def forward(self, x, state=None):
         """x (B, T, n_in), the state to go on from (None: zeros) -> ((B, T, cells), the state after it)."""
-        return self.lstm(self.embed(x), state)
+        x = self.embed(x)
+        # On CUDA any autocast, also to bfloat16, runs LSTMs in float16, where small gradients vanish without a scaler.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.lstm(x.to(self.lstm.weight_ih_l0.dtype), state)
 
 
 class FramePredictor(nn.Module):

@@ -44,7 +44,8 @@ class WeightAverage(WeightAveraging):
 
     def setup(self, trainer, pl_module, stage):
         if stage == "fit":
-            self._average_model = _Average(pl_module, self.decay)
+            # The module itself moves to its device only after this.
+            self._average_model = _Average(pl_module, self.decay, trainer.strategy.root_device)
 
     def on_train_end(self, trainer, pl_module):
         """Nothing yet: the last checkpoint must hold the weights that training goes on with. See ``apply``."""
@@ -66,8 +67,8 @@ class WeightAverage(WeightAveraging):
 
 class _Average(AveragedModel):
     # torch's own update averages every buffer, and a mask of minus infinities would become NaN.
-    def __init__(self, model, decay):
-        super().__init__(model)
+    def __init__(self, model, decay, device):
+        super().__init__(model, device)
         self.decay = decay
 
     @torch.no_grad()
@@ -77,7 +78,7 @@ class _Average(AveragedModel):
         for average, current in zip(_state(self.module), _state(model)):
             if average.is_floating_point():
                 averages.append(average)
-                currents.append(current)
+                currents.append(current.to(average.dtype))  # weights may be half, the average is not
             else:
                 average.copy_(current)
         torch._foreach_lerp_(averages, currents, 1 - min(self.decay, (1 + n) / (10 + n)))
