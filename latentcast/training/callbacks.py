@@ -197,8 +197,8 @@ class ValidationInterval(Callback):
 
 
 class CodebookMonitor(Callback):
-    """Logs usage, perplexity and dead fraction of every codebook: in training over the epochs since the validation
-    before, and over each validation.
+    """Logs usage, perplexity and dead fraction of every codebook: in training over each epoch, or the short epochs that
+    share a validation, and over each validation.
 
     Args:
         codebook_sizes: as in ``latent_spec``.
