@@ -132,6 +132,13 @@ def is_whole(value, least=float("-inf")):
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
+def check_counts(least=1, **counts):
+    """Refuse counts (of frames, samples, layers, ...) that are no whole numbers of at least ``least``, by name."""
+    for name, value in counts.items():
+        if not is_whole(value, least):
+            raise ValueError(f"{name}: expected a whole number of at least {least}, found {value!r}")
+
+
 def instantiate(config, **kwargs):
     """Build the object that a config describes.
 

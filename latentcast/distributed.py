@@ -35,7 +35,8 @@ def rank_zero_first():
 
 def rank_and_world():
     """(rank, number of processes); (0, 1) in a process alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
 def barrier():

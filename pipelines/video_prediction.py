@@ -9,8 +9,8 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
+from latentcast.config import check_counts
 from latentcast.modeling import eval_mode
-from latentcast.priors.base import check_counts
 from latentcast.tokenizers.base import check_frames
 
 from .base import VideoPipeline

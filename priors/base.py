@@ -70,13 +70,6 @@ class Prior(VideoModel):
             raise ValueError(f"n_context: expected fewer than the clip's {n_total} frames, found {n_context}")
 
 
-def check_counts(least=1, **counts):
-    """Refuse counts (of frames, samples, layers, ...) that are no whole numbers of at least ``least``, by name."""
-    for name, value in counts.items():
-        if not is_whole(value, least):
-            raise ValueError(f"{name}: expected a whole number of at least {least}, found {value!r}")
-
-
 def check_widths(**lists):
     """Refuse lists (of a network's levels) that are empty or hold anything but whole numbers of at least 1, by name."""
     for name, values in lists.items():

@@ -5,7 +5,7 @@ import inspect
 import diffusers
 import torch
 
-from .base import check_counts
+from latentcast.config import check_counts
 
 # name -> (class in diffusers, its arguments beyond the forward process). "trailing" steps begin at the noisiest time.
 SCHEDULERS = {

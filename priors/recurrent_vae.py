@@ -19,6 +19,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from latentcast.config import check_counts
 from latentcast.layers.aligner import FeatureAligner, Memory, SkipConnection
 from latentcast.layers.dcgan import DCGANDecoder, DCGANEncoder
 from latentcast.layers.latent_cnn import LatentDecoder, LatentEncoder
@@ -28,7 +29,7 @@ from latentcast.layers.vgg import VGGDecoder, VGGEncoder
 from latentcast.modeling import eval_mode
 from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, check_counts, no_progress
+from .base import Prior, PriorOutput, no_progress
 
 NETWORKS = {
     "dcgan": (DCGANEncoder, DCGANDecoder),

@@ -14,11 +14,12 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from latentcast.config import check_counts
 from latentcast.layers.linear_attention import LinearAttention
 from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResBlock, double, halve
 from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, check_counts, check_widths, no_progress
+from .base import Prior, PriorOutput, check_widths, no_progress
 from .denoising import denoise, make_scheduler, noise_schedule, noised, precise
 
 PIXEL_BOUND = 2.0  # two frames in [-1, 1] differ by no more

@@ -13,12 +13,13 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from latentcast.config import check_counts
 from latentcast.layers.conv_gru import ConvGRUCell
 from latentcast.layers.neural_sde import NeuralSDE
 from latentcast.layers.spade_unet import SpadeUNet
 from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, check_counts, check_widths, no_progress
+from .base import Prior, PriorOutput, check_widths, no_progress
 from .denoising import denoise, make_scheduler, min_snr_weight, noise_schedule, noised, precise
 from .sampling import is_number
 

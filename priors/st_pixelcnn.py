@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from latentcast.config import check_counts
 from latentcast.layers.causal_attention import CausalWindowAttention
 from latentcast.layers.masked_convolutions import AxisCausalConv3d, shifted
 from latentcast.layers.positions import sinusoidal_positions_3d
 from latentcast.tokenizers.base import check_codes
 
-from .base import Prior, PriorOutput, check_counts, no_progress
+from .base import Prior, PriorOutput, no_progress
 from .sampling import check_sampling, draw, record_graph, sliding_windows
 
 ATTENTION_FORMS = ("full", "factorised", "windowed", "none")

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from latentcast.config import check_counts
 from latentcast.layers.masked_convolutions import CausalConv3d
 from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
 from latentcast.tokenizers.base import check_codes
 
-from .base import Prior, PriorOutput, check_counts, no_progress
+from .base import Prior, PriorOutput, no_progress
 from .sampling import check_sampling, draw, record_graph, sliding_windows
 
 ATTENTION_FORMS = ("query_key_relative", "key_relative", "relative")

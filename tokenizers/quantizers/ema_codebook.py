@@ -5,7 +5,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from latentcast.config import is_whole
+from latentcast.config import check_counts
+from latentcast.distributed import rank_and_world
 
 from ..base import mix_rows
 
@@ -16,12 +17,8 @@ SEARCHED_CPU, SEARCHED_GPU, LEAST = 2**20, 2**24, 256
 GATHERED_CPU, GATHERED_GPU = 2**17, 2**25
 
 
-def world_size():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _sum_over_ranks(tensor):
-    if world_size() > 1:
+    if rank_and_world()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
 
@@ -76,8 +73,7 @@ class EMACodebook(KeepsDtype):
         learned=False,
     ):
         super().__init__()
-        if not is_whole(codebook_size, 1):
-            raise ValueError(f"codebook_size: expected a whole number of at least 1, found {codebook_size!r}")
+        check_counts(codebook_size=codebook_size)
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay: expected at least 0 and below 1, found {decay}")
         self.codebook_size = codebook_size
@@ -268,8 +264,8 @@ class EMACodebook(KeepsDtype):
         turn = torch.arange(len(order), device=device) - (counts.cumsum(0) - counts)[slots]
         # Ranks take turns. A vector's place is the number of vectors before it: of each rank those with a lower turn,
         # and of lower ranks the one with the same turn.
-        rank = dist.get_rank() if world_size() > 1 else 0
-        ranks = torch.arange(world_size(), device=device)[:, None]
+        rank, n_ranks = rank_and_world()
+        ranks = torch.arange(n_ranks, device=device)[:, None]
         counts = _sum_over_ranks(torch.where(ranks == rank, counts, 0))
         places = torch.minimum(counts[:, slots], turn + (ranks < rank)).sum(0)
         taken = places < K

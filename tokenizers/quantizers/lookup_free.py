@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import FSQ, LFQ
 
+from latentcast.distributed import rank_and_world
 from latentcast.metrics.perplexity import perplexity
 
 from ..base import mix_rows
-from .ema_codebook import KeepsDtype, world_size
+from .ema_codebook import KeepsDtype
 
 
 @dataclass
@@ -153,5 +154,5 @@ class LookupFreeQuantizer(_LookupFreeQuantizer):
 
     def _run(self, vectors):
         # The library (1.32) divides the mean distribution by the number of ranks, and so its entropy's gradient.
-        self.library.diversity_gamma = self.diversity_gamma * world_size()
+        self.library.diversity_gamma = self.diversity_gamma * rank_and_world()[1]
         return super()._run(vectors)

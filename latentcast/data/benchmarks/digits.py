@@ -1,5 +1,7 @@
 """Moving MNIST and Stochastic Moving MNIST (SM-MNIST), made from MNIST's IDX files."""
 
+from latentcast.config import check_counts
+
 from ..digits import MNIST_FILES, mnist_file
 from ..moving_digits import FPS, MovingDigits
 from .base import Benchmark, Clip
@@ -57,9 +59,7 @@ class MovingMNIST(Benchmark):
             "frame_size": frame_size,
             "digit_size": digit_size,
         }
-        for name, value in self.options.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
+        check_counts(**self.options)
         self.options["seed"] = seed
         self.frame_size = frame_size
         self._videos = {split: self._generator(split) for split in ("val", "test")}
