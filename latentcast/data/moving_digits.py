@@ -5,6 +5,8 @@ import random
 import numpy as np
 import torch
 
+from latentcast.config import check_counts
+
 from .base import VideoDataset, VideoEntry, check_split
 from .digits import MNIST_URL, mnist_digits, sklearn_digits
 
@@ -14,7 +16,7 @@ MAX_SPEED = 4  # of SVG's generator, pixels a frame on each axis
 
 
 class MovingDigits(VideoDataset):
-    """Digits on straight lines that bounce off the edges; video ``i`` of a split is always the same.
+    """Digits on straight lines that bounce off the edges; video ``i`` of a split is always the same (but see ``fresh``).
 
     Where digits overlap their brightness adds up to white. The splits share no digit image. ``motion`` is one of
 
@@ -22,10 +24,10 @@ class MovingDigits(VideoDataset):
       ``lattice``; the position is a triangle wave of time between 0 and ``size - digit_size``.
     - "deterministic" (Moving MNIST) and "stochastic" (SM-MNIST): as the generator does that was published with SVG
       (Denton and Fergus, Stochastic Video Generation with a Learned Prior, 2018, section 5.1). The start is uniform
-      over 0 .. ``size - digit_size`` - 1 on each axis, the velocity uniform over the whole numbers -4 .. 4 (a digit may
-      stand still). Before each frame, first the row and then the column is checked: outside of that range it is set
-      to the nearer end, and the digit bounces. Deterministic: that axis's velocity changes its sign. Stochastic: it is
-      drawn anew from 1 .. 4 away from the wall, and the other axis's from -4 .. 4.
+      over 0 .. ``size - digit_size`` - 1 on each axis, the velocity uniform over the whole numbers -4 .. 4 (or
+      ``max_speed``; a digit may stand still). Before each frame, first the row and then the column is checked: outside
+      of that range it is set to the nearer end, and the digit bounces. Deterministic: that axis's velocity changes its
+      sign. Stochastic: it is drawn anew from 1 .. 4 away from the wall, and the other axis's from -4 .. 4.
 
     Args:
         split: "train", "val" or "test".
@@ -37,6 +39,7 @@ class MovingDigits(VideoDataset):
         motion: "lattice", "deterministic" or "stochastic".
         speeds: pixels a frame that an axis may have; None: (4,). Of the lattice only.
         lattice: starting positions are multiples of this, pixels; None: 4. Of the lattice only.
+        max_speed: largest speed on an axis, pixels a frame; None: 4. Not of the lattice.
         source: "sklearn" (the 1,797 8x8 digits that scikit-learn brings) or "mnist".
         mnist_dir: folder with MNIST's IDX files, gzipped or not; None: downloaded once into the user's cache.
         mnist_url: where they are downloaded from.
@@ -44,6 +47,7 @@ class MovingDigits(VideoDataset):
         video_length: frames a video, before ``frame_stride``.
         frame_stride: take every ``frame_stride``-th frame.
         seed: of everything random, but not of the splits.
+        fresh: draw the train split's videos anew in every epoch, as SVG's generator never shows one twice.
     Raises:
         OSError: MNIST's files are missing, damaged or out of reach.
     """
@@ -59,6 +63,7 @@ class MovingDigits(VideoDataset):
         motion="lattice",
         speeds=None,
         lattice=None,
+        max_speed=None,
         source="sklearn",
         mnist_dir=None,
         mnist_url=MNIST_URL,
@@ -67,6 +72,7 @@ class MovingDigits(VideoDataset):
         video_length=16,
         frame_stride=1,
         seed=0,
+        fresh=False,
     ):
         check_split(split)
         if motion not in MOTIONS:
@@ -95,17 +101,22 @@ class MovingDigits(VideoDataset):
                 raise ValueError(f"speeds: expected pixels a frame, at least 0, found {speeds}")
             if lattice < 1:
                 raise ValueError(f"lattice: expected at least 1, found {lattice}")
+            if max_speed is not None:
+                raise ValueError(f"max_speed: expected null, for motion=lattice has speeds, found {max_speed}")
             digit_size = digit_size or (24 if source == "sklearn" else 28)
         else:
             for name, value in (("speeds", speeds), ("lattice", lattice)):
                 if value is not None:
                     raise ValueError(f"{name}: expected null, for motion={motion} fixes it, found {value}")
+            max_speed = MAX_SPEED if max_speed is None else max_speed
+            check_counts(max_speed=max_speed)
             digit_size = digit_size or 32
         if not 0 < digit_size < size:
             raise ValueError(f"digit_size: expected 1 to {size - 1} for frames of {size}, found {digit_size}")
         self.split, self.clip_length, self.size, self.channels, self.seed = split, clip_length, size, channels, seed
         self.n_digits, self.digit_size, self.motion, self.source = n_digits, digit_size, motion, source
-        self.speeds, self.lattice, self.video_length = speeds, lattice, video_length
+        self.speeds, self.lattice, self.max_speed, self.video_length = speeds, lattice, max_speed, video_length
+        self.fresh = fresh and split == "train"
         self.frame_stride, self.n_frames, self.fps = frame_stride, n_frames, FPS / frame_stride
         self.n_videos = n_videos if split == "train" else n_heldout_videos
         if source == "sklearn":
@@ -139,7 +150,8 @@ class MovingDigits(VideoDataset):
             raise ValueError(f"video {index}: expected 0 <= start < stop <= {self.n_frames}, found {start}:{stop}")
         if not 0 <= index < self.n_videos:
             raise IndexError(f"video {index}: expected 0 to {self.n_videos - 1}")
-        rng = random.Random(f"{self.seed} {self.split} {index}")
+        drawn = f" {self.epoch}" if self.fresh and self.epoch else ""
+        rng = random.Random(f"{self.seed} {self.split} {index}{drawn}")
         wall = self.size - self.digit_size
         times = range(start * self.frame_stride, stop * self.frame_stride, self.frame_stride)
         trajectories = []
@@ -149,14 +161,14 @@ class MovingDigits(VideoDataset):
                 rows, columns = (_triangle_wave(rng, wall, self.speeds, self.lattice, times) for _ in range(2))
                 places = list(zip(rows, columns))
             else:
-                path = _bouncing_line(rng, wall - 1, times[-1] + 1, self.motion == "stochastic")
+                path = _bouncing_line(rng, wall - 1, times[-1] + 1, self.max_speed, self.motion == "stochastic")
                 places = [path[time] for time in times]
             trajectories.append((digit, places))
         return trajectories
 
     def describe(self):
-        names = ("split", "size", "channels", "n_digits", "digit_size", "motion", "speeds", "lattice", "source")
-        names += ("n_videos", "video_length", "frame_stride", "seed")
+        names = ("split", "size", "channels", "n_digits", "digit_size", "motion", "speeds", "lattice", "max_speed")
+        names += ("source", "n_videos", "video_length", "frame_stride", "seed")
         return {"type": "MovingDigits"} | {name: getattr(self, name) for name in names}
 
 
@@ -168,10 +180,10 @@ def _triangle_wave(rng, wall, speeds, lattice, times):
     return [min(x, 2 * wall - x) for x in unfolded]
 
 
-def _bouncing_line(rng, last, n_frames, stochastic):
+def _bouncing_line(rng, last, n_frames, max_speed, stochastic):
     """(row, column) in each frame, both in 0..last, by the rules of SVG's generator (see MovingDigits)."""
     position = [rng.randint(0, last), rng.randint(0, last)]
-    velocity = [rng.randint(-MAX_SPEED, MAX_SPEED), rng.randint(-MAX_SPEED, MAX_SPEED)]
+    velocity = [rng.randint(-max_speed, max_speed), rng.randint(-max_speed, max_speed)]
     # Bounces draw from a stream of their own: how far this digit is followed must not change the next one.
     bounces = random.Random(rng.getrandbits(64))
     path = []
@@ -182,8 +194,8 @@ def _bouncing_line(rng, last, n_frames, stochastic):
             inwards = 1 if position[axis] < 0 else -1
             position[axis] = 0 if inwards == 1 else last
             if stochastic:
-                velocity[axis] = inwards * bounces.randint(1, MAX_SPEED)
-                velocity[1 - axis] = bounces.randint(-MAX_SPEED, MAX_SPEED)
+                velocity[axis] = inwards * bounces.randint(1, max_speed)
+                velocity[1 - axis] = bounces.randint(-max_speed, max_speed)
             else:
                 velocity[axis] = -velocity[axis]
         path.append(tuple(position))

@@ -256,14 +256,19 @@ def _write_shard(benchmark, writer, split, shard, progress=lambda n: None):
         return list(file.skipped.values())
 
 
-def prepared_videos(root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0):
+def prepared_videos(
+    root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0, fresh=False
+):
     """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
 
-    Args: see PreparedVideos; videos that are made keep the set's own seed.
+    Args: see PreparedVideos; videos that are made keep the set's own seed. ``fresh``: draw the train split's videos anew
+        in every epoch, of sets that make them.
     """
     check_split(split)
     root = Path(str(root))  # 2024 in a config is a number
     manifest = read_set_manifest(root, name)
+    if fresh and "train" not in manifest["generated"]:
+        raise ValueError(f"fresh: expected false, for {manifest['name']} stores its training videos, found {fresh}")
     if split not in manifest["generated"]:
         return PreparedVideos(root, split, clip_length, size, channels, name=name, frame_stride=frame_stride, seed=seed)
     _check_size(root, manifest, size)
@@ -274,6 +279,7 @@ def prepared_videos(root, split, clip_length, size=None, channels=None, *, name=
         channels=channels or manifest["channels"],
         mnist_dir=root / "mnist",
         frame_stride=frame_stride,
+        fresh=fresh,
         **manifest["generated"][split],
     )
 

@@ -3,7 +3,7 @@
 from latentcast.config import check_counts
 
 from ..digits import MNIST_FILES, mnist_file
-from ..moving_digits import FPS, MovingDigits
+from ..moving_digits import FPS, MAX_SPEED, MovingDigits
 from .base import Benchmark, Clip
 
 TRAIN_FILE = "train-images-idx3-ubyte"
@@ -23,6 +23,7 @@ class MovingMNIST(Benchmark):
         n_train, n_val, n_test: videos; ``n_test`` None: 1,000, and 256 for SM-MNIST, as in SVG's evaluation.
         seed: of everything random, but not of the splits.
         frame_size, digit_size: H = W, pixels.
+        max_speed: largest speed on an axis, pixels a frame.
     Raises:
         ValueError: an option is out of range.
         OSError: an IDX file is missing, damaged or not MNIST's.
@@ -48,6 +49,7 @@ class MovingMNIST(Benchmark):
         seed=0,
         frame_size=64,
         digit_size=32,
+        max_speed=MAX_SPEED,
     ):
         super().__init__(source, protocol)
         self.options = {
@@ -58,6 +60,7 @@ class MovingMNIST(Benchmark):
             "n_test": self.usual_n_test if n_test is None else n_test,
             "frame_size": frame_size,
             "digit_size": digit_size,
+            "max_speed": max_speed,
         }
         check_counts(**self.options)
         self.options["seed"] = seed
@@ -92,7 +95,7 @@ class MovingMNIST(Benchmark):
 
     def _arguments(self):
         """Of MovingDigits, whatever the split."""
-        options = {name: self.options[name] for name in ("n_digits", "digit_size", "seed")}
+        options = {name: self.options[name] for name in ("n_digits", "digit_size", "max_speed", "seed")}
         return options | {"motion": self.motion, "source": "mnist", "video_length": self.options["length"]}
 
 
