@@ -24,6 +24,7 @@ from .denoising import denoise, make_scheduler, noise_schedule, noised, precise
 
 PIXEL_BOUND = 2.0  # two frames in [-1, 1] differ by no more
 LATENT_BOUND = 10.0  # latents have unit variance: hardly ever reached, but it keeps the noisiest steps from exploding
+RMS_DECAY = 0.98  # of the running root mean square of x - mu
 LEAST_SCALE = 0.01  # of sigma: the smallest that a learned scale can become
 
 
@@ -167,23 +168,31 @@ class ResidualDiffusion(Prior):
             ``width``; each level has half the side of the one before.
         transform_multipliers: the same of the transform network.
         residual: False: the paper's ablation VD (section 3.6), mu = 0 and sigma = 1, diffuses the frames themselves.
-        sigma: of Eq. 5, in units of the frames or latents.
+        sigma: of Eq. 5, in units of the frames or latents. "auto": the running root mean square of x - mu in training,
+            so that the residual has unit variance; a saved model's config has its last value.
         learned_sigma: let the transform network give each number of a frame its own scale below ``sigma``. It is
             fitted by the Gaussian likelihood of x - mu: the noise loss alone would push it up without end, since
             noise is easy to read off when y is zero.
         n_diffusion_steps: N.
         noise_loss: "l2", Eq. 9, or "l1".
-        mu_weight: of the mean squared error of mu, added to the loss; 0: mu learns through Eq. 9 alone, as published.
+        anchor: "last_frame": mu is the last frame plus a change that begins at zero. None, as published: the network's
+            output alone.
+        mu_weight: of the mean squared error of mu, added to the loss; 0: mu learns through Eq. 9 alone, as published,
+            which does not identify it: the denoiser sees the same past as mu, so that mu plus any function of the past
+            has the same least loss.
+        detach_mu: keep the gradient of the noise loss from mu, which then learns by ``mu_weight`` alone.
         shared_step: one diffusion step n for all frames of a clip, as in Algorithm 1; False: one for each frame.
         residual_bound: largest |x - mu| that a denoising step may predict, in units of the frames or latents. None:
             over pixels 2, or 1 where the frame itself is diffused, over latents 10.
+        residual_bound_sigmas: the same in units of sigma, in the place of ``residual_bound``.
         gradient_checkpointing: recompute each level's activations in the backward pass: less memory, more time.
     Raises:
-        ValueError: an unknown loss, a width that is no multiple of 8, a frame that cannot be halved often enough, a
-            negative weight, or an option of the residual without one.
+        ValueError: an unknown name, a width that is no multiple of 8, a frame that cannot be halved often enough, a
+            negative weight, a bound in two units, or an option of the residual without one.
     """
 
     _supports_gradient_checkpointing = True
+    _keys_to_ignore_on_load_unexpected = ["residual_rms"]  # noqa: RUF012 - a saved model's config has its value
     gradient_checkpointing = False  # diffusers' switch; without it, the option's name in the config makes it warn
 
     @register_to_config
@@ -202,20 +211,35 @@ class ResidualDiffusion(Prior):
         shared_step=True,
         residual_bound=None,
         gradient_checkpointing=False,
+        anchor=None,
+        detach_mu=False,
+        residual_bound_sigmas=None,
     ):
         super().__init__()
         if width < 8 or width % 8:
             raise ValueError(f"width: expected a multiple of 8, found {width}")
-        if noise_loss not in ("l1", "l2"):
-            raise ValueError(f"noise_loss: expected l1 or l2, found {noise_loss!r}")
-        for name, value in (("sigma", sigma), ("residual_bound", residual_bound)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}: expected a positive number, found {value}")
+        for name, value, known in (("noise_loss", noise_loss, ("l1", "l2")), ("anchor", anchor, (None, "last_frame"))):
+            if value not in known:
+                raise ValueError(f"{name}: expected {known[0]} or {known[1]}, found {value!r}")
+        positive = {"residual_bound": residual_bound, "residual_bound_sigmas": residual_bound_sigmas}
+        if sigma != "auto":
+            positive["sigma"] = sigma
+        for name, value in positive.items():
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise ValueError(f"{name}: expected a positive number, found {value!r}")
+        if residual_bound and residual_bound_sigmas:
+            raise ValueError(
+                f"residual_bound_sigmas: expected null beside residual_bound, found {residual_bound_sigmas}"
+            )
         if mu_weight < 0:
             raise ValueError(f"mu_weight: expected at least 0, found {mu_weight}")
-        if not residual and (learned_sigma or mu_weight):
-            name = "learned_sigma" if learned_sigma else "mu_weight"
-            raise ValueError(f"{name}: expected none without a residual, found {learned_sigma or mu_weight}")
+        of_mu = {"learned_sigma": learned_sigma, "mu_weight": mu_weight, "anchor": anchor, "detach_mu": detach_mu}
+        of_mu["sigma"] = sigma if sigma == "auto" else None
+        for name, value in of_mu.items():
+            if value and not residual:
+                raise ValueError(f"{name}: expected none without a residual, found {value!r}")
+        if detach_mu and not mu_weight:
+            raise ValueError("detach_mu: expected a mu_weight, without which mu learns nothing, found 0")
         networks = {"denoising_multipliers": denoising_multipliers}
         if residual:
             networks["transform_multipliers"] = transform_multipliers
@@ -230,6 +254,11 @@ class ResidualDiffusion(Prior):
         self.transform = None
         if residual:
             self.transform = TransformNetwork(channels, widths["transform_multipliers"], learned_sigma)
+        if anchor:
+            nn.init.zeros_(self.transform.to_mu.weight)
+            nn.init.zeros_(self.transform.to_mu.bias)
+        if sigma == "auto":
+            self.register_buffer("residual_rms", torch.zeros(()))  # 0: nothing seen yet
         if gradient_checkpointing:
             self.enable_gradient_checkpointing()
 
@@ -244,6 +273,23 @@ class ResidualDiffusion(Prior):
         check = check_frames if self.accepts == "pixels" else check_latents
         check(clip, spec["channels"], spec["height"], spec["width"], name=name)
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in diffusers; the config has the number that ``sigma="auto"`` came to."""
+        sigma = self.config.sigma
+        if sigma == "auto":
+            self.register_to_config(sigma=self._sigma.item())
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.register_to_config(sigma=sigma)
+
+    @property
+    def _sigma(self):
+        """``sigma``: a number, or of "auto" a scalar tensor."""
+        if self.config.sigma != "auto":
+            return self.config.sigma
+        return torch.where(self.residual_rms > 0, self.residual_rms, 1.0)
+
     # The past -----------------------------------------------------------------------------------------------------
 
     def observe(self, frames, n_frames=1, memory=None):
@@ -252,22 +298,26 @@ class ResidualDiffusion(Prior):
         Args:
             memory: what they held before these frames, of N rows; None: nothing.
         Returns:
-            dict network -> list over its levels of (n_frames * N, width, h, w): the memory after each frame.
+            dict network -> list over its levels of (n_frames * N, width, h, w): the memory after each frame; with an
+            anchor also "last" -> the frames themselves.
         """
         encoders = {"context": self.context}
         if self.transform is not None:
             encoders["transform"] = self.transform.encoder
-        return {name: encoder(frames, n_frames, (memory or {}).get(name)) for name, encoder in encoders.items()}
+        read = {name: encoder(frames, n_frames, (memory or {}).get(name)) for name, encoder in encoders.items()}
+        return read | {"last": [frames]} if self.config.anchor else read
 
     def predict_frame(self, memory):
         """mu and sigma of Eq. 5 -> mu (N, C, H, W) or 0, sigma (N, C, H, W) or a number; at least fp32."""
         if self.transform is None:
             return 0.0, 1.0
         mu, scale = self.transform(memory["transform"])
-        sigma = self.config.sigma
+        mu, sigma = precise(mu), self._sigma
+        if self.config.anchor:
+            mu = precise(memory["last"][0]) + mu
         if scale is not None:
             sigma = sigma * (LEAST_SCALE + (1 - LEAST_SCALE) * precise(scale).sigmoid())
-        return precise(mu), sigma
+        return mu, sigma
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -291,7 +341,10 @@ class ResidualDiffusion(Prior):
         memory = _rows(self.observe(past.to(self.dtype), n_frames - 1), slice((n_context - 1) * n_clips, None))
 
         mu, sigma = self.predict_frame(memory)
-        y = (target - mu) / (sigma.detach() if torch.is_tensor(sigma) else sigma)  # Eq. 5
+        if self.config.sigma == "auto" and self.training:
+            self._follow((target - mu).detach())
+        noise_mu = mu.detach() if self.config.detach_mu else mu
+        y = (target - noise_mu) / (sigma.detach() if torch.is_tensor(sigma) else sigma)  # Eq. 5
         generator = None if self.training else torch.Generator().manual_seed(0)
         n = self._draw_steps(n_clips, n_frames - n_context, generator)
         noise = randn_tensor(y.shape, generator, y.device, y.dtype)
@@ -312,6 +365,13 @@ class ResidualDiffusion(Prior):
                 loss = loss + nll
                 logs["scale_nll"] = nll.detach()
         return PriorOutput(loss=loss, logs=logs)
+
+    @torch.no_grad()
+    def _follow(self, residual):
+        """Move the running root mean square of x - mu; the first batch sets it."""
+        square, seen = residual.square().mean(), self.residual_rms > 0
+        kept = RMS_DECAY * self.residual_rms.square() + (1 - RMS_DECAY) * square
+        self.residual_rms.copy_(torch.where(seen, kept, square).sqrt())
 
     def _draw_steps(self, n_clips, n_frames, generator):
         """Diffusion steps, uniform in 0 .. N - 1 -> (n_frames * n_clips,), time before batch."""
@@ -391,16 +451,41 @@ class ResidualDiffusion(Prior):
                 make_scheduler(scheduler, self.schedule),
                 n_steps,
                 generators,
-                clamp=self._bound / sigma,
+                clamp=self.config.residual_bound_sigmas or self._bound / sigma,
                 on_step=bar.update,
             )
-            x = mu + sigma * y
-            if self.accepts == "pixels":
-                x = x.clamp(-1, 1)
+            x = self._in_range(mu + sigma * y)
             future.append(x)
             if t + 1 < n_frames:
                 memory = self.observe(x.to(self.dtype), memory=memory)
         return torch.stack(future, 1)
+
+    @torch.no_grad()
+    def predict_mean(self, context, n_frames):
+        """mu alone, rolled out: the deterministic prediction under the diffusion.
+
+        Args:
+            context: (B, n_context, C, H, W), as for ``sample``.
+        Returns:
+            (B, n_frames, C, H, W).
+        Raises:
+            ValueError: a prior without a residual has no mu.
+        """
+        if self.transform is None:
+            raise ValueError("predict_mean: expected a prior with a residual, found residual=false")
+        self.check_clip(context, "context")
+        check_counts(n_frames=n_frames)
+        self.check_context(context.shape[1], context.shape[1] + n_frames)
+        memory, future = None, []
+        for frame in context.to(self.dtype).unbind(1):
+            memory = self.observe(frame, memory=memory)
+        for _ in range(n_frames):
+            future.append(self._in_range(self.predict_frame(memory)[0]))
+            memory = self.observe(future[-1].to(self.dtype), memory=memory)
+        return torch.stack(future, 1).to(context.dtype)
+
+    def _in_range(self, x):
+        return x.clamp(-1, 1) if self.accepts == "pixels" else x
 
     def _noise_predictor(self, context, use_cache):
         """``predict(y, n)`` for the denoising steps of one frame."""

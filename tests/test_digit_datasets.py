@@ -131,6 +131,7 @@ def test_defaults_follow_the_protocol(idx_files, kind, name, motion, length):
         "n_test": benchmark.expected_counts()["test"],
         "frame_size": 64,
         "digit_size": 32,
+        "max_speed": 4,
         "seed": 0,
     }
     assert benchmark.provenance["mnist_md5"] == {name: md5 for name, (_, md5) in module.MNIST_FILES.items()}
@@ -179,6 +180,20 @@ def test_every_split_of_a_set_takes_a_stride(idx_files, tmp_path):
         assert torch.equal(dataset[0]["frames"], prepared_videos(tmp_path / "set", split, 20)[0]["frames"][::2])
         with pytest.raises(ValueError, match="clip_length"):
             prepared_videos(tmp_path / "set", split, 11, frame_stride=2)
+
+
+def test_a_set_that_makes_its_videos_makes_fresh_ones_by_option(idx_files, tmp_path):
+    prepare(StochasticMovingMNIST(idx_files, max_speed=1, length=8, **FEW), tmp_path / "set")
+    fresh, usual = (prepared_videos(tmp_path / "set", "train", 8, fresh=fresh) for fresh in (True, False))
+    assert torch.equal(fresh[2]["frames"], usual[2]["frames"])
+    fresh.set_epoch(1)
+    assert fresh.max_speed == 1 and not torch.equal(fresh[2]["frames"], usual[2]["frames"])
+    held_out = prepared_videos(tmp_path / "set", "test", 8, fresh=True)
+    assert torch.equal(held_out[1]["frames"], prepared_videos(tmp_path / "set", "test", 8)[1]["frames"])
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(manifest | {"generated": {}}))
+    with pytest.raises(ValueError, match="fresh: expected false, for smmnist stores its training videos"):
+        prepared_videos(tmp_path / "set", "train", 8, fresh=True)
 
 
 def test_a_re_run_mends_the_copy_of_mnist_in_a_set(idx_files, tmp_path):

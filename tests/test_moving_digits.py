@@ -157,6 +157,28 @@ def test_starts_and_velocities_are_uniform(motion):
         assert uniform(velocity[(start >= 4) & (start <= 27)], range(-4, 5))
 
 
+@pytest.mark.parametrize("motion", ["deterministic", "stochastic"])
+def test_max_speed_bounds_every_step_and_is_reached(motion):
+    steps = np.diff(all_places(svg_digits(motion, 400, max_speed=2)), axis=1)
+    assert set(np.unique(steps)) == set(range(-2, 3))
+    usual = svg_digits(motion, 3)
+    assert torch.equal(svg_digits(motion, 3, max_speed=4).read_video(2, 0, 40), usual.read_video(2, 0, 40))
+    assert svg_digits(motion, 3, max_speed=3).describe() != usual.describe()
+
+
+def test_fresh_training_videos_are_new_in_every_epoch():
+    fresh, held_out = svg_digits("stochastic", 5, fresh=True), digits("val", fresh=True)
+    clips = []
+    for epoch in range(3):
+        fresh.set_epoch(epoch)
+        held_out.set_epoch(epoch)
+        clips += [fresh.read_video(i, 0, 10) for i in range(5)]
+        assert torch.equal(clips[-1], fresh.read_video(4, 0, 10))
+        assert torch.equal(held_out.read_video(1, 0, 30), digits("val").read_video(1, 0, 30))
+    assert len({clip.numpy().tobytes() for clip in clips}) == 15
+    assert torch.equal(clips[0], svg_digits("stochastic", 5).read_video(0, 0, 10))  # the first epoch is the usual one
+
+
 def test_deterministic_digits_stop_at_the_edge_and_turn_back():
     starts, turns = set(), 0
     for path in all_places(svg_digits("deterministic", 150, video_length=60)):
@@ -313,6 +335,8 @@ def test_sklearn_digits_have_the_stated_contrast():
             r"speeds: expected null, for motion=stochastic fixes it, found \[2\]",
         ),
         ({"motion": "deterministic", "lattice": 4}, "lattice: expected null"),
+        ({"max_speed": 2}, "max_speed: expected null, for motion=lattice has speeds, found 2"),
+        ({"motion": "stochastic", "max_speed": 0}, "max_speed: expected a whole number of at least 1, found 0"),
         ({"split": "dev"}, "split"),
     ],
 )

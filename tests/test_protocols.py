@@ -39,6 +39,7 @@ PAPERS = {
     "shrvqvae_moving_mnist": (10, 10, 1, 64),
     "shrvqvae_kth": (10, 20, 1, 64),
 }
+OURS = {"small_smmnist": (5, 10, 10, 32), "small_mmnist": (10, 10, 10, 32), "small_flow": (4, 16, 10, 64)}
 FRAMES = {"bair": 30, "cityscapes": 30, "flow": 250, "kitti": 100, "kth": 100}  # of most videos, at least
 
 
@@ -47,17 +48,17 @@ def protocol(name):
 
 
 def test_every_file_is_tested_here():
-    assert {path.stem for path in (config_root() / "protocol").glob("*.yaml")} - {"one_digit"} == PAPERS.keys()
+    assert {path.stem for path in (config_root() / "protocol").glob("*.yaml")} - {"one_digit"} == (PAPERS | OURS).keys()
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", PAPERS | OURS)
 def test_protocol_has_the_papers_frames_and_samples(name):
     found = protocol(name)
-    assert (found.n_context, found.n_predicted, found.n_samples, found.frame_size) == PAPERS[name]
+    assert (found.n_context, found.n_predicted, found.n_samples, found.frame_size) == (PAPERS | OURS)[name]
     assert found.name == name and found.source and found.split == "test"
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", PAPERS | OURS)
 def test_protocol_fits_the_set_that_its_command_prepares(name):
     found = protocol(name)
     text = (config_root() / "protocol" / f"{name}.yaml").read_text()
@@ -73,7 +74,8 @@ def test_protocol_fits_the_set_that_its_command_prepares(name):
     arguments = inspect.signature(benchmark).parameters
     assert options.keys() <= arguments.keys()
     assert options.get("frame_size", arguments["frame_size"].default) == found.frame_size
-    shaped = {"moving_mnist": {"n_digits"}, "smmnist": {"n_digits"}, "flow": {"normalisation"}}.get(data, set())
+    digits = {"n_digits", "digit_size", "max_speed"}
+    shaped = {"moving_mnist": digits, "smmnist": digits, "flow": {"normalisation"}}.get(data, set())
     assert found.data_options.keys() == shaped  # options that change what a figure means
     for option, value in found.data_options.items():
         assert options.get(option, arguments[option].default) == value

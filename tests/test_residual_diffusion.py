@@ -192,6 +192,69 @@ def test_mu_is_supervised_directly_by_option():
     torch.testing.assert_close(plain.logs["mu_error"], F.mse_loss(mu, clip[:, 2:]).detach())
 
 
+def test_with_an_anchor_mu_begins_as_the_last_frame():
+    model, clip = tiny(anchor="last_frame"), random_pixels()
+    for frame, memory in zip(clip.unbind(1), memories(model, clip)):
+        torch.testing.assert_close(model.predict_frame(memory)[0], frame)
+    torch.testing.assert_close(model.predict_mean(clip, 3), clip[:, -1:].expand(-1, 3, -1, -1, -1))
+
+
+def test_a_detached_mu_learns_from_its_own_error_alone():
+    clip = random_pixels()
+    model = tiny(mu_weight=1.0, detach_mu=True)
+    output = model(clip, 2)
+    found = torch.autograd.grad(output.loss, model.transform.to_mu.weight)[0]
+    mus = torch.stack([model.predict_frame(memory)[0] for memory in memories(model, clip)[1:-1]], 1)
+    wanted = torch.autograd.grad(F.mse_loss(mus, clip[:, 2:]), model.transform.to_mu.weight)[0]
+    torch.testing.assert_close(found, wanted)
+    model = tiny(mu_weight=1.0)
+    both = torch.autograd.grad(model(clip, 2).loss, model.transform.to_mu.weight)[0]
+    assert not torch.allclose(both, wanted)
+
+
+def test_an_automatic_sigma_follows_the_residual_and_is_saved_as_a_number(tmp_path):
+    model = tiny(sigma="auto").train()
+    spreads = []
+    for seed in range(3):
+        clip = random_pixels(seed=seed)
+        with torch.no_grad():
+            mus = torch.stack([model.predict_frame(memory)[0] for memory in memories(model, clip)[1:-1]], 1)
+        spreads.append((clip[:, 2:] - mus).square().mean())
+        model(clip, 2)
+    wanted = spreads[0]
+    for spread in spreads[1:]:
+        wanted = 0.98 * wanted + 0.02 * spread
+    torch.testing.assert_close(model.residual_rms, wanted.sqrt())
+
+    before = model.eval().residual_rms.clone()
+    model(clip, 2)
+    assert model.residual_rms == before  # validation does not move it
+    model.save_pretrained(tmp_path)
+    assert model.config.sigma == "auto"
+    again = ResidualDiffusion.from_pretrained(tmp_path)
+    assert again.config.sigma == pytest.approx(before.item())
+    context, options = clip[:1, :2], {"n_steps": 3}
+    torch.testing.assert_close(sample(again, context, 2, **options), sample(model, context, 2, **options))
+
+
+def test_a_bound_in_sigmas_is_that_many_of_them():
+    clip = random_pixels(1, 2)
+    wide, narrow = tiny(sigma=0.01), tiny(sigma=0.01, residual_bound_sigmas=3)
+    narrow.load_state_dict(wide.state_dict())
+    mu = wide.predict_mean(clip, 1)
+    assert (sample(wide, clip, 1)[:, 0] - mu).abs().max() > 0.0301  # its bound is two hundred sigmas
+    assert (sample(narrow, clip, 1)[:, 0] - mu).abs().max() <= 0.0301
+
+
+def test_the_mean_of_a_rollout_is_mu_frame_by_frame():
+    model, clip = tiny(), random_pixels()
+    memory, wanted = memories(model, clip)[-1], []
+    for _ in range(3):
+        wanted.append(model.predict_frame(memory)[0].clamp(-1, 1))
+        memory = model.observe(wanted[-1], memory=memory)
+    torch.testing.assert_close(model.predict_mean(clip, 3), torch.stack(wanted, 1))
+
+
 def test_a_diffusion_step_is_shared_by_the_frames_of_a_clip_or_not():
     torch.manual_seed(0)
     shared, single = (tiny(shared_step=shared)._draw_steps(400, 40, None).view(40, 400) for shared in (True, False))
@@ -492,6 +555,16 @@ def test_the_learning_rate_falls_as_in_the_paper():
         (lambda: tiny(transform_multipliers=[]), "transform_multipliers: expected whole numbers"),
         (lambda: tiny(noise_loss="huber"), "noise_loss: expected l1 or l2"),
         (lambda: tiny(sigma=0.0), "sigma: expected a positive number"),
+        (lambda: tiny(sigma="small"), "sigma: expected a positive number, found 'small'"),
+        (lambda: tiny(anchor="first_frame"), "anchor: expected None or last_frame, found 'first_frame'"),
+        (lambda: tiny(residual=False, anchor="last_frame"), "anchor: expected none without a residual"),
+        (lambda: tiny(residual=False, sigma="auto"), "sigma: expected none without a residual, found 'auto'"),
+        (lambda: tiny(detach_mu=True), "detach_mu: expected a mu_weight"),
+        (lambda: tiny(residual_bound=1, residual_bound_sigmas=5), "residual_bound_sigmas: expected null beside"),
+        (
+            lambda: tiny(residual=False).predict_mean(random_pixels(), 1),
+            "predict_mean: expected a prior with a residual",
+        ),
         (lambda: tiny(mu_weight=-1), "mu_weight: expected at least 0, found -1"),
         (lambda: tiny(residual=False, mu_weight=1), "mu_weight: expected none without a residual, found 1"),
         (lambda: tiny(residual=False, learned_sigma=True), "learned_sigma: expected none without a residual"),

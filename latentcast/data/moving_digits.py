@@ -16,7 +16,7 @@ MAX_SPEED = 4  # of SVG's generator, pixels a frame on each axis
 
 
 class MovingDigits(VideoDataset):
-    """Digits on straight lines that bounce off the edges; video ``i`` of a split is always the same (but see ``fresh``).
+    """Digits on straight lines that bounce off the edges; video ``i`` of a split is always the same (see ``fresh``).
 
     Where digits overlap their brightness adds up to white. The splits share no digit image. ``motion`` is one of
 

@@ -261,8 +261,8 @@ def prepared_videos(
 ):
     """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
 
-    Args: see PreparedVideos; videos that are made keep the set's own seed. ``fresh``: draw the train split's videos anew
-        in every epoch, of sets that make them.
+    Args: see PreparedVideos; videos that are made keep the set's own seed. ``fresh``: draw the train split's videos
+        anew in every epoch, of sets that make them.
     """
     check_split(split)
     root = Path(str(root))  # 2024 in a config is a number
