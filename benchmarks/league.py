@@ -1,0 +1,338 @@
+"""Train systems for one budget of CPU time each, evaluate them under one protocol, and write the tables.
+
+    python benchmarks/league.py [--only NAME,NAME] [--workers 1] [--render] [--table FILE] [--root DIR] [key=value ...]
+
+``league.yaml`` lists the runs. Each trains in ROOT/NAME: stage one, the latents cache, the prior, then its evaluation;
+what is finished is not done again, and what was stopped or killed goes on. A budget counts the process's CPU time (user
+and system, of one thread), not the time on the clock, so that a busy machine does not shorten it: a short run first
+measures what a step costs, and the number of steps that fit is kept, so that learning rates fall to the end.
+``--render`` trains none. ``key=value`` go to every tool, after the run's own.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import environment, say  # isort: skip  (sets the thread policy before torch loads)
+
+import psutil
+import torch
+import yaml
+
+from latentcast.config import instantiate, load_config
+from latentcast.files import read_json, write_json
+from latentcast.pipelines.base import VideoPipeline
+
+HERE = Path(__file__).parent
+TOOLS = HERE.parent / "tools"
+CALIBRATION = (20, 120)  # steps of the two short runs whose difference is what a step costs
+SAVED_EVERY = 20  # seconds
+COLUMNS = {  # metric -> (heading, how its figure is found)
+    "psnr": ("PSNR (dB), best ↑", ".2f"),
+    "ssim": ("SSIM, best ↑", ".3f"),
+    "lpips": ("LPIPS, best ↓", ".4f"),
+    "crps": ("CRPS (of 255) ↓", ".2f"),
+    "ilpips": ("iLPIPS ↑", ".3f"),
+    "fvd": ("FVD ↓", ".0f"),
+    "bits": ("bits per dimension ↓", ".4f"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of a table.
+
+    Attributes:
+        name, table, label: of the row, its table (the protocol's name), and what the table calls it.
+        experiment, overrides: what the tools are given.
+        data: name of the data set that is evaluated on; evaluate: overrides of the evaluation alone.
+        cpu_seconds: the budget.
+        tokenizer, joint: shares of it. tokenizer_of: name of the run that trains its tokenizer.
+    """
+
+    name: str
+    table: str
+    label: str
+    experiment: str
+    data: str
+    cpu_seconds: float
+    overrides: list = field(default_factory=list)
+    evaluate: list = field(default_factory=list)
+    tokenizer: float = 0.0
+    joint: float = 0.0
+    tokenizer_of: str | None = None
+
+    def stages(self):
+        """Stage -> its share of the budget, in the order they run."""
+        shares = {"tokenizer": self.tokenizer, "prior": 1 - self.tokenizer - self.joint, "joint": self.joint}
+        return {stage: share for stage, share in shares.items() if share}
+
+
+def read_table(path):
+    """The runs of a YAML like league.yaml, in order -> (list of Run, table name -> its title)."""
+    content = yaml.safe_load(Path(path).read_text())
+    runs, titles = [], {}
+    for table, described in content["tables"].items():
+        titles[table] = described["title"]
+        shared = {"table": table, "data": described["data"], "evaluate": described.get("evaluate", [])}
+        for name, run in described["runs"].items():
+            run = shared | {"cpu_hours": content["cpu_hours"]} | run
+            runs.append(Run(name=name, cpu_seconds=3600 * run.pop("cpu_hours"), **run))
+    return runs, titles
+
+
+class Trainer:
+    """Works through one run; ``league.json`` in its folder says how far it is."""
+
+    def __init__(self, run, root, overrides):
+        self.run, self.root, self.folder, self.overrides = run, root, root / run.name, overrides
+        self.state_file = self.folder / "league.json"
+        self.state = read_json(self.state_file) if self.state_file.is_file() else {}
+
+    def work(self):
+        """All stages that are not done yet, and the evaluation."""
+        for stage, share in self.run.stages().items():
+            if self.state.get(stage, {}).get("done"):
+                continue
+            if stage == "tokenizer" and self.run.tokenizer_of:
+                self._take_tokenizer()
+                continue
+            budget = share * self.run.cpu_seconds
+            if "max_steps" not in self.state.get(stage, {}):
+                self._note(stage, max_steps=self._steps_within(stage, budget), cpu_seconds=0.0)
+            self._train(stage)
+            if stage == "tokenizer":
+                self._tool("encode_dataset", [])
+            self._note(stage, done=True)
+        self._evaluate()
+
+    def _train(self, stage):
+        """Train a stage to its end, counting the CPU time of this and of earlier tries."""
+        spent = self.state[stage]["cpu_seconds"]
+        self._tool(
+            *self._command(stage),
+            [f"trainer.max_steps={self.state[stage]['max_steps']}", "resume=true"],
+            count=lambda seconds: self._note(stage, cpu_seconds=round(spent + seconds, 1)),
+        )
+
+    def _command(self, stage):
+        return ("train_tokenizer" if stage == "tokenizer" else "train_prior"), ["joint=true"] * (stage == "joint")
+
+    def _steps_within(self, stage, budget):
+        """Steps that fit into ``budget`` CPU seconds, by two short runs on the run's own data."""
+        trial = self.folder / "calibration"
+        seconds = []
+        for steps in CALIBRATION:
+            shutil.rmtree(trial, ignore_errors=True)
+            trial.mkdir(parents=True)
+            for part in ("tokenizer", "latents", "prior"):
+                if (self.folder / part).is_dir():
+                    (trial / part).symlink_to((self.folder / part).resolve())
+            if stage != "joint" and (trial / stage).is_symlink():
+                (trial / stage).unlink()
+            limits = [f"trainer.max_steps={steps}", "trainer.limit_val_batches=1", f"run_dir={trial}"]
+            seconds.append(self._tool(*self._command(stage), limits))
+        shutil.rmtree(trial)
+        step = (seconds[1] - seconds[0]) / (CALIBRATION[1] - CALIBRATION[0])
+        fit = max(1, int((budget - seconds[0]) / step))
+        say(f"{self.run.name}: {stage}: {step:.3f} CPU seconds a step, {fit} steps in {budget:.0f}")
+        return fit
+
+    def _take_tokenizer(self):
+        source = self.root / self.run.tokenizer_of
+        noted = read_json(source / "league.json") if (source / "league.json").is_file() else {}
+        if not noted.get("tokenizer", {}).get("done"):
+            raise SystemExit(f"{self.run.name}: tokenizer_of: {source} has no finished tokenizer yet")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for part in ("tokenizer", "latents"):
+            shutil.copytree(source / part, self.folder / part, dirs_exist_ok=True)
+        self._note("tokenizer", **noted["tokenizer"])
+
+    def _evaluate(self):
+        run = self.run
+        if (self.folder / "metrics" / f"{run.table}.json").is_file():
+            return
+        arguments = ["--pipeline", str(self.folder / "pipeline"), "--data", run.data, f"protocol={run.table}"]
+        self._run("evaluate", [*arguments, f"run_dir={self.folder}", *run.evaluate, *self.overrides])
+        self._note("cost", **self._cost())
+
+    def _cost(self):
+        """What a future costs: seconds on one thread and network calls a frame, for one context at a time."""
+        pipe = VideoPipeline.from_pretrained(self.folder / "pipeline")
+        spec = pipe.prior.config.latent_spec
+        protocol = instantiate(load_config("quickstart", [f"protocol={self.run.table}"]).protocol)
+        shape = (1, protocol.n_context, spec["frame_channels"], spec["frame_height"], spec["frame_width"])
+        context, bar = pipe.encode(torch.zeros(shape)), Counting()
+        pipe.prior.sample(context, protocol.n_predicted, progress=bar)  # warms up, and counts
+        began = time.process_time()
+        pipe(torch.zeros(shape), protocol.n_predicted)
+        parameters = sum(p.numel() for part in (pipe.prior, pipe.tokenizer) if part for p in part.parameters())
+        return {
+            "seconds_a_future": round(time.process_time() - began, 3),
+            "calls_a_frame": bar.total / protocol.n_predicted,
+            "parameters": parameters,
+        }
+
+    def _tool(self, tool, extra, limits=(), count=None):
+        """Run a tool on the experiment -> its CPU seconds."""
+        quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false", "overwrite=true"]
+        if tool == "encode_dataset" or "resume=true" in limits:
+            quiet.pop()
+        arguments = [self.run.experiment, f"run_dir={self.folder}", *self.run.overrides, *self.overrides]
+        return self._run(tool, [*arguments, *quiet, *extra, *limits], count)
+
+    def _run(self, tool, arguments, count=None):
+        command = [sys.executable, str(TOOLS / f"{tool}.py"), *arguments]
+        say(f"{self.run.name}: {tool}.py {' '.join(arguments)}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "league.log", "a") as log:
+            child = psutil.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            seconds = 0.0
+            try:
+                while child.poll() is None:
+                    seconds = max(seconds, cpu_seconds(child))
+                    if count:
+                        count(seconds)
+                    try:
+                        child.wait(SAVED_EVERY)
+                    except psutil.TimeoutExpired:
+                        continue
+            except BaseException:
+                child.terminate()  # the tool saves its step
+                child.wait()
+                raise
+        if child.returncode:
+            raise SystemExit(
+                f"{self.run.name}: {tool}.py ended with {child.returncode}; see {self.folder / 'league.log'}"
+            )
+        return seconds
+
+    def _note(self, stage, **facts):
+        self.state[stage] = self.state.get(stage, {}) | facts
+        write_json(self.state_file, self.state)
+
+
+class Counting:
+    """A progress bar that keeps its total."""
+
+    def __call__(self, total=None):
+        self.total = total
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return False
+
+    def update(self, n=1):
+        """Do nothing."""
+
+
+def cpu_seconds(process):
+    """User and system time so far of a process and of its children."""
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def render(runs, titles, root, output):
+    """Write ``output`` (Markdown) and, beside it in a folder of its name, the pictures, of all finished runs."""
+    pictures = output.with_suffix("")
+    lines = [f"# {output.stem.capitalize()}", "", "Written by `python benchmarks/league.py --render`.", ""]
+    for table, title in titles.items():
+        results = {}
+        for run in runs:
+            path = root / run.name / "metrics" / f"{table}.json"
+            if run.table == table and path.is_file():
+                results[run.name] = (run, read_json(path), read_json(root / run.name / "league.json"))
+        if results:
+            lines += [f"## {title}", "", *_table(results), *_pictures(results, table, root, pictures)]
+    output.write_text("\n".join(lines))
+
+
+def _table(results):
+    first = next(iter(results.values()))[1]
+    metrics = [metric for metric in COLUMNS if any(metric in result["metrics"] for _, result, _ in results.values())]
+    heads = [
+        "",
+        *(COLUMNS[m][0] for m in metrics),
+        "LPIPS, mean ↓",
+        "parameters",
+        "CPU hours",
+        "s a future",
+        "calls a frame",
+    ]
+    rows = []
+    for run, result, state in results.values():
+        hours = sum(part.get("cpu_seconds", 0) for part in state.values()) / 3600
+        cost = state["cost"]
+        rows.append([run.label, *_figures(result["metrics"], metrics), f"{cost['parameters'] / 1e6:.2f}M"])
+        rows[-1] += [f"{hours:.2f}", f"{cost['seconds_a_future']:.2f}", f"{cost['calls_a_frame']:g}"]
+    for who, found in first["baselines"].items():
+        rows.append([who.replace("_", " "), *_figures(found, metrics), "", "", "", ""])
+    protocol = first["protocol"]
+    counts = f"{first['data']['n_clips']} clips, {protocol['n_samples']} samples each, 95 % intervals."
+    grid = [heads, ["---"] * len(heads), *rows]
+    return [counts, "", *("| " + " | ".join(row) + " |" for row in grid), ""]
+
+
+def _figures(metrics, names):
+    def cell(entry, form):
+        if entry is None:
+            return "–"
+        low, high = entry.get("ci95") or (None, None)
+        spread = "" if low is None else f" ± {(high - low) / 2:{form}}"
+        return f"{entry['mean']:{form}}{spread}"
+
+    of_all = metrics.get("lpips", {}).get("mean_of_samples")
+    return [*(cell(metrics.get(name), COLUMNS[name][1]) for name in names), cell(of_all, ".4f")]
+
+
+def _pictures(results, table, root, pictures):
+    lines = []
+    for run, _, _ in results.values():
+        lines += [f"### {run.label}", ""]
+        for kind in ("best", "random", "worst"):
+            source = root / run.name / "metrics" / table / f"{kind}.png"
+            if source.is_file():
+                pictures.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, pictures / f"{run.name}_{kind}.png")
+                lines += [f"![{kind} clips]({pictures.name}/{run.name}_{kind}.png)", ""]
+    return lines
+
+
+def main(args):
+    runs, titles = read_table(args.table)
+    names = [run.name for run in runs]
+    chosen = args.only.split(",") if args.only else names
+    unknown = [name for name in chosen if name not in names]
+    if unknown:
+        raise SystemExit(f"--only: expected some of {', '.join(names)}, found {unknown[0]}")
+    if not args.render:
+        with ThreadPoolExecutor(args.workers) as pool:
+            jobs = [pool.submit(Trainer(run, args.root, args.overrides).work) for run in runs if run.name in chosen]
+            for job in jobs:
+                job.result()
+    render(runs, titles, args.root, args.output)
+    print(json.dumps({"output": str(args.output), "env": environment()}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every tool")
+    parser.add_argument("--only", help="comma-separated names of runs")
+    parser.add_argument("--workers", type=int, default=1, help="runs that train at once (default: 1)")
+    parser.add_argument("--render", action="store_true", help="train none: write the tables of what is finished")
+    parser.add_argument("--table", type=Path, default=HERE / "league.yaml", metavar="FILE")
+    parser.add_argument("--root", type=Path, default=Path("runs/league"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=HERE.parent / "docs/results/league.md", metavar="FILE")
+    main(parser.parse_intermixed_args())

@@ -1,0 +1,98 @@
+"""The league of small systems: its table, budgets, going on after a stop, and what it writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_experiment import EXPERIMENT
+
+from latentcast import load_config
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def league(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import league
+
+    return league
+
+
+def test_the_shipped_table_composes(league):
+    runs, titles = league.read_table(BENCHMARKS / "league.yaml")
+    assert titles.keys() == {"small_smmnist", "small_flow"} and len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        assert run.cpu_seconds >= 2 * 3600
+        assert sum(run.stages().values()) == pytest.approx(1) and run.stages()["prior"] > 0.5
+        config = load_config(run.experiment, [*run.overrides, f"protocol={run.table}"], tool="train_prior")
+        trained = config.tokenizer._target_ != "latentcast.PixelTokenizer"
+        assert trained == bool(run.tokenizer) and config.protocol.name == run.table
+        if run.tokenizer_of:
+            (source,) = (other for other in runs if other.name == run.tokenizer_of)
+            assert (source.experiment, source.tokenizer) == (run.experiment, run.tokenizer)
+
+
+def write_table(folder):
+    """A table of one small run over pixels."""
+    data = EXPERIMENT["data"] | {"video_length": 15}
+    prior = {"_target_": "latentcast.RecurrentVAE", "hidden_channels": 4, "dim": 8, "cells": 8, "aligner": "none"}
+    settings = {"frame_size": 32, "clip_length": 15, "n_context": 5, "ema_decay": 0, "data": data, "prior": prior}
+    settings |= {"defaults": EXPERIMENT["defaults"] | {"tokenizer": "pixel"}, "tokenizer": {"levels": None}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(EXPERIMENT | settings))
+    run = {"experiment": str(folder / "tiny.yaml"), "label": "Tiny"}
+    run["evaluate"] = ["protocol.n_clips=2", "protocol.n_samples=2", "protocol.frame_size=32", "protocol.best_of=[]"]
+    run["evaluate"] += ["evaluation.baselines=[copy_last_frame]", *(f"data.{k}={v}" for k, v in data.items())]
+    tables = {"one_digit": {"title": "A digit", "data": "moving_digits", "runs": {"tiny": run}}}
+    (folder / "table.yaml").write_text(yaml.safe_dump({"cpu_hours": 30 / 3600, "tables": tables}))
+    return folder / "table.yaml"
+
+
+def start(folder, *options):
+    command = [sys.executable, str(BENCHMARKS / "league.py"), "--table", str(folder / "table.yaml")]
+    command += ["--root", str(folder / "runs"), "--output", str(folder / "league.md"), *options]
+    return subprocess.run(command, cwd=folder, timeout=240, capture_output=True, text=True)
+
+
+def test_a_budget_becomes_steps_by_what_a_step_costs(league, tmp_path, monkeypatch):
+    (run,), _ = league.read_table(write_table(tmp_path))
+    trainer, limits = league.Trainer(run, tmp_path / "runs", []), []
+
+    def train(tool, extra, limit):
+        limits.append((tool, int(limit[0].partition("=")[2])))
+        return 7.0 + 0.25 * limits[-1][1]  # seconds: to start, and for each step
+
+    monkeypatch.setattr(trainer, "_tool", train)
+    fit = trainer._steps_within("prior", run.cpu_seconds)
+    assert [tool for tool, _ in limits] == ["train_prior"] * 2 and limits[0][1] < limits[1][1]
+    assert fit == (30 - 7 - 0.25 * limits[0][1]) / 0.25  # what the trials' start cost is left out of it
+
+
+def test_a_run_goes_on_from_its_notes_and_is_rendered(tmp_path):
+    write_table(tmp_path)
+    state = tmp_path / "runs" / "tiny" / "league.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"prior": {"max_steps": 6, "cpu_seconds": 100.0}}))
+    process = start(tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout.splitlines()[-1])["output"].endswith("league.md")
+    after = json.loads(state.read_text())
+    assert after["prior"]["done"] and after["prior"]["max_steps"] == 6 and 101 < after["prior"]["cpu_seconds"] < 200
+    text = (tmp_path / "league.md").read_text()
+    assert "## A digit" in text and "| Tiny | " in text and "| copy last frame | " in text
+    assert "![best clips](league/tiny_best.png)" in text and (tmp_path / "league" / "tiny_best.png").is_file()
+    assert after["cost"]["calls_a_frame"] == 1 and after["cost"]["parameters"] > 1000
+
+    (tmp_path / "league.md").unlink()
+    process = start(tmp_path, "--only", "tiny")  # all is done: it is rendered, nothing is trained
+    assert process.returncode == 0 and "train_prior" not in process.stderr
+    assert (tmp_path / "league.md").read_text() == text
+
+
+def test_unknown_runs_are_refused(tmp_path):
+    write_table(tmp_path)
+    process = start(tmp_path, "--only", "tini")
+    assert process.returncode == 1 and "--only: expected some of tiny, found tini" in process.stderr
