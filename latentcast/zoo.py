@@ -16,7 +16,7 @@ SEED = 0
 
 
 def export(pipe, folder, clips, results, *, title, command, licence):
-    """Write ``folder``: the pipeline in float16, ``examples.safetensors``, ``metrics.json`` and the card, ``README.md``.
+    """Write ``folder``: the pipeline in float16, its example clips, ``metrics.json`` and the card, ``README.md``.
 
     Args:
         pipe: a VideoPredictionPipeline; it is left in float16.

@@ -12,6 +12,7 @@ deterministic form.
 Shape letters: B clips, S samples, R rows (a batch of (clip, sample) pairs), Z = n_groups * group_dim numbers of z.
 """
 
+import contextlib
 import functools
 from collections.abc import Mapping
 
@@ -217,12 +218,13 @@ class RecurrentVAE(Prior):
         progress=None,
         z_groups=None,
         sample_batch=128,
+        batch_statistics=False,
     ):
         """Continue frames or latents (B, n_context, C, H, W) -> (B, num_samples, n_frames, C, H, W).
 
         The context's frames are encoded once each. The LSTMs go over them with z from the posterior, a draw for each
         sample; then z comes from the prior, and each predicted frame is encoded in turn. BatchNorm uses its running
-        statistics, also while the model is in training mode.
+        statistics, also while the model is in training mode (but see ``batch_statistics``).
 
         Args:
             context: at least one frame. n_frames: how many to predict, any number.
@@ -234,6 +236,8 @@ class RecurrentVAE(Prior):
                 the group ({1: 0}: Figure 8), or numbers (group_dim,), (n_frames, group_dim) or
                 (B, n_frames, group_dim), as ``infer`` gives.
             sample_batch: rows that are advanced at once, which bounds the memory.
+            batch_statistics: BatchNorm normalises by the rows that are advanced at once, as SVG's published code does,
+                which never leaves training mode; a future then depends on the others of its batch.
         Raises:
             ValueError: too short a context, unknown groups or values that do not fit.
         """
@@ -247,7 +251,7 @@ class RecurrentVAE(Prior):
         # Step by step, so that a longer future begins like a shorter one.
         noise = [self._noise((B * S, self._z_dim), generator) for _ in range(n_context - 1 + n_frames)]
         future = torch.empty(B * S, n_frames, *context.shape[2:], dtype=context.dtype, device=context.device)
-        with eval_mode(self):
+        with eval_mode(self), by_batch_statistics(self) if batch_statistics else contextlib.nullcontext():
             decoder = SteadyDecoder(self.decoder)
             h, memories = self._encode_context(context, decoder, sample_batch)
             chunks = torch.arange(B * S, device=context.device).split(sample_batch)
@@ -369,6 +373,19 @@ class RecurrentVAE(Prior):
                 )
             fixed[int(group) - 1] = value.expand(shape)
         return fixed
+
+
+@contextlib.contextmanager
+def by_batch_statistics(model):
+    """Let BatchNorm normalise by the batch at hand; its running statistics stay as they are."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training, norm.track_running_stats = False, True
 
 
 def draw(j, mean, logvar, noise=None):

@@ -1,5 +1,6 @@
 """SVG-LP and HAF-SVG: published sizes, the loss and the sampler step by step, control of z, what is logged."""
 
+import copy
 import logging
 from pathlib import Path
 
@@ -336,6 +337,23 @@ def test_batchnorm_samples_with_running_statistics_in_training_mode_too(form):
     )
     assert model.train().encoder.training
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_batchnorm_samples_with_the_batchs_statistics_by_option():
+    model = build("svg_deterministic")
+    context = random_clip(model, batch=5, n_frames=1)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sampled = model.sample(context, 2, batch_statistics=True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+    assert not torch.allclose(sampled, model.sample(context, 2), atol=1e-2)
+
+    as_published = copy.deepcopy(model).train()
+    h, features = as_published.encoder(context[:, 0])
+    predicted, _ = as_published.predictor(h[:, None])
+    expected = as_published.decoder(predicted[:, 0], features)
+    torch.testing.assert_close(sampled[:, 0, 0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fixed_prior", [False, True])
