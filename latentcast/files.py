@@ -73,21 +73,22 @@ def writing(path, advice=""):
     """Name ``path`` in the error of what cannot be written there, one line; ``advice`` ends it.
 
     Raises:
-        OSError: in the place of what the system, safetensors or FFmpeg raised. Errors about files elsewhere pass.
+        OSError: in the place of what the system, safetensors, FFmpeg or torch.save raised. Errors about files elsewhere
+            pass.
     """
     path = Path(path)
     try:
         yield
     except Exception as error:
         reason = _reason(error)
-        where = getattr(error, "filename", None)
-        # The temporary file, or a folder that was to be made; a source that is being copied is named by its own error.
-        ours = (
-            where is None or Path(os.fsdecode(where)) in (path, *path.parents) or TEMPORARY.search(os.fsdecode(where))
-        )
+        where = getattr(error, "filename", None) or path
+        # Ours is also a folder that was to be made; what is copied to the path is named by its own error.
+        ours = Path(os.fsdecode(where)) in (path, *path.parents) or TEMPORARY.search(os.fsdecode(where))
         if reason is None or not ours:
             raise
-        raise OSError(f"{path}: cannot be written ({reason}){advice}") from None
+        named = OSError(f"{path}: cannot be written ({reason}){advice}")
+        named.errno = getattr(error, "errno", None)
+        raise named from None
 
 
 def _reason(error):
@@ -96,6 +97,8 @@ def _reason(error):
         return error.strerror
     if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
         return os.strerror(int(found[1]))
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save
+        return "no space left, or the file too large"
     return None
 
 

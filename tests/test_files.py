@@ -3,15 +3,20 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import matplotlib.pyplot as plt
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from latentcast.files import SILENCE, InUseError, locked, read_json, temporary_path, write_json
+from latentcast.data.video_writer import write_image, write_video
+from latentcast.files import SILENCE, InUseError, locked, read_json, replacing, temporary_path, write_json
 
 
 def test_json_on_a_full_disk_leaves_what_stood_there(tmp_path):
@@ -143,7 +148,7 @@ def test_temporary_files_of_killed_processes_go_with_the_next_run(tmp_path):
     program = "import os, sys\nfrom latentcast.files import replacing\nwith replacing(sys.argv[1]) as part:\n"
     program += "    part.touch(); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "one.json")])
-    (left,) = tmp_path.iterdir()
+    assert len(list(tmp_path.iterdir())) == 1
     live = temporary_path(tmp_path / "two.json")
     elsewhere = [tmp_path / f".0123abcd-7-0000000{i}.tmp" for i in range(2)]
     for path in (live, *elsewhere, tmp_path / "own.tmp"):
@@ -151,3 +156,64 @@ def test_temporary_files_of_killed_processes_go_with_the_next_run(tmp_path):
     os.utime(elsewhere[0], (0, 0))
     write_json(tmp_path / "three.json", {})
     assert set(tmp_path.iterdir()) == {live, elsewhere[1], tmp_path / "own.tmp", tmp_path / "three.json"}
+
+
+def save_pictures(path):
+    write_image(path, torch.rand(3, 200, 200) * 2 - 1)
+
+
+def save_figure(path):
+    with replacing(path) as temporary:
+        plt.figure().savefig(temporary, format="png", dpi=200)
+
+
+def save_tensors(path):
+    with replacing(path) as temporary:
+        save_file({"weight": torch.zeros(10_000)}, temporary)
+
+
+def save_checkpoint(path):
+    with replacing(path) as temporary:
+        torch.save({"weight": torch.zeros(10_000)}, temporary)
+
+
+def save_video(path):
+    write_video(path, torch.rand(40, 3, 64, 64) * 2 - 1, fps=10)
+
+
+def copy(path):
+    with replacing(path) as temporary:
+        shutil.copyfile(path.parent / "source", temporary)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.png", save_pictures),
+        ("a.png", save_figure),
+        ("a.safetensors", save_tensors),
+        ("a.ckpt", save_checkpoint),
+        ("a.mp4", save_video),
+        ("a.gif", save_video),
+        ("a.bin", copy),
+    ],
+)
+def test_every_writer_names_its_file_and_why_it_cannot_be_written(tmp_path, name, write):
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    path.write_text("finished before")
+    (path.parent / "source").write_bytes(bytes(20_000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"^{path}: cannot be written \(.*[Ff]ile too large\)$") as error:
+            write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert path.read_text() == "finished before" and {p.name for p in path.parent.iterdir()} == {name, "source"}
+
+
+def test_a_source_that_cannot_be_read_is_named_by_its_own_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source"), replacing(tmp_path / "copy") as temporary:
+        shutil.copyfile(tmp_path / "source", temporary)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..files import read_json, replacing, write_json, writing
+from ..files import locked, read_json, replacing, write_json
 from . import shards
 from .base import EmptySplitError, VideoDataset, check_split
 from .moving_digits import MovingDigits
@@ -60,9 +60,13 @@ def prepare(benchmark, output, *, workers=0, partial=False):
     Raises:
         ValueError: ``output`` holds another set, or one of another protocol.
         IncompleteError: counts differ from ``Benchmark.expected_counts``, without ``partial``.
-        OSError: the source cannot be listed or the disk is full.
+        OSError: the source cannot be listed, the disk is full, or another run prepares into ``output``.
     """
-    output = Path(output)
+    with locked(output, KIND.tool):
+        return _prepare(benchmark, Path(output), workers, partial)
+
+
+def _prepare(benchmark, output, workers, partial):
     videos = benchmark.videos()
     writers = {
         split: shards.ShardWriter(output / split, KIND, _job(benchmark, split, names))
@@ -81,7 +85,7 @@ def prepare(benchmark, output, *, workers=0, partial=False):
     for name, source in benchmark.files().items():
         path = output / name
         if not (path.is_file() and filecmp.cmp(source, path, shallow=False)):
-            with writing(path), replacing(path) as temporary:
+            with replacing(path) as temporary:
                 shutil.copyfile(source, temporary)
 
     notes = {split: writer.notes() for split, writer in writers.items()}
@@ -129,8 +133,7 @@ def prepare(benchmark, output, *, workers=0, partial=False):
             "provenance": benchmark.provenance,
         },
     )
-    with writing(output / "preview.png"):
-        write_image(output / "preview.png", _preview(output, stored[-1]))
+    write_image(output / "preview.png", _preview(output, stored[-1]))
     if incomplete:
         raise incomplete
     return {

@@ -12,14 +12,13 @@ import json
 import logging
 import os
 import struct
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import file_sha256, read_json, write_json, writing
+from ..files import file_sha256, read_json, temporary_path, write_json, writing
 from .base import EmptySplitError, VideoEntry
 
 logger = logging.getLogger("latentcast")
@@ -57,9 +56,10 @@ class Kind:
 class ShardWriter:
     """Plans, writes and completes one folder.
 
-    Several processes may share the work: each takes the shards with ``shard % world_size == rank``. Rank 0 must be
-    constructed before the others (it prepares the folder), and calls ``finish`` after all have written theirs. The
-    files do not depend on how many processes wrote them.
+    The caller keeps other runs out of the folder (``files.locked``). Several processes may share the work: each takes
+    the shards with ``shard % world_size == rank``. Rank 0 must be constructed before the others (it prepares the
+    folder), and calls ``finish`` after all have written theirs. The files do not depend on how many processes wrote
+    them.
 
     Args:
         root: the folder.
@@ -209,7 +209,7 @@ class ShardFile:
 
     def __init__(self, root, shard, entries, frame_shape, dtype, conditions, keep=()):
         self.path, self.note_path = root / _shard_name(shard), _note_path(root, shard)
-        self.temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.tmp")  # two runs must not share it
+        self.temporary = temporary_path(self.path)
         self.entries, self.frame_shape = entries, tuple(frame_shape)
         self.dtype, self.dtype_name = DTYPES[dtype]
         self.condition_specs, self.keep = conditions, keep
@@ -221,7 +221,8 @@ class ShardFile:
         self.skipped = {}  # video -> reason
 
     def __enter__(self):
-        self.file = open(self.temporary, "wb")
+        with writing(self.path, KEPT):
+            self.file = open(self.temporary, "wb")
         self.start = self.file.seek(8 + self.header_bytes)
         return self
 
