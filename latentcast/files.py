@@ -22,6 +22,7 @@ except ImportError:  # not on Windows
 LOCK = ".lock"
 BEAT, SILENCE = 30, 300  # seconds: a lock's owner touches it this often; untouched for so long, it has none
 TEMPORARY = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
+DEEPEST = 50  # levels of objects and lists in a JSON file
 ABANDONED = 24 * 3600  # seconds: an older temporary file is of no process, wherever that ran
 
 
@@ -81,10 +82,10 @@ def writing(path, advice=""):
         yield
     except Exception as error:
         reason = _reason(error)
-        where = getattr(error, "filename", None) or path
+        named = {getattr(error, name, None) for name in ("filename", "filename2")} - {None}
+        places = [Path(os.fsdecode(name)) for name in named] or [path]
         # Ours is also a folder that was to be made; what is copied to the path is named by its own error.
-        ours = Path(os.fsdecode(where)) in (path, *path.parents) or TEMPORARY.search(os.fsdecode(where))
-        if reason is None or not ours:
+        if reason is None or not any(p in (path, *path.parents) or TEMPORARY.fullmatch(p.name) for p in places):
             raise
         named = OSError(f"{path}: cannot be written ({reason}){advice}")
         named.errno = getattr(error, "errno", None)
@@ -267,15 +268,35 @@ def _alive(pid):
     return True
 
 
-def read_json(path):
-    """The dict in a JSON file; raises ValueError when it holds anything else."""
+def read_json(path, limit=64):
+    """The dict in a JSON file of at most ``limit`` MB; raises ValueError when it holds anything else, or NaN."""
+    path = Path(path)
+    if path.stat().st_size > limit * 10**6:
+        raise ValueError(f"{path}: expected at most {limit} MB of JSON, found {path.stat().st_size / 10**6:.0f} MB")
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(path.read_text(), parse_constant=_no_number)
+        if _depth(found) > DEEPEST:
+            raise ValueError(f"more than {DEEPEST} levels")
+    except RecursionError:
+        raise ValueError(f"{path}: not valid JSON (more than {DEEPEST} levels)") from None
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def _no_number(name):
+    raise ValueError(f"{name} is no number")
+
+
+def _depth(value):
+    """Levels of dicts and lists, counted no further than is needed."""
+    depth, level = 0, [value]
+    while level and depth <= DEEPEST:
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
+        level, depth = [item for items in inner for item in items], depth + 1
+    return depth
 
 
 def write_json(path, content):
