@@ -32,11 +32,8 @@ def write_video(path, frames, fps):
     if not fps > 0:
         raise ValueError(f"fps: expected a rate above 0, found {fps}")
     frames = to_uint8(frames, n_dims=4)
-    try:
-        with replacing(path) as temporary:
-            VIDEO_WRITERS[path.suffix.lower()](temporary, frames, fps)
-    except av.FFmpegError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from None
+    with replacing(path) as temporary:
+        VIDEO_WRITERS[path.suffix.lower()](temporary, frames, fps)
 
 
 def write_image(path, frame):
