@@ -26,7 +26,7 @@ from latentcast.evaluation.comparison import (
     read_result,
 )
 from latentcast.metrics import BestOfN, crps, mse
-from latentcast.metrics.statistics import ClipValues
+from latentcast.metrics.statistics import ClipValues, paired_bootstrap
 
 PUBLISHED = Path(__file__).parents[1] / "docs/results/published.yaml"
 N_CLIPS, T = 12, 3
@@ -187,6 +187,24 @@ def test_only_equal_clips_under_equal_settings_are_paired():
     assert "mse" not in paired(a, other)
 
 
+def test_differences_are_drawn_by_video():
+    """Twelve clips of four videos; a result from before videos were kept takes them from the other."""
+    a, b = make_result("A", 0.05, 0), make_result("B", 0.06, 1)
+    by_clip = paired(a, b)["mse"]
+    videos = [clip // 3 for clip in range(N_CLIPS)]
+    for entry in b["metrics"].values():
+        entry.update(videos=videos) if "videos" in entry else None
+    assert paired(a, b)["mse"]["n_videos"] == 4
+    for entry in a["metrics"].values():
+        entry.pop("videos", None)
+    found = paired(a, b)["mse"]
+    expected = paired_bootstrap(b["metrics"]["mse"]["per_clip"], a["metrics"]["mse"]["per_clip"], videos=videos)
+    assert found == expected and found["p_value"] >= 0.125 > by_clip["p_value"]
+    for entry in b["metrics"].values():
+        entry.update(videos=[5] * N_CLIPS) if "videos" in entry else None
+    assert paired(a, b) == {}
+
+
 def damaged(change):
     result = make_result()
     change(result)
@@ -225,6 +243,7 @@ def damaged(change):
         (damaged(lambda r: r["data"].update(describe=None)), "data.describe: expected an object, found None"),
         (damaged(lambda r: r["data"].update(protocol="svg")), "data.protocol: expected an object, found 'svg'"),
         (damaged(lambda r: r["metrics"]["mse"]["per_clip"].pop()), "per_clip and clips of one length, found 11 and 12"),
+        (damaged(lambda r: r["metrics"]["mse"]["videos"].pop()), "videos and clips of one length, found 11 and 12"),
         (damaged(lambda r: r["metrics"]["mse"]["per_frame"].pop()), "of one length, found 3 and 2"),
         (
             damaged(lambda r: r["metrics"]["mse"]["best_of"].update({"1": 3})),

@@ -29,7 +29,7 @@ CLIP_FIELDS = {
     "n_predicted",
     "fps_multiplier",
 }  # they choose a clip's frames
-ENTRY_TYPES = {"clips": list, "per_clip": list, "per_frame": list, "per_frame_ci95": list, "best_of": dict}
+ENTRY_TYPES = dict.fromkeys(("clips", "videos", "per_clip", "per_frame", "per_frame_ci95"), list) | {"best_of": dict}
 SETTINGS = {  # what changes a metric on the same frames
     "ssim": {"ssim"},
     "lpips": {"lpips", "detector.lpips"},
@@ -91,7 +91,7 @@ def describe_differences(found):
 def paired(first, second):
     """metric -> ``paired_bootstrap`` of second minus first, of the metrics whose clips and settings are the same.
 
-    FVD has no value for a clip, and so no pairs.
+    FVD has no value for a clip, and so no pairs; nor have clips of one video alone an interval.
     """
     unlike = set(differences(first, second))
     if unlike & CLIP_FIELDS or any(field.startswith("data.") for field in unlike):
@@ -99,9 +99,12 @@ def paired(first, second):
     found = {}
     for metric, entry in second["metrics"].items():
         base = first["metrics"].get(metric, {})
-        same = base.get("clips") and base["clips"] == entry.get("clips") and len(base["clips"]) > 1
+        same = base.get("clips") and base["clips"] == entry.get("clips")
         if same and not unlike & SETTINGS.get(metric, set()):
-            found[metric] = paired_bootstrap(entry["per_clip"], base["per_clip"])
+            # results from before videos were kept have none
+            videos = entry.get("videos") or base.get("videos") or entry["clips"]
+            if len(set(videos)) > 1:
+                found[metric] = paired_bootstrap(entry["per_clip"], base["per_clip"], videos=videos)
     return found
 
 
@@ -188,7 +191,7 @@ def difference_table(results, found):
     """Markdown of paired differences: label -> metric -> ``paired_bootstrap``."""
     first = next(iter(results))
     metrics = [m for m in METRICS if any(m in by_metric for by_metric in found.values())]
-    lines = [f"Differences from {first} over the same clips, 95 % interval and p by paired bootstrap:", ""]
+    lines = [f"Differences from {first} over the same clips, 95 % interval and p by paired bootstrap over videos:", ""]
     lines += _grid(
         ["", *found],
         ([HEADINGS[m], *(_difference(by_metric.get(m)) for by_metric in found.values())] for m in metrics),
@@ -245,9 +248,9 @@ def _check_entry(where, entry):
     for name, kind in ENTRY_TYPES.items():
         if entry.get(name) is not None:
             _check_type(f"{where}.{name}", entry[name], kind)
-    for name, of in (("per_clip", "clips"), ("per_frame_ci95", "per_frame")):
+    for name, of in (("per_clip", "clips"), ("videos", "clips"), ("per_frame_ci95", "per_frame")):
         values, along = entry.get(name) or [], entry.get(of) or []
-        if len(values) != len(along) and (values or name == "per_clip"):  # a single clip has no intervals
+        if len(values) != len(along) and (values or name == "per_clip"):  # a single video has no intervals
             raise ValueError(f"{where}: expected {name} and {of} of one length, found {len(values)} and {len(along)}")
     for interval in [entry["ci95"], *(entry.get("per_frame_ci95") or [])]:
         held = isinstance(interval, list) and len(interval) == 2 and all(map(_is_finite, interval))

@@ -93,6 +93,7 @@ class Evaluation:
                 f"the {self.protocol.split} split has {n_there}"
             )
         self.clips = [i * n_there // n_asked for i in range(n_asked)]  # spread over the split
+        self.video_of = {clip: self.dataset.video_of(clip) for clip in self.clips}
         size = max(1, self.futures // self.protocol.n_samples)
         self.groups = [self.clips[i : i + size] for i in range(0, n_asked, size)]
         self.device = self.pipe.device
@@ -255,13 +256,13 @@ class Evaluation:
         best_of_n = BestOfN(self.frame_metrics, counts)
         for parts in zip(*(found[name] for name in self.frame_metrics)):
             best_of_n.add({name: scores for name, (_, scores) in zip(self.frame_metrics, parts)}, parts[0][0])
-        summary = best_of_n.compute()
+        summary = best_of_n.compute(self.video_of)
         for name in ("crps", "ilpips", "bits"):
             if name in found:
                 values = ClipValues()
                 for clips, rows in found[name]:
                     values.update(rows, clips)
-                summary[name] = values.compute()
+                summary[name] = values.compute(self.video_of)
         if real is not None:
             fvd = FVD(self.fvd.detector)
             for (clips, rows), (_, truth) in zip(found["fvd"], real):

@@ -80,6 +80,7 @@ def table(evaluation, results):
     metrics = list(results["metrics"])
     heads = [plots.HEADINGS[name] for name in metrics]
     multiplier = protocol["fps_multiplier"]
+    n_videos = len(set(evaluation.video_of.values()))
     rate = f" at {multiplier} times the context's frame rate" if multiplier > 1 else ""
     lines = [
         f"# {model['name']} under the protocol {protocol['name']}",
@@ -88,7 +89,8 @@ def table(evaluation, results):
         f"{protocol['n_samples']} samples; {data['n_clips']} clips of {data['name']} ({data['split']}), "
         f"{protocol['frame_size']} pixels. "
         "psnr, ssim, lpips and mse: the best sample of each clip by its mean over frames, "
-        "for each metric by itself. Intervals: 95 % of the mean over clips.",
+        "for each metric by itself. Intervals: 95 % of the mean over clips, by Student's t over the "
+        f"{n_videos} videos that they come from.",
         "",
         "| | " + " | ".join(heads) + " |",
         "|---|" + "---|" * len(metrics),
