@@ -4,12 +4,15 @@ from dataclasses import asdict, dataclass, field
 
 from latentcast.config import is_whole
 from latentcast.data.base import SPLITS
+from latentcast.metrics.frame import PSNR_FORMS, WINDOWS
 from latentcast.metrics.i3d import MIN_FRAMES
+from latentcast.metrics.perceptual import SMALLEST
 
-METRICS = ("mse", "psnr", "ssim", "lpips", "crps", "ilpips", "fvd", "bits")
+METRICS = ("mse", "clip_mse", "psnr", "ssim", "lpips", "crps", "ilpips", "fvd", "bits")
+UNDRAWN = ("clip_mse", "bits")  # they need no futures
 BEST_OF = ("mse", "psnr", "ssim", "lpips")  # per sample: the best one of each clip counts
-SSIM_FORMS = ("gaussian", "uniform")
-LPIPS_NETS = ("alex", "vgg")
+SSIM_FORMS = tuple(WINDOWS)
+LPIPS_NETS = tuple(SMALLEST)
 CRPS_ESTIMATORS = ("standard", "fair")
 ILPIPS_PAIRS = ("ring", "all")
 DETECTORS = ("i3d_k400", "i3d_torchscript")
@@ -35,8 +38,13 @@ class Protocol:
         n_samples: futures for each clip.
         seed: of the samples.
         metrics: of METRICS. mse, psnr, ssim and lpips: the best of ``n_samples`` counts, for each metric by itself.
-            crps and ilpips: of all samples. bits: bits per dimension of priors with a likelihood.
+            crps and ilpips: of all samples. bits: bits per dimension, of priors with a likelihood; beside other
+            metrics a prior without one goes without. clip_mse: of the baseline `reconstruction` alone, over the
+            frames that are given too: LVT, Tables 1 and 4.
         best_of: smaller numbers of samples to report the best of, too.
+        rounded: frames are rounded to 8 bits before every metric, as saved pictures are; what the prior is given,
+            and what it feeds back, is not.
+        psnr: "frame", of the error over all channels, or "channel", the mean over the channels of each one's own.
         ssim: "gaussian" or "uniform" window.
         lpips: "alex" or "vgg".
         crps: "standard" or "fair" estimator.
@@ -65,6 +73,8 @@ class Protocol:
     seed: int = 0
     metrics: tuple = ("psnr", "ssim", "lpips", "fvd")
     best_of: tuple = ()
+    rounded: bool = False
+    psnr: str = "frame"
     ssim: str = "gaussian"
     lpips: str = "alex"
     crps: str = "standard"
@@ -85,12 +95,15 @@ class Protocol:
             self._expect(name, is_whole(getattr(self, name), 1), "a whole number of at least 1")
         clips = self.n_clips is None or is_whole(self.n_clips, 1)
         self._expect("n_clips", clips, "a whole number of at least 1, or null for all")
-        for name in ("fvd_context", "fvd_debiased"):
+        for name in ("rounded", "fvd_context", "fvd_debiased"):
             self._expect(name, isinstance(getattr(self, name), bool), "true or false")
         known_metrics = self.metrics and all(metric in METRICS for metric in self.metrics)
         self._expect("metrics", known_metrics, f"some of {', '.join(METRICS)}")
+        of_model = {*self.metrics} != {"clip_mse"}
+        self._expect("metrics", of_model, "one beside clip_mse, which is of the baseline reconstruction alone")
         for name, known in (
             ("split", ("val", "test")),
+            ("psnr", PSNR_FORMS),
             ("ssim", SSIM_FORMS),
             ("lpips", LPIPS_NETS),
             ("crps", CRPS_ESTIMATORS),
@@ -105,6 +118,10 @@ class Protocol:
         counts = all(is_whole(n, 1) and n <= self.n_samples for n in self.best_of)
         self._expect("best_of", counts, f"whole numbers from 1 to n_samples={self.n_samples}")
         self._expect("fvd_samples", self.fvd_samples <= self.n_samples, f"at most n_samples={self.n_samples}")
+        smallest = {"ssim": WINDOWS[self.ssim], "lpips": SMALLEST[self.lpips], "ilpips": SMALLEST[self.lpips]}
+        for metric in smallest.keys() & {*self.metrics}:
+            enough = self.frame_size >= smallest[metric]
+            self._expect("frame_size", enough, f"at least {smallest[metric]} for {metric}")
         if "fvd" in self.metrics:
             found = self.n_predicted + self.fvd_context * self.n_context
             enough = found >= MIN_FRAMES
