@@ -600,6 +600,8 @@ def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path):
     results = json.loads((metrics / "one_digit.json").read_text())
     assert 0 < results["seconds"]["measuring"] < results["seconds"]["this_run"]
     assert results["protocol"]["n_clips"] == 6 and results["model"]["prior"] == "VideoTransformer"
+    means = {name: results["metrics"][name]["mean_of_samples"]["mean"] for name in ("mse", "psnr", "ssim")}
+    assert figures["mean_of_samples"] == means and figures["metrics"].keys() == {*means, "crps"}
     assert "| copy_last_frame |" in (metrics / "one_digit.md").read_text()
 
     _, _, err = evaluate(folder, str(write_experiment(folder)), *TINY)
@@ -631,6 +633,7 @@ def test_the_tool_in_half_precision(trained, tmp_path, monkeypatch):
     found = {}
     for dtype in ("float32", "bfloat16"):
         command = ["evaluate.py", str(write_experiment(folder)), *TINY, "protocol.n_clips=2", "--dtype", dtype]
+        command += ["evaluation.crps_map={clip: 4, frame: 2}"]
         monkeypatch.setattr(
             sys, "argv", [*command, "evaluation.baselines=[reconstruction]", f"run_dir={tmp_path / dtype}"]
         )
@@ -639,6 +642,7 @@ def test_the_tool_in_half_precision(trained, tmp_path, monkeypatch):
         runpy.run_path(str(TOOLS / "evaluate.py"), run_name="__main__")
         found[dtype] = json.loads((tmp_path / dtype / "metrics/one_digit.json").read_text())
         assert found[dtype]["model"]["dtype"] == dtype
+        assert report.read_maps(tmp_path / dtype / "metrics/one_digit.json")[1] == "clip 4, predicted frame 2"
     full, half = (found[dtype]["baselines"]["reconstruction"]["mse"]["mean"] for dtype in found)
     assert full != half and half == pytest.approx(full, rel=0.02)
 
