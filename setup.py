@@ -56,6 +56,7 @@ setup(
         "torchmetrics>=1.4",
         "matplotlib>=3.8",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "tqdm>=4.66",
         "google-crc32c>=1.5",  # the checksums of TFRecord files
         "protobuf>=4.25",  # and their records

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_experiment import TOOLS
 
 from latentcast import Protocol, load_config
@@ -26,7 +27,7 @@ from latentcast.evaluation.comparison import (
     read_result,
 )
 from latentcast.metrics import BestOfN, crps, mse
-from latentcast.metrics.statistics import ClipValues
+from latentcast.metrics.statistics import ClipValues, paired_bootstrap
 
 PUBLISHED = Path(__file__).parents[1] / "docs/results/published.yaml"
 N_CLIPS, T = 12, 3
@@ -187,6 +188,24 @@ def test_only_equal_clips_under_equal_settings_are_paired():
     assert "mse" not in paired(a, other)
 
 
+def test_differences_are_drawn_by_video():
+    """Twelve clips of four videos; a result from before videos were kept takes them from the other."""
+    a, b = make_result("A", 0.05, 0), make_result("B", 0.06, 1)
+    by_clip = paired(a, b)["mse"]
+    videos = [clip // 3 for clip in range(N_CLIPS)]
+    for entry in b["metrics"].values():
+        entry.update(videos=videos) if "videos" in entry else None
+    assert paired(a, b)["mse"]["n_videos"] == 4
+    for entry in a["metrics"].values():
+        entry.pop("videos", None)
+    found = paired(a, b)["mse"]
+    expected = paired_bootstrap(b["metrics"]["mse"]["per_clip"], a["metrics"]["mse"]["per_clip"], videos=videos)
+    assert found == expected and found["p_value"] >= 0.125 > by_clip["p_value"]
+    for entry in b["metrics"].values():
+        entry.update(videos=[5] * N_CLIPS) if "videos" in entry else None
+    assert paired(a, b) == {}
+
+
 def damaged(change):
     result = make_result()
     change(result)
@@ -225,6 +244,7 @@ def damaged(change):
         (damaged(lambda r: r["data"].update(describe=None)), "data.describe: expected an object, found None"),
         (damaged(lambda r: r["data"].update(protocol="svg")), "data.protocol: expected an object, found 'svg'"),
         (damaged(lambda r: r["metrics"]["mse"]["per_clip"].pop()), "per_clip and clips of one length, found 11 and 12"),
+        (damaged(lambda r: r["metrics"]["mse"]["videos"].pop()), "videos and clips of one length, found 11 and 12"),
         (damaged(lambda r: r["metrics"]["mse"]["per_frame"].pop()), "of one length, found 3 and 2"),
         (
             damaged(lambda r: r["metrics"]["mse"]["best_of"].update({"1": 3})),
@@ -299,6 +319,55 @@ def test_published_figures_of_another_rate_differ(tmp_path):
     assert next(row for row in rows if row["place"] == "Table 2" and row["method"] == "STDiff")["differs"] == {}
 
 
+def test_published_figures_stand_beside_ours_of_the_same_samples(tmp_path):
+    """RVD chose no sample, STDiff the best of each clip: where both are beside ours, ours is there in both ways."""
+
+    def rows_of(**changes):
+        result = make_result("mine", n_samples=10, frame_size=64, **changes)
+        result["metrics"]["lpips"] = result["metrics"]["mse"]
+        found = compare(write(tmp_path, "a.json", result), published=True, output=tmp_path)["published"]
+        lines = (tmp_path / "comparison.md").read_text().splitlines()
+        heads = next(line for line in lines if line.startswith("|  | frames |")).split(" | ")
+        rows = [dict(zip(heads, line.split(" | "))) for line in lines if line.startswith("| **mine**")]
+        return result["metrics"]["lpips"], [(row["of them"], row["LPIPS ↓"]) for row in rows], found
+
+    entry, ours, _ = rows_of(data="flow")
+    mean = f"{entry['mean_of_samples']['mean']:.4g} ± "
+    assert [which for which, _ in ours] == ["mean"] and ours[0][1].startswith(mean)
+    entry, ours, found = rows_of(data="bair")
+    best = f"{entry['mean']:.4g} ± "
+    assert best != mean and [which for which, _ in ours] == ["best", "mean"]
+    assert ours[0][1].startswith(best) and ours[1][1].startswith(mean)
+    chosen = {(row["paper"], row["selection"]) for row in found["bair"] if "lpips" in row["metrics"]}
+    assert chosen == {("stdiff", "best"), ("rvd", "mean"), ("field", "best")}
+    entry, ours, _ = rows_of(data="smmnist")
+    assert [which for which, _ in ours] == ["best"] and ours[0][1].startswith(best)
+
+
+def test_a_published_tokenizer_stands_beside_our_reconstruction(tmp_path):
+    result = make_result("mine", data="bair", n_context=5, n_predicted=11, n_samples=1, best_of=[])
+    entry = {"mean": 0.0064, "ci95": [0.006, 0.0068], "n_clips": 2, "clips": [0, 1], "per_clip": [0.0063, 0.0065]}
+    result["baselines"]["reconstruction"] = {"clip_mse": entry, "fvd": {"mean": 200.0, "ci95": None}}
+    found = compare(write(tmp_path, "a.json", result), published=True, output=tmp_path)["published"]["bair"]
+    (row,) = [row for row in found if row["method"] == "VQ-VAE, n_c = 1"]
+    assert row["metrics"]["clip_mse"]["value"] == pytest.approx(0.0064)  # 4 times .0016, of frames in [0, 1]
+    text = (tmp_path / "comparison.md").read_text()
+    table, published = text.split("Published for bair")
+    (line,) = [line for line in published.splitlines() if line.startswith("| **mine, reconstruction**")]
+    assert "| 0.0064 ± 0.0004 |" in line and "| 200 |" in line
+    assert "| MSE of the whole clip ↓ | – | – | 0.0064 ± 0.0004 |" in table
+
+
+def test_results_from_before_a_setting_have_what_was_usual(tmp_path):
+    old, new = make_result(), make_result()
+    for key in ("psnr", "rounded", "fps_multiplier"):
+        del old["protocol"][key]
+    assert differences(old, new) == {}
+    assert differences(old, make_result(rounded=True)) == {"rounded": (False, True)}
+    assert paired(old, make_result(psnr="channel")).keys() == {"mse", "ssim", "crps"}
+    assert paired(old, make_result(rounded=True)) == {}
+
+
 def test_squared_error_of_the_moving_mnist_tables_becomes_ours():
     pictures = np.random.default_rng(0).random((2, 4, 5, 1, 64, 64))  # (2, B, T, C, H, W) in [0, 1]
     theirs = np.square(pictures[0] - pictures[1]).sum((2, 3, 4)).mean()
@@ -330,9 +399,8 @@ def test_published_figures_are_whole_and_agree_with_the_presets():
 def test_published_ranges_are_possible():
     for row in read_published(PUBLISHED):
         for metric, figure in row["metrics"].items():
-            top = {"ssim": 1, "lpips": 1, "ilpips": 1, "psnr": 60, "bits": 8, "crps": 255, "mse": 4, "fvd": 6000}[
-                metric
-            ]
+            top = {"ssim": 1, "lpips": 1, "ilpips": 1, "psnr": 60, "bits": 8, "crps": 255, "mse": 4, "clip_mse": 4}
+            top = {**top, "fvd": 6000}[metric]
             assert figure["value"] is None or 0 <= figure["value"] <= top, row
 
 
@@ -345,7 +413,9 @@ def test_published_ranges_are_possible():
         (lambda t: t.pop("place"), "lvt, None, bair: expected data, note, paper, place"),
         (lambda t: t["rows"][0].update(fvd=222.71), "VQ-VAE, n_c = 1: fvd: expected a figure as printed, in quotes"),
         (lambda t: t["rows"][0].update(fvd="222,71"), "expected a figure as printed, in quotes, found '222,71'"),
-        (lambda t: t["rows"][0].update(ssim="1"), "ssim.*expected a method and some of fvd, mse"),
+        (lambda t: t["rows"][0].update(ssim="1"), "ssim.*expected a method and some of clip_mse, fvd"),
+        (lambda t: t.update(selection="worst"), "'worst' is not known"),
+        (lambda t: t.pop("selection"), "expected .* preset, protocol, rows, selection, units, found"),
     ],
 )
 def test_mistakes_in_published_figures_are_named(tmp_path, change, message):
@@ -390,14 +460,36 @@ def test_ablation_shows_the_best_of_each_number_of_samples(tmp_path):
     assert [text.get_text() for text in frames.get_legend().get_texts()] == ["mine, 1", "mine, 2", "mine, 4"]
 
 
-def test_map_of_crps_is_darker_where_it_is_larger(tmp_path):
+def test_maps_of_crps_are_darker_where_they_are_larger_on_one_scale(tmp_path):
     values = np.zeros((16, 16))
     values[:, 8:] = 5
-    axes, _ = plots.crps_map(tmp_path / "m.png", torch.from_numpy(values)).axes
-    shown = axes.images[0]
-    assert np.array_equal(shown.get_array(), values)
-    light, dark = (sum(shown.cmap(shown.norm(value))[:3]) for value in (0, 5))
-    assert dark < light
+    named = {"mine": torch.from_numpy(values), "theirs": torch.from_numpy(2 * values)}
+    figure = plots.crps_maps(tmp_path / "m.png", named, "clip 3")
+    *panels, bar = figure.axes
+    assert [axes.get_title() for axes in panels] == ["mine", "theirs"] and bar.get_ylabel() == "CRPS, of 255"
+    assert figure.get_suptitle() == "clip 3"
+    for axes, factor in zip(panels, (1, 2)):
+        (shown,) = axes.images
+        assert np.array_equal(shown.get_array(), factor * values)
+        assert shown.get_clim() == (0, 10)  # of all panels
+    light, dark, darkest = (sum(shown.cmap(shown.norm(value))[:3]) for value in (0, 5, 10))
+    assert darkest < dark < light
     for wrong in (values[0], np.full((4, 4), np.nan)):
-        with pytest.raises(ValueError, match="map of CRPS: expected finite values"):
-            plots.crps_map(tmp_path / "w.png", wrong)
+        with pytest.raises(ValueError, match="map of CRPS, wrong: expected finite values"):
+            plots.crps_maps(tmp_path / "w.png", {"fine": values, "wrong": wrong})
+
+
+def test_maps_of_several_results_are_drawn_on_one_scale(tmp_path, caplog):
+    paths = []
+    for place, title in enumerate(("mean over 12 clips", "mean over 12 clips", "clip 3, predicted frame 2")):
+        paths.append(write(tmp_path, f"{place}.json", make_result(f"model {place}", 0.05 + place / 100, place)))
+        (tmp_path / str(place)).mkdir()
+        maps = {"model": torch.full((16, 16), 1.0 + place), "copy_last_frame": torch.full((16, 16), 9.0)}
+        save_file(maps, tmp_path / str(place) / "crps_maps.safetensors", metadata={"title": title})
+    paths.append(write(tmp_path, "3.json", make_result("without maps")))
+    files = compare(*paths, output=tmp_path / "out")["files"]
+    assert Image.open(files["crps_maps"]).size[0] > 900  # three panels
+    assert f"{paths[2]}: its map of CRPS is left out" in caplog.text
+    (tmp_path / "0" / "crps_maps.safetensors").write_bytes(b"torn")
+    with pytest.raises(OSError, match=r"crps_maps\.safetensors: cannot be read"):
+        compare(*paths, output=tmp_path / "out")

@@ -225,7 +225,7 @@ def test_best_of_n_picks_by_each_metric_on_its_own():
         assert result["per_frame"] == pytest.approx(curves.mean(0).tolist(), rel=1e-5)
         assert result["mean"] == pytest.approx(curves.mean().item(), rel=1e-5)
         assert result["per_clip"] == pytest.approx(curves.mean(1).tolist(), rel=1e-5)
-        half = 1.96 * curves.mean(1).double().std().item() / 2  # sqrt(4 clips)
+        half = 3.182446 * curves.mean(1).double().std().item() / 2  # t of 3 degrees of freedom; sqrt(4 clips)
         assert result["ci95"] == pytest.approx([result["mean"] - half, result["mean"] + half], rel=1e-5)
         assert (result["n_clips"], result["n_samples"], result["clips"]) == (4, 5, [0, 1, 2, 3])
 

@@ -13,14 +13,24 @@ import pytest
 import torch
 from metric_files import save_scripted
 from noise_benchmark import Noise
-from tiny import SMALL_SDE_DIFFUSION
+from tiny import SMALL_RECURRENT_VAE, SMALL_SDE_DIFFUSION, SMALL_VQVAE
 from tiny_experiment import TOOLS, call_tool, write_experiment
 
-from latentcast import MovingDigits, PixelTokenizer, Protocol, SDEDiffusion, VideoPredictionPipeline, VideoTransformer
+from latentcast import (
+    VQVAE,
+    MovingDigits,
+    PixelTokenizer,
+    Protocol,
+    RecurrentVAE,
+    SDEDiffusion,
+    VideoPredictionPipeline,
+    VideoTransformer,
+)
 from latentcast.data.prepared import PreparedVideos, prepare
 from latentcast.evaluation import report
+from latentcast.evaluation.comparison import paired, read_result
 from latentcast.evaluation.evaluator import Evaluation, _seed
-from latentcast.metrics import FVD, I3D, crps, mse, psnr, ssim
+from latentcast.metrics import FVD, I3D, bits_per_dim, crps, mse, psnr, ssim
 from latentcast.metrics.baselines import copy_last_frame
 
 PROTOCOL = {"n_context": 2, "n_predicted": 4, "n_samples": 3, "n_clips": 5, "frame_size": 16}
@@ -101,7 +111,7 @@ def test_frames_and_maps_do_not_pile_up(pipe, tmp_path, monkeypatch):
     mapped = Path("/proc/self/maps")  # of Linux
     assert not (mapped.is_file() and str(tmp_path) in mapped.read_text())  # no file is kept in memory, whole
     maps = found.crps_maps()
-    assert maps.keys() == {"model", *found.baselines} and maps["model"].shape == (4, 16, 16)
+    assert maps.keys() == {"model", *found.baselines} and maps["model"].shape == (16, 16)
 
 
 def test_an_interrupted_evaluation_goes_on(pipe, tmp_path, monkeypatch):
@@ -175,6 +185,250 @@ def test_fvd_of_the_scripted_detector(pipe, tmp_path, monkeypatch):
         metrics["fvd"]["debiased"] = 10.0 + place
     expected = "model 10, copy_last_frame 11, mean_context 12, reconstruction 13"
     assert f"fvd, extrapolated to infinitely many videos: {expected}." in report.table(found, results)
+
+
+class Repeats(VideoTransformer):
+    """Its prediction without chance is its last frame's codes."""
+
+    def predict_mean(self, context, n_frames):
+        return context[:, -1:].expand(-1, n_frames, -1, -1, -1)
+
+
+class NeverSamples(VideoTransformer):
+    def sample(self, *args, **options):
+        raise AssertionError("nothing was to be drawn")
+
+
+def coded(prior=VideoTransformer):
+    """A pipeline over the codes of a tokenizer that was never trained, so that no frame survives it."""
+    torch.manual_seed(0)
+    tokenizer = VQVAE(3, 16, 16, codebook_size=12, stride=8, **SMALL_VQVAE).eval()
+    options = {"subscale": [1, 1, 1], "dim": 16, "embed_dim": 8, "n_heads": 2, "head_dim": 8, "n_layers": 1}
+    return VideoPredictionPipeline(prior(tokenizer.latent_spec, n_frames=6, **options).eval(), tokenizer)
+
+
+def colour(n_frames=6, video_length=None):
+    length = video_length or n_frames
+    return MovingDigits("test", n_frames, 16, 3, digit_size=12, n_heldout_videos=8, video_length=length, lattice=1)
+
+
+def evaluated(pipe, folder, data=None, **changes):
+    names = ("sampler", "baselines", "weights", "crps_map")
+    options = {name: changes.pop(name) for name in names if name in changes}
+    fields = {"metrics": ["mse"], "best_of": []} | changes
+    found = Evaluation(pipe, data or colour(), protocol(**fields), folder, futures=6, **options)
+    found.run()
+    return found, found.finish()
+
+
+def whole_clips(found):
+    """-> the clips and their reconstructions, (B, T, C, H, W)"""
+    clips = torch.stack([found.dataset[i]["frames"] for i in found.clips])
+    with torch.no_grad():
+        return clips, found.pipe.tokenizer.decode(found.pipe.tokenizer.encode(clips).latents)
+
+
+def test_the_reconstruction_is_of_the_whole_clip(tmp_path):
+    """LVT, Tables 1 and 4: MSE and FVD of all 16 frames reconstructed, the context among them."""
+    save_scripted(tmp_path / "i3d_torchscript.pt")
+    changes = {"metrics": ["clip_mse", "fvd", "mse"], "detector": "i3d_torchscript", "n_context": 3, "n_predicted": 6}
+    found, results = evaluated(coded(), tmp_path / "a", colour(9), weights=tmp_path, **changes)
+    clips, reconstructed = whole_clips(found)
+
+    def fvd_of(fake):
+        fvd = FVD(I3D(tmp_path / "i3d_torchscript.pt"))
+        for rows in ([0, 1], [2, 3], [4]):  # in the groups of the evaluation, for the stand-in sees a whole batch
+            fvd.update(real=clips[rows], fake=fake[rows])
+        return fvd.compute()
+
+    reconstruction = results["baselines"]["reconstruction"]
+    assert reconstruction["fvd"]["mean"] == pytest.approx(fvd_of(reconstructed), rel=1e-5)
+    with_true_context = fvd_of(torch.cat([clips[:, :3], reconstructed[:, 3:]], 1))
+    assert with_true_context != pytest.approx(fvd_of(reconstructed), rel=0.1)
+    by_frame = mse(reconstructed, clips)
+    assert reconstruction["clip_mse"]["mean"] == pytest.approx(by_frame.mean().item(), rel=1e-5)
+    assert reconstruction["clip_mse"]["per_frame"] == pytest.approx(by_frame.mean(0).tolist(), rel=1e-5)
+    assert reconstruction["mse"]["mean"] == pytest.approx(by_frame[:, 3:].mean().item(), rel=1e-5)
+    assert "clip_mse" not in results["metrics"]  # a model is given the context
+    text = report.table(found, results)
+    assert "| MSE ↓ | MSE of the whole clip ↓ | FVD ↓ |" in text
+    with pytest.raises(ValueError, match="metrics: expected one beside clip_mse"):
+        protocol(metrics=["clip_mse"])
+
+
+def test_bits_alone_draw_nothing(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    found, results = evaluated(coded(NeverSamples), tmp_path / "a", metrics=["bits", "clip_mse"])
+    clips, reconstructed = whole_clips(found)
+    codes = found.pipe.encode(clips)
+    with torch.no_grad():
+        expected = bits_per_dim(found.pipe.prior.log_prob(codes, 2), codes[0, 2:].shape)
+    assert results["metrics"].keys() == {"bits"}
+    assert results["metrics"]["bits"]["per_clip"] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert results["baselines"].keys() == {"reconstruction"}  # the others have neither
+    assert results["baselines"]["reconstruction"]["clip_mse"]["mean"] == pytest.approx(
+        mse(reconstructed, clips).mean().item(), rel=1e-5
+    )
+    files = report.write_report(found, results, tmp_path / "metrics")
+    assert files.keys() == {"figures", "table"}
+    read = read_result(files["figures"])
+    assert paired(read, read)["bits"]["difference"] == 0
+    with pytest.raises(AssertionError, match="nothing was to be drawn"):
+        evaluated(coded(NeverSamples), tmp_path / "b", metrics=["bits", "mse"])
+
+
+def test_psnr_by_channel(tmp_path):
+    pipe = coded()
+    *_, bias = (tensor for tensor in pipe.tokenizer.parameters() if tensor.shape == (3,))
+    bias.data.copy_(torch.tensor([0.5, 0.0, -1.5]))  # channels that are not equally wrong
+    found, results = evaluated(pipe, tmp_path / "a", metrics=["psnr"], psnr="channel")
+    clips, reconstructed = whole_clips(found)
+    by_channel = sum(psnr(reconstructed[:, 2:, c : c + 1], clips[:, 2:, c : c + 1]) for c in range(3)) / 3
+    channel = results["baselines"]["reconstruction"]["psnr"]["mean"]
+    assert channel == pytest.approx(by_channel.mean().item(), rel=1e-5)
+    _, usual = evaluated(pipe, tmp_path / "b", metrics=["psnr"])
+    assert channel > usual["baselines"]["reconstruction"]["psnr"]["mean"] + 0.1
+
+
+def test_frames_are_rounded_before_every_metric(tmp_path):
+    """As pictures of 8 bits; the model's own frames are not."""
+    save_scripted(tmp_path / "i3d_torchscript.pt")
+    changes = {"metrics": ["mse", "clip_mse", "crps", "fvd"], "detector": "i3d_torchscript", "n_context": 3}
+    changes |= {"n_predicted": 6, "weights": tmp_path}
+    found, results = evaluated(coded(), tmp_path / "a", colour(9), rounded=True, **changes)
+    _, unrounded = evaluated(coded(), tmp_path / "b", colour(9), **changes)
+
+    def kept(frames):
+        return torch.from_numpy(((frames.numpy() + 1) * 127.5 + 0.5).astype("uint8")).float() / 127.5 - 1
+
+    clips, reconstructed = whole_clips(found)
+    assert (clips - kept(clips)).abs().max() < 1e-6 and (reconstructed - kept(reconstructed)).abs().max() > 1e-3
+    found_crps, found_fvd = [], FVD(I3D(tmp_path / "i3d_torchscript.pt"))
+    for group, numbers in enumerate(found.groups):
+        frames = torch.stack([found.dataset[i]["frames"] for i in numbers])
+        samples = kept(found._draw(frames[:, :3], group))
+        found_crps.append(crps(samples, frames[:, 3:]).mean().item() * len(numbers) / 5)
+        found_fvd.update(real=frames, fake=torch.cat([frames[:, :3], samples[:, 0]], 1))
+    metrics, reconstruction = results["metrics"], results["baselines"]["reconstruction"]
+    assert metrics["crps"]["mean"] == pytest.approx(sum(found_crps), rel=1e-5)
+    assert metrics["fvd"]["mean"] == pytest.approx(found_fvd.compute(), rel=1e-4)
+    assert reconstruction["clip_mse"]["mean"] == pytest.approx(mse(kept(reconstructed), clips).mean().item(), rel=1e-6)
+    assert reconstruction["mse"]["mean"] == pytest.approx(
+        mse(kept(reconstructed), clips)[:, 3:].mean().item(), rel=1e-6
+    )
+    for name in ("mse", "crps", "fvd"):
+        assert metrics[name]["mean"] != unrounded["metrics"][name]["mean"]
+
+
+def test_clips_of_one_video_are_no_independent_clips(tmp_path):
+    found, results = evaluated(
+        coded(), tmp_path, colour(6, video_length=18), n_clips=16, metrics=["mse", "crps", "bits"]
+    )
+    assert found.clips == [i * 24 // 16 for i in range(16)]  # three clips a video, of which two are taken
+    videos = [clip // 3 for clip in found.clips]
+    for name in ("mse", "crps", "bits"):
+        entry = results["metrics"][name]
+        assert (entry["videos"], entry["n_clips"], entry["n_videos"]) == (videos, 16, 8)
+    values = torch.tensor(results["metrics"]["mse"]["per_clip"], dtype=torch.float64)
+    sums = (values - values.mean()).view(8, 2).sum(1)
+    half = 2.364624 * (8 / 7 * sums.square().sum()).sqrt().item() / 16  # t of seven degrees of freedom
+    low, high = results["metrics"]["mse"]["ci95"]
+    assert (high - low) / 2 == pytest.approx(half, rel=1e-5)
+    assert "by Student's t over the 8 videos" in report.table(found, results)
+    assert paired(results, results)["mse"]["n_videos"] == 8
+
+
+def test_the_prediction_without_chance_is_a_yardstick(tmp_path, caplog):
+    caplog.set_level("INFO", logger="latentcast")
+    found, results = evaluated(coded(Repeats), tmp_path / "a", metrics=["mse", "crps"])
+    clips, reconstructed = whole_clips(found)
+    expected = reconstructed[:, 1:2].expand(-1, 4, -1, -1, -1)  # the tokenizer's own of the last frame given
+    deterministic = results["baselines"]["deterministic"]
+    assert deterministic["mse"]["mean"] == pytest.approx(mse(expected, clips[:, 2:]).mean().item(), rel=1e-5)
+    assert deterministic["crps"]["mean"] == pytest.approx(
+        127.5 * (expected - clips[:, 2:]).abs().mean().item(), rel=1e-5
+    )
+    assert "left out" not in caplog.text
+
+    found, results = evaluated(coded(), tmp_path / "b", baselines=["deterministic"])
+    assert results["baselines"] == {} and found.identity["settings"]["baselines"] == []
+    assert "the baseline deterministic is left out: VideoTransformer has no predict_mean" in caplog.text
+
+
+def test_what_a_pipeline_cannot_give_is_left_out_by_name(tmp_path, caplog):
+    """A prior over pixels has no tokenizer, and this one no likelihood."""
+    caplog.set_level("INFO", logger="latentcast")
+    spec = PixelTokenizer(3, 16, 16, levels=None).latent_spec
+    pipe = VideoPredictionPipeline(RecurrentVAE(spec, n_groups=1, aligner="none", **SMALL_RECURRENT_VAE).eval())
+    _, results = evaluated(pipe, tmp_path, metrics=["mse", "bits", "clip_mse"])
+    assert results["metrics"].keys() == {"mse"} and results["baselines"].keys() == {"copy_last_frame", "mean_context"}
+    for line in (
+        "the baseline reconstruction is left out: the pipeline has no tokenizer",
+        "the metric bits is left out: RecurrentVAE has no likelihood",
+    ):
+        assert line in caplog.text
+    for metrics in (["bits"], ["bits", "clip_mse"]):
+        with pytest.raises(ValueError, match="protocol tiny: bits: RecurrentVAE has no likelihood"):
+            evaluated(pipe, tmp_path, metrics=metrics)
+
+
+def test_maps_of_crps_of_one_frame_of_one_clip(tmp_path):
+    """RVD's Figure 4."""
+    (tmp_path / "metrics").mkdir()
+    chosen = {"clip": 4, "frame": 3}
+    changes = {"metrics": ["crps"], "baselines": ["copy_last_frame"]}
+    found, results = evaluated(coded(), tmp_path / "one", crps_map=chosen, **changes)
+    group = next(g for g, clips in enumerate(found.groups) if 4 in clips)
+    frames = torch.stack([found.dataset[i]["frames"] for i in found.groups[group]])
+    place = found.groups[group].index(4)
+    samples = found._draw(frames[:, :2], group)
+    expected = {"model": samples, "copy_last_frame": copy_last_frame(frames[:, :2], 4)[:, None]}
+    maps = found.crps_maps()
+    for who, prediction in expected.items():
+        of_frame = crps(prediction, frames[:, 2:], reduction="none")[place, 2].mean(0)
+        torch.testing.assert_close(maps[who].float(), of_frame)
+    files = report.write_report(found, results, tmp_path / "metrics")
+    read, title = report.read_maps(Path(files["figures"]))
+    assert title == "clip 4, predicted frame 3" and torch.equal(read["model"], maps["model"])
+    assert Path(files["crps_maps"]).is_file()
+
+    found, results = evaluated(coded(), tmp_path / "mean", **changes)
+    assert found.crps_maps()["model"].mean().item() == pytest.approx(results["metrics"]["crps"]["mean"], rel=1e-5)
+    report.write_report(found, results, tmp_path / "metrics")
+    assert report.read_maps(Path(files["figures"]))[1] == "mean over 5 clips and 4 predicted frames"
+    for wrong, message in (
+        (
+            {"clip": 5, "frame": 1},
+            r"crps_map\.clip: expected one of the clips that are measured, 0, 1, 3, 4, \.\.\. 6, fo",
+        ),
+        ({"clip": 4, "frame": 5}, r"crps_map\.frame: expected 1 to 4, found 5"),
+        ({"clip": 4}, r"crps_map: expected a clip and a frame, or null, found \{'clip': 4\}"),
+        ("mean", "crps_map: expected a clip and a frame, or null, found 'mean'"),
+    ):
+        with pytest.raises(ValueError, match=f"evaluation.{message}"):
+            evaluated(coded(), tmp_path / "wrong", crps_map=wrong, **changes)
+    with pytest.raises(ValueError, match=r"evaluation\.crps_map: the protocol tiny does not measure crps"):
+        evaluated(coded(), tmp_path / "wrong", crps_map=chosen)
+
+
+def test_the_table_has_the_mean_of_the_samples_too(tmp_path):
+    found, results = evaluated(coded(), tmp_path / "a", metrics=["mse", "crps"])
+    rows = report.table(found, results).splitlines()
+    (line,) = [row for row in rows if row.startswith("| model, mean of the samples |")]
+    mean = results["metrics"]["mse"]["mean_of_samples"]["mean"]
+    assert f"| {mean:.4g} ± " in line and line.endswith("| – |") and mean > results["metrics"]["mse"]["mean"]
+    found, results = evaluated(coded(), tmp_path / "b", n_samples=1)
+    assert "mean of the samples |" not in report.table(found, results)
+
+
+def test_measuring_leaves_a_model_in_training_as_it_was(tmp_path):
+    """Its codebooks would move otherwise."""
+    pipe = coded()
+    pipe.tokenizer.train()
+    before = {name: tensor.clone() for name, tensor in pipe.tokenizer.state_dict().items()}
+    evaluated(pipe, tmp_path, metrics=["mse", "clip_mse", "bits"])
+    assert pipe.tokenizer.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.tokenizer.state_dict().items())
 
 
 def test_a_context_at_half_the_rate(pipe, tmp_path):
@@ -292,6 +546,11 @@ def test_futures_that_are_not_numbers_are_named(pipe, tmp_path):
         ({"fps_multiplier": 0}, "fps_multiplier: expected a whole number of at least 1, found 0"),
         ({"fps_multiplier": 2}, "fps_multiplier: expected 1 for bits"),
         ({"ssim": "box"}, "ssim: expected one of gaussian, uniform, found 'box'"),
+        ({"psnr": "mean"}, "psnr: expected one of frame, channel, found 'mean'"),
+        ({"rounded": 8}, "rounded: expected true or false, found 8"),
+        ({"metrics": ["ssim"], "frame_size": 8}, "frame_size: expected at least 11 for ssim, found 8"),
+        ({"metrics": ["lpips"]}, "frame_size: expected at least 31 for lpips, found 16"),
+        ({"metrics": ["ilpips"], "lpips": "vgg", "frame_size": 8}, "frame_size: expected at least 16 for ilpips"),
     ],
 )
 def test_a_protocol_that_cannot_be(changes, message):
@@ -335,12 +594,14 @@ def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path):
     status, figures, err = evaluate(folder, str(write_experiment(folder)), *TINY)
     assert status == 0, err
     metrics = folder / "run" / "metrics"
-    for kind in ("figures", "table", "curves_psnr", "ablation_psnr", "best_sheet", "worst_video", "crps_map_model"):
+    for kind in ("figures", "table", "curves_psnr", "ablation_psnr", "best_sheet", "worst_video", "crps_maps"):
         assert Path(figures["files"][kind]).is_file(), kind
     assert not (metrics / "one_digit.partial").exists()
     results = json.loads((metrics / "one_digit.json").read_text())
     assert 0 < results["seconds"]["measuring"] < results["seconds"]["this_run"]
     assert results["protocol"]["n_clips"] == 6 and results["model"]["prior"] == "VideoTransformer"
+    means = {name: results["metrics"][name]["mean_of_samples"]["mean"] for name in ("mse", "psnr", "ssim")}
+    assert figures["mean_of_samples"] == means and figures["metrics"].keys() == {*means, "crps"}
     assert "| copy_last_frame |" in (metrics / "one_digit.md").read_text()
 
     _, _, err = evaluate(folder, str(write_experiment(folder)), *TINY)
@@ -372,6 +633,7 @@ def test_the_tool_in_half_precision(trained, tmp_path, monkeypatch):
     found = {}
     for dtype in ("float32", "bfloat16"):
         command = ["evaluate.py", str(write_experiment(folder)), *TINY, "protocol.n_clips=2", "--dtype", dtype]
+        command += ["evaluation.crps_map={clip: 4, frame: 2}"]
         monkeypatch.setattr(
             sys, "argv", [*command, "evaluation.baselines=[reconstruction]", f"run_dir={tmp_path / dtype}"]
         )
@@ -380,6 +642,7 @@ def test_the_tool_in_half_precision(trained, tmp_path, monkeypatch):
         runpy.run_path(str(TOOLS / "evaluate.py"), run_name="__main__")
         found[dtype] = json.loads((tmp_path / dtype / "metrics/one_digit.json").read_text())
         assert found[dtype]["model"]["dtype"] == dtype
+        assert report.read_maps(tmp_path / dtype / "metrics/one_digit.json")[1] == "clip 4, predicted frame 2"
     full, half = (found[dtype]["baselines"]["reconstruction"]["mse"]["mean"] for dtype in found)
     assert full != half and half == pytest.approx(full, rel=0.02)
 

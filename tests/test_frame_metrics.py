@@ -7,7 +7,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from latentcast.metrics import mse, psnr, ssim
 from latentcast.metrics.baselines import BASELINES
-from latentcast.metrics.frame import SAMPLES, check_pair, check_videos
+from latentcast.metrics.frame import SAMPLES, check_pair, check_videos, round_to_levels
 
 
 def noisy_pair(channels=1, shape=(2, 3), size=(32, 40)):
@@ -40,6 +40,35 @@ def test_mse_and_psnr_agree_with_scikit_image(channels):
     torch.testing.assert_close(psnr(prediction, target).flatten(), torch.tensor(expected).float())
     expected = [((x - y) ** 2).mean() * 4 for x, y in zip(pictures(prediction), pictures(target))]
     torch.testing.assert_close(mse(prediction, target).flatten(), torch.tensor(expected).float())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_psnr_by_channel_is_the_mean_of_scikit_images(channels):
+    prediction, target = noisy_pair(channels)
+    prediction[:, :, 0] = target[:, :, 0] + 0.1 * (prediction[:, :, 0] - target[:, :, 0])  # one channel far better
+    expected = [
+        np.mean([peak_signal_noise_ratio(y[..., c], x[..., c], data_range=1) for c in range(channels)])
+        for x, y in zip(pictures(prediction), pictures(target))
+    ]
+    found = psnr(prediction, target, of="channel")
+    torch.testing.assert_close(found.flatten(), torch.tensor(expected).float())
+    if channels == 1:
+        assert torch.equal(found, psnr(prediction, target))
+    else:
+        assert (found > psnr(prediction, target) + 1).all()
+    equal = psnr(target, target, of="channel")
+    assert torch.equal(equal, torch.full_like(equal, 100))
+    with pytest.raises(ValueError, match=r"psnr: expected one of .* found 'pixel'"):
+        psnr(prediction, target, of="pixel")
+
+
+def test_rounded_frames_are_what_a_picture_keeps():
+    frames = noisy_pair()[0]
+    kept = ((frames.double().numpy() + 1) / 2 * 255 + 0.5).astype(np.uint8)
+    torch.testing.assert_close(round_to_levels(frames), torch.from_numpy(kept).float() / 127.5 - 1)
+    levels = torch.arange(256).float() / 127.5 - 1
+    assert torch.equal(round_to_levels(levels), levels)
+    assert torch.equal(round_to_levels(torch.tensor([-1.0, 1.0])), torch.tensor([-1.0, 1.0]))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -36,6 +36,8 @@ PAPERS = {
     "rvd_kth": (4, 12, 10, 64),
     "rvd_bair": (4, 16, 10, 64),
     "rvd_cityscapes": (4, 16, 10, 128),
+    "rvd_kth_val": (4, 12, 10, 64),
+    "rvd_cityscapes_val": (4, 16, 10, 128),
     "shrvqvae_moving_mnist": (10, 10, 1, 64),
     "shrvqvae_kth": (10, 20, 1, 64),
 }
@@ -55,7 +57,24 @@ def test_every_file_is_tested_here():
 def test_protocol_has_the_papers_frames_and_samples(name):
     found = protocol(name)
     assert (found.n_context, found.n_predicted, found.n_samples, found.frame_size) == (PAPERS | OURS)[name]
-    assert found.name == name and found.source and found.split == "test"
+    assert found.name == name and found.source and found.split == ("val" if name.endswith("_val") else "test")
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_protocol_has_the_forms_that_its_papers_code_has(name):
+    """PSNR by channel in SVG's and SRVP's, SRVP's Gaussian window, pictures of 8 bits in RVD's and 50 clips of val."""
+    found = protocol(name)
+    assert found.psnr == ("channel" if name.startswith(("svg_", "hafsvg_")) else "frame")
+    assert found.ssim == ("uniform" if name.startswith(("hafsvg_", "shrvqvae_")) else "gaussian")
+    assert found.rounded == name.startswith("rvd_")
+    assert (found.n_clips == 50) == name.endswith("_val")
+    text = (config_root() / "protocol" / f"{name}.yaml").read_text()
+    assert "svg_" not in name or ("window" in text and "data range" in text)  # of the published SSIM
+
+
+def test_latent_video_transformer_reconstructs_the_whole_clip():
+    for name in ("lvt_bair", "lvt_kinetics600"):
+        assert {"clip_mse", "fvd"} <= {*protocol(name).metrics}
 
 
 @pytest.mark.parametrize("name", PAPERS | OURS)

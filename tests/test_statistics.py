@@ -23,19 +23,59 @@ def scores(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).gamma(2.0, size=shape))
 
 
-def test_interval_is_1_96_standard_errors_about_the_mean_over_clips():
-    values = scores(40, N_FRAMES).numpy()
+@pytest.mark.parametrize("n_clips", [2, 5, 40])
+def test_interval_of_independent_clips_is_students(n_clips):
+    values = scores(n_clips, N_FRAMES).numpy()
     summary = summarize(values)
     by_clip = values.mean(1)
     assert summary["mean"] == pytest.approx(by_clip.mean())
-    # The same formula by scipy, up to the rounding of 1.96.
-    low, high = scipy.stats.norm.interval(0.95, by_clip.mean(), scipy.stats.sem(by_clip))
-    assert summary["ci95"] == pytest.approx([low, high], rel=1e-4)
-    assert summary["n_clips"] == 40
+    low, high = scipy.stats.t.interval(0.95, n_clips - 1, by_clip.mean(), scipy.stats.sem(by_clip))
+    assert summary["ci95"] == pytest.approx([low, high])
+    assert summary["n_clips"] == summary["n_videos"] == n_clips
     assert summary["per_frame"] == pytest.approx(values.mean(0))
-    low, high = scipy.stats.norm.interval(0.95, values.mean(0), scipy.stats.sem(values))
-    np.testing.assert_allclose(summary["per_frame_ci95"], np.stack([low, high], 1), rtol=1e-4)
+    low, high = scipy.stats.t.interval(0.95, n_clips - 1, values.mean(0), scipy.stats.sem(values))
+    np.testing.assert_allclose(summary["per_frame_ci95"], np.stack([low, high], 1))
     assert json.loads(json.dumps(summary)) == summary
+
+
+def test_interval_of_clips_of_few_videos_is_that_of_a_clustered_regression():
+    """The sandwich (X'X)^-1 (sum of X_g' u_g u_g' X_g) (X'X)^-1 of a regression on a constant, times G / (G - 1)."""
+    videos = [7, 3, 3, 7, 7, 9, 3, 9, 7, 1]
+    values = scores(len(videos), N_FRAMES).numpy()
+    summary = summarize(values, videos)
+
+    def by_regression(y):
+        x = np.ones((len(y), 1))
+        bread = np.linalg.inv(x.T @ x)
+        residuals = y - x @ (bread @ x.T @ y)
+        meat = np.zeros((1, 1))
+        for video in set(videos):
+            rows = np.array(videos) == video
+            meat += x[rows].T @ np.outer(residuals[rows], residuals[rows]) @ x[rows]
+        error = np.sqrt(4 / 3 * (bread @ meat @ bread).item())
+        return scipy.stats.t.interval(0.95, 3, y.mean(), error)
+
+    assert summary["ci95"] == pytest.approx(by_regression(values.mean(1)))
+    np.testing.assert_allclose(summary["per_frame_ci95"], [by_regression(column) for column in values.T])
+    assert (summary["n_clips"], summary["n_videos"]) == (10, 4)
+
+
+def test_more_clips_of_the_same_videos_that_say_the_same_say_no_more():
+    values = scores(6, N_FRAMES).numpy()
+    repeated = summarize(np.repeat(values, 5, 0), np.repeat(np.arange(6), 5))
+    assert repeated["ci95"] == pytest.approx(summarize(values)["ci95"])
+    assert summarize(values, [4] * 6)["ci95"] is None and summarize(values, [4] * 6)["per_frame_ci95"] is None
+    with pytest.raises(ValueError, match="videos: expected one for each of 6 clips, found 5"):
+        summarize(values, [0] * 5)
+
+
+def test_intervals_by_video_hold_the_true_mean_where_intervals_by_clip_do_not():
+    rng = np.random.default_rng(0)
+    videos = np.repeat(np.arange(6), 8)
+    draws = rng.normal(size=(2000, 6)).repeat(8, axis=1) + rng.normal(size=(2000, 48))
+    for given, least, most in ((videos, 0.935, 0.965), (None, 0.5, 0.7)):
+        intervals = [summarize(draw, given)["ci95"] for draw in draws]
+        assert least < np.mean([low <= 0 <= high for low, high in intervals]) < most
 
 
 def test_interval_holds_the_true_mean_in_95_of_100_experiments():
@@ -49,6 +89,7 @@ def test_one_clip_has_no_interval():
         "mean": 1.5,
         "ci95": None,
         "n_clips": 1,
+        "n_videos": 1,
         "per_frame": [1, 2],
         "per_frame_ci95": None,
     }
@@ -60,6 +101,7 @@ def test_any_batch_split_gives_identical_figures(split):
     everything.update(scores(N_CLIPS, N_FRAMES))
     expected = everything.compute()
     assert expected["clips"] == list(range(N_CLIPS))
+    assert expected["videos"] == expected["clips"]
     assert expected["per_clip"] == pytest.approx(scores(N_CLIPS, N_FRAMES).mean(1).tolist())
 
     batched, shuffled = ClipValues(), ClipValues()
@@ -89,6 +131,21 @@ def test_clip_values_refuse_what_does_not_fit_and_keep_the_rest(values, clips, m
     with pytest.raises(ValueError, match=message):
         kept.update(torch.tensor(values), clips)
     assert kept.clips == [3] and len(kept) == 1
+
+
+def test_clips_are_grouped_by_the_video_that_they_come_from():
+    clips, video_of = [8, 2, 5, 3], {2: 0, 3: 0, 5: 1, 8: 2}
+    by_sample = scores(4, N_SAMPLES, N_FRAMES)
+    values, best = ClipValues(), BestOfN(["psnr"], counts=[2])
+    values.update(by_sample[:, 0], clips)
+    best.add({"psnr": by_sample}, clips)
+    found, of_best = values.compute(video_of), best.compute(video_of)["psnr"]
+    for entry in (found, of_best):
+        assert (entry["clips"], entry["videos"]) == ([2, 3, 5, 8], [0, 0, 1, 2])
+        assert entry["ci95"] == summarize(entry["per_clip"], entry["videos"])["ci95"] != summarize(entry["per_clip"])
+    ordered = by_sample[[1, 3, 2, 0]]
+    assert of_best["mean_of_samples"] == summarize(ordered.mean(1), [0, 0, 1, 2])
+    assert of_best["best_of"]["2"]["n_videos"] == 3
 
 
 def test_clip_values_keep_a_copy():
@@ -162,6 +219,32 @@ def test_paired_bootstrap_agrees_with_scipy():
     assert mirrored["difference"] == -result["difference"] and mirrored["p_value"] == result["p_value"]
 
 
+def test_paired_bootstrap_draws_videos_with_all_their_clips():
+    """Against every draw of four videos out of four, with the weighted mean of each by hand."""
+    rng = np.random.default_rng(3)
+    videos = np.array([2, 0, 0, 5, 2, 2, 9, 0, 2])
+    differences = rng.normal(0.4, 1, len(videos))
+    of_video = [differences[videos == video] for video in (0, 2, 5, 9)]
+    exact = [np.concatenate(drawn).mean() for drawn in itertools.product(of_video, repeat=4)]
+    result = paired_bootstrap(differences, np.zeros(len(videos)), n_resamples=100_000, videos=videos)
+    assert result["difference"] == pytest.approx(differences.mean())
+    drawn = np.random.default_rng(0).choice(exact, 100_000)
+    assert result["ci95"] == pytest.approx(np.percentile(drawn, [2.5, 97.5]).tolist(), abs=0.02)
+    tail = min(np.mean(np.array(exact) <= 0), np.mean(np.array(exact) >= 0))
+    assert result["p_value"] == pytest.approx(max(2 * tail, 0.125), abs=0.006)
+    assert (result["n_clips"], result["n_videos"]) == (9, 4)
+    by_clip = paired_bootstrap(differences, np.zeros(len(videos)), n_resamples=100_000)
+    assert np.ptp(result["ci95"]) != pytest.approx(np.ptp(by_clip["ci95"]), rel=0.05)
+
+
+def test_paired_bootstrap_of_few_videos_is_no_surer_than_their_signs():
+    differences = np.linspace(1, 2, 60)
+    result = paired_bootstrap(differences, np.zeros(60), videos=np.repeat([0, 1, 2], 20))
+    assert result["p_value"] == 0.25  # 2 of 8 signs
+    with pytest.raises(ValueError, match="expected clips of two or more videos, found one"):
+        paired_bootstrap(differences, np.zeros(60), videos=[0] * 60)
+
+
 def test_paired_bootstrap_is_seeded():
     first, second = scores(2, 20).numpy()
     result = paired_bootstrap(first, second, n_resamples=2500)
@@ -187,7 +270,8 @@ def test_paired_bootstrap_of_few_clips_is_no_surer_than_their_signs(n_clips):
 
 def test_paired_bootstrap_of_equal_runs_finds_nothing():
     values = np.arange(5.0)
-    assert paired_bootstrap(values, values) == {"difference": 0, "ci95": [0, 0], "p_value": 1, "n_clips": 5}
+    nothing = {"difference": 0, "ci95": [0, 0], "p_value": 1, "n_clips": 5, "n_videos": 5}
+    assert paired_bootstrap(values, values) == nothing
 
 
 @pytest.mark.parametrize(

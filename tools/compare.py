@@ -52,7 +52,7 @@ def main(args):
         files["table"] = args.output / "comparison.md"
         with replacing(files["table"]) as temporary:
             temporary.write_text(text)
-        files |= draw(results, unlike, args.output)
+        files |= draw(results, unlike, args.output) | draw_maps(dict(zip(results, args.results)), args.output)
     means = {
         label: {metric: {key: entry[key] for key in ("mean", "ci95")} for metric, entry in result["metrics"].items()}
         for label, result in results.items()
@@ -103,6 +103,31 @@ def draw(results, unlike, folder):
             files[f"ablation_{metric}"] = folder / f"ablation_{metric}.png"
             plots.ablation(files[f"ablation_{metric}"], sampled, metric)
     return files
+
+
+def draw_maps(paths, folder):
+    """CRPS of each pixel, of the results and of the first one's baselines, on one scale -> name -> path, if any."""
+    from latentcast.evaluation import plots
+    from latentcast.evaluation.report import read_maps
+
+    named, baselines, title = {}, {}, None
+    for label, path in paths.items():
+        maps, of = read_maps(path)
+        if not maps:
+            continue
+        model = maps.pop("model")
+        if title is None:
+            title, shape, baselines = of, model.shape, maps
+        if (of, model.shape) != (title, shape):
+            logger.warning(
+                "%s: its map of CRPS is left out: it is of another size, or of %s, not of %s", path, of, title
+            )
+            continue
+        named[label] = model
+    if not named:
+        return {}
+    plots.crps_maps(folder / "crps_maps.png", named | baselines, title)
+    return {"crps_maps": folder / "crps_maps.png"}
 
 
 if __name__ == "__main__":

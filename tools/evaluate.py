@@ -103,13 +103,17 @@ def choose(args):
 
 
 def summary(results):
-    """The means alone."""
+    """The means alone: of each clip's best sample where there are several, and of all samples."""
+    from latentcast.evaluation.report import mean_of_samples
+
+    def means(found):
+        return {name: entry["mean"] for name, entry in found.items()}
+
     return {
         "protocol": results["protocol"]["name"],
-        "metrics": {name: entry["mean"] for name, entry in results["metrics"].items()},
-        "baselines": {
-            who: {name: entry["mean"] for name, entry in found.items()} for who, found in results["baselines"].items()
-        },
+        "metrics": means(results["metrics"]),
+        "mean_of_samples": means(mean_of_samples(results["metrics"])),
+        "baselines": {who: means(found) for who, found in results["baselines"].items()},
     }
 
 

@@ -77,6 +77,10 @@ class VideoDataset(Dataset):
     def _windows(self):
         return ClipWindows([video.n_frames for video in self.videos], self.clip_length, self.split, self.seed)
 
+    def video_of(self, index):
+        """Which of ``videos`` clip ``index`` is cut from."""
+        return self._windows.clips[index][0]
+
     def __len__(self):
         return len(self._windows)
 

@@ -12,23 +12,25 @@ from latentcast.schemas import Count, Number, Schema, Text, Whole, check, short
 
 from .plots import HEADINGS
 from .protocol import METRICS, without_other_splits
-from .report import cell, extrapolated_fvd
+from .report import cell, extrapolated_fvd, mean_of_samples, measured
 
-CLIP_FIELDS = {
+CLIP_FIELDS = {  # they choose the frames of a clip that are compared, and what of them
     "split",
     "n_clips",
     "frame_size",
     "n_context",
     "n_predicted",
     "fps_multiplier",
-}  # they choose a clip's frames
+    "rounded",
+}
 SETTINGS = {  # what changes a metric on the same frames
+    "psnr": {"psnr"},
     "ssim": {"ssim"},
     "lpips": {"lpips", "detector.lpips"},
     "ilpips": {"ilpips", "lpips", "detector.lpips"},
     "crps": {"crps"},
 }
-UNWRITTEN = {"fps_multiplier": 1}  # what a protocol that does not name it has
+UNWRITTEN = {"fps_multiplier": 1, "psnr": "frame", "rounded": False}  # what a protocol that does not name it has
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Metric = Literal[METRICS]
 
@@ -39,6 +41,7 @@ class Entry(Schema):
     mean: Number
     ci95: Interval | None
     clips: list[Whole] | None = None
+    videos: list[Whole] | None = None
     per_clip: list[Number] | None = None
     per_frame: list[Number] | None = None
     per_frame_ci95: list[Interval | None] | None = None
@@ -46,9 +49,9 @@ class Entry(Schema):
 
     @model_validator(mode="after")
     def _are_of_one_length(self):
-        for name, of in (("per_clip", "clips"), ("per_frame_ci95", "per_frame")):
+        for name, of in (("per_clip", "clips"), ("videos", "clips"), ("per_frame_ci95", "per_frame")):
             values, along = getattr(self, name) or [], getattr(self, of) or []
-            if len(values) != len(along) and (values or name == "per_clip"):  # a single clip has no intervals
+            if len(values) != len(along) and (values or name == "per_clip"):  # a single video has no intervals
                 raise ValueError(f"expected {name} and {of} of one length, found {len(values)} and {len(along)}")
         return self
 
@@ -119,6 +122,7 @@ class Table(Schema, extra="forbid"):
     place: Text
     data: Text
     preset: Text | None
+    selection: Literal["best", "mean"] | None  # of the samples of a clip
     protocol: Stated
     note: Text | None = None
     units: Annotated[dict[Metric, Text], Field(min_length=1)]
@@ -164,7 +168,7 @@ def describe_differences(found):
 def paired(first, second):
     """metric -> ``paired_bootstrap`` of second minus first, of the metrics whose clips and settings are the same.
 
-    FVD has no value for a clip, and so no pairs.
+    FVD has no value for a clip, and so no pairs; nor have clips of one video alone an interval.
     """
     unlike = set(differences(first, second))
     if unlike & CLIP_FIELDS or any(field.startswith("data.") for field in unlike):
@@ -172,19 +176,23 @@ def paired(first, second):
     found = {}
     for metric, entry in second["metrics"].items():
         base = first["metrics"].get(metric, {})
-        same = base.get("clips") and base["clips"] == entry.get("clips") and len(base["clips"]) > 1
+        same = base.get("clips") and base["clips"] == entry.get("clips")
         if same and not unlike & SETTINGS.get(metric, set()):
-            found[metric] = paired_bootstrap(entry["per_clip"], base["per_clip"])
+            # results from before videos were kept have none
+            videos = entry.get("videos") or base.get("videos") or entry["clips"]
+            if len(set(videos)) > 1:
+                found[metric] = paired_bootstrap(entry["per_clip"], base["per_clip"], videos=videos)
     return found
 
 
 def read_published(path):
     """The published figures -> list of rows, one a method and table.
 
-    A row has ``method``, ``paper``, ``place`` (the table), ``data``, ``preset`` (a protocol's name or None), ``note``,
-    ``protocol`` (STATED -> value; None: not stated; left out: as in UNWRITTEN) and ``metrics``: name -> {"printed":
-    str, "unit": str, "value": float in the units of latentcast.metrics, or None where the printed unit is not known,
-    "spread": float or None}.
+    A row has ``method``, ``paper``, ``place`` (the table), ``data``, ``preset`` (a protocol's name or None),
+    ``selection`` ("best": of each clip's best sample; "mean": of all, none is chosen; None: not stated, or no
+    difference), ``note``, ``protocol`` (STATED -> value; None: not stated; left out: as in UNWRITTEN) and ``metrics``:
+    name -> {"printed": str, "unit": str, "value": float in the units of latentcast.metrics, or None where the printed
+    unit is not known, "spread": float or None}.
 
     Raises:
         OSError, ValueError: no such file, or something in it is not as its head says; names table and row.
@@ -209,7 +217,7 @@ def read_published(path):
             rows.append(
                 {
                     "method": row["method"],
-                    **{key: table.get(key) for key in ("paper", "place", "data", "preset", "note")},
+                    **{key: table.get(key) for key in ("paper", "place", "data", "preset", "selection", "note")},
                     "protocol": {key: (UNWRITTEN | table["protocol"] | stated).get(key) for key in STATED},
                     "metrics": {
                         metric: _figure(f"{where}: {row['method']}: {metric}", text, table["units"][metric], content)
@@ -226,9 +234,9 @@ def published_beside(rows, result):
     Those with the fewest differences come first.
     """
     ours = UNWRITTEN | result["protocol"] | {"data_protocol": (result["data"]["protocol"] or {}).get("protocol")}
-    beside = []
+    beside, metrics = [], {*measured([result["metrics"], *result["baselines"].values()])}
     for row in rows:
-        if row["data"] == result["data"]["name"] and row["metrics"].keys() & result["metrics"].keys():
+        if row["data"] == result["data"]["name"] and row["metrics"].keys() & metrics:
             sides = {key: (row["protocol"][key], ours[key]) for key in STATED}
             beside.append(row | {"differs": {key: pair for key, pair in sides.items() if pair[0] != pair[1]}})
     return sorted(beside, key=lambda row: len(row["differs"]))
@@ -242,10 +250,10 @@ def table(results, unlike):
         unlike: label -> ``differences`` from the first, of results that do not compare with it.
     """
     first, *_ = results
-    metrics = _metrics(results.values())
     marks = {label: f" [{number}]" for number, label in enumerate(unlike, start=1)}
     columns = {label + marks.get(label, ""): result["metrics"] for label, result in results.items()}
     columns |= results[first]["baselines"]
+    metrics = measured(columns.values())
     lines = _grid(["", *columns], ([HEADINGS[m], *(cell(found.get(m)) for found in columns.values())] for m in metrics))
     if extrapolated := extrapolated_fvd(columns):
         lines += [extrapolated, ""]
@@ -258,7 +266,7 @@ def difference_table(results, found):
     """Markdown of paired differences: label -> metric -> ``paired_bootstrap``."""
     first = next(iter(results))
     metrics = [m for m in METRICS if any(m in by_metric for by_metric in found.values())]
-    lines = [f"Differences from {first} over the same clips, 95 % interval and p by paired bootstrap:", ""]
+    lines = [f"Differences from {first} over the same clips, 95 % interval and p by paired bootstrap over videos:", ""]
     lines += _grid(
         ["", *found],
         ([HEADINGS[m], *(_difference(by_metric.get(m)) for by_metric in found.values())] for m in metrics),
@@ -267,31 +275,47 @@ def difference_table(results, found):
 
 
 def published_table(results, rows):
-    """Markdown of results of one data set and ``published_beside`` the first of them; ``results``: label -> result."""
-    metrics = _metrics(results.values())
+    """Markdown of results of one data set and ``published_beside`` the first of them; ``results``: label -> result.
+
+    Of several samples ours are given in the way of the papers: the best where one of them chose it, the mean where one
+    chose none. Where rows are of tokenizers alone, so is one of ours: the baseline `reconstruction`.
+    """
     first = next(iter(results.values()))
-    body = []
+    ours = []  # (label, result, which of the samples, metric -> entry)
     for label, result in results.items():
-        body.append([f"**{label}**", *_frames(result["protocol"])])
-        body[-1] += [*(cell(result["metrics"].get(m)) for m in metrics), "", ""]
+        means = mean_of_samples(result["metrics"])
+        selections = {row["selection"] for row in rows if row["metrics"].keys() & means.keys()}
+        if selections != {"mean"}:
+            ours.append((label, result, "best" if means else "", result["metrics"]))
+        if "mean" in selections:
+            ours.append((label, result, "mean", result["metrics"] | means))
+        if "reconstruction" in result["baselines"] and any("clip_mse" in row["metrics"] for row in rows):
+            ours.append((f"{label}, reconstruction", result, "", result["baselines"]["reconstruction"]))
+    metrics = measured(found for *_, found in ours)
+    body = [
+        [f"**{label}**", *_frames(result["protocol"]), which, *(cell(found.get(m)) for m in metrics), "", ""]
+        for label, result, which, found in ours
+    ]
     for row in rows:
-        body.append([row["method"], *_frames(row["protocol"])])
+        body.append([row["method"], *_frames(row["protocol"]), row["selection"] or ""])
         body[-1] += [
             *(_printed(row["metrics"].get(m)) for m in metrics),
             f"{row['paper']}, {row['place']}",
             _notes(row),
         ]
-    heads = ["", "frames", "samples", *(HEADINGS[m] for m in metrics), "source", "protocol differs"]
+    heads = ["", "frames", "samples", "of them", *(HEADINGS[m] for m in metrics), "source", "protocol differs"]
     intro = (
-        f"Published for {first['data']['name']}. The last column compares frames, their rate, samples, size and split: "
-        "not the number of clips, the window of SSIM, the network of LPIPS, the detector of FVD."
+        f"Published for {first['data']['name']}. Of several samples: best, each clip's best for every metric, or mean, "
+        "all of them; empty: not stated, or no difference. The last column compares frames, their rate, samples, size "
+        "and split: not the number of clips, the form of PSNR, the window of SSIM, the network of LPIPS, the detector "
+        "of FVD."
     )
     return "\n".join([intro, "", *_grid(heads, body)])
 
 
 def _compared(result):
     """field -> value of all that comparable results share."""
-    protocol = {key: value for key, value in result["protocol"].items() if key not in ("name", "source")}
+    protocol = UNWRITTEN | {key: value for key, value in result["protocol"].items() if key not in ("name", "source")}
     described = without_other_splits(result["data"]["describe"], protocol.get("split"))
     data = described | {key: result["data"][key] for key in ("name", "n_clips")}
     digest = {"data.clips": result["data"]["sha256"]}  # of the description and which clips
@@ -320,10 +344,6 @@ def _figure(where, printed, unit, content):
         "value": value * scale if known else None,
         "spread": spread * scale if known and spread is not None else None,
     }
-
-
-def _metrics(results):
-    return [metric for metric in METRICS if any(metric in result["metrics"] for result in results)]
 
 
 def _grid(heads, rows):

@@ -24,16 +24,17 @@ from latentcast.distributed import barrier, rank_and_world, rank_zero_first
 from latentcast.files import read_json, replacing, write_json
 from latentcast.metrics import FVD, I3D, LPIPS, BestOfN, bits_per_dim, crps, ilpips, mse, psnr, ssim
 from latentcast.metrics.baselines import BASELINES
+from latentcast.metrics.frame import round_to_levels
 from latentcast.metrics.frechet import MIN_EXTRAPOLATED
 from latentcast.metrics.statistics import ClipValues
 from latentcast.metrics.weights import find_weights
-from latentcast.modeling import fingerprint
+from latentcast.modeling import eval_mode, fingerprint
 
-from .protocol import BEST_OF, Protocol, without_other_splits
+from .protocol import BEST_OF, METRICS, UNDRAWN, Protocol, without_other_splits
 
 logger = logging.getLogger("latentcast")
 
-MODEL, RECONSTRUCTION = "model", "reconstruction"
+MODEL, RECONSTRUCTION, DETERMINISTIC = "model", "reconstruction", "deterministic"
 
 
 @dataclass
@@ -52,8 +53,12 @@ class Evaluation:
         label: what to call the model.
         sampler: options of the prior's sampler.
         futures: drawn at once. With the protocol's seed it sets the random numbers that a clip gets.
-        baselines: names out of ``latentcast.metrics.baselines`` and "reconstruction", the tokenizer's own: no
-            prediction in its latents can beat it by much.
+        baselines: names out of ``latentcast.metrics.baselines``; "reconstruction", the tokenizer's own, of the whole
+            clip: no prediction in its latents can beat it by much; and "deterministic", what the prior predicts without
+            chance: ``prior.predict_mean(context, n_frames)`` -> (B, n_frames, ...) in the prior's space. One that the
+            pipeline cannot give is left out, and the log says so.
+        crps_map: {"clip": number in the data set, "frame": which of the predicted frames, from 1}: the maps of CRPS are
+            of that frame, as RVD's Figure 4; None: means over clips and frames.
         weights: folder of the metric networks; None: see ``latentcast.metrics.weights``.
     Raises:
         ValueError: pipeline, data and protocol do not belong together; names both sides.
@@ -66,7 +71,8 @@ class Evaluation:
     label: str = "model"
     sampler: dict | None = None
     futures: int = 64
-    baselines: tuple = ("copy_last_frame", "mean_context", RECONSTRUCTION)
+    baselines: tuple = ("copy_last_frame", "mean_context", RECONSTRUCTION, DETERMINISTIC)
+    crps_map: dict | None = None
     weights: str | None = None
 
     def __post_init__(self):
@@ -75,17 +81,22 @@ class Evaluation:
         if not isinstance(self.baselines, (list, tuple)):
             raise ValueError(f"evaluation.baselines: expected a list, found {self.baselines!r}")
         self.folder, self.sampler = Path(self.folder), dict(self.sampler or {})
-        unknown = [name for name in self.baselines if name not in (*BASELINES, RECONSTRUCTION)]
+        known = (*BASELINES, RECONSTRUCTION, DETERMINISTIC)
+        unknown = [name for name in self.baselines if name not in known]
         if unknown:
-            known = ", ".join([*BASELINES, RECONSTRUCTION])
-            raise ValueError(f"evaluation.baselines: expected some of {known}, found {unknown[0]!r}")
+            raise ValueError(f"evaluation.baselines: expected some of {', '.join(known)}, found {unknown[0]!r}")
         timed = [name for name in ("fps_multiplier", "frame_times") if name in self.sampler]
         if timed:
             raise ValueError(f"evaluation.sampler: {timed[0]}: the protocol sets it (protocol.fps_multiplier)")
         if not is_whole(self.futures, 1):
             raise ValueError(f"evaluation.futures: expected a whole number of at least 1, found {self.futures!r}")
-        self.baselines = [name for name in self.baselines if name != RECONSTRUCTION or self.pipe.tokenizer is not None]
         check_fit(self.pipe, self.dataset, self.protocol)
+        impossible = self._impossible()
+        for what, reason in impossible.items():
+            logger.info("%s is left out: %s", what, reason)
+        self.baselines = [name for name in self.baselines if f"the baseline {name}" not in impossible]
+        self.metrics = [name for name in self.protocol.metrics if f"the metric {name}" not in impossible]
+        self.draws = not {*self.metrics} <= {*UNDRAWN}
         n_there, n_asked = len(self.dataset), self.protocol.n_clips or len(self.dataset)
         if n_asked > n_there:
             raise ValueError(
@@ -93,6 +104,8 @@ class Evaluation:
                 f"the {self.protocol.split} split has {n_there}"
             )
         self.clips = [i * n_there // n_asked for i in range(n_asked)]  # spread over the split
+        self.video_of = {clip: self.dataset.video_of(clip) for clip in self.clips}
+        self._check_crps_map()
         size = max(1, self.futures // self.protocol.n_samples)
         self.groups = [self.clips[i : i + size] for i in range(0, n_asked, size)]
         self.device = self.pipe.device
@@ -108,7 +121,7 @@ class Evaluation:
                 )
             self.fvd = FVD(I3D(find_weights(self.protocol.detector, self.weights))).to(self.device)
         # mse is always measured: it chooses the clips that are shown
-        frame_metrics = {"mse": mse, "psnr": psnr, "ssim": self._ssim, "lpips": self.lpips}
+        frame_metrics = {"mse": mse, "psnr": self._psnr, "ssim": self._ssim, "lpips": self.lpips}
         names = {"mse", *self.protocol.metrics} & set(BEST_OF)
         self.frame_metrics = {name: frame_metrics[name] for name in BEST_OF if name in names}
 
@@ -142,7 +155,7 @@ class Evaluation:
                 "sampler": self.sampler,
                 **_scheduler(self.pipe.scheduler),
             },
-            "settings": {"futures": self.futures, "baselines": self.baselines},
+            "settings": {"futures": self.futures, "baselines": self.baselines, "crps_map": self.crps_map},
             "seed": self.protocol.seed,
             "version": latentcast.__version__,
         }
@@ -172,27 +185,43 @@ class Evaluation:
     @torch.no_grad()
     def measure(self, group):
         """name -> tensor of what is known of a group of clips; the keys are WHO.METRIC, maps.WHO and shown.NAME."""
-        protocol = self.protocol
         clips = torch.stack([self.dataset[i]["frames"] for i in self.groups[group]]).to(self.device)
+        found = {}
+        with eval_mode(self.pipe.prior, self.pipe.tokenizer):
+            if self.draws:
+                found |= self._measure_futures(group, clips)
+            if "clip_mse" in self.metrics and RECONSTRUCTION in self.baselines:
+                both = self._baseline(RECONSTRUCTION, clips), self.protocol.divide(clips)
+                found[f"{RECONSTRUCTION}.clip_mse"] = mse(*(self._seen(torch.cat(parts, 1)) for parts in both))
+            if "bits" in self.metrics:
+                codes = self.pipe.encode(clips)
+                log_prob = self.pipe.prior.log_prob(codes, self.protocol.n_context)
+                found[f"{MODEL}.bits"] = bits_per_dim(log_prob, codes[0, self.protocol.n_context :].shape)
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+    def _measure_futures(self, group, clips):
+        protocol = self.protocol
         context, target = protocol.divide(clips)
         samples = self._draw(context, group)
         if not samples.isfinite().all():
             raise ValueError(f"{self.label}: NaN or infinity among the frames predicted for clips {self.groups[group]}")
-        found = self._scores(MODEL, samples, context, target)
+        samples, target = self._seen(samples), self._seen(target)
+        found = self._scores(group, MODEL, samples, self._seen(context), target)
         for name in self.baselines:
-            found |= self._scores(name, self._baseline(name, clips)[:, None], context, target)
+            given, future = map(self._seen, self._baseline(name, clips))
+            found |= self._scores(group, name, future[:, None], given, target)
         if "ilpips" in protocol.metrics:
             found[f"{MODEL}.ilpips"] = ilpips(samples, self.lpips, protocol.ilpips)
-        if "bits" in protocol.metrics:
-            codes = self.pipe.encode(clips)
-            log_prob = self.pipe.prior.log_prob(codes, protocol.n_context)
-            found[f"{MODEL}.bits"] = bits_per_dim(log_prob, codes[0, protocol.n_context :].shape)
         if self.fvd is not None:
-            found["real.fvd"] = self.fvd.features(self._with_context(context, target))
+            found["real.fvd"] = self.fvd.features(self._with_context(self._seen(context), target))
         best = found[f"{MODEL}.mse"].mean(-1).argmin(1)
         for name, shown in (("best", samples[torch.arange(len(samples)), best]), ("random", samples[:, 0])):
             found[f"shown.{name}"] = ((shown + 1) * 127.5).round().to(torch.uint8)
-        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+        return found
+
+    def _seen(self, frames):
+        """Frames as the metrics see them."""
+        return round_to_levels(frames) if self.protocol.rounded else frames
 
     def _draw(self, context, group):
         """Futures of a group of contexts (B, T, C, H, W) -> (B, S, T, C, H, W), ``futures`` at once."""
@@ -208,12 +237,49 @@ class Evaluation:
         return torch.cat(drawn, 1)
 
     def _baseline(self, name, clips):
+        """Context and future (B, T, C, H, W) of a baseline; the context is the true one but for the reconstruction."""
         if name == RECONSTRUCTION:
             latents = self.pipe.tokenizer.encode(clips).latents
-            return self.protocol.divide(self.pipe.tokenizer.decode(latents).float().clamp(-1, 1))[1]
-        return BASELINES[name](self.protocol.divide(clips)[0], self.protocol.n_predicted)
+            return self.protocol.divide(self.pipe.tokenizer.decode(latents).float().clamp(-1, 1))
+        context, n_predicted = self.protocol.divide(clips)[0], self.protocol.n_predicted
+        if name == DETERMINISTIC:
+            mean = self.pipe.prior.predict_mean(self.pipe.encode(context), n_predicted)
+            return context, self.pipe.decode(mean[:, None])[:, 0]
+        return context, BASELINES[name](context, n_predicted)
 
-    def _scores(self, who, samples, context, target):
+    def _impossible(self):
+        """What is asked for and cannot be had of this pipeline -> the reason."""
+        prior, protocol, found = self.pipe.prior, self.protocol, {}
+        kind = type(prior).__name__
+        if RECONSTRUCTION in self.baselines and self.pipe.tokenizer is None:
+            found[f"the baseline {RECONSTRUCTION}"] = "the pipeline has no tokenizer"
+        if DETERMINISTIC in self.baselines and not callable(getattr(prior, "predict_mean", None)):
+            found[f"the baseline {DETERMINISTIC}"] = f"{kind} has no predict_mean"
+        elif DETERMINISTIC in self.baselines and protocol.fps_multiplier > 1:
+            found[f"the baseline {DETERMINISTIC}"] = f"{kind}.predict_mean predicts whole frame steps"
+        if "bits" in protocol.metrics and not has_likelihood(prior):
+            found["the metric bits"] = f"{kind} has no likelihood"
+        return found
+
+    def _check_crps_map(self):
+        chosen = self.crps_map
+        if chosen is None:
+            return
+        if not isinstance(chosen, dict) or chosen.keys() != {"clip", "frame"}:
+            raise ValueError(f"evaluation.crps_map: expected a clip and a frame, or null, found {chosen!r}")
+        if "crps" not in self.metrics:
+            raise ValueError(f"evaluation.crps_map: the protocol {self.protocol.name} does not measure crps")
+        if chosen["clip"] not in self.clips:
+            some = ", ".join(map(str, self.clips[:4]))
+            raise ValueError(
+                f"evaluation.crps_map.clip: expected one of the clips that are measured, {some}, ... {self.clips[-1]}, "
+                f"found {chosen['clip']!r}"
+            )
+        last = self.protocol.n_predicted
+        if not is_whole(chosen["frame"], 1) or chosen["frame"] > last:
+            raise ValueError(f"evaluation.crps_map.frame: expected 1 to {last}, found {chosen['frame']!r}")
+
+    def _scores(self, group, who, samples, context, target):
         best_of_n = BestOfN(self.frame_metrics)
         found = {f"{who}.{name}": scores for name, scores in best_of_n.score(samples, target).items()}
         if "crps" in self.protocol.metrics:
@@ -221,7 +287,12 @@ class Evaluation:
             estimator = self.protocol.crps if samples.shape[1] > 1 else "standard"
             maps = crps(samples, target, estimator, reduction="none")
             found[f"{who}.crps"] = maps.mean((-3, -2, -1))
-            found[f"maps.{who}"] = maps.mean(2).double().sum(0)
+            clips, chosen = self.groups[group], self.crps_map
+            if chosen is None:
+                found[f"maps.{who}"] = maps.mean((1, 2)).double().sum(0) / len(self.clips)
+            elif chosen["clip"] in clips:
+                one = maps[clips.index(chosen["clip"]), chosen["frame"] - 1]
+                found[f"maps.{who}"] = one.mean(0).double()
         if self.fvd is not None:
             shown = samples[:, : self.protocol.fvd_samples]
             contexts = context[:, None].expand(-1, shown.shape[1], -1, -1, -1, -1)
@@ -230,6 +301,9 @@ class Evaluation:
 
     def _with_context(self, context, future):
         return torch.cat([context, future], -4) if self.protocol.fvd_context else future
+
+    def _psnr(self, prediction, target):
+        return psnr(prediction, target, of=self.protocol.psnr)
 
     def _ssim(self, prediction, target):
         return ssim(prediction, target, window=self.protocol.ssim)
@@ -250,18 +324,20 @@ class Evaluation:
 
     def _summarise(self, found, real):
         """metric -> plain numbers of one predictor."""
-        n_samples = found["mse"][0][1].shape[1]
-        counts = [n for n in self.protocol.best_of if n <= n_samples]
-        best_of_n = BestOfN(self.frame_metrics, counts)
-        for parts in zip(*(found[name] for name in self.frame_metrics)):
-            best_of_n.add({name: scores for name, (_, scores) in zip(self.frame_metrics, parts)}, parts[0][0])
-        summary = best_of_n.compute()
-        for name in ("crps", "ilpips", "bits"):
+        summary = {}
+        if self.draws:
+            n_samples = found["mse"][0][1].shape[1]
+            counts = [n for n in self.protocol.best_of if n <= n_samples]
+            best_of_n = BestOfN(self.frame_metrics, counts)
+            for parts in zip(*(found[name] for name in self.frame_metrics)):
+                best_of_n.add({name: scores for name, (_, scores) in zip(self.frame_metrics, parts)}, parts[0][0])
+            summary |= best_of_n.compute(self.video_of)
+        for name in ("clip_mse", "crps", "ilpips", "bits"):
             if name in found:
                 values = ClipValues()
                 for clips, rows in found[name]:
                     values.update(rows, clips)
-                summary[name] = values.compute()
+                summary[name] = values.compute(self.video_of)
         if real is not None:
             fvd = FVD(self.fvd.detector)
             for (clips, rows), (_, truth) in zip(found["fvd"], real):
@@ -274,7 +350,7 @@ class Evaluation:
                 "n_fake": counts["fake"],
                 "debiased": fvd.compute(extrapolate=True) if self.protocol.fvd_debiased else None,
             }
-        return {name: entry for name, entry in summary.items() if name in self.protocol.metrics}
+        return {name: summary[name] for name in METRICS if name in summary and name in self.metrics}
 
     def seconds(self):
         """What measuring all groups took, by whichever processes and in however many runs."""
@@ -285,13 +361,13 @@ class Evaluation:
         return total
 
     def crps_maps(self):
-        """who -> (T, H, W) mean CRPS over clips and channels, RVD's Figure 4; {} where the protocol has no crps."""
-        totals = {}
+        """who -> (H, W) mean CRPS over clips, frames and channels, or of ``crps_map``; {} if crps is not measured."""
+        maps = {}
         for group in range(len(self.groups)):
             for key, tensor in self._read(group, "maps.").items():
                 who = key.partition(".")[2]
-                totals[who] = totals.get(who, 0) + tensor / len(self.clips)
-        return totals
+                maps[who] = maps.get(who, 0) + tensor
+        return maps
 
     def clip_errors(self):
         """clip -> mean squared error of its best sample"""
@@ -369,7 +445,7 @@ def check_fit(pipe, dataset, protocol):
             raise ValueError(
                 f"protocol {protocol.name}: data_options: expected {name}={value}, found {prepared.get(name)}"
             )
-    if "bits" in protocol.metrics and not has_likelihood(pipe.prior):
+    if {*protocol.metrics} <= {*UNDRAWN} and not has_likelihood(pipe.prior):
         raise ValueError(f"protocol {protocol.name}: bits: {type(pipe.prior).__name__} has no likelihood")
     if protocol.fps_multiplier > 1 and "fps_multiplier" not in pipe.prior.sampler_options():
         raise ValueError(

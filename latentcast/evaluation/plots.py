@@ -6,6 +6,7 @@ from latentcast.files import replacing
 
 HEADINGS = {
     "mse": "MSE ↓",
+    "clip_mse": "MSE of the whole clip ↓",
     "psnr": "PSNR, dB ↑",
     "ssim": "SSIM ↑",
     "lpips": "LPIPS ↓",
@@ -69,28 +70,37 @@ def ablation(path, named, metric):
     return _save(figure, path)
 
 
-def crps_map(path, map_HW):
-    """CRPS of each pixel, 0 to 255: the darker, the farther from the truth. RVD, Figure 4.
+def crps_maps(path, named, title=""):
+    """CRPS of each pixel, 0 to 255, a panel each, all on one scale: the darker, the farther from the truth.
+
+    RVD, Figure 4.
 
     Args:
         path: of the PNG file.
-        map_HW: (H, W), finite.
+        named: label -> (H, W), finite.
+        title: over all panels: of which clips and frames.
     """
-    values = np.asarray(map_HW, dtype=np.float64)
-    if values.ndim != 2 or not np.isfinite(values).all():
-        raise ValueError(f"map of CRPS: expected finite values (H, W), found shape {values.shape}, or NaN or infinity")
-    figure, (axes,) = _figure(1)
-    axes.set_axis_off()
-    image = axes.imshow(values, cmap="Blues", vmin=min(0, values.min()))
-    figure.colorbar(image, label="CRPS, of 255")
+    named = {label: np.asarray(values, dtype=np.float64) for label, values in named.items()}
+    for label, values in named.items():
+        if values.ndim != 2 or not np.isfinite(values).all():
+            found = f"shape {values.shape}, or NaN or infinity"
+            raise ValueError(f"map of CRPS, {label}: expected finite values (H, W), found {found}")
+    figure, panels = _figure(len(named), width=3.5)
+    low, high = min(0, *(values.min() for values in named.values())), max(values.max() for values in named.values())
+    for axes, (label, values) in zip(panels, named.items()):
+        axes.set_axis_off()
+        axes.set_title(label)
+        image = axes.imshow(values, cmap="Blues", vmin=low, vmax=high)
+    figure.colorbar(image, ax=panels, label="CRPS, of 255")
+    figure.suptitle(title)
     return _save(figure, path)
 
 
-def _figure(n_panels, **labels):
+def _figure(n_panels, width=6, **labels):
     from matplotlib.figure import Figure  # not pyplot: no window system is asked for
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(6 * n_panels, 4), layout="constrained")
+    figure = Figure(figsize=(width * n_panels, 4), layout="constrained")
     panels = figure.subplots(1, n_panels, squeeze=False)[0]
     for axes in panels:
         axes.set(**labels)

@@ -5,13 +5,16 @@ from typing import Annotated, Literal
 from pydantic import Field, Strict, ValidationError, model_validator
 
 from latentcast.data.base import SPLITS
+from latentcast.metrics.frame import PSNR_FORMS, WINDOWS
 from latentcast.metrics.i3d import MIN_FRAMES
+from latentcast.metrics.perceptual import SMALLEST
 from latentcast.schemas import MOST, Count, Schema, Text, explain
 
-METRICS = ("mse", "psnr", "ssim", "lpips", "crps", "ilpips", "fvd", "bits")
+METRICS = ("mse", "clip_mse", "psnr", "ssim", "lpips", "crps", "ilpips", "fvd", "bits")
+UNDRAWN = ("clip_mse", "bits")  # they need no futures
 BEST_OF = ("mse", "psnr", "ssim", "lpips")  # per sample: the best one of each clip counts
-SSIM_FORMS = ("gaussian", "uniform")
-LPIPS_NETS = ("alex", "vgg")
+SSIM_FORMS = tuple(WINDOWS)
+LPIPS_NETS = tuple(SMALLEST)
 CRPS_ESTIMATORS = ("standard", "fair")
 ILPIPS_PAIRS = ("ring", "all")
 DETECTORS = ("i3d_k400", "i3d_torchscript")
@@ -36,8 +39,13 @@ class Protocol(Schema, extra="forbid"):
         n_samples: futures for each clip.
         seed: of the samples.
         metrics: of METRICS. mse, psnr, ssim and lpips: the best of ``n_samples`` counts, for each metric by itself.
-            crps and ilpips: of all samples. bits: bits per dimension of priors with a likelihood.
+            crps and ilpips: of all samples. bits: bits per dimension, of priors with a likelihood; beside other
+            metrics a prior without one goes without. clip_mse: of the baseline `reconstruction` alone, over the
+            frames that are given too: LVT, Tables 1 and 4.
         best_of: smaller numbers of samples to report the best of, too.
+        rounded: frames are rounded to 8 bits before every metric, as saved pictures are; what the prior is given,
+            and what it feeds back, is not.
+        psnr: "frame", of the error over all channels, or "channel", the mean over the channels of each one's own.
         ssim: "gaussian" or "uniform" window.
         lpips: "alex" or "vgg".
         crps: "standard" or "fair" estimator.
@@ -71,6 +79,8 @@ class Protocol(Schema, extra="forbid"):
         "fvd",
     )
     best_of: Annotated[tuple[Count, ...], Strict(False)] = ()
+    rounded: bool = False
+    psnr: Literal[PSNR_FORMS] = "frame"
     ssim: Literal[SSIM_FORMS] = "gaussian"
     lpips: Literal[LPIPS_NETS] = "alex"
     crps: Literal[CRPS_ESTIMATORS] = "standard"
@@ -88,6 +98,8 @@ class Protocol(Schema, extra="forbid"):
 
     @model_validator(mode="after")
     def _agree(self):
+        of_model = {*self.metrics} != {"clip_mse"}
+        self._expect("metrics", of_model, "one beside clip_mse, which is of the baseline reconstruction alone")
         whole = self.fps_multiplier == 1 or "bits" not in self.metrics
         self._expect("fps_multiplier", whole, "1 for bits, which are of frames that follow each other")
         fewest = 2 if "ilpips" in self.metrics or ("crps" in self.metrics and self.crps == "fair") else 1
@@ -95,6 +107,10 @@ class Protocol(Schema, extra="forbid"):
         counts = all(n <= self.n_samples for n in self.best_of)
         self._expect("best_of", counts, f"whole numbers from 1 to n_samples={self.n_samples}")
         self._expect("fvd_samples", self.fvd_samples <= self.n_samples, f"at most n_samples={self.n_samples}")
+        smallest = {"ssim": WINDOWS[self.ssim], "lpips": SMALLEST[self.lpips], "ilpips": SMALLEST[self.lpips]}
+        for metric in smallest.keys() & {*self.metrics}:
+            enough = self.frame_size >= smallest[metric]
+            self._expect("frame_size", enough, f"at least {smallest[metric]} for {metric}")
         if "fvd" in self.metrics:
             found = self.n_predicted + self.fvd_context * self.n_context
             enough = found >= MIN_FRAMES

@@ -3,15 +3,19 @@
 import random
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from latentcast.data.pictures import contact_sheet, side_by_side
 from latentcast.data.video_writer import write_image, write_video
 from latentcast.files import replacing, write_json
 
 from . import plots
+from .protocol import METRICS
 
 N_SHOWN = 4  # clips on a sheet
 N_COLUMNS = 10  # frames of each on a picture
+MAPS = "crps_maps.safetensors"
 
 
 def write_report(evaluation, results, folder):
@@ -38,15 +42,43 @@ def write_report(evaluation, results, folder):
         named = {label: found["crps"] for label, found in predictors.items()}
         files["curves_inverse_crps"] = pictures / "curves_inverse_crps.png"
         plots.curves(files["curves_inverse_crps"], named, "crps", inverse=True)
-        for who, maps in evaluation.crps_maps().items():
-            files[f"crps_map_{who}"] = pictures / f"crps_map_{who}.png"
-            plots.crps_map(files[f"crps_map_{who}"], maps.mean(0))
-    for kind, clips in shown_clips(evaluation).items():
-        files |= write_sheet(evaluation, pictures / kind, clips, "random" if kind == "random" else "best")
+        files |= {"crps_maps": pictures / "crps_maps.png", "crps_maps_values": pictures / MAPS}
+        maps, title = evaluation.crps_maps(), maps_title(results)
+        with replacing(files["crps_maps_values"]) as temporary:
+            save_file(maps, temporary, metadata={"title": title})
+        named = {evaluation.label if who == "model" else who: values for who, values in maps.items()}
+        plots.crps_maps(files["crps_maps"], named, title)
+    if evaluation.draws:
+        for kind, clips in shown_clips(evaluation).items():
+            files |= write_sheet(evaluation, pictures / kind, clips, "random" if kind == "random" else "best")
     with replacing(files["table"]) as temporary:
         temporary.write_text(table(evaluation, results))
     write_json(files["figures"], results)  # last: with it the evaluation is finished
     return {key: str(path) for key, path in files.items()}
+
+
+def maps_title(results):
+    """Of which clips and frames the maps of CRPS are."""
+    chosen = results["settings"]["crps_map"]
+    if chosen is None:
+        return f"mean over {results['data']['n_clips']} clips and {results['protocol']['n_predicted']} predicted frames"
+    return f"clip {chosen['clip']}, predicted frame {chosen['frame']}"
+
+
+def read_maps(path):
+    """The maps of CRPS that belong to a result -> (who -> (H, W), their title); ({}, "") where it has none.
+
+    Args:
+        path: of the result, as ``write_report`` named it.
+    """
+    path = path.with_suffix("") / MAPS
+    if not path.is_file():
+        return {}, ""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {who: file.get_tensor(who) for who in file.keys()}, (file.metadata() or {}).get("title", "")
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be read ({error})") from None
 
 
 def shown_clips(evaluation):
@@ -77,9 +109,11 @@ def write_sheet(evaluation, stem, clips, sample):
 def table(evaluation, results):
     """The figures as Markdown."""
     protocol, data, model = results["protocol"], results["data"], results["model"]
-    metrics = list(results["metrics"])
+    rows = {model["name"]: results["metrics"]} | results["baselines"]
+    metrics = measured(rows.values())
     heads = [plots.HEADINGS[name] for name in metrics]
     multiplier = protocol["fps_multiplier"]
+    n_videos = len(set(evaluation.video_of.values()))
     rate = f" at {multiplier} times the context's frame rate" if multiplier > 1 else ""
     lines = [
         f"# {model['name']} under the protocol {protocol['name']}",
@@ -88,12 +122,15 @@ def table(evaluation, results):
         f"{protocol['n_samples']} samples; {data['n_clips']} clips of {data['name']} ({data['split']}), "
         f"{protocol['frame_size']} pixels. "
         "psnr, ssim, lpips and mse: the best sample of each clip by its mean over frames, "
-        "for each metric by itself. Intervals: 95 % of the mean over clips.",
+        "for each metric by itself, and in a row of its own the mean of all samples. Intervals: 95 % of the mean over "
+        f"clips, by Student's t over the {n_videos} videos that they come from.",
         "",
         "| | " + " | ".join(heads) + " |",
         "|---|" + "---|" * len(metrics),
     ]
-    for label, found in ({model["name"]: results["metrics"]} | results["baselines"]).items():
+    if means := mean_of_samples(results["metrics"]):
+        rows = {model["name"]: results["metrics"], f"{model['name']}, mean of the samples": means} | rows
+    for label, found in rows.items():
         lines.append(f"| {label} | " + " | ".join(cell(found.get(metric)) for metric in metrics) + " |")
     if "fvd" in results["metrics"]:
         fvd = results["metrics"]["fvd"]
@@ -105,6 +142,17 @@ def table(evaluation, results):
     if extrapolated := extrapolated_fvd({model["name"]: results["metrics"]} | results["baselines"]):
         lines += ["", extrapolated]
     return "\n".join(lines) + "\n"
+
+
+def measured(found):
+    """The metrics that any of ``found``, dicts of metrics, has, in their usual order."""
+    found = list(found)
+    return [metric for metric in METRICS if any(metric in metrics for metrics in found)]
+
+
+def mean_of_samples(metrics):
+    """metric -> entry of the mean of all samples, where several were drawn and the metric takes the best of them."""
+    return {name: entry["mean_of_samples"] for name, entry in metrics.items() if entry.get("n_samples", 1) > 1}
 
 
 def extrapolated_fvd(named):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from .frame import SAMPLES, VIDEOS, check_videos, mse, psnr, ssim
-from .statistics import ClipValues, per_clip, summarize
+from .statistics import ClipValues, per_clip, summarize, videos_of
 
 LEVELS = 127.5  # 8-bit levels a unit of frames in [-1, 1]
 CHUNK = 2**19  # values that CRPS sorts at once
@@ -153,17 +153,18 @@ class BestOfN:
                 raise ValueError(f"best of N: expected at least {self.counts[-1]} samples a clip, found {found}")
             values.update(scores[name], clips)
 
-    def compute(self):
-        """name -> plain numbers; every rank must call it.
+    def compute(self, video_of=None):
+        """name -> plain numbers; every rank must call it. ``video_of``: clip -> the video it comes from.
 
-        ``mean``, ``ci95``, ``n_clips``, ``per_frame`` and ``per_frame_ci95`` (see ``statistics.summarize``) of the best
-        samples, ``clips`` with ``per_clip`` (the best sample's mean), ``best`` and ``worst`` (index of the sample for
-        each clip), ``n_samples``, and summaries ``mean_of_samples`` and ``best_of`` (str(n) -> best of the first n).
+        ``mean``, ``ci95``, ``n_clips``, ``n_videos``, ``per_frame`` and ``per_frame_ci95`` (see
+        ``statistics.summarize``) of the best samples, ``clips`` with ``videos`` and ``per_clip`` (the best sample's
+        mean), ``best`` and ``worst`` (index of the sample for each clip), ``n_samples``, and summaries
+        ``mean_of_samples`` and ``best_of`` (str(n) -> best of the first n).
         """
-        return {name: self._compute(name, values.gather()) for name, values in self.values.items()}
+        return {name: self._compute(name, values.gather(), video_of) for name, values in self.values.items()}
 
-    def _compute(self, name, gathered):
-        scores = gathered.values
+    def _compute(self, name, gathered, video_of):
+        scores, videos = gathered.values, videos_of(gathered.clips, video_of)
         sign = 1 if HIGHER_IS_BETTER[name.split("_")[0]] else -1
         quality = sign * scores.mean(-1)
         rows = np.arange(len(scores))
@@ -173,13 +174,13 @@ class BestOfN:
 
         best = best_of(scores.shape[1])
         return {
-            **summarize(best),
-            **per_clip(gathered.clips, best),
+            **summarize(best, videos),
+            **per_clip(gathered.clips, best, videos),
             "best": quality.argmax(1).tolist(),
             "worst": quality.argmin(1).tolist(),
             "n_samples": scores.shape[1],
-            "mean_of_samples": summarize(scores.mean(1)),
-            "best_of": {str(n): summarize(best_of(n)) for n in self.counts},
+            "mean_of_samples": summarize(scores.mean(1), videos),
+            "best_of": {str(n): summarize(best_of(n), videos) for n in self.counts},
         }
 
 

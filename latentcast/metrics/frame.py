@@ -6,7 +6,8 @@ VIDEOS, SAMPLES = "(B, T, C, H, W)", "(B, S, T, C, H, W)"
 DATA_RANGE = 2.0  # of frames in [-1, 1]
 BLACK = -1.0  # the value of zero intensity: SSIM depends on it, and papers compute SSIM on [0, 1] or 0..255
 MARGIN = 1e-3  # by which frames may leave [-1, 1]
-WINDOWS = ("gaussian", "uniform")
+WINDOWS = {"gaussian": 11, "uniform": 7}  # of SSIM, and their sides
+PSNR_FORMS = ("frame", "channel")
 
 
 def mse(prediction, target):
@@ -18,14 +19,23 @@ def mse(prediction, target):
     return (prediction - target).square().mean((-3, -2, -1))
 
 
-def psnr(prediction, target):
+def psnr(prediction, target, of="frame"):
     """Peak signal-to-noise ratio of each frame in dB: (B, T, C, H, W) twice, in [-1, 1] -> (B, T).
 
-    Equal frames are given 100 dB, so that a mean over frames stays finite.
+    Equal frames (channels) are given 100 dB, so that a mean over frames stays finite.
+
+    Args:
+        of: "frame": of the mean squared error over channels and pixels. "channel": of each channel's own, averaged over
+            the channels, as the published code of SVG and of SRVP has it: never lower, and equal for one channel.
+    Raises:
+        ValueError: unlike shapes, frames outside [-1, 1], an unknown ``of``.
     """
+    if of not in PSNR_FORMS:
+        raise ValueError(f"psnr: expected one of {PSNR_FORMS}, found {of!r}")
     prediction, target = check_pair("psnr", prediction, target)
-    error = (prediction - target).square().mean((-3, -2, -1))
-    return 10 * torch.log10(DATA_RANGE**2 / error.clamp(min=DATA_RANGE**2 * 1e-10))
+    error = (prediction - target).square().mean((-3, -2, -1) if of == "frame" else (-2, -1))
+    values = 10 * torch.log10(DATA_RANGE**2 / error.clamp(min=DATA_RANGE**2 * 1e-10))
+    return values if of == "frame" else values.mean(-1)
 
 
 def ssim(prediction, target, window="gaussian", data_range=DATA_RANGE):
@@ -45,11 +55,11 @@ def ssim(prediction, target, window="gaussian", data_range=DATA_RANGE):
         ValueError: unlike shapes, frames outside [-1, 1] or smaller than the window, an unknown window.
     """
     if window not in WINDOWS:
-        raise ValueError(f"ssim: expected a window of {WINDOWS}, found {window!r}")
+        raise ValueError(f"ssim: expected a window of {tuple(WINDOWS)}, found {window!r}")
     if not data_range > 0:
         raise ValueError(f"ssim: expected a positive data_range, found {data_range}")
     x, y = check_pair("ssim", prediction, target)
-    size = 11 if window == "gaussian" else 7
+    size = WINDOWS[window]
     if min(x.shape[-2:]) < size:
         raise ValueError(f"ssim: expected frames of at least {size} x {size} pixels, found {tuple(x.shape[-2:])}")
     if window == "gaussian":
@@ -68,6 +78,11 @@ def ssim(prediction, target, window="gaussian", data_range=DATA_RANGE):
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
     structure = (2 * covariance + c2) / (variances + c2)
     return (luminance * structure).mean((-3, -2, -1))
+
+
+def round_to_levels(frames):
+    """Frames in [-1, 1] as a picture of 8 bits would keep them: each value is the nearest of 256."""
+    return ((frames + 1) * 127.5).round() / 127.5 - 1
 
 
 def check_videos(name, videos, layout=VIDEOS):

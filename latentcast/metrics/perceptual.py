@@ -33,6 +33,7 @@ NETS = {
         [(False, [(1, 1)] * 2), (True, [(1, 1)] * 2), *[(True, [(1, 1)] * 3)] * 3],
     ),
 }
+SMALLEST = {net: side for net, (_, _, _, side, _) in NETS.items()}  # H and W of the frames, pixels
 
 
 class LPIPS(nn.Module):

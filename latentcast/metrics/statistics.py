@@ -1,15 +1,17 @@
 """Means over clips with 95 % confidence intervals, over all ranks of torch.distributed; the paired bootstrap.
 
-Confidence intervals are those of a mean over independent clips in the normal approximation: mean +- 1.96 s / sqrt(n), s
-the sample standard deviation (n - 1) over clips. Values of one clip, its frames and samples, are averaged first, for
-they are not independent. One clip has no interval: None.
+Values of one clip, its frames and samples, are averaged first, for they are not independent. Nor are clips of one
+video: what is independent is the G videos. The interval is mean +- t e, with t the 97.5 % quantile of Student's t with
+G - 1 degrees of freedom and e the cluster-robust standard error (Liang and Zeger 1986; Cameron and Miller 2015, section
+II): e^2 = G / (G - 1) / n^2 times the sum over videos of the squared sum of their clips' deviations from the mean over
+all n clips. Where every clip is a video of its own e is s / sqrt(n), s the sample standard deviation. One video has no
+interval: None.
 """
 
 import numpy as np
 import torch
 import torch.distributed as dist
-
-Z95 = 1.96
+from scipy.special import stdtrit
 
 
 class ClipValues:
@@ -79,46 +81,60 @@ class ClipValues:
                 merged.update(np.stack([values._rows[clip] for clip in new]), None if values._counted else new)
         return merged
 
-    def compute(self):
-        """``summarize`` of all ranks' values, and ``clips`` with ``per_clip``, the mean of each."""
+    def compute(self, video_of=None):
+        """``summarize`` of all ranks' values, and ``per_clip``; ``video_of``: clip -> the video it comes from."""
         merged = self.gather()
-        return summarize(merged.values) | per_clip(merged.clips, merged.values)
+        videos = videos_of(merged.clips, video_of)
+        return summarize(merged.values, videos) | per_clip(merged.clips, merged.values, videos)
 
 
-def summarize(values):
+def videos_of(clips, video_of=None):
+    """The video of each clip; without the mapping ``video_of`` each clip is a video of its own."""
+    return list(clips) if video_of is None else [video_of[clip] for clip in clips]
+
+
+def summarize(values, videos=None):
     """Plain numbers of ``values`` (n_clips,) or (n_clips, T).
 
+    Args:
+        videos: (n_clips,) numbers of the videos that the clips come from; None: each from one of its own.
     Returns:
-        ``mean``, ``ci95`` ([low, high]; None for one clip) and ``n_clips``; for (n_clips, T) also ``per_frame`` (T
-        means over clips) and ``per_frame_ci95`` (T intervals), the curves of HAF-SVG, Figure 6.
+        ``mean``, ``ci95`` ([low, high]; None for one video), ``n_clips`` and ``n_videos``; for (n_clips, T) also
+        ``per_frame`` (T means over clips) and ``per_frame_ci95`` (T intervals), the curves of HAF-SVG, Figure 6.
     """
     values = np.asarray(values, dtype=np.float64)
-    mean, interval = _mean_ci95(values.reshape(len(values), -1).mean(1))
-    summary = {"mean": mean, "ci95": interval, "n_clips": len(values)}
+    groups = _groups(len(values), videos)
+    mean, interval = _mean_ci95(values.reshape(len(values), -1).mean(1), groups)
+    summary = {"mean": mean, "ci95": interval, "n_clips": len(values), "n_videos": int(groups.max()) + 1}
     if values.ndim == 2:
-        means, intervals = _mean_ci95(values)
+        means, intervals = _mean_ci95(values, groups)
         summary |= {"per_frame": means, "per_frame_ci95": intervals}
     return summary
 
 
-def per_clip(clips, values):
-    """{"clips": indices, "per_clip": means}: what ``paired_bootstrap`` needs of a run."""
-    return {"clips": list(clips), "per_clip": values.reshape(len(values), -1).mean(1).tolist()}
+def per_clip(clips, values, videos):
+    """{"clips": indices, "videos": of each, "per_clip": means}: what ``paired_bootstrap`` needs of a run."""
+    means = values.reshape(len(values), -1).mean(1)
+    return {"clips": list(clips), "videos": list(videos), "per_clip": means.tolist()}
 
 
-def paired_bootstrap(first, second, n_resamples=10_000, seed=0):
+def paired_bootstrap(first, second, n_resamples=10_000, seed=0, videos=None):
     """Bootstrap of the mean difference of two runs over the same clips.
 
-    Clips are drawn with replacement and the mean of ``first - second`` over them is taken, ``n_resamples`` times. Where
-    all differences have one sign, so have the resampled means, of however few clips. The p-value is therefore kept at
-    2 ** (1 - n_clips) or above, the least that an exact test over the signs of the differences can give.
+    Videos are drawn with replacement, each with all of its clips, and the mean of ``first - second`` over the clips
+    drawn is taken, ``n_resamples`` times. Where all differences have one sign, so have the resampled means, of however
+    few videos. The p-value is therefore kept at 2 ** (1 - n_videos) or above, the least that an exact test over the
+    signs of the videos' differences can give.
 
     Args:
         first, second: (n_clips,) values, the same clips in the same order.
+        videos: (n_clips,) numbers of the videos that the clips come from; None: each from one of its own.
     Returns:
         ``difference``, ``ci95`` ([low, high], percentiles), ``p_value`` (two-sided: twice the share of resampled
         differences on the far side of zero, counting the observed one, so at least 2 / (n_resamples + 1); and at least
-        2 ** (1 - n_clips)), ``n_clips``.
+        2 ** (1 - n_videos)), ``n_clips``, ``n_videos``.
+    Raises:
+        ValueError: other clips on the two sides, NaN or infinity, or clips of one video alone.
     """
     first, second = (np.asarray(values, dtype=np.float64) for values in (first, second))
     if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
@@ -129,27 +145,44 @@ def paired_bootstrap(first, second, n_resamples=10_000, seed=0):
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("paired bootstrap: expected finite values, found NaN or infinity")
     differences = first - second
-    n_clips = len(differences)
+    groups = _groups(len(differences), videos)
+    sums, counts = np.bincount(groups, differences), np.bincount(groups)
+    n_videos = len(counts)
+    if n_videos < 2:
+        raise ValueError("paired bootstrap: expected clips of two or more videos, found one")
     rng = np.random.default_rng(seed)
     means = np.empty(n_resamples)
     for start in range(0, n_resamples, 1000):
-        drawn = rng.integers(n_clips, size=(len(means[start : start + 1000]), n_clips))
-        means[start : start + 1000] = differences[drawn].mean(1)
+        drawn = rng.integers(n_videos, size=(len(means[start : start + 1000]), n_videos))
+        means[start : start + 1000] = sums[drawn].sum(1) / counts[drawn].sum(1)
     tail = min((means <= 0).sum(), (means >= 0).sum())
     return {
         "difference": float(differences.mean()),
         "ci95": np.percentile(means, [2.5, 97.5]).tolist(),
-        "p_value": float(min(1, max(2 * (tail + 1) / (n_resamples + 1), 2.0 ** (1 - n_clips)))),
-        "n_clips": n_clips,
+        "p_value": float(min(1, max(2 * (tail + 1) / (n_resamples + 1), 2.0 ** (1 - n_videos)))),
+        "n_clips": len(differences),
+        "n_videos": n_videos,
     }
 
 
-def _mean_ci95(values):
-    """Over the first axis: (n,) -> float and [low, high]; (n, T) -> T of each. The interval is None where n is 1."""
-    mean = values.mean(0)
-    if len(values) < 2:
+def _groups(n_clips, videos):
+    """(n_clips,) numbers 0, 1, ... of the videos."""
+    if videos is None:
+        return np.arange(n_clips)
+    if len(videos) != n_clips:
+        raise ValueError(f"videos: expected one for each of {n_clips} clips, found {len(videos)}")
+    return np.unique(videos, return_inverse=True)[1]
+
+
+def _mean_ci95(values, groups):
+    """Over the first axis: (n,) -> float and [low, high]; (n, T) -> T of each. The interval is None for one video."""
+    mean, n_groups = values.mean(0), groups.max() + 1
+    if n_groups < 2:
         return mean.tolist(), None
-    half = Z95 * values.std(0, ddof=1) / np.sqrt(len(values))
+    deviations = np.zeros((n_groups, *values.shape[1:]))
+    np.add.at(deviations, groups, values - mean)
+    error = np.sqrt(n_groups / (n_groups - 1) * np.square(deviations).sum(0)) / len(values)
+    half = stdtrit(n_groups - 1, 0.975) * error
     return mean.tolist(), np.stack([mean - half, mean + half], -1).tolist()
 
 
