@@ -22,7 +22,7 @@ from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
 from latentcast.tokenizers.base import check_codes
 
 from .base import Prior, PriorOutput, no_progress
-from .sampling import check_sampling, draw, record_graph, sliding_windows
+from .sampling import check_sampling, check_switches, draw, record_graph, sliding_windows
 
 ATTENTION_FORMS = ("query_key_relative", "key_relative", "relative")
 
@@ -432,6 +432,7 @@ class VideoTransformer(Prior):
                 (a reference for tests and benchmarks).
         """
         check_sampling(temperature, top_k, top_p)
+        check_switches(use_cache=use_cache)
         check_codes(context, self.codebook_sizes, self.grid[1:], name="context")
         check_counts(n_frames=n_frames, num_samples=num_samples)
         n_context = context.shape[1]
