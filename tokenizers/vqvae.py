@@ -18,6 +18,7 @@ from .base import (
     check_weights,
 )
 from .losses import check_reconstruction_options, reconstruction_loss
+from .quantizers.ema_codebook import EMACodebook
 from .quantizers.sliced import SlicedQuantizer
 
 
@@ -127,6 +128,11 @@ class ConvolutionalVQ(FrameTokenizer):
     def decoder_parameters(self):
         """The parameters that ``decode`` alone uses, a list."""
         return list(self.decoder.parameters())
+
+    def settle(self, settled):
+        for module in self.quantizer.modules():
+            if isinstance(module, EMACodebook):
+                module.revives = not settled
 
     def forward(self, frames):
         """Reconstruct, and in training mode update the codebooks.

@@ -46,7 +46,8 @@ class EMACodebook(KeepsDtype):
     above happens for each parent by itself, with the vectors routed to it; a batch that does not visit a parent leaves
     its codes and counts as they are, bit for bit. Code c of parent p is row p * K + c of all tensors.
 
-    All state stays in fp32 whatever the model is cast to, and is the same on every rank.
+    All state stays in fp32 whatever the model is cast to, and is the same on every rank. While ``revives`` is False no
+    code is drawn anew: a revived one jumps, and the moving average of the weights follows it only slowly.
 
     Args:
         codebook_size: K.
@@ -83,6 +84,7 @@ class EMACodebook(KeepsDtype):
         self.kmeans_iters = kmeans_iters
         self.dead_code_threshold = dead_code_threshold
         self.learned = learned
+        self.revives = True
         n_codes = self.n_parents * codebook_size
         codebook = torch.randn(n_codes, dim)
         if learned:
@@ -201,7 +203,7 @@ class EMACodebook(KeepsDtype):
             self.cluster_sum[rows] = self.cluster_sum[rows].lerp_(sums, 1 - self.decay)
             smoothed = (sizes + self.eps) / (totals + K * self.eps) * totals
             self.codebook[rows] = self.cluster_sum[rows] / smoothed[..., None]
-        dead = sizes < self.dead_code_threshold * totals / K
+        dead = (sizes < self.dead_code_threshold * totals / K) & self.revives
         if not dead.any():
             return rows[dead]
         drawn, n_drawn = self._draw(vectors, slots, len(ids))
@@ -214,6 +216,16 @@ class EMACodebook(KeepsDtype):
         self.codebook[revived] = drawn[slot, turn[dead]]
         self._set_counts(revived, (totals / K)[slot, 0])
         return revived
+
+    @torch.no_grad()
+    def clear(self, ids):
+        """Take the codes of some parents (A,) back: all are zero until ``initialize`` places them."""
+        rows = self._rows(ids)
+        self.codebook[rows] = 0
+        self.cluster_size[rows] = 1
+        if not self.learned:
+            self.cluster_sum[rows] = 0
+        self.initialized.view(-1)[ids] = False
 
     def _set_counts(self, rows, sizes):
         """Start the moving averages of codes as if each had been chosen ``sizes`` times a batch so far."""
