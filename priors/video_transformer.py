@@ -24,6 +24,8 @@ from latentcast.tokenizers.base import check_codes
 from .base import Prior, PriorOutput, no_progress
 from .sampling import check_sampling, check_switches, draw, record_graph, sliding_windows
 
+# Positions of slices in one pass of ``log_prob``, which bounds its memory: as many as in a training step of the paper.
+POSITIONS_AT_ONCE = 64 * 256
 ATTENTION_FORMS = ("query_key_relative", "key_relative", "relative")
 
 
@@ -389,9 +391,14 @@ class VideoTransformer(Prior):
         all codes before it in that order.
         """
         self._check_clip(clip, n_context)
+        slices, batch = self._predicted_slices(n_context), len(clip)
+        at_once = max(1, POSITIONS_AT_ONCE // (batch * self.slice_pixels.shape[1]))
         total = 0
-        for index in self._predicted_slices(n_context):
-            total = total + self._slice_log_prob(clip, index.expand(clip.shape[0]), n_context)[0]
+        for some in slices.split(at_once):
+            log_prob, _ = self._slice_log_prob(
+                clip.repeat(len(some), 1, 1, 1, 1), some.repeat_interleave(batch), n_context
+            )
+            total = total + log_prob.view(len(some), batch).sum(0)
         return total
 
     def _mean_log_prob(self, clip, n_context):

@@ -251,6 +251,23 @@ def test_loss_bits_and_log_prob_agree():
     assert len(losses) > 1
 
 
+@pytest.mark.parametrize("subscale", SUBSCALES)
+def test_slices_are_evaluated_together_with_the_same_numbers(subscale, monkeypatch):
+    model, codes = tiny(subscale), random_codes(batch=3)
+    calls = []
+    model.decoder.register_forward_hook(lambda module, arguments, output: calls.append(len(output)))
+    found = model.log_prob(codes, 1)
+    n_slices = len(model._predicted_slices(1))
+    assert calls == [3 * n_slices]
+    n = model.slice_pixels.shape[1]
+    for positions in (1, 3 * n, 2 * 3 * n):  # one by one, and in twos
+        monkeypatch.setattr("latentcast.priors.video_transformer.POSITIONS_AT_ONCE", positions)
+        calls.clear()
+        torch.testing.assert_close(model.log_prob(codes, 1), found)
+        assert sum(calls) == 3 * n_slices and max(calls) == (6 if positions > 3 * n else 3)
+    torch.testing.assert_close(torch.cat([model.log_prob(codes[i : i + 1], 1) for i in range(3)]), found)
+
+
 def test_training_on_all_slices_equals_the_likelihood():
     model = tiny((4, 1, 1), slices_per_clip=None).train()
     clip = random_codes()
