@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..files import read_json, replacing, write_json, writing
 from . import shards
-from .base import EmptySplitError, VideoDataset, check_split
+from .base import EmptySplitError, VideoDataset, check_flip, check_split
 from .moving_digits import MovingDigits
 from .pictures import contact_sheet
 from .video_folder import luma
@@ -256,12 +256,20 @@ def _write_shard(benchmark, writer, split, shard, progress=lambda n: None):
         return list(file.skipped.values())
 
 
-def prepared_videos(root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0):
+def prepared_videos(
+    root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0, flip=None
+):
     """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
 
-    Args: see PreparedVideos; videos that are made keep the set's own seed.
+    Args: see PreparedVideos; videos that are made keep the set's own seed. ``flip``: see VideoDataset.
     """
     check_split(split)
+    dataset = _open(root, split, clip_length, size, channels, name, frame_stride, seed)
+    dataset.flip = check_flip(flip)
+    return dataset
+
+
+def _open(root, split, clip_length, size, channels, name, frame_stride, seed):
     root = Path(str(root))  # 2024 in a config is a number
     manifest = read_set_manifest(root, name)
     if split not in manifest["generated"]:
