@@ -203,6 +203,8 @@ class VQVAE(ConvolutionalVQ):
         ema_decay, ema_eps: of the codebooks' moving averages.
         kmeans_iters: Lloyd iterations that place the codes on the first training batch; 0 draws them from it.
         dead_code_threshold: codes used less than this fraction of the average are drawn anew; 0 switches it off.
+        codebook_init: "data": ``kmeans_iters`` on the first training batch; "uniform": as in the published code, see
+            ``EMACodebook``. With it and a threshold of 0 the codebooks are the paper's.
         reconstruction_loss: "l2" or "l1".
         lpips_weight: of LPIPS in the loss; see ``losses.py``.
         output_activation: "tanh", or "linear": clamped to [-1, 1] outside the loss. Frames that are mostly black or
@@ -231,6 +233,7 @@ class VQVAE(ConvolutionalVQ):
         ema_eps: float = 1e-5,
         kmeans_iters: int = 10,
         dead_code_threshold: float = 0.1,
+        codebook_init: str = "data",
         reconstruction_loss: str = "l2",
         lpips_weight: float = 0.0,
         output_activation: str = "tanh",
@@ -247,6 +250,7 @@ class VQVAE(ConvolutionalVQ):
             eps=ema_eps,
             kmeans_iters=kmeans_iters,
             dead_code_threshold=dead_code_threshold,
+            init=codebook_init,
         )
 
     @property

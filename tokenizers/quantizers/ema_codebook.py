@@ -58,6 +58,9 @@ class EMACodebook(KeepsDtype):
         dead_code_threshold: fraction of the average count; 0 never revives a code.
         n_parents: P; None: a codebook by itself, whose methods need no ``parents``.
         learned: the codes are a parameter, for a loss and an optimiser to move; the moving averages then only count.
+        init: "data", the first training batch places the codes, as above; or "uniform", as the published code of the
+            Latent Video Transformer begins: in +-1 / K, with counts of 0, so that what the first batches do not choose
+            is divided by almost nothing and lost far away.
     Raises:
         ValueError: a codebook without codes, or a decay outside [0, 1).
     """
@@ -72,9 +75,12 @@ class EMACodebook(KeepsDtype):
         dead_code_threshold=0.1,
         n_parents=None,
         learned=False,
+        init="data",
     ):
         super().__init__()
         check_counts(codebook_size=codebook_size)
+        if init not in ("data", "uniform"):
+            raise ValueError(f"codebook_init: expected data or uniform, found {init!r}")
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay: expected at least 0 and below 1, found {decay}")
         self.codebook_size = codebook_size
@@ -86,14 +92,17 @@ class EMACodebook(KeepsDtype):
         self.learned = learned
         self.revives = True
         n_codes = self.n_parents * codebook_size
+        uniform = init == "uniform"
         codebook = torch.randn(n_codes, dim)
+        if uniform:
+            codebook.uniform_(-1 / codebook_size, 1 / codebook_size)
         if learned:
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
             self.register_buffer("cluster_sum", codebook.clone())
-        self.register_buffer("cluster_size", torch.ones(n_codes))
-        self.register_buffer("initialized", torch.zeros(() if n_parents is None else n_parents, dtype=torch.bool))
+        self.register_buffer("cluster_size", torch.full((n_codes,), 0.0 if uniform else 1.0))
+        self.register_buffer("initialized", torch.full(() if n_parents is None else (n_parents,), uniform))
 
     @torch.no_grad()
     def nearest(self, vectors, parents=None):
