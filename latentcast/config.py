@@ -137,7 +137,13 @@ def check_counts(least=1, **counts):
     """Refuse counts (of frames, samples, layers, ...) that are no whole numbers of at least ``least``, by name."""
     for name, value in counts.items():
         if not is_whole(value, least):
-            raise ValueError(f"{name}: expected a whole number of at least {least}, found {value!r}")
+            raise ValueError(f"{name}: expected a whole number of at least {least}, found {one_line(value)}")
+
+
+def one_line(value, longest=100):
+    """``repr`` of any value for a message: one line (that of a tensor has several), cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def instantiate(config, **kwargs):

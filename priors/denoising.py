@@ -5,7 +5,7 @@ import inspect
 import diffusers
 import torch
 
-from latentcast.config import check_counts
+from latentcast.config import check_counts, one_line
 
 # name -> (class in diffusers, its arguments beyond the forward process). "trailing" steps begin at the noisiest time.
 SCHEDULERS = {
@@ -75,10 +75,17 @@ def make_scheduler(scheduler, schedule):
         ours = {"clip_sample": False, "trained_betas": None, "rescale_betas_zero_snr": False}
         ours = {name: value for name, value in ours.items() if name in scheduler.config}
         return type(scheduler).from_config(scheduler.config, **schedule, **ours)
-    if scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, found {scheduler!r}")
+    if not isinstance(scheduler, str) or scheduler not in SCHEDULERS:
+        raise ValueError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, found {one_line(scheduler)}")
     name, options = SCHEDULERS[scheduler]
     return getattr(diffusers, name)(**schedule, **options, timestep_spacing="trailing")
+
+
+def check_steps(n_steps, n_train):
+    """Refuse numbers of denoising steps that a process of ``n_train`` diffusion steps cannot take."""
+    check_counts(n_steps=n_steps)
+    if n_steps > n_train:
+        raise ValueError(f"n_steps: expected 1 to {n_train}, found {one_line(n_steps)}")
 
 
 @torch.no_grad()
@@ -99,10 +106,7 @@ def denoise(predict, noise, scheduler, n_steps, generator=None, clamp=None, on_s
     Raises:
         ValueError: more steps than the process has, or fewer than one.
     """
-    check_counts(n_steps=n_steps)
-    n_train = scheduler.config.num_train_timesteps
-    if n_steps > n_train:
-        raise ValueError(f"n_steps: expected 1 to {n_train}, found {n_steps}")
+    check_steps(n_steps, scheduler.config.num_train_timesteps)
     scheduler.set_timesteps(n_steps)  # its tables stay on the CPU: no step waits for a GPU
     if hasattr(scheduler, "set_begin_index"):  # else one whose first two times round to the same step skips one
         scheduler.set_begin_index(0)

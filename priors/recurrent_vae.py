@@ -20,7 +20,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from latentcast.config import check_counts
+from latentcast.config import check_counts, one_line
 from latentcast.layers.aligner import FeatureAligner, Memory, SkipConnection
 from latentcast.layers.dcgan import DCGANDecoder, DCGANEncoder
 from latentcast.layers.latent_cnn import LatentDecoder, LatentEncoder
@@ -245,6 +245,7 @@ class RecurrentVAE(Prior):
         check_counts(n_frames=n_frames, num_samples=num_samples, sample_batch=sample_batch)
         B, n_context = context.shape[:2]
         self.check_context(n_context, n_context + n_frames)
+        sample_batch = min(int(sample_batch), 2**31)  # torch counts no further
         fixed = self._fixed_groups(z_groups, B, n_frames)
         # Nothing is drawn without z: one future is all there is.
         S = num_samples if self._z_dim else 1
@@ -356,16 +357,23 @@ class RecurrentVAE(Prior):
         """``z_groups`` of ``sample`` -> group, from 0 -> (B, n_frames, group_dim)."""
         fixed = {}
         shape = (n_clips, n_frames, self.config.group_dim)
-        if not isinstance(z_groups or {}, Mapping):
-            raise ValueError(f"z_groups: expected a mapping from groups to values, like {{1: 0}}, found {z_groups!r}")
-        for group, value in (z_groups or {}).items():
+        z_groups = {} if z_groups is None else z_groups
+        if not isinstance(z_groups, Mapping):
+            raise ValueError(
+                f"z_groups: expected a mapping from groups to values, like {{1: 0}}, found {one_line(z_groups)}"
+            )
+        for group, value in z_groups.items():
             if str(group) not in {str(j + 1) for j in range(self.config.n_groups)}:
                 known = f"1 to {self.config.n_groups}" if self.config.n_groups else "none: the model has no z"
-                raise ValueError(f"z_groups: expected groups {known}, found {group!r}")
+                raise ValueError(f"z_groups: expected groups {known}, found {one_line(group)}")
             try:
                 value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
-            except (TypeError, ValueError):  # not numbers, or of uneven lengths
-                raise ValueError(f"z_groups: group {group}: expected a number or numbers, found {value!r}") from None
+            except (TypeError, ValueError, RuntimeError, OverflowError):  # not numbers, or of uneven lengths
+                raise ValueError(
+                    f"z_groups: group {group}: expected a number or numbers, found {one_line(value)}"
+                ) from None
+            if not value.isfinite().all():
+                raise ValueError(f"z_groups: group {group}: expected finite numbers, found {one_line(value.tolist())}")
             if value.ndim > 3 or any(n not in (1, size) for n, size in zip(value.shape[::-1], shape[::-1])):
                 raise ValueError(
                     f"z_groups: group {group}: expected a number or numbers of a shape that fits "

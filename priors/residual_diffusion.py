@@ -20,7 +20,8 @@ from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResB
 from latentcast.tokenizers.base import check_frames, check_latents
 
 from .base import Prior, PriorOutput, check_widths, no_progress
-from .denoising import denoise, make_scheduler, noise_schedule, noised, precise
+from .denoising import check_steps, denoise, make_scheduler, noise_schedule, noised, precise
+from .sampling import check_switches
 
 PIXEL_BOUND = 2.0  # two frames in [-1, 1] differ by no more
 LATENT_BOUND = 10.0  # latents have unit variance: hardly ever reached, but it keeps the noisiest steps from exploding
@@ -419,11 +420,13 @@ class ResidualDiffusion(Prior):
         """
         self.check_clip(context, "context")
         check_counts(n_frames=n_frames, num_samples=num_samples, sample_batch=sample_batch)
+        check_switches(use_cache=use_cache)
+        check_steps(n_steps, self.config.n_diffusion_steps)
         n_clips, n_context = context.shape[:2]
         self.check_context(n_context, n_context + n_frames)
         device = "cpu" if generator is None else generator.device
         seeds = torch.randint(2**62, (n_clips * num_samples,), generator=generator, device=device).tolist()
-        chunks = torch.arange(len(seeds)).split(sample_batch)
+        chunks = torch.arange(len(seeds)).split(min(int(sample_batch), len(seeds)))
         options = {"scheduler": scheduler, "n_steps": n_steps, "use_cache": use_cache}
         futures = []
         with (progress or no_progress)(total=len(chunks) * n_frames * n_steps) as bar:

@@ -1,23 +1,36 @@
 """What the samplers of autoregressive priors share: drawing codes, sliding windows, recorded steps."""
 
+import math
 from numbers import Real
 
 import torch
+
+from latentcast.config import one_line
 
 
 def check_sampling(temperature, top_k, top_p):
     """Refuse sampling options outside their ranges."""
     if not (is_number(temperature) and temperature >= 0):
-        raise ValueError(f"temperature: expected a number >= 0, found {temperature!r}")
+        raise ValueError(f"temperature: expected a number >= 0, found {one_line(temperature)}")
     if top_k is not None and not (is_number(top_k) and top_k >= 1 and top_k % 1 == 0):
-        raise ValueError(f"top_k: expected an integer >= 1 or None, found {top_k!r}")
+        raise ValueError(f"top_k: expected an integer >= 1 or None, found {one_line(top_k)}")
     if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
-        raise ValueError(f"top_p: expected a number in (0, 1] or None, found {top_p!r}")
+        raise ValueError(f"top_p: expected a number in (0, 1] or None, found {one_line(top_p)}")
 
 
 def is_number(value):
-    """Whether it is a real number; False and True are not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Whether it is a real number that a float can hold, and finite; False and True are not."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # of a whole number
+        return False
+
+
+def check_switches(**switches):
+    """Refuse switches that are neither True nor False, by name."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: expected true or false, found {one_line(value)}")
 
 
 def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
@@ -36,13 +49,18 @@ def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    if temperature != 1:
+        # From the largest on, and by no less than float32 can tell from 0: no quotient is infinite at the likeliest.
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(float(temperature), torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(int(top_k)).values[..., -1:], -torch.inf)
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
-        ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)  # a code stays if those before it fall short
+        short = ordered.cumsum(-1) - ordered < float(top_p)  # a code stays if those before it fall short
+        short[..., 0] = True  # also of a top_p that is 0 in float32
+        ordered = ordered * short
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
     cumulative = probabilities.cumsum(-1)
     # Below the total even after rounding, so that a code of probability zero at the end is never drawn.

@@ -10,18 +10,21 @@ S samples of each, P frames to predict.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from latentcast.config import check_counts
+from latentcast.config import check_counts, is_whole, one_line
 from latentcast.layers.conv_gru import ConvGRUCell
 from latentcast.layers.neural_sde import NeuralSDE
 from latentcast.layers.spade_unet import SpadeUNet
 from latentcast.tokenizers.base import check_frames, check_latents
 
 from .base import Prior, PriorOutput, check_widths, no_progress
-from .denoising import denoise, make_scheduler, min_snr_weight, noise_schedule, noised, precise
-from .sampling import is_number
+from .denoising import check_steps, denoise, make_scheduler, min_snr_weight, noise_schedule, noised, precise
+from .sampling import check_switches, is_number
+
+LONGEST = 10_000  # frame intervals that may be left out between frames that are asked for, and the most in one interval
 
 
 class MotionEncoder(nn.Sequential):
@@ -40,17 +43,52 @@ class MotionEncoder(nn.Sequential):
         super().__init__(*layers)
 
 
-def motion_coefficient(channels):
+def motion_coefficient(channels, in_channels=None):
     """f_theta of Eq. 13, for the drift or for the diffusion: four convolutions with tanh between them.
 
     The last one starts at zero: before training, the motion feature stays what it is.
     """
-    layers = [nn.Conv2d(channels, channels, 3, padding=1)]
+    layers = [nn.Conv2d(in_channels or channels, channels, 3, padding=1)]
     for _ in range(3):
         layers += [nn.Tanh(), nn.Conv2d(channels, channels, 3, padding=1)]
     nn.init.zeros_(layers[-1].weight)
     nn.init.zeros_(layers[-1].bias)
     return nn.Sequential(*layers)
+
+
+class PositiveNoise(nn.Module):
+    """sigma > 0 from any number: softplus, .1 at 0 and never below .001, by which the KL of two motions divides."""
+
+    def forward(self, x):
+        return F.softplus(x - 2.3) + 1e-3
+
+
+DIFFUSION_OUTPUTS = {"linear": nn.Identity, "tanh": nn.Tanh, "softplus": PositiveNoise}
+
+
+class MotionPosterior(nn.Module):
+    """What the drift of the motion is told of the future in training (Li et al. 2020, section 5).
+
+    c_k, for the time from k - 1 to k, is the state of a ConvGRU that has read the features of the difference images
+    from the last one back to k; the control is a small network of m and c_k, zero before training.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gru = ConvGRUCell(channels, channels)
+        self.network = motion_coefficient(channels, 2 * channels)
+
+    def read(self, features):
+        """Features of the future's difference images (B, n, C, h, w) -> [c_1, ..., c_n], each (B, C, h, w)."""
+        states, state = [], None
+        for feature in reversed(features.unbind(1)):
+            state = self.gru(feature, state)
+            states.append(state)
+        return states[::-1]
+
+    def forward(self, m, c):
+        """The control at m: (B, C, h, w) each."""
+        return self.network(torch.cat([m, c], 1))
 
 
 class SDEDiffusion(Prior):
@@ -71,7 +109,14 @@ class SDEDiffusion(Prior):
         motion_channels, motion_kernels: width and kernel size of the motion encoder's convolutions; all but the first
             work at half the size of the one before. The last width is that of the motion feature.
         sde_type, solver, dt, adjoint: see NeuralSDE; dt in frame intervals.
-        block_channels, n_blocks, attention_from, head_dim, norm_groups: of the U-Net, see SpadeUNet.
+        diffusion_output: what the last convolution of sigma goes through: "linear", nothing, as models of before this
+            option were saved; "tanh", as in the published code; "softplus", which keeps it above 0.
+        motion_kl_weight: makes the motion a latent SDE with a posterior (Li et al. 2020; not published): in training
+            the drift is told of the future frames, and the loss has, times this weight, the KL divergence of the motion
+            so told from the one that is not, in nats per number of the predicted frames. So sigma has a reason to be
+            above 0: it is what the past leaves open. Takes an SDE and ``diffusion_output="softplus"``. None: without,
+            where nothing in the loss rewards sigma.
+        block_channels, n_blocks, attention_from, head_dim, n_heads, norm_groups: of the U-Net, see SpadeUNet.
         n_diffusion_steps: L of Eq. 12.
         betas: "linear" or "cosine", the noise schedule.
         prediction_type: what the U-Net predicts: "epsilon" (Eq. 12), "v_prediction" or "sample" (neither published).
@@ -100,10 +145,13 @@ class SDEDiffusion(Prior):
         solver="euler_heun",
         dt=0.1,
         adjoint=False,
+        diffusion_output="linear",
+        motion_kl_weight=None,
         block_channels=(128, 256, 256, 512, 512),
         n_blocks=2,
         attention_from=1,
         head_dim=128,
+        n_heads=None,
         norm_groups=32,
         n_diffusion_steps=1000,
         betas="linear",
@@ -119,16 +167,29 @@ class SDEDiffusion(Prior):
             ("motion", motion, ("sde", "ode")),
             ("loss", loss, ("l2", "l1")),
             ("previous_frame", previous_frame, ("sampled", "immediate")),
+            ("diffusion_output", diffusion_output, tuple(DIFFUSION_OUTPUTS)),
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected {' or '.join(known)}, found {value!r}")
         check_counts(n_blocks=n_blocks, head_dim=head_dim, norm_groups=norm_groups)
+        if n_heads is not None:
+            check_counts(n_heads=n_heads)
         check_counts(least=0, attention_from=attention_from)
         check_widths(motion_channels=motion_channels, motion_kernels=motion_kernels, block_channels=block_channels)
         if n_sampled_frames is not None:
             check_counts(n_sampled_frames=n_sampled_frames)
-        if min_snr_gamma is not None and not min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma: expected above 0 or None, found {min_snr_gamma}")
+        if min_snr_gamma is not None and not (is_number(min_snr_gamma) and min_snr_gamma > 0):
+            raise ValueError(f"min_snr_gamma: expected above 0 or None, found {min_snr_gamma!r}")
+        if motion_kl_weight is not None:
+            if not (is_number(motion_kl_weight) and motion_kl_weight >= 0):
+                raise ValueError(f"motion_kl_weight: expected at least 0 or None, found {motion_kl_weight!r}")
+            if motion != "sde" or diffusion_output != "softplus":
+                raise ValueError(
+                    "motion_kl_weight: expected None unless motion=sde and diffusion_output=softplus, found "
+                    f"{motion_kl_weight} with motion={motion} and diffusion_output={diffusion_output}"
+                )
+            if adjoint:
+                raise ValueError("adjoint: expected false with a motion_kl_weight, found true")
         channels, size = latent_spec["channels"], (latent_spec["height"], latent_spec["width"])
         if len(motion_channels) != len(motion_kernels) or any(kernel % 2 != 1 for kernel in motion_kernels):
             raise ValueError(
@@ -143,10 +204,14 @@ class SDEDiffusion(Prior):
         width = motion_channels[-1]
         self.motion_encoder = MotionEncoder(channels, motion_channels, motion_kernels)
         self.gru = ConvGRUCell(width, width)
-        diffusion = motion_coefficient(width) if motion == "sde" else None
+        diffusion = None
+        if motion == "sde":  # as one sequence: the names of the weights are the same whatever comes last
+            diffusion = nn.Sequential(*motion_coefficient(width), DIFFUSION_OUTPUTS[diffusion_output]())
         self.motion_sde = NeuralSDE(motion_coefficient(width), diffusion, sde_type, solver, dt, adjoint)
+        self.motion_posterior = None if motion_kl_weight is None else MotionPosterior(width)
         self.unet = SpadeUNet(
-            2 * channels, channels, width, size, block_channels, n_blocks, attention_from, head_dim, norm_groups
+            *(2 * channels, channels, width, size, block_channels, n_blocks),
+            *(attention_from, head_dim, norm_groups, n_heads),
         )
         self.schedule = noise_schedule(n_diffusion_steps, betas, prediction_type)
         # No buffer: half precision would round the first of them to 1.
@@ -166,12 +231,15 @@ class SDEDiffusion(Prior):
 
         Algorithm 1, lines 2-6: m_1 = 0, d_i = x_i - x_(i-1), m_i = ConvGRU(d_i, m_(i-1)).
         """
-        differences = context[:, 1:] - context[:, :-1]
-        features = self.motion_encoder(differences.flatten(0, 1)).unflatten(0, differences.shape[:2])
         state = None
-        for feature in features.unbind(1):
+        for feature in self._encode_differences(context).unbind(1):
             state = self.gru(feature, state)
         return state
+
+    def _encode_differences(self, frames):
+        """Frames (B, N, D, h, w) -> features of their N - 1 difference images (B, N - 1, width, h', w')."""
+        differences = frames[:, 1:] - frames[:, :-1]
+        return self.motion_encoder(differences.flatten(0, 1)).unflatten(0, differences.shape[:2])
 
     # Training ---------------------------------------------------------------------------------------------------
 
@@ -184,8 +252,8 @@ class SDEDiffusion(Prior):
         Args:
             clip: (B, T, D, h, w) latents, or frames in [-1, 1]. n_context: context frames, which the loss skips.
         Returns:
-            PriorOutput; ``logs`` has ``mse``, the unweighted squared error of the U-Net's output, and of an SDE
-            ``motion_noise``, the root mean square of sigma at m_N.
+            PriorOutput; ``logs`` has ``mse``, the unweighted squared error of the U-Net's output, of an SDE
+            ``motion_noise``, the root mean square of sigma at m_N, and with a posterior ``motion_kl``, nats a clip.
         Raises:
             ValueError: wrong shape or range. FloatingPointError: the motion exploded.
         """
@@ -202,7 +270,18 @@ class SDEDiffusion(Prior):
             seeds, source = [(0, row) for row in range(batch)], {"generator": torch.Generator().manual_seed(0)}
 
         start = self.encode_motion(clip[:, :n_context].to(self.dtype))
-        feature = self.motion_sde(start, steps, seeds).flatten(0, 1)  # line 10; Eqs. 13 and 14
+        kl = None
+        if self.motion_posterior is None:
+            feature = self.motion_sde(start, steps, seeds)  # line 10; Eqs. 13 and 14
+        else:
+            told = self.motion_posterior.read(self._encode_differences(clip[:, n_context - 1 :].to(self.dtype)))
+            feature, kl = self.motion_sde(
+                start,
+                steps,
+                seeds,
+                control=lambda m, time: self.motion_posterior(m, told[min(int(time), n_future - 1)]),
+            )
+        feature = feature.flatten(0, 1)
         before = steps - 1
         if config.previous_frame == "sampled":
             before = torch.cat([torch.zeros_like(steps[:, :1]), steps[:, :-1]], 1)
@@ -222,7 +301,11 @@ class SDEDiffusion(Prior):
         if config.motion == "sde":
             with torch.no_grad():
                 logs["motion_noise"] = self.motion_sde.diffusion(start).float().square().mean().sqrt()
-        return PriorOutput(loss=loss.mean(), logs=logs)
+        loss = loss.mean()
+        if kl is not None:
+            loss = loss + config.motion_kl_weight * kl.sum() / error.numel()
+            logs["motion_kl"] = kl.detach().mean()
+        return PriorOutput(loss=loss, logs=logs)
 
     def _check(self, clip, name):
         spec = self.config.latent_spec
@@ -246,6 +329,7 @@ class SDEDiffusion(Prior):
         image_seed=None,
         scheduler="sde-dpmsolver++",
         n_steps=15,
+        horizon=None,
         use_cache=True,
     ):
         """Continue latents or frames (B, n_context, D, h, w) -> (B, num_samples, n_frames, D, h, w).
@@ -253,6 +337,9 @@ class SDEDiffusion(Prior):
         One motion path is drawn for each sample; then frame after frame is denoised, given the motion feature at its
         time and the frame predicted before (Eq. 7). Every sample has random numbers of its own, so neither the number
         of samples nor the other contexts change it.
+
+        Beyond the frames that a training step predicts the path goes on by itself, or, with ``horizon``, the motion is
+        taken anew from predicted frames each time the horizon is reached, which is what the published code does.
 
         Args:
             context: at least two frames. n_frames: how many to predict.
@@ -268,6 +355,9 @@ class SDEDiffusion(Prior):
             scheduler: name in ``denoising.SCHEDULERS`` or a scheduler of diffusers. The default is a stochastic one: in
                 so few steps it keeps the quality of 100 ancestral ones better than deterministic solvers do.
             n_steps: denoising steps a frame.
+            horizon: frame intervals, a whole number; after so many the last frames, as many as the context has, are
+                taken as context, and a new path begins there. In the published code the number of future frames that
+                the model was trained on. ``fps_multiplier`` then is a whole number, and ``frame_times`` None.
             use_cache: False computes the SPADE maps at every step, as the published code does, instead of once a frame;
                 the same bits (a reference for tests and benchmarks).
         Raises:
@@ -275,9 +365,20 @@ class SDEDiffusion(Prior):
         """
         self._check(context, "context")
         check_counts(n_frames=n_frames, num_samples=num_samples)
-        self.check_context(context.shape[1], context.shape[1] + n_frames)
-        batch = len(context)
-        times = frame_times_of(n_frames, batch, frame_times, fps_multiplier)
+        check_switches(use_cache=use_cache)
+        check_steps(n_steps, self.config.n_diffusion_steps)
+        make_scheduler(scheduler, self.schedule)  # a mistake must not wait for the first frame
+        batch, n_context = context.shape[:2]
+        self.check_context(n_context, n_context + n_frames)
+        times = frame_times_of(n_frames, batch, frame_times, fps_multiplier).repeat_interleave(num_samples, 0)
+        part_length = n_frames
+        if horizon is not None:
+            check_counts(horizon=horizon)
+            if frame_times is not None or fps_multiplier % 1:
+                found = f"fps_multiplier={fps_multiplier}" if frame_times is None else "frame_times"
+                raise ValueError(f"horizon: expected None, or a whole fps_multiplier and no frame_times, found {found}")
+            rate = int(fps_multiplier)
+            part_length = min(int(horizon) * rate, n_frames)
         drawn = draw_seeds(generator)
         motion_seeds, image_seeds = (
             row_seeds(name, default if seed is None else seed, batch, num_samples)
@@ -286,41 +387,56 @@ class SDEDiffusion(Prior):
         noises = [torch.Generator().manual_seed(seed_number(seed)) for seed in image_seeds]
         shape, pixels, dtype = context.shape[2:], self.accepts == "pixels", self.dtype
 
-        start = self.encode_motion(context.to(dtype)).repeat_interleave(num_samples, 0)
-        features = self.motion_sde(start, times.repeat_interleave(num_samples, 0), motion_seeds).to(dtype)
-        previous = context[:, -1].float().repeat_interleave(num_samples, 0)
-        future = []
+        observed = context.float().repeat_interleave(num_samples, 0)
+        previous, future = observed[:, -1], []
         with (progress or no_progress)(total=n_frames * n_steps) as bar:
-            for feature in features.unbind(1):
-                maps = self.unet.maps(feature) if use_cache else None
+            for part, part_times in enumerate(times.split(part_length, 1)):
+                if part == 0:
+                    start = self.encode_motion(context.to(dtype)).repeat_interleave(num_samples, 0)
+                else:
+                    known = torch.cat([observed, torch.stack(future[rate - 1 :: rate], 1)], 1)[:, -n_context:]
+                    start, part_times = self.encode_motion(known.to(dtype)), times[:, : part_times.shape[1]]
+                    motion_seeds = [(seed_number(seed), part) for seed in motion_seeds]
+                features = self.motion_sde(start, part_times, motion_seeds).to(dtype)
+                for feature in features.unbind(1):
+                    maps = self.unet.maps(feature) if use_cache else None
 
-                def predict(x, t, previous=previous, feature=feature, maps=maps):
-                    return self.unet(torch.cat([x, previous], 1).to(dtype), t, feature, maps)
+                    def predict(x, t, previous=previous, feature=feature, maps=maps):
+                        return self.unet(torch.cat([x, previous], 1).to(dtype), t, feature, maps)
 
-                previous = denoise(
-                    predict,
-                    torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(context.device),
-                    make_scheduler(scheduler, self.schedule),
-                    n_steps,
-                    generator=noises,
-                    clamp=1 if pixels else None,
-                    on_step=lambda: bar.update(1),
-                )
-                previous = previous.clamp(-1, 1) if pixels else previous
-                future.append(previous)
+                    previous = denoise(
+                        predict,
+                        torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(context.device),
+                        make_scheduler(scheduler, self.schedule),
+                        n_steps,
+                        generator=noises,
+                        clamp=1 if pixels else None,
+                        on_step=lambda: bar.update(1),
+                    )
+                    previous = previous.clamp(-1, 1) if pixels else previous
+                    future.append(previous)
         return torch.stack(future, 1).unflatten(0, (batch, num_samples)).to(context.dtype)
 
 
 def frame_times_of(n_frames, batch, frame_times, fps_multiplier):
-    """The times to predict, (batch, n_frames) float32; refuses those that are not positive and increasing."""
+    """The times to predict, (batch, n_frames) float32; refuses those that are not positive and increasing, and those
+    so far away that the solver, which takes every step on the way, would hardly come there."""
+    furthest = LONGEST + n_frames
     if frame_times is None:
         if not (is_number(fps_multiplier) and fps_multiplier > 0):
-            raise ValueError(f"fps_multiplier: expected a number above 0, found {fps_multiplier!r}")
-        times = torch.arange(1, n_frames + 1) / fps_multiplier
-    elif fps_multiplier != 1:
-        raise ValueError(f"fps_multiplier: expected 1 where frame_times are given, found {fps_multiplier}")
-    else:
+            raise ValueError(f"fps_multiplier: expected a number above 0, found {one_line(fps_multiplier)}")
+        if not n_frames / furthest <= fps_multiplier <= LONGEST:
+            raise ValueError(
+                f"fps_multiplier: expected {n_frames / furthest:.2g} to {LONGEST} for {n_frames} frames, found "
+                f"{fps_multiplier:.3g}"
+            )
+        return (torch.arange(1, n_frames + 1) / fps_multiplier).expand(batch, n_frames)
+    if not (is_number(fps_multiplier) and fps_multiplier == 1):
+        raise ValueError(f"fps_multiplier: expected 1 where frame_times are given, found {one_line(fps_multiplier)}")
+    try:
         times = torch.as_tensor(frame_times, dtype=torch.float32).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # not numbers, or of uneven lengths
+        raise ValueError(f"frame_times: expected numbers, found {one_line(frame_times)}") from None
     if tuple(times.shape) not in ((n_frames,), (batch, n_frames)):
         raise ValueError(
             f"frame_times: expected shape ({n_frames},) or ({batch}, {n_frames}), found {tuple(times.shape)}"
@@ -328,8 +444,10 @@ def frame_times_of(n_frames, batch, frame_times, fps_multiplier):
     if not (times.diff(dim=-1, prepend=torch.zeros_like(times[..., :1])) > 0).all() or not times.isfinite().all():
         raise ValueError(
             "frame_times: expected increasing times above 0, in frame intervals after the context, found "
-            f"{times.tolist()}"
+            f"{one_line(times.tolist())}"
         )
+    if times.max() > furthest:
+        raise ValueError(f"frame_times: expected at most {furthest} frame intervals, found {times.max().item():g}")
     return times.expand(batch, n_frames)
 
 
@@ -347,9 +465,10 @@ def row_seeds(name, seed, n_contexts, n_samples):
     """
     one = not isinstance(seed, (list, tuple))
     contexts = [(seed, index) for index in range(n_contexts)] if one else [(each, 0) for each in seed]
-    if len(contexts) != n_contexts or not all(isinstance(each, int) and each >= 0 for each, _ in contexts):
+    if len(contexts) != n_contexts or not all(is_whole(each, 0) for each, _ in contexts):
         raise ValueError(
-            f"{name}: expected a whole number of at least 0, or one for each of {n_contexts} contexts, found {seed!r}"
+            f"{name}: expected a whole number of at least 0, or one for each of {n_contexts} contexts, found "
+            f"{one_line(seed)}"
         )
     return [(*context, sample) for context in contexts for sample in range(n_samples)]
 

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from latentcast.config import check_counts
+from latentcast.config import check_counts, one_line
 from latentcast.layers.causal_attention import CausalWindowAttention
 from latentcast.layers.masked_convolutions import AxisCausalConv3d, shifted
 from latentcast.layers.positions import sinusoidal_positions_3d
 from latentcast.tokenizers.base import check_codes
 
 from .base import Prior, PriorOutput, no_progress
-from .sampling import check_sampling, draw, record_graph, sliding_windows
+from .sampling import check_sampling, check_switches, draw, record_graph, sliding_windows
 
 ATTENTION_FORMS = ("full", "factorised", "windowed", "none")
 
@@ -323,6 +323,7 @@ class STPixelCNN(Prior):
             use_cache: False runs the network over the whole clip for each code (a reference for tests and benchmarks).
         """
         check_sampling(temperature, top_k, top_p)
+        check_switches(use_cache=use_cache)
         check_codes(context, self.codebook_sizes, self.grid[1:], name="context")
         check_counts(n_frames=n_frames, num_samples=num_samples)
         self.check_context(context.shape[1], context.shape[1] + n_frames)
@@ -331,7 +332,7 @@ class STPixelCNN(Prior):
             overlap = length // 2
         check_counts(overlap=overlap)
         if overlap >= length:
-            raise ValueError(f"overlap: expected 1 to {length - 1} (n_frames - 1), found {overlap}")
+            raise ValueError(f"overlap: expected 1 to {length - 1} (n_frames - 1), found {one_line(overlap)}")
         video = (context + self.first_row).repeat_interleave(num_samples, 0)
         choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         stepper = (CachedStepper if use_cache else FullStepper)(self, len(video), choose)

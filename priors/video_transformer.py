@@ -22,8 +22,10 @@ from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
 from latentcast.tokenizers.base import check_codes
 
 from .base import Prior, PriorOutput, no_progress
-from .sampling import check_sampling, draw, record_graph, sliding_windows
+from .sampling import check_sampling, check_switches, draw, record_graph, sliding_windows
 
+# Positions of slices in one pass of ``log_prob``, which bounds its memory: as many as in a training step of the paper.
+POSITIONS_AT_ONCE = 64 * 256
 ATTENTION_FORMS = ("query_key_relative", "key_relative", "relative")
 
 
@@ -251,6 +253,8 @@ class VideoTransformer(Prior):
         encoder_positions: give the encoder the decoder's sinusoidal positions too. Without them (as published) it
             cannot tell where the frame ends, so it does not know where things bounce or leave.
         relative_scale: multiplies the relative bias tables, see RelativeBias3D; 1 as published.
+        weight_init: "default", or "published": the published code's distributions, Xavier's uniform one for what it
+            computes by convolutions and linear layers, N(0, 1) for embeddings.
     """
 
     accepts = "codes"
@@ -271,6 +275,7 @@ class VideoTransformer(Prior):
         slices_per_clip=1,
         encoder_positions=False,
         relative_scale=1.0,
+        weight_init="default",
     ):
         super().__init__()
         sizes = list(latent_spec["codebook_sizes"])
@@ -282,8 +287,12 @@ class VideoTransformer(Prior):
         subscale = tuple(subscale)
         if len(subscale) != 3 or any(not isinstance(s, int) or s < 1 or n % s for s, n in zip(subscale, grid)):
             raise ValueError(f"subscale: expected three divisors of (T, h, w) = {grid}, found {list(subscale)}")
-        if attention not in ATTENTION_FORMS:
-            raise ValueError(f"attention: expected one of {', '.join(ATTENTION_FORMS)}, found {attention!r}")
+        for name, value, known in (
+            ("attention", attention, ATTENTION_FORMS),
+            ("weight_init", weight_init, ("default", "published")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
         for name, value in (("context_frames", context_frames), ("slices_per_clip", slices_per_clip)):
             if value is not None:
                 check_counts(**{name: value})
@@ -306,6 +315,24 @@ class VideoTransformer(Prior):
         self.encoder = SliceEncoder(len(slice_pixels), len(taps), *shared, absolute=encoder_positions)
         self.decoder = SliceDecoder(*shared)
         self.head = ChannelHead(sizes, dim)
+        if weight_init == "published":
+            self._draw_published_weights(len(taps))
+
+    def _draw_published_weights(self, n_taps):
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, CausalConv3d)):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)
+        # Here tables and one layer, there a convolution over one-hot codes and a layer for each codebook.
+        n_rows, width = sum(self.codebook_sizes), self.config.embed_dim
+        xavier_uniform(self.encoder.taps.weight[:-1], n_taps * n_rows, n_taps * width)
+        for k, part in enumerate(self.head.hidden.weight.chunk(len(self.codebook_sizes))):
+            n_previous = sum(self.codebook_sizes[:k])
+            for weight in (part, *([self.head.previous[k - 1].weight] if k else [])):
+                xavier_uniform(weight, self.config.dim + n_previous, self.config.dim)
 
     # Likelihood -------------------------------------------------------------------------------------------------
 
@@ -389,9 +416,14 @@ class VideoTransformer(Prior):
         all codes before it in that order.
         """
         self._check_clip(clip, n_context)
+        slices, batch = self._predicted_slices(n_context), len(clip)
+        at_once = max(1, POSITIONS_AT_ONCE // (batch * self.slice_pixels.shape[1]))
         total = 0
-        for index in self._predicted_slices(n_context):
-            total = total + self._slice_log_prob(clip, index.expand(clip.shape[0]), n_context)[0]
+        for some in slices.split(at_once):
+            log_prob, _ = self._slice_log_prob(
+                clip.repeat(len(some), 1, 1, 1, 1), some.repeat_interleave(batch), n_context
+            )
+            total = total + log_prob.view(len(some), batch).sum(0)
         return total
 
     def _mean_log_prob(self, clip, n_context):
@@ -432,6 +464,7 @@ class VideoTransformer(Prior):
                 (a reference for tests and benchmarks).
         """
         check_sampling(temperature, top_k, top_p)
+        check_switches(use_cache=use_cache)
         check_codes(context, self.codebook_sizes, self.grid[1:], name="context")
         check_counts(n_frames=n_frames, num_samples=num_samples)
         n_context = context.shape[1]
@@ -551,6 +584,12 @@ class CachedStepper:
         rows = self.model._draw_codes(y, self.uniform.index_select(0, self.position)[0], self.choose)
         self.own.index_copy_(1, self.position, rows[:, None])
         self.state.feed(rows[:, None], self.position)
+
+
+@torch.no_grad()
+def xavier_uniform(weight, fan_in, fan_out):
+    """Glorot's uniform distribution, for a weight that is a part of a layer, or laid out otherwise."""
+    weight.uniform_(-1, 1).mul_(math.sqrt(6 / (fan_in + fan_out)))
 
 
 def encoder_taps(subscale, n_frames, context_frames=None):

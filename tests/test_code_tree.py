@@ -375,6 +375,46 @@ def test_below_a_new_code_the_tree_starts_over():
     torch.testing.assert_close(counts, torch.tensor(float(len(below))))
 
 
+@pytest.mark.parametrize("learned", [True, False])
+def test_leaves_that_nothing_reached_are_their_parent(learned):
+    quantizer = CodeTree(3, 3, 4, learned=learned)
+    vectors = torch.randn(2, 3) + 5  # two of 4 x 4 paths
+    quantizer(vectors)
+    every = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    reached = [layer.initialized for layer in quantizer.layers[1:]]
+    assert all(not r.all() and r.any() for r in reached)
+    for i, known in enumerate(reached, start=1):
+        rows = every[:, 0] if i == 1 else every[:, 0] * 4 + every[:, 1]
+        unknown = every[~known[rows]]
+        assert torch.equal(quantizer.lookup(unknown, i + 1), quantizer.lookup(unknown, i))
+    fresh = CodeTree(3, 3, 4, learned=learned)
+    assert torch.equal(fresh.lookup(every), fresh.lookup(every, 1)) and fresh.lookup(every).abs().min() > 0
+    # Below a code that is taken back, at once, and to the leaves.
+    quantizer._start_over_below(0, torch.tensor([int(quantizer.nearest(vectors[:1])[0, 0])]))
+    below = every[every[:, 0] == quantizer.nearest(vectors[:1])[0, 0]]
+    assert torch.equal(quantizer.lookup(below), quantizer.lookup(below, 1))
+
+
+def test_a_settled_tree_revives_no_code():
+    quantizer = CodeTree(2, 2, 4, decay=0.5, dead_code_threshold=0.9)
+    for _ in range(3):
+        quantizer(torch.randn(400, 2))
+    for layer in quantizer.layers:
+        layer.revives = False
+    for step in range(20):
+        vectors = torch.randn(400, 2) * (1 if step < 10 else 0.01)  # then most codes die
+        rows, (total, size) = quantizer.nearest(vectors)[:, 0], (quantizer.layers[0].cluster_sum.clone(), 400 / 4)
+        quantizer(vectors)
+        assert all(layer.initialized.all() for layer in quantizer.layers)  # nothing started over
+        for c in range(4):  # plain moving averages
+            torch.testing.assert_close(
+                quantizer.layers[0].cluster_sum[c], (total[c] + vectors[rows == c].sum(0)) / 2, rtol=1e-4, atol=1e-4
+            )
+    assert quantizer.layers[0].cluster_size.min() < 0.1 * size
+    quantizer.layers[0].revives = True
+    assert len(quantizer.layers[0].update(vectors, rows)) > 0
+
+
 def test_overflow_does_not_poison_the_codebooks():
     for learned in (True, False):
         quantizer = CodeTree(4, 2, 6, learned=learned)

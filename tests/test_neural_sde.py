@@ -176,3 +176,51 @@ def test_an_explosion_stops_with_one_clear_line(diffusion, seeds):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         equation(lambda m: m, **options)
+
+
+def full(value):
+    return lambda m: torch.full_like(m, value)
+
+
+@pytest.mark.parametrize("sde_type, solver", EVERY_SOLVER)
+def test_a_constant_control_costs_half_its_square_over_the_noise_and_the_time(sde_type, solver):
+    model = equation(lambda m: -0.7 * m, full(0.5), sde_type=sde_type, solver=solver, dt=0.25)
+    torch.manual_seed(0)
+    m, kl = model(torch.randn(4, 2, 3, 2), torch.tensor([[0.5, 1.3]] * 4), control=lambda m, time: full(0.2)(m))
+    assert m.shape == (4, 2, 2, 3, 2)
+    # To the end of the last step, 1.5, and for each of 12 numbers.
+    torch.testing.assert_close(kl, torch.full((4,), 12 * 0.5 * 0.2**2 / 0.5**2 * 1.5))
+
+
+@pytest.mark.parametrize("seeds", [None, "paths"])
+def test_the_divergence_of_two_ornstein_uhlenbeck_processes_is_its_closed_form(seeds):
+    """Prior dm = -a m dt + s dW, posterior dm = (-b m + c) dt + s dW: KL = E int ((a - b) m + c)^2 / (2 s^2) dt."""
+    a, b, c, s, first, end = 0.4, 1.1, 0.9, 0.6, 1.5, 2.0
+    model = equation(lambda m: -a * m, full(s), dt=0.025)
+    n = 2000 if seeds is None else 60
+    torch.manual_seed(0)
+    rows = None if seeds is None else [(row,) for row in range(n)]
+    m, kl = model(torch.full((n, 1, 1, 1), first), torch.full((n, 1), end), rows, lambda m, time: (a - b) * m + c)
+    t = torch.linspace(0, end, 20001, dtype=torch.float64)
+    mean = c / b + (first - c / b) * torch.exp(-b * t)
+    variance = s**2 / (2 * b) * (1 - torch.exp(-2 * b * t))
+    u = (a - b) * mean + c
+    expected = torch.trapezoid(((a - b) ** 2 * variance + u**2) / (2 * s**2), t).item()
+    error = kl.std().item() / n**0.5
+    assert abs(kl.mean().item() - expected) < 4 * error + 0.02 * expected
+    assert (
+        abs(m.mean().item() - mean[-1].item()) < 4 * (variance[-1].item() / n) ** 0.5 + 0.01
+    )  # it follows the control
+
+
+def test_a_control_is_told_the_time_and_none_changes_nothing():
+    model, times = equation(lambda m: -m, full(0.3), dt=0.1), []
+
+    def control(m, time):
+        times.append(time)
+        return torch.zeros_like(m)
+
+    m, kl = model(torch.ones(1, 1, 2, 2), torch.tensor([[2.0]]), [(5,)], control)
+    assert (kl == 0).all() and [int(time) for time in sorted(set(times))] == [0] * 10 + [1] * 10
+    again, _ = model(torch.ones(1, 1, 2, 2), torch.tensor([[2.0]]), [(5,)], lambda m, time: torch.zeros_like(m))
+    assert torch.equal(m, again)

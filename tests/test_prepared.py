@@ -1,5 +1,6 @@
 """Prepared data sets: what is read back is what the source held, and an interrupted run goes on."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -63,6 +64,32 @@ def test_stride_takes_frames_and_conditions_alike(prepared):
     frames = data.read_video(0, 1, 4)
     assert torch.equal(((frames + 1) * 127.5).round().to(torch.uint8), source[3:10:3])
     assert torch.equal(data.read_conditions(0, 1, 4)["actions"], actions(source)[3:10:3])
+
+
+@pytest.mark.parametrize("flip, axes", [("horizontal", [3]), ("vertical", [2]), ("both", [2, 3])])
+def test_clips_of_the_train_split_are_mirrored_every_other_time(prepared, flip, axes):
+    plain, mirrored = prepared_videos(prepared, "train", 2), prepared_videos(prepared, "train", 2, flip=flip)
+    seen = set()
+    for epoch in range(12):
+        plain.set_epoch(epoch), mirrored.set_epoch(epoch)
+        for index in range(len(plain)):
+            frames, found = plain[index], mirrored[index]
+            assert torch.equal(frames["conditions"]["actions"], found["conditions"]["actions"])
+            forms = [[axis for axis, on in zip((2, 3), chosen) if on] for chosen in itertools.product((0, 1), repeat=2)]
+            (form,) = [form for form in forms if torch.equal(frames["frames"].flip(form), found["frames"])]
+            seen.add(tuple(form))
+            assert torch.equal(found["frames"], mirrored[index]["frames"])  # the same for each worker
+    assert seen == {tuple(c) for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)}
+    # Whole videos, and other splits, are left as they are.
+    assert (
+        torch.equal(plain.read_video(0, 0, 3), mirrored.read_video(0, 0, 3)) and plain.describe() == mirrored.describe()
+    )
+    test = prepared_videos(prepared, "test", 2, flip=flip)
+    assert all(
+        torch.equal(one["frames"], two["frames"]) for one, two in zip(test, prepared_videos(prepared, "test", 2))
+    )
+    with pytest.raises(ValueError, match="flip: expected horizontal, vertical, both or null, found 'left'"):
+        prepared_videos(prepared, "train", 2, flip="left")
 
 
 def test_channels_are_converted(prepared):

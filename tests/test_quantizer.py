@@ -164,6 +164,23 @@ def test_update_by_hand():
         np.testing.assert_allclose(codebook.codebook, total / smoothed[:, None], rtol=1e-4, atol=1e-6)
 
 
+def test_the_published_start():
+    """Uniform codes with counts of 0: those that are chosen become means at once, the others fly off for good."""
+    K, batch = 8, torch.randn(40, 3) + 3
+    codebook = EMACodebook(K, 3, init="uniform", dead_code_threshold=0)
+    first = codebook.codebook.double().numpy().copy()
+    assert abs(first).max() <= 1 / K and abs(first).std() > 0.2 / K and not codebook.cluster_size.any()
+    assert codebook.initialize(batch).tolist() == [] and (codebook.codebook.double().numpy() == first).all()
+    codes = codebook.nearest(batch)
+    codebook.update(batch, codes)
+    chosen = np.eye(K)[codes.numpy()]
+    size = 0.01 * chosen.sum(0)
+    total = 0.99 * first + 0.01 * chosen.T @ batch.double().numpy()
+    smoothed = (size + 1e-5) / (size.sum() + K * 1e-5) * size.sum()
+    np.testing.assert_allclose(codebook.codebook, total / smoothed[:, None], rtol=1e-4)
+    assert codebook.codebook[chosen.sum(0) == 0].abs().amax(1).min() > 1000
+
+
 def test_kmeans_places_the_codes():
     vectors = torch.randn(400, 2)
     drawn, codebook = (EMACodebook(6, 2, kmeans_iters=n) for n in (0, 100))
@@ -391,6 +408,7 @@ def run_rank(rank, folder):
     "options, message",
     [
         ({"codebook_size": 0}, "codebook_size: expected a whole number of at least 1, found 0"),
+        ({"init": "zeros"}, "codebook_init: expected data or uniform, found 'zeros'"),
         ({"decay": 1.5}, "ema_decay: expected at least 0 and below 1, found 1.5"),
     ],
 )

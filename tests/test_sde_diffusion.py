@@ -1,16 +1,19 @@
 """STDiff: its parts against other implementations, Algorithm 1, continuous time, seeds, and how it fails."""
 
 import copy
+import json
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers.models.attention_processor import Attention
 from tiny import TINY_TOKENIZERS, random_clip, random_frames, small_sde_diffusion
 from torch import nn
 
-from latentcast import PixelTokenizer, SDEDiffusion, VideoPredictionPipeline, load_model
+from latentcast import PixelTokenizer, SDEDiffusion, VideoPredictionPipeline, load_config, load_model
+from latentcast.config import to_container
 from latentcast.layers.spade_unet import Spade, SpadeResnetBlock, SpadeUNet
 from latentcast.priors.denoising import SCHEDULERS
 
@@ -108,6 +111,87 @@ def test_motion_comes_from_the_difference_images_alone(make):
         assert not torch.allclose(prior.encode_motion(clip.flip(1)), found, atol=1e-3)
 
 
+@pytest.mark.parametrize("output, expected", [("linear", 1.0), ("tanh", torch.tensor(1.0).tanh()), ("softplus", None)])
+def test_sigma_goes_through_what_the_option_says(output, expected):
+    torch.manual_seed(0)
+    prior = small_sde_diffusion(diffusion_output=output)
+    m = torch.randn(2, 8, 2, 4)
+    sigma, drift = prior.motion_sde.diffusion(m), prior.motion_sde.drift(m)
+    assert (drift == 0).all()
+    # An untrained SDE is the identity, but for the noise that a posterior needs: a tenth.
+    torch.testing.assert_close(
+        sigma, torch.full_like(sigma, 0.0 if output != "softplus" else 0.0965), atol=1e-3, rtol=0
+    )
+    nn.init.ones_(prior.motion_sde.diffusion[6].bias)
+    if expected is not None:
+        torch.testing.assert_close(prior.motion_sde.diffusion(m), torch.full_like(sigma, float(expected)))
+    nn.init.constant_(prior.motion_sde.diffusion[6].bias, -100)
+    if output == "softplus":
+        assert (prior.motion_sde.diffusion(m) >= 1e-3).all()
+
+
+def test_models_saved_before_the_newer_options_are_what_they_were(make, tmp_path):
+    """Their configs have no such keys: sigma stays linear, and there is no posterior."""
+    prior = make()
+    prior.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("diffusion_output", "motion_kl_weight", "n_heads"):
+        config.pop(name)
+    path.write_text(json.dumps(config))
+    clip = random_clip(prior)
+    loaded = load_model(tmp_path)
+    assert torch.equal(loaded(clip, 2).loss, prior(clip, 2).loss)
+    assert loaded.motion_sde.diffusion(torch.full((1, 8, 2, 4), 9.0)).abs().max() > 1  # which tanh would not let be
+
+
+def test_the_widths_at_128_pixels_are_those_of_the_published_code():
+    config = load_config("stdiff_kitti").prior
+    options = {name: value for name, value in to_container(config).items() if name != "_target_"}
+    with torch.device("meta"):
+        model = SDEDiffusion(PixelTokenizer(3, 128, 128, levels=None).latent_spec, **options)
+    assert [m.out_channels for m in model.motion_encoder if isinstance(m, nn.Conv2d)] == [32, 64, 128, 256]
+    heads = {
+        (module.inner_dim, module.inner_dim // module.heads)
+        for module in model.unet.modules()
+        if isinstance(module, Attention)
+    }
+    assert heads == {(768, 192), (1024, 256)}
+    assert config.diffusion_output == "tanh"
+    for name, batch_size, flip in (
+        *(("bair", 6, "both"), ("kth", 4, "both"), ("kitti", 2, "both")),
+        *(("smmnist", 10, None), ("cityscapes", 1, None)),
+    ):
+        trained = load_config(f"stdiff_{name}", tool="train_prior")
+        assert (trained.batch_size, trained.data.flip) == (batch_size, flip)
+        assert trained.optimizer.weight_decay == 1e-6
+        horizon = (load_config(f"stdiff_{name}", tool="evaluate").evaluation.sampler or {}).get("horizon")
+        assert horizon == (10 if name in ("bair", "kth", "cityscapes") else None)
+
+
+def test_heads_may_be_counted_instead_of_measured():
+    torch.manual_seed(0)
+    wide = SpadeUNet(4, 2, 5, (8, 8), (8, 16), n_blocks=1, attention_from=1, head_dim=4, norm_groups=4)
+    counted = SpadeUNet(4, 2, 5, (8, 8), (8, 16), n_blocks=1, attention_from=1, norm_groups=4, n_heads=4)
+    theirs = UNet2DModel(  # diffusers' own way to count: by the width of a head
+        in_channels=4,
+        out_channels=2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    counted.load_state_dict(wide.state_dict())
+    x, t, feature = torch.randn(2, 4, 8, 8), torch.tensor([3, 4]), torch.randn(2, 5, 4, 4)
+    assert torch.equal(wide(x, t, feature), counted(x, t, feature))
+    attention, other = wide.unet.mid_block.attentions[0], theirs.mid_block.attentions[0]
+    other.load_state_dict(attention.state_dict())
+    h = torch.randn(2, 16, 4, 4)
+    assert other.heads == attention.heads == 4 and torch.equal(other(h), attention(h))
+
+
 # Training -----------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +262,63 @@ def test_a_frame_is_predicted_from_nothing_that_comes_after_it(make):
         reaches = gradient.abs().amax((0, 2, 3, 4)) > 0
         expected = [frame <= 2 or frame in (2 + index, 3 + index) for frame in range(6)]  # context, previous, own noisy
         assert reaches.tolist() == expected
+
+
+LATENT_SDE = {"diffusion_output": "softplus", "motion_kl_weight": 1.0}
+
+
+def test_a_posterior_sees_the_future_and_pays_for_it(make):
+    torch.manual_seed(0)
+    fresh = small_sde_diffusion(**LATENT_SDE)
+    clip = random_clip(fresh, n_frames=6)
+    assert fresh(clip, 2).logs["motion_kl"] == 0  # before training it is the prior
+    prior = make(**LATENT_SDE)
+    for parameter in prior.motion_posterior.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    features = record(prior.unet, outputs=False)
+    output = prior(clip, 2)
+    other = clip.clone()
+    other[:, 5] *= -1  # the last frame
+    changed = prior(other, 2)
+    assert output.logs["motion_kl"] > 0 and output.logs["motion_kl"] != changed.logs["motion_kl"]
+    one, two = (features[i][2].unflatten(0, (2, 4)) for i in range(2))
+    assert not torch.allclose(one[:, 0], two[:, 0], atol=1e-4)  # already the first predicted frame's motion knows it
+    # The weight is what it says, a number of the predicted frames at a time.
+    prior.register_to_config(motion_kl_weight=0.0)
+    n_numbers = clip[:, 2:].numel()
+    expected = output.loss - output.logs["motion_kl"] * 2 / n_numbers
+    torch.testing.assert_close(prior(clip, 2).loss, expected, rtol=1e-4, atol=1e-4)
+    # Sampling knows nothing of the future and is that of the motion alone.
+    for parameter in prior.motion_posterior.parameters():
+        nn.init.zeros_(parameter)
+    before = sample(prior, clip[:, :2])
+    assert torch.equal(before, sample(prior, other[:, :2]))
+
+
+def test_only_a_posterior_gives_sigma_a_reason(make):
+    """The divergence is inversely proportional to sigma squared: of two losses the heavier pulls sigma up."""
+    pulls = {}
+    for weight in (0.0, 1e3):
+        prior = make(**LATENT_SDE | {"motion_kl_weight": weight})
+        for parameter in prior.motion_posterior.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        output = prior(random_clip(prior), 2)
+        (pulls[weight],) = torch.autograd.grad(output.loss, prior.motion_sde.diffusion[6].bias)
+    assert pulls[1e3].mean() < -10 * pulls[0.0].abs().mean()
+
+
+def test_gradients_of_a_posterior_reach_what_reads_the_future_also_with_checkpointing():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        prior = small_sde_diffusion(**LATENT_SDE, gradient_checkpointing=checkpointing).train()
+        for parameter in [*prior.motion_sde.parameters(), *prior.motion_posterior.parameters()]:
+            nn.init.normal_(parameter, std=0.3)
+        prior(random_clip(prior, n_frames=5), 2).loss.backward()
+        gradients.append({name: p.grad for name, p in prior.named_parameters()})
+    assert all(g is not None and g.abs().sum() > 0 for name, g in gradients[0].items() if "motion_posterior" in name)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def test_a_loaded_model_has_the_same_loss(make, tmp_path):
@@ -361,9 +502,49 @@ def test_every_scheduler_samples(make, scheduler):
     assert latents.abs().max() > 1 and latents.isfinite().all()  # only pixels are clamped
 
 
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_beyond_the_horizon_the_motion_is_taken_anew_from_predicted_frames(make, multiplier):
+    prior = make()
+    context = random_clip(prior, n_frames=3)
+    options = {"num_samples": 2, "fps_multiplier": multiplier, "n_steps": 2}
+    parts = record(prior.motion_sde, outputs=False)
+    future = sample(prior, context, 7 * multiplier, horizon=3, **options)
+    assert [part[1].shape[1] for part in parts] == [3 * multiplier, 3 * multiplier, multiplier]
+    assert all(part[1][0, -1] == end for part, end in zip(parts, (3, 3, 1)))
+    parts = list(parts)
+    # Up to the horizon it is what one long path gives, and then something else.
+    whole = sample(prior, context, 7 * multiplier, **options)
+    assert torch.equal(whole[:, :, : 3 * multiplier], future[:, :, : 3 * multiplier])
+    assert not torch.allclose(whole[:, :, 3 * multiplier :], future[:, :, 3 * multiplier :], atol=1e-3)
+    # The context of a part is the frames at its last whole times, as many as there were observed.
+    clip = torch.cat([context[:, None].expand(-1, 2, -1, -1, -1, -1), future[:, :, multiplier - 1 :: multiplier]], 2)
+    for part, (start, _, seeds) in enumerate(parts):
+        motion = prior.encode_motion(clip[:, :, 3 * part : 3 * part + 3].flatten(0, 1))
+        torch.testing.assert_close(start, motion)
+        assert len(set(seeds)) == 4 and not set(seeds) & {s for other in parts[:part] for s in other[2]}
+    # The published rollout, step by step: the same model on its own predictions.
+    assert torch.equal(sample(prior, context, 2, horizon=10**12, n_steps=2), sample(prior, context, 2, n_steps=2))
+
+
+def test_a_context_longer_than_the_horizon_keeps_observed_frames(make):
+    prior = make()
+    context = random_clip(prior, n_frames=5)
+    parts = record(prior.motion_sde, outputs=False)
+    future = sample(prior, context, 5, horizon=2, n_steps=2)
+    clip = torch.cat([context, future[:, 0]], 1)
+    for part, (start, *_) in enumerate(parts):
+        torch.testing.assert_close(start, prior.encode_motion(clip[:, 2 * part : 2 * part + 5]))
+    assert len(parts) == 3
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"horizon": 0}, "horizon: expected a whole number of at least 1, found 0"),
+        ({"horizon": 1, "fps_multiplier": 1.5}, "horizon: expected None, or a whole fps_multiplier and no frame_times"),
+        ({"horizon": 1, "frame_times": [1.0, 2.0]}, "horizon: .* found frame_times"),
+        ({"fps_multiplier": 1e-9}, "fps_multiplier: expected 0.0002 to 10000 for 2 frames, found 1e-09"),
+        ({"frame_times": [1.0, 1e9]}, "frame_times: expected at most 10002 frame intervals, found 1e.09"),
         ({"frame_times": [0.0, 1.0]}, r"frame_times: expected increasing times above 0.*found \[0.0, 1.0\]"),
         ({"frame_times": [1.0, 1.0]}, "frame_times: expected increasing times above 0"),
         ({"frame_times": [2.0, 1.0]}, "frame_times: expected increasing times above 0"),
@@ -419,6 +600,12 @@ def test_bad_clips_are_refused(make):
         ({"block_channels": [8, 6]}, r"block_channels: expected multiples of norm_groups=4, found \[8, 6\]"),
         ({"block_channels": [8, 12]}, "block_channels: expected multiples of head_dim=8 from level 1 on"),
         ({"betas": "sigmoid"}, "betas: expected linear or cosine"),
+        ({"diffusion_output": "relu"}, "diffusion_output: expected linear or tanh or softplus, found 'relu'"),
+        ({"motion_kl_weight": 1.0}, "motion_kl_weight: expected None unless motion=sde and diffusion_output=softplus"),
+        ({"motion": "ode", **LATENT_SDE}, "motion_kl_weight: expected None unless motion=sde"),
+        (LATENT_SDE | {"motion_kl_weight": -1}, "motion_kl_weight: expected at least 0 or None, found -1"),
+        (LATENT_SDE | {"adjoint": True}, "adjoint: expected false with a motion_kl_weight, found true"),
+        ({"n_heads": 3}, "block_channels: expected multiples of n_heads=3 from level 1 on"),
         ({"prediction_type": "noise"}, "prediction_type: expected"),
     ],
 )

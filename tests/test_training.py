@@ -452,3 +452,28 @@ def test_prior_over_pixel_codes_needs_no_cache_and_draws_its_futures(tmp_path):
     assert info.fps == pytest.approx(dataset.fps) and info.n_frames == 4
     clips, fps = preview_clips(VideoDataModule(instantiate(tiny_config(tmp_path, *PIXEL_PRIOR).data), 4), 2)
     assert fps == dataset.fps and torch.equal(clips[1], dataset[1]["frames"])
+
+
+class Revivals(pl.Callback):
+    """Which steps a tokenizer may revive codes in."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        books = [m for m in pl_module.model.modules() if isinstance(m, EMACodebook)]
+        self.steps[trainer.global_step] = {book.revives for book in books}
+
+
+@pytest.mark.parametrize("length", ["trainer.max_steps=20", "trainer.max_epochs=7"])  # epochs of 3 steps
+def test_codes_are_revived_until_the_last_tenth_of_a_run_also_of_a_resumed_one(tmp_path, length):
+    options = ["trainer.max_steps=-1", length, "tokenizer=hr_vqvae", "tokenizer.hidden_channels=8"]
+    stopped, resumed = Revivals(), Revivals()
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_config(tmp_path, *options), callbacks=[stopped, Stop(4)])
+    fit(tiny_config(tmp_path, *options, "resume=true"), callbacks=[resumed])
+    assert sorted(stopped.steps) == list(range(5)) and min(resumed.steps) == 5
+    first_settled = 18 if length == "trainer.max_steps=20" else 19  # of 21
+    for step, revives in (stopped.steps | resumed.steps).items():
+        assert revives == {step < first_settled}, step
+    assert max(resumed.steps) >= first_settled

@@ -1,13 +1,16 @@
 """The Latent Video Transformer: parameter counts, causality, likelihood, and sampling with and without the cache."""
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from latentcast import VideoTransformer
+from latentcast import VideoTransformer, instantiate, load_config
+from latentcast.config import config_root
 from latentcast.layers.masked_convolutions import CausalConv3d
 from latentcast.layers.positions import RelativeBias3D
 from latentcast.priors.sampling import draw
@@ -28,11 +31,15 @@ def spec(sizes=(5, 5), height=4, width=4):
     }
 
 
-def tiny(subscale=(4, 1, 1), sizes=(5, 5), seed=0, **kwargs):
+def tiny_as_drawn(subscale=(4, 1, 1), sizes=(5, 5), seed=0, **kwargs):
     torch.manual_seed(seed)
-    model = VideoTransformer(
+    return VideoTransformer(
         spec(sizes), n_frames=4, subscale=subscale, dim=24, embed_dim=12, n_heads=2, head_dim=8, n_layers=2, **kwargs
     )
+
+
+def tiny(*args, **kwargs):
+    model = tiny_as_drawn(*args, **kwargs)
     for parameter in model.parameters():  # biases and tables start at zero, which would hide mistakes
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -50,6 +57,69 @@ def random_codes(batch=2, frames=4, sizes=(5, 5), height=4, width=4, seed=1):
 def test_parameter_counts_of_table_7(attention, millions):
     model = VideoTransformer(spec([512] * 4, 16, 16), attention=attention)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+def test_published_weights_have_the_published_distributions():
+    model = tiny_as_drawn(weight_init="published")
+    conv = nn.Conv3d(10, 12, (7, 1, 1))  # the published encoder's, over one-hot codes of two codebooks of 5
+    layers = [nn.Linear(24, 24), nn.Linear(24 + 5, 24)]  # U_1 and U_2
+    for layer in (conv, *layers):
+        nn.init.xavier_uniform_(layer.weight)
+    head = model.head
+    for ours, theirs in (
+        (model.encoder.taps.weight[:-1], conv.weight),
+        (head.hidden.weight[:24], layers[0].weight),
+        (torch.cat([head.hidden.weight[24:].flatten(), head.previous[0].weight.flatten()]), layers[1].weight),
+    ):
+        assert ours.numel() == theirs.numel()
+        assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.03)
+        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.1)
+    assert not model.encoder.taps.weight[-1].any() and not head.hidden.bias.any()
+    assert model.decoder.embed_codes.weight.std().item() == pytest.approx(1, abs=0.25)
+    assert torch.equal(
+        tiny_as_drawn().head.logits[0].weight, tiny_as_drawn(weight_init="default").head.logits[0].weight
+    )
+    assert model(random_codes(), 1).loss.isfinite()
+
+
+@pytest.mark.parametrize("name", ["lvt_bair", "lvt_kinetics600"])
+def test_exactly_the_papers_by_the_overrides_that_the_experiment_names(name):
+    """They compose, and both stages train a step with the experiment's own optimisers, at a small width."""
+    text = (config_root() / "experiment" / f"{name}.yaml").read_text()
+    exact = [
+        word for word in text.partition("Exactly as published:")[2].partition("defaults:")[0].split() if "=" in word
+    ]
+    assert len(exact) == 3
+    small = [
+        "tokenizer.hidden_channels=8",
+        "tokenizer.residual_channels=4",
+        "tokenizer.embedding_dim=8",
+        "prior.dim=16",
+    ]
+    small += ["prior.n_layers=1", "prior.n_heads=2", "prior.head_dim=8", "prior.embed_dim=8", "frame_size=16"]
+    config = load_config(name, exact + small, tool="train_tokenizer")
+    assert (config.tokenizer.codebook_init, config.tokenizer.dead_code_threshold) == ("uniform", 0)
+    torch.manual_seed(0)
+    tokenizer = instantiate(config.tokenizer).train()
+    books = tokenizer.quantizer.codebooks
+    assert len(books) == 4 and all(book.initialized and not book.cluster_size.any() for book in books)
+    frames = torch.rand(2, 16, 3, 16, 16) * 2 - 1
+    step(tokenizer, instantiate(config.optimizer), frames)
+    assert all(book.cluster_size.sum() == pytest.approx(0.01 * 2 * 16 * 16) for book in books)
+    config = load_config(name, exact + small, tool="train_prior")
+    prior = instantiate(config.prior, latent_spec=tokenizer.latent_spec).train()
+    assert prior.config.weight_init == "published"
+    step(prior, instantiate(config.optimizer), tokenizer.eval().encode(frames).codes, config.n_context)
+
+
+def step(model, optimizer, *inputs):
+    before = copy.deepcopy(list(model.parameters()))
+    optimizer = optimizer(model.parameters())
+    loss = model(*inputs).loss
+    assert loss.isfinite()
+    loss.backward()
+    optimizer.step()
+    assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
 
 
 def test_encoder_equals_a_masked_strided_convolution_over_one_hot_codes():
@@ -249,6 +319,23 @@ def test_loss_bits_and_log_prob_agree():
     model.train()  # one random slice by default: the loss varies from draw to draw
     losses = {round(model(clip, 1).loss.item(), 4) for _ in range(8)}
     assert len(losses) > 1
+
+
+@pytest.mark.parametrize("subscale", SUBSCALES)
+def test_slices_are_evaluated_together_with_the_same_numbers(subscale, monkeypatch):
+    model, codes = tiny(subscale), random_codes(batch=3)
+    calls = []
+    model.decoder.register_forward_hook(lambda module, arguments, output: calls.append(len(output)))
+    found = model.log_prob(codes, 1)
+    n_slices = len(model._predicted_slices(1))
+    assert calls == [3 * n_slices]
+    n = model.slice_pixels.shape[1]
+    for positions in (1, 3 * n, 2 * 3 * n):  # one by one, and in twos
+        monkeypatch.setattr("latentcast.priors.video_transformer.POSITIONS_AT_ONCE", positions)
+        calls.clear()
+        torch.testing.assert_close(model.log_prob(codes, 1), found)
+        assert sum(calls) == 3 * n_slices and max(calls) == (6 if positions > 3 * n else 3)
+    torch.testing.assert_close(torch.cat([model.log_prob(codes[i : i + 1], 1) for i in range(3)]), found)
 
 
 def test_training_on_all_slices_equals_the_likelihood():

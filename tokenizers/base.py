@@ -128,6 +128,10 @@ class FrameTokenizer(VideoModel):
         """False for a tokenizer that encodes well as it was constructed."""
         return next(self.parameters(), None) is not None
 
+    def settle(self, settled):
+        """Told before every training step whether the run is in its last part: what then jumps (codes that are revived)
+        would not be followed by the moving average of the weights before the end."""
+
     def encode(self, frames):
         """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput."""
         raise NotImplementedError

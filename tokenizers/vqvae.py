@@ -18,6 +18,7 @@ from .base import (
     check_weights,
 )
 from .losses import check_reconstruction_options, reconstruction_loss
+from .quantizers.ema_codebook import EMACodebook
 from .quantizers.sliced import SlicedQuantizer
 
 
@@ -128,6 +129,11 @@ class ConvolutionalVQ(FrameTokenizer):
         """The parameters that ``decode`` alone uses, a list."""
         return list(self.decoder.parameters())
 
+    def settle(self, settled):
+        for module in self.quantizer.modules():
+            if isinstance(module, EMACodebook):
+                module.revives = not settled
+
     def forward(self, frames):
         """Reconstruct, and in training mode update the codebooks.
 
@@ -197,6 +203,8 @@ class VQVAE(ConvolutionalVQ):
         ema_decay, ema_eps: of the codebooks' moving averages.
         kmeans_iters: Lloyd iterations that place the codes on the first training batch; 0 draws them from it.
         dead_code_threshold: codes used less than this fraction of the average are drawn anew; 0 switches it off.
+        codebook_init: "data": ``kmeans_iters`` on the first training batch; "uniform": as in the published code, see
+            ``EMACodebook``. With it and a threshold of 0 the codebooks are the paper's.
         reconstruction_loss: "l2" or "l1".
         lpips_weight: of LPIPS in the loss; see ``losses.py``.
         output_activation: "tanh", or "linear": clamped to [-1, 1] outside the loss. Frames that are mostly black or
@@ -225,6 +233,7 @@ class VQVAE(ConvolutionalVQ):
         ema_eps: float = 1e-5,
         kmeans_iters: int = 10,
         dead_code_threshold: float = 0.1,
+        codebook_init: str = "data",
         reconstruction_loss: str = "l2",
         lpips_weight: float = 0.0,
         output_activation: str = "tanh",
@@ -241,6 +250,7 @@ class VQVAE(ConvolutionalVQ):
             eps=ema_eps,
             kmeans_iters=kmeans_iters,
             dead_code_threshold=dead_code_threshold,
+            init=codebook_init,
         )
 
     @property

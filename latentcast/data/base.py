@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch.utils.data import Dataset
 
 SPLITS = ("train", "val", "test")
+FLIPS = {None: (), "horizontal": (-1,), "vertical": (-2,), "both": (-1, -2)}  # axes of (T, C, H, W), each for itself
 
 
 class EmptySplitError(ValueError):
@@ -33,9 +34,9 @@ class VideoDataset(Dataset):
     pieces, so that long ones never sit in memory.
 
     Attributes: ``split``, ``clip_length``, ``size`` (H = W, pixels), ``channels`` (1 or 3), ``fps`` (frames per second
-    of the clips, for writing previews), ``seed`` (of the random windows), and ``conditions``: what is known of each
-    frame or video beside its pixels, name -> ``{"shape": list, "dtype": "float32" or "int64", "per": "frame" or
-    "video"}``.
+    of the clips, for writing previews), ``seed`` (of the random windows), ``flip`` (of FLIPS: the train split's clips
+    are mirrored so every other time, but not their conditions), and ``conditions``: what is known of each frame or
+    video beside its pixels, name -> ``{"shape": list, "dtype": "float32" or "int64", "per": "frame" or "video"}``.
     """
 
     split: str
@@ -44,6 +45,7 @@ class VideoDataset(Dataset):
     channels: int
     fps: float
     seed = 0
+    flip: str | None = None
     conditions: dict = {}  # noqa: RUF012
 
     epoch = 0
@@ -86,7 +88,11 @@ class VideoDataset(Dataset):
 
     def __getitem__(self, index):
         window = self._windows.place(index, self.epoch)
-        return {"frames": self.read_video(*window), "conditions": self.read_conditions(*window)}
+        frames, conditions = self.read_video(*window), self.read_conditions(*window)
+        if self.flip is not None and self.split == "train":
+            chance = random.Random(f"flip {self.seed} {self.epoch} {index}")
+            frames = frames.flip([axis for axis in FLIPS[self.flip] if chance.random() < 0.5])
+        return {"frames": frames, "conditions": conditions}
 
 
 class ClipWindows:
@@ -112,6 +118,13 @@ class ClipWindows:
 def check_split(split):
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
+
+
+def check_flip(flip):
+    """``flip`` itself, one of FLIPS."""
+    if not (flip is None or isinstance(flip, str)) or flip not in FLIPS:
+        raise ValueError(f"flip: expected horizontal, vertical, both or null, found {flip!r}")
+    return flip
 
 
 def window_start(seed, epoch, index, n_starts):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..files import locked, read_json, replacing, write_json
 from ..schemas import Count, Digest, Rate, Schema, Text, Whole, check, short
 from . import shards
-from .base import SPLITS, EmptySplitError, VideoDataset, check_split
+from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
 from .moving_digits import MOTIONS, MovingDigits
 from .pictures import contact_sheet
 from .video_folder import luma
@@ -317,14 +317,20 @@ def _write_shard(benchmark, writer, split, shard, progress=lambda n: None):
 
 
 def prepared_videos(
-    root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0, fresh=False
+    root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0, fresh=False, flip=None
 ):
     """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
 
     Args: see PreparedVideos; videos that are made keep the set's own seed. ``fresh``: draw the train split's videos
-        anew in every epoch, of sets that make them.
+        anew in every epoch, of sets that make them. ``flip``: see VideoDataset.
     """
     check_split(split)
+    dataset = _open(root, split, clip_length, size, channels, name, frame_stride, seed, fresh)
+    dataset.flip = check_flip(flip)
+    return dataset
+
+
+def _open(root, split, clip_length, size, channels, name, frame_stride, seed, fresh):
     root = Path(str(root))  # 2024 in a config is a number
     manifest = read_set_manifest(root, name)
     if fresh and "train" not in manifest["generated"]:

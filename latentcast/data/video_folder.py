@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ..files import replacing, user_cache
-from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_split
+from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_flip, check_split
 from .video_reader import VideoError, VideoInfo, probe, read_clip
 
 try:
@@ -56,6 +56,7 @@ class VideoFolder(VideoDataset):
         index_dir: folder for the index; default: a hidden file in ``root``, or in the user's cache if ``root`` is
             read-only.
         backend: see ``read_clip``.
+        flip: see VideoDataset.
     Raises:
         FileNotFoundError: no such folder.
         ValueError: a folder ``val`` or ``test`` without ``train``.
@@ -76,8 +77,10 @@ class VideoFolder(VideoDataset):
         seed=0,
         index_dir=None,
         backend="auto",
+        flip=None,
     ):
         check_split(split)
+        self.flip = check_flip(flip)
         check_whole(clip_length=clip_length, size=size, frame_stride=frame_stride)
         check_options(channels, frame_stride, fps, val_fraction, test_fraction)
         self.root, self.split, self.clip_length, self.size, self.channels = (

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 import torchsde
 from torch import nn
 
@@ -47,7 +48,7 @@ class NeuralSDE(nn.Module):
         self.sde_type, self.solver, self.dt, self.adjoint = sde_type, solver, dt, adjoint
         self.gradient_checkpointing = False  # as diffusers' blocks; set by enable_gradient_checkpointing
 
-    def forward(self, start, times, seeds=None):
+    def forward(self, start, times, seeds=None, control=None):
         """Integrate from time 0.
 
         Args:
@@ -55,8 +56,11 @@ class NeuralSDE(nn.Module):
             times: (N, P) positive, in any order.
             seeds: N tuples of whole numbers of at least 0, each of which names a Brownian path that goes on for ever
                 (never solved by the adjoint); None draws a path for each row from torch's generator.
+            control: function (m, time) -> u (N, C, h, w), added to the drift: the posterior of a latent SDE (Li et al.
+                2020, section 5). Takes a diffusion that is nowhere 0; never solved by the adjoint.
         Returns:
-            m at the times, (N, P, C, h, w), at least float32.
+            m at the times, (N, P, C, h, w), at least float32. With a control also the KL divergence of the controlled
+            paths up to the last time from those without, 1/2 int |u / sigma|^2 dt along each path, (N,) in nats.
         Raises:
             FloatingPointError: the solution exploded or is not a number.
         """
@@ -70,16 +74,19 @@ class NeuralSDE(nn.Module):
         n, channels, height, width = start.shape
         shape = (height, width, channels)  # channels last, which convolutions like; torchsde wants rows
         y_0 = start.to(torch.promote_types(start.dtype, torch.float32)).movedim(1, -1).flatten(1)
-        states = self._solve(y_0, _Equation(self, shape, start.dtype, start.device.type), grid, seeds)
+        equation = _Equation(self, shape, start.dtype, start.device.type, control)
+        states, kl = self._solve(y_0, equation, grid, seeds)
         self._check(states.detach(), grid)
 
         rows = torch.arange(n, device=start.device)[:, None]
         below, above = (states[torch.searchsorted(grid, index).to(start.device), rows] for index in (low, high))
         weight = (position - low).to(start.device, states.dtype)[..., None]
-        return torch.lerp(below, above, weight).unflatten(2, shape).movedim(-1, 2)
+        states = torch.lerp(below, above, weight).unflatten(2, shape).movedim(-1, 2)
+        return states if control is None else (states, kl)
 
     def _solve(self, y_0, equation, grid, seeds):
-        """The solution at the whole numbers in ``grid`` (K,), of which the first is 0 -> (K, N, h w C)."""
+        """The solution at the whole numbers in ``grid`` (K,), of which the first is 0 -> (K, N, h w C), and the KL
+        divergence of a control (N,), or None."""
         last = int(grid[-1])
         if self.diffusion is None:
             wanted, states, y = set(grid.tolist()), [y_0], y_0
@@ -87,18 +94,21 @@ class NeuralSDE(nn.Module):
                 y = y + equation.f(None, y)
                 if step in wanted:
                     states.append(y)
-            return torch.stack(states)
+            return torch.stack(states), None
         area = "space-time" if self.solver == "srk" else "none"
+        controlled = equation.control is not None
+        like = F.pad(y_0, (0, 1)) if controlled else y_0  # torchsde adds a column for the divergence
         if seeds is None:
             entropy = int(torch.randint(2**62, ()))
             brownian = torchsde.BrownianInterval(
-                0, last, y_0.shape, y_0.dtype, y_0.device, entropy, dt=1, levy_area_approximation=area
+                0, last, like.shape, like.dtype, like.device, entropy, dt=1, levy_area_approximation=area
             )
         else:
-            brownian = SeededBrownian(seeds, y_0, area)
-        adjoint = self.adjoint and seeds is None and torch.is_grad_enabled()
+            brownian = SeededBrownian(seeds, like, area)
+        adjoint = self.adjoint and seeds is None and not controlled and torch.is_grad_enabled()
         solve = torchsde.sdeint_adjoint if adjoint else torchsde.sdeint
-        return solve(equation, y_0, grid.double(), bm=brownian, method=self.solver, dt=1)
+        solution = solve(equation, y_0, grid.double(), bm=brownian, method=self.solver, dt=1, logqp=controlled)
+        return (solution[0], solution[1].sum(0)) if controlled else (solution, None)
 
     def _check(self, states, grid):
         largest = states.abs().amax((1, 2)).tolist()
@@ -116,8 +126,9 @@ class _Equation(nn.Module):
 
     noise_type = "diagonal"
 
-    def __init__(self, model, shape, dtype, device_type):
+    def __init__(self, model, shape, dtype, device_type, control=None):
         super().__init__()
+        self.control = control
         self.model, self.shape, self.dtype, self.sde_type = model, shape, dtype, model.sde_type
         # The adjoint calls drift and diffusion in the backward pass, which runs outside of autocast.
         self.autocast = {
@@ -127,6 +138,13 @@ class _Equation(nn.Module):
         }
 
     def f(self, t, y):
+        drift = self._evaluate(self.model.drift, y)
+        if self.control is not None:
+            time = float(t) * self.model.dt + 1e-6  # grid points that rounding leaves just below a whole time are on it
+            drift = drift + self._evaluate(lambda maps: self.control(maps, time), y)
+        return self.model.dt * drift
+
+    def h(self, t, y):  # torchsde's name for the drift without control
         return self.model.dt * self._evaluate(self.model.drift, y)
 
     def g(self, t, y):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 
@@ -90,6 +91,7 @@ class SpadeUNet(nn.Module):
         attention_from: the first level, counted from 0, that has self-attention; the middle block always has.
         head_dim: width of an attention head; divides the widths of the levels with attention.
         norm_groups: of the group normalisation; divides every width.
+        n_heads: attention heads of every level, in the place of ``head_dim``; None: as many as that says.
     Raises:
         ValueError: sizes that do not fit each other.
     """
@@ -105,16 +107,18 @@ class SpadeUNet(nn.Module):
         attention_from=1,
         head_dim=128,
         norm_groups=32,
+        n_heads=None,
     ):
         super().__init__()
         n_levels = len(block_channels)
         check_size(size, n_levels)
         if any(width % norm_groups for width in block_channels):
             raise ValueError(f"block_channels: expected multiples of norm_groups={norm_groups}, found {block_channels}")
-        if any(width % head_dim for width in [*block_channels[attention_from:], block_channels[-1]]):
+        unit = f"head_dim={head_dim}" if n_heads is None else f"n_heads={n_heads}"
+        if any(width % (n_heads or head_dim) for width in [*block_channels[attention_from:], block_channels[-1]]):
             raise ValueError(
-                f"block_channels: expected multiples of head_dim={head_dim} from level {attention_from} on and at the "
-                f"last, found {block_channels}"
+                f"block_channels: expected multiples of {unit} from level {attention_from} on and at the last, found "
+                f"{block_channels}"
             )
         attends = [level >= attention_from for level in range(n_levels)]
         self.size = tuple(size)
@@ -125,9 +129,13 @@ class SpadeUNet(nn.Module):
             layers_per_block=n_blocks,
             down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
             up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
-            attention_head_dim=head_dim,
+            attention_head_dim=None,  # one head of all channels: their number is set below
             norm_num_groups=norm_groups,
         )
+        for module in self.unet.modules():
+            if isinstance(module, Attention):
+                module.heads = n_heads or module.inner_dim // head_dim
+                module.scale = (module.inner_dim // module.heads) ** -0.5
         levels = [*range(n_levels), n_levels - 1, *reversed(range(n_levels))]
         count = itertools.count()
         for level, block in zip(levels, self._blocks()):

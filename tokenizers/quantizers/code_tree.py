@@ -32,8 +32,9 @@ class CodeTree(nn.Module):
     Without ``tree`` every layer has one codebook whatever the path: residual vector quantisation (Zeghidour et al.
     2021, section III-C), with n * m codes in all.
 
-    When a code is placed or revived, what hung below it described residuals of another code; the codebooks below it
-    start over on their next visit.
+    In a tree the codes that no vector has reached yet are zero, so that a leaf there, which a prior may choose all the
+    same, is what its path above says. When a code is placed or revived, what hung below it described residuals of
+    another code; all codebooks below it are zero again, and placed on their next visit.
 
     In training mode ``forward`` also updates the codebooks; nothing else does. With one layer, codes, latents and
     codebooks are those of ``SlicedQuantizer`` with one codebook, and the commitment loss is twice that one's.
@@ -60,6 +61,8 @@ class CodeTree(nn.Module):
             EMACodebook(codebook_size, dim, n_parents=codebook_size**i if tree else 1, learned=learned, **codebook)
             for i in range(n_layers)
         )
+        if tree and n_layers > 1:
+            self._start_over_below(0, torch.arange(codebook_size))
 
     @torch.no_grad()
     def nearest(self, vectors):
@@ -150,5 +153,7 @@ class CodeTree(nn.Module):
                 parents = rows
 
     def _start_over_below(self, i, rows):
-        if self.tree and i + 1 < len(self.layers):
-            self.layers[i + 1].initialized[rows] = False
+        """Take back all that hangs below the codes in these rows of layer i."""
+        for layer in self.layers[i + 1 :] if self.tree and len(rows) else []:
+            layer.clear(rows)
+            rows = layer._rows(rows).flatten()

@@ -46,7 +46,8 @@ class EMACodebook(KeepsDtype):
     above happens for each parent by itself, with the vectors routed to it; a batch that does not visit a parent leaves
     its codes and counts as they are, bit for bit. Code c of parent p is row p * K + c of all tensors.
 
-    All state stays in fp32 whatever the model is cast to, and is the same on every rank.
+    All state stays in fp32 whatever the model is cast to, and is the same on every rank. While ``revives`` is False no
+    code is drawn anew: a revived one jumps, and the moving average of the weights follows it only slowly.
 
     Args:
         codebook_size: K.
@@ -57,6 +58,9 @@ class EMACodebook(KeepsDtype):
         dead_code_threshold: fraction of the average count; 0 never revives a code.
         n_parents: P; None: a codebook by itself, whose methods need no ``parents``.
         learned: the codes are a parameter, for a loss and an optimiser to move; the moving averages then only count.
+        init: "data", the first training batch places the codes, as above; or "uniform", as the published code of the
+            Latent Video Transformer begins: in +-1 / K, with counts of 0, so that what the first batches do not choose
+            is divided by almost nothing and lost far away.
     Raises:
         ValueError: a codebook without codes, or a decay outside [0, 1).
     """
@@ -71,9 +75,12 @@ class EMACodebook(KeepsDtype):
         dead_code_threshold=0.1,
         n_parents=None,
         learned=False,
+        init="data",
     ):
         super().__init__()
         check_counts(codebook_size=codebook_size)
+        if init not in ("data", "uniform"):
+            raise ValueError(f"codebook_init: expected data or uniform, found {init!r}")
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay: expected at least 0 and below 1, found {decay}")
         self.codebook_size = codebook_size
@@ -83,15 +90,19 @@ class EMACodebook(KeepsDtype):
         self.kmeans_iters = kmeans_iters
         self.dead_code_threshold = dead_code_threshold
         self.learned = learned
+        self.revives = True
         n_codes = self.n_parents * codebook_size
+        uniform = init == "uniform"
         codebook = torch.randn(n_codes, dim)
+        if uniform:
+            codebook.uniform_(-1 / codebook_size, 1 / codebook_size)
         if learned:
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
             self.register_buffer("cluster_sum", codebook.clone())
-        self.register_buffer("cluster_size", torch.ones(n_codes))
-        self.register_buffer("initialized", torch.zeros(() if n_parents is None else n_parents, dtype=torch.bool))
+        self.register_buffer("cluster_size", torch.full((n_codes,), 0.0 if uniform else 1.0))
+        self.register_buffer("initialized", torch.full(() if n_parents is None else (n_parents,), uniform))
 
     @torch.no_grad()
     def nearest(self, vectors, parents=None):
@@ -201,7 +212,7 @@ class EMACodebook(KeepsDtype):
             self.cluster_sum[rows] = self.cluster_sum[rows].lerp_(sums, 1 - self.decay)
             smoothed = (sizes + self.eps) / (totals + K * self.eps) * totals
             self.codebook[rows] = self.cluster_sum[rows] / smoothed[..., None]
-        dead = sizes < self.dead_code_threshold * totals / K
+        dead = (sizes < self.dead_code_threshold * totals / K) & self.revives
         if not dead.any():
             return rows[dead]
         drawn, n_drawn = self._draw(vectors, slots, len(ids))
@@ -214,6 +225,16 @@ class EMACodebook(KeepsDtype):
         self.codebook[revived] = drawn[slot, turn[dead]]
         self._set_counts(revived, (totals / K)[slot, 0])
         return revived
+
+    @torch.no_grad()
+    def clear(self, ids):
+        """Take the codes of some parents (A,) back: all are zero until ``initialize`` places them."""
+        rows = self._rows(ids)
+        self.codebook[rows] = 0
+        self.cluster_size[rows] = 1
+        if not self.learned:
+            self.cluster_sum[rows] = 0
+        self.initialized.view(-1)[ids] = False
 
     def _set_counts(self, rows, sizes):
         """Start the moving averages of codes as if each had been chosen ``sizes`` times a batch so far."""

@@ -1,0 +1,63 @@
+"""Sampler options of every prior: what makes no sense is one line that names the option, and nothing else happens."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from tiny import TINY_PRIORS, random_clip, tiny_prior
+
+from latentcast.priors.sampling import draw
+
+# The first instance of every class.
+CLASSES = {type(tiny_prior(name)).__name__: name for name in reversed(TINY_PRIORS)}
+ABSURD = [
+    *(0, -1, 1, 1.5, 2.0, float("nan"), float("inf"), -float("inf"), 1e-300, -1e-300, 1e300, 10**400, 2**70),
+    *(True, False, "", "x", "1", b"1", 1j, None, (), [], [1, 2], [[1], [1, 2]], ["x"], [None], {}, {1: 2}, {"a": []}),
+    *({1: "x"}, {1: float("nan")}, {1: 10**400}, {0: 0}, {2**70: 1}, {None: 1}, {1: None}, {1: [[1], [1, 2]]}),
+    *(object(), len, DDIMScheduler, FlowMatchEulerDiscreteScheduler(), slice(3), {1, 2}),
+    *(np.array([[1, 2], [3, 4]]), np.float32("nan"), np.int64(2), torch.zeros(2, 3), torch.tensor(float("nan"))),
+]
+
+
+def fits(prior, future, shape):
+    """Whether a future is one that the prior may give."""
+    if future.shape != (1, 1, 2, *shape):
+        return False
+    if prior.accepts == "codes":
+        sizes = torch.tensor(prior.config.latent_spec["codebook_sizes"])
+        return bool(((future >= 0) & (future < sizes)).all())
+    return bool(future.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "name, option", [(name, option) for name in CLASSES.values() for option in tiny_prior(name).sampler_options()]
+)
+def test_absurd_values_are_refused_by_name_or_taken(name, option):
+    prior = tiny_prior(name)
+    clip = random_clip(prior, batch=1, n_frames=2)
+    steps = {"n_steps": 2} if "n_steps" in prior.sampler_options() else {}
+    refused = 0
+    for value in ABSURD:
+        try:
+            future = prior.sample(clip, 2, generator=torch.Generator().manual_seed(0), **steps | {option: value})
+        except ValueError as error:
+            message = str(error)
+            assert message.startswith(f"{option}: "), (value, message)
+            assert "expected" in message and "found" in message and "\n" not in message and len(message) < 300
+            refused += 1
+        else:
+            assert fits(prior, future, clip.shape[2:]), (value, future)
+    assert refused > len(ABSURD) / 2
+
+
+def test_the_least_of_each_draws_the_most_likely_code():
+    torch.manual_seed(0)
+    logits, uniform = torch.randn(50, 9), torch.rand(50)
+    likeliest = logits.argmax(-1)
+    assert not torch.equal(draw(logits, uniform), likeliest)
+    for options in ({"temperature": 1e-300}, {"temperature": 1e-40}, {"top_p": 1e-300}, {"top_p": 1e-46}, {"top_k": 1}):
+        assert torch.equal(draw(logits, uniform, **options), likeliest), options
+    large = logits * 1e30  # as far apart as a broken model's
+    assert torch.equal(draw(large, uniform, temperature=1e-20), likeliest)
+    uniformly = torch.bincount(draw(logits[:1].expand(5000, -1), torch.rand(5000), temperature=1e300), minlength=9)
+    assert (uniformly > 400).all()
