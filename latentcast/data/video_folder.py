@@ -8,6 +8,7 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,17 @@ except ImportError:  # Windows: several processes then index the same files, whi
 
 logger = logging.getLogger("latentcast")
 
-SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".ogv", ".gif")
+SUFFIXES = tuple(".mp4 .m4v .mov .avi .mkv .webm .ogv .ogg .gif .ts .mts .m2ts .mpg .mpeg .vob .wmv .3gp .flv".split())
+# Folders in which systems and network drives keep thumbnails and what was deleted. Hidden ones are left out anyway.
+SYSTEM_FOLDERS = {
+    "@eadir",
+    "@recycle",
+    "#recycle",
+    "$recycle.bin",
+    "system volume information",
+    "__macosx",
+    "lost+found",
+}
 INDEX_NAME = ".latentcast-index.json"
 INDEX_FORMAT = 2
 SAVE_EVERY = 30  # seconds between saves of an index that is being built
@@ -34,7 +45,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class VideoFolder(VideoDataset):
-    """Clips and whole videos of every mp4, avi, mov, mkv, webm, ogv and gif file under a folder.
+    """Clips and whole videos of every video file under a folder: see ``list_videos``.
 
     A file's split follows from a hash of its path below ``root``, so adding files moves no other file. Where ``root``
     holds a folder ``val`` or ``test`` beside ``train``, these are the splits and other files are left out; of ``val``
@@ -290,27 +301,82 @@ def _examine(path):
         return {"error": str(error).removeprefix(f"{path}: ")}
 
 
-def walk(root):
-    """Every folder from ``root`` down, links followed but none of them back -> (folder, names of its visible files)."""
-    seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
-            folders.clear()
+def list_videos(root, is_sequence=None):
+    """What training and all tools take for the videos below a folder.
+
+    These are files with one of ``SUFFIXES``, in any case, in folders down from ``root``. Links are followed; a folder
+    that is reached twice counts once, and links back end. Hidden files and folders are left out, and so are those of
+    ``SYSTEM_FOLDERS``. What else is left out is counted in the log, by suffix.
+
+    Args:
+        root: the folder.
+        is_sequence: says of the names of a folder's files whether they are the frames of a video, which the folder then
+            is; a folder with a video file is none (pictures beside videos are thumbnails). None: no folder is a video.
+    Returns:
+        paths below ``root`` with "/" between folders, sorted.
+    """
+    root, found, left_out, broken = Path(root), [], Counter(), []
+    for folder, names in _walk(root):
+        where = folder.relative_to(root)
+        videos = [name for name in names if name.lower().endswith(SUFFIXES)]
+        others = [name for name in names if not name.lower().endswith(SUFFIXES)]
+        if is_sequence and not videos and is_sequence(others):
+            found.append(where.as_posix())
+        else:
+            left_out.update(os.path.splitext(name)[1].lower() or "without suffix" for name in others)
+        for name in videos:
+            (found if os.path.isfile(folder / name) else broken).append((where / name).as_posix())
+    if left_out:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.most_common(20))
+        more = f" and {len(left_out) - 20} more kinds" if len(left_out) > 20 else ""
+        logger.info("%s: left out by suffix: %s%s", root, kinds, more)
+    if broken:
+        logger.warning("%s: left out %d that lead to no file%s", root, len(broken), _listed(sorted(broken)))
+    return sorted(found)
+
+
+def _walk(root):
+    """Every folder from ``root`` down, links followed, none of them twice -> (folder, names of its files), sorted."""
+    seen, folders = set(), [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            status, (inner, names) = os.stat(folder), visible(folder)
+        except OSError as error:
+            if folder == root:
+                raise
+            logger.warning("%s: left out, it cannot be read (%s)", folder, error.strerror)
             continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        yield Path(folder), sorted(name for name in names if not name.startswith("."))
+        if (status.st_dev, status.st_ino) not in seen:
+            seen.add((status.st_dev, status.st_ino))
+            yield folder, names
+            folders += [folder / name for name in reversed(inner) if name.lower() not in SYSTEM_FOLDERS]
+
+
+def visible(folder):
+    """Names of the folders and of the other entries in a folder, links followed, without the hidden ones; sorted."""
+    folders, names = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                (folders if _is_folder(entry) else names).append(entry.name)
+    return sorted(folders), sorted(names)
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, or to where we may not look
+        return False
 
 
 def _find(root):
     found = {}
-    for folder, names in walk(root):
-        for path in (folder / name for name in names):
-            if path.suffix.lower() in SUFFIXES and path.is_file():
-                status = path.stat()
-                found[path.relative_to(root).as_posix()] = {"size": status.st_size, "mtime": status.st_mtime_ns}
-    return dict(sorted(found.items()))
+    for name in list_videos(root):
+        with contextlib.suppress(OSError):  # gone since
+            status = (root / name).stat()
+            found[name] = {"size": status.st_size, "mtime": status.st_mtime_ns}
+    return found
 
 
 def _index_path(root, index_dir):

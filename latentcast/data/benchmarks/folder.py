@@ -6,17 +6,17 @@ import torch
 
 from ...files import file_sha256
 from ..base import SPLITS
-from ..image_frames import frame_number, numbered_pictures, read_pictures
+from ..image_frames import is_sequence, numbered_pictures, read_pictures
 from ..video_folder import (
     SUFFIXES,
     check_options,
     check_rate,
     check_whole,
+    list_videos,
     luma,
     sampled_places,
     sampled_rate,
     split_of,
-    walk,
 )
 from ..video_reader import VideoError, VideoInfo, iter_clip, stated_rate
 from .base import Benchmark, Clip
@@ -25,9 +25,9 @@ SAME_RATE = 0.01  # relative difference of frame rates that is let pass
 
 
 class Folder(Benchmark):
-    """Every video below a folder: files (mp4, avi, mov, mkv, webm, ogv, gif), and folders whose png or jpg files end in
-    evenly spaced numbers, which are frames in the order of these. The central square is resized, bilinear with
-    antialiasing.
+    """Every video below a folder: files (see ``list_videos``), and folders without any whose png or jpg files, two at
+    least, end in evenly spaced numbers (a size may follow: ``image-007_64x64.png``), which are frames in the order of
+    these, upright as EXIF says. The central square is resized, bilinear with antialiasing.
 
     Args:
         source: the folder.
@@ -146,17 +146,12 @@ class Folder(Benchmark):
     @functools.cached_property
     def _names(self):
         """Paths of all videos below the source, sorted."""
-        names = []
-        for folder, files in walk(self.source):
-            where = folder.relative_to(self.source)
-            names += [(where / file).as_posix() for file in files if file.lower().endswith(SUFFIXES)]
-            if any(frame_number(file) is not None for file in files):
-                names.append(where.as_posix())
+        names = list_videos(self.source, is_sequence)
         if not names:
             raise ValueError(
                 f"{self.source}: expected videos ({', '.join(SUFFIXES)}) or folders of numbered pictures, found neither"
             )
-        return sorted(names)
+        return names
 
     def _rate(self, name):
         return self.image_fps if (self.source / name).is_dir() else stated_rate(self.source / name)
