@@ -1,11 +1,18 @@
 """Files that appear whole or not at all, JSON, checksums, and where downloads and indices are kept."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import uuid
 from pathlib import Path
+
+MOMENTARY = {
+    getattr(errno, name)
+    for name in "EMFILE ENFILE EACCES EPERM EIO EBUSY ESTALE ENODEV ENXIO ENOTCONN ETIMEDOUT ECONNREFUSED ECONNRESET "
+    "EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH".split()
+}
 
 
 @contextlib.contextmanager
@@ -55,6 +62,37 @@ def write_json(path, content):
             os.fsync(folder)  # makes this rename, and those before it, last through a power cut
         finally:
             os.close(folder)
+
+
+def of_the_moment(error):
+    """Whether an error says nothing about the file: too many open files, no permission, a share that does not answer.
+    The same file may be fine at the next try."""
+    return isinstance(error, MemoryError) or bool(error_numbers(error) & MOMENTARY)
+
+
+def error_numbers(error):
+    """The system's numbers (``errno``) of an error and of those that led to it."""
+    numbers = set()
+    while error is not None:
+        numbers.add(getattr(error, "errno", None))
+        error = error.__context__
+    return numbers - {None}
+
+
+def shortened(name, limit=200):
+    """A file's name of ``limit`` bytes at most, for disks that take 255: the end of a longer one is replaced by a
+    checksum of all of it, so that names that differ stay different."""
+    if len(os.fsencode(name)) <= limit:
+        return name
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
+    while len(os.fsencode(name)) > limit - 1 - len(digest):
+        name = name[:-1]
+    return f"{name}-{digest}"
+
+
+def printable(text):
+    """``text`` on one line, for logs: line breaks, other control characters and bytes that are no UTF-8 are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def user_cache():
