@@ -79,6 +79,12 @@ def error_numbers(error):
     return numbers - {None}
 
 
+def told(error, name):
+    """What happened to a file in one line that names it, whatever the error."""
+    text = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+    return text if str(name) in text else f"{name}: {text}"
+
+
 def shortened(name, limit=200):
     """A file's name of ``limit`` bytes at most, for disks that take 255: the end of a longer one is replaced by a
     checksum of all of it, so that names that differ stay different."""

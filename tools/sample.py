@@ -57,7 +57,7 @@ def main(args):
 
     from latentcast.data.pictures import grid_size, side_by_side
     from latentcast.data.video_writer import check_video, write_video
-    from latentcast.files import error_numbers, of_the_moment, printable
+    from latentcast.files import error_numbers, of_the_moment, printable, told
     from latentcast.pipelines.base import VideoPipeline
 
     started = time.perf_counter()
@@ -95,7 +95,7 @@ def main(args):
     sheet = Sheet(output / "contact_sheet.png", side, max(1, enlarged // 2))
 
     def leave_out(where, video, error):
-        where[str(video)] = reason(error, video)
+        where[str(video)] = told(error, video)
         logger.warning("%s: %s", "skipped" if where is skipped else "failed", where[str(video)])
 
     for video, name in videos.items():
@@ -195,15 +195,6 @@ class Sheet:
         self.rows, self.n_videos = rows, self.n_videos + 1
         write_image(self.path, contact_sheet(rows, self.scale, 255))
         self.outputs = [str(self.path)]
-
-
-def reason(error, path):
-    """What happened to a file, in one line that names it."""
-    from latentcast.data.video_reader import VideoError
-
-    if isinstance(error, VideoError):
-        return str(error)
-    return f"{path}: {error if isinstance(error, (OSError, ValueError)) else f'{type(error).__name__}: {error}'}"
 
 
 def read_video(path, n_context, args, pipe, multiplier=1):

@@ -6,6 +6,7 @@ with a manifest is complete. ``preview.png`` shows a few of its videos.
 """
 
 import concurrent.futures
+import contextlib
 import filecmp
 import hashlib
 import logging
@@ -20,9 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..files import read_json, replacing, write_json, writing
+from ..files import of_the_moment, read_json, replacing, told, write_json, writing
 from . import shards
 from .base import EmptySplitError, VideoDataset, check_split
+from .benchmarks.base import Clip
 from .moving_digits import MovingDigits
 from .pictures import contact_sheet
 from .video_folder import luma
@@ -53,7 +55,8 @@ def prepare(benchmark, output, *, workers=0, partial=False):
         output: folder of the prepared set.
         workers: processes that read and write beside this one, a shard at a time; 0: this one does it all.
         partial: accept a set with fewer videos than published; the manifest then says ``complete: false``. A later
-            run without it adds what can be read by then, and keeps the set even if more is still missing.
+            run without it adds what can be read by then, and keeps the set even if more is still missing; one with it
+            adds what could not be reached (no permission, a share that was not mounted), not what was damaged.
     Returns:
         dict of ``name``, ``protocol``, ``counts``, ``skipped`` (split -> videos), ``bytes`` and the benchmark's own
         figures.
@@ -72,11 +75,11 @@ def prepare(benchmark, output, *, workers=0, partial=False):
     if not writers:
         raise ValueError(f"{benchmark.name}: no videos found in {benchmark.source}")
     accepted = _accepted(output)
-    if not partial:  # try again what an earlier run could not read
-        for writer in writers.values():
-            gaps = [shard for shard, note in enumerate(writer.notes()) if note and note["skipped"]]
-            if gaps:
-                writer.redo(gaps, keep=True)
+    for split, writer in writers.items():  # try again what an earlier run could not read
+        gaps = [shard for shard, note in enumerate(writer.notes()) if note and note["skipped"]]
+        if partial:
+            gaps = [shard for shard, away in writer.away().items() if _any_is_back(benchmark, split, writer, away)]
+        writer.redo(gaps, keep=True)
     _write_shards(benchmark, writers, workers)
     for name, source in benchmark.files().items():
         path = output / name
@@ -243,17 +246,39 @@ def _write_shard(benchmark, writer, split, shard, progress=lambda n: None):
         for video in writer.shard_videos(shard):
             name = writer.job["videos"][video]["name"]
             try:
-                clip = benchmark.read(split, name)
-                for piece in clip.frames:
-                    file.append(video, piece)
-                if video not in file.written:
-                    raise VideoError(f"{name}: no frames")
-                facts = {} if clip.sha256 is None else {"source_sha256": clip.sha256}
-                file.describe(video, clip.conditions, **facts)
+                for part in _read(benchmark, split, name):
+                    if isinstance(part, Clip):
+                        if video not in file.written:
+                            raise VideoError(f"{name}: no frames")
+                        facts = {} if part.sha256 is None else {"source_sha256": part.sha256}
+                        file.describe(video, part.conditions, **facts)
+                    else:
+                        file.append(video, part)
             except VideoError as error:
-                file.skip(video, str(error))
+                file.skip(video, str(error), of_the_moment(error))
             progress(1)
         return list(file.skipped.values())
+
+
+def _read(benchmark, split, name):
+    """The pieces of a video, then its Clip. Whatever goes wrong with it is a VideoError, for it is one of many."""
+    try:
+        clip = benchmark.read(split, name)
+        yield from clip.frames
+        yield clip
+    except VideoError:
+        raise
+    except Exception as error:
+        raise VideoError(told(error, name)) from error
+
+
+def _any_is_back(benchmark, split, writer, videos):
+    """Whether one of these videos, which could not be reached before, can be now; its first frames are read."""
+    for video in videos:
+        with contextlib.suppress(VideoError):
+            next(_read(benchmark, split, writer.job["videos"][video]["name"]))
+            return True
+    return False
 
 
 def prepared_videos(root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0):
