@@ -1,18 +1,11 @@
 """Files that appear whole or not at all, JSON, checksums, and where downloads and indices are kept."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import uuid
 from pathlib import Path
-
-MOMENTARY = {
-    getattr(errno, name)
-    for name in "EMFILE ENFILE EACCES EPERM EIO EBUSY ESTALE ENODEV ENXIO ENOTCONN ETIMEDOUT ECONNREFUSED ECONNRESET "
-    "EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH".split()
-}
 
 
 @contextlib.contextmanager
@@ -64,12 +57,6 @@ def write_json(path, content):
             os.close(folder)
 
 
-def of_the_moment(error):
-    """Whether an error says nothing about the file: too many open files, no permission, a share that does not answer.
-    The same file may be fine at the next try."""
-    return isinstance(error, MemoryError) or bool(error_numbers(error) & MOMENTARY)
-
-
 def error_numbers(error):
     """The system's numbers (``errno``) of an error and of those that led to it."""
     numbers = set()
@@ -81,6 +68,8 @@ def error_numbers(error):
 
 def told(error, name):
     """What happened to a file in one line that names it, whatever the error."""
+    if getattr(error, "strerror", None):
+        return f"{name if error.filename is None else os.fsdecode(error.filename)}: {error.strerror}"
     text = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
     return text if str(name) in text else f"{name}: {text}"
 

@@ -56,8 +56,9 @@ def main(args):
     import torch
 
     from latentcast.data.pictures import grid_size, side_by_side
+    from latentcast.data.video_reader import is_away
     from latentcast.data.video_writer import check_video, write_video
-    from latentcast.files import error_numbers, of_the_moment, printable, told
+    from latentcast.files import error_numbers, printable, told
     from latentcast.pipelines.base import VideoPipeline
 
     started = time.perf_counter()
@@ -102,7 +103,7 @@ def main(args):
         try:
             context, truth, fps = read_video(video, n_context, args, pipe, multiplier)
         except Exception as error:  # whatever one file leads to: the others are fine
-            leave_out(failed if of_the_moment(error) else skipped, video, error)
+            leave_out(failed if is_away(error) else skipped, video, error)
             continue
         pipe.set_progress_bar_config(desc=printable(name))
         began = time.perf_counter()

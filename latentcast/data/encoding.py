@@ -11,11 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from latentcast.distributed import barrier, default_device, rank_and_world, rank_zero_first
-from latentcast.files import of_the_moment
 from latentcast.modeling import fingerprint
 
 from .latent_cache import LatentCacheWriter, read_manifest
-from .video_reader import VideoError
+from .video_reader import VideoError, is_away
 
 logger = logging.getLogger("latentcast")
 
@@ -188,7 +187,7 @@ class _Reader(Dataset):
                     raise VideoError(f"expected {stop - start} frames from {start} on, found {len(piece)}")
                 frames.append(piece)
             except VideoError as error:
-                unreadable[video] = str(error), of_the_moment(error)
+                unreadable[video] = str(error), is_away(error)
             else:
                 if start == 0:
                     conditions[video] = self.dataset.read_conditions(video, 0, self.dataset.videos[video].n_frames)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .video_folder import visible
-from .video_reader import CHUNK, VideoError, fit_pieces
+from .video_reader import CHUNK, VideoAwayError, VideoError, fit_pieces, is_away
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 NUMBER = re.compile(r"(\d+)(?:[_-]\d+x\d+)?$")  # in a name without suffix; a size may follow, as in image-007_64x64.png
@@ -33,9 +33,14 @@ def numbered_pictures(folder):
 
     Raises:
         VideoError: no numbered picture, two with one number, or one that is missing between the others.
+        VideoAwayError: the folder cannot be read at the moment.
     """
     found = {}
-    for name in visible(folder)[1]:
+    try:
+        names = visible(folder)[1]
+    except OSError as error:
+        raise VideoAwayError(f"{folder}: cannot be read at the moment ({error.strerror})") from None
+    for name in names:
         number = frame_number(name)
         if number in found:
             raise VideoError(f"{folder}: two pictures have number {number}: {found[number].name} and {name}")
@@ -93,7 +98,8 @@ def _array(path):
     except UnidentifiedImageError:
         raise VideoError(f"{path}: not a picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, of damaged files
-        raise VideoError(f"{path}: not a readable picture ({getattr(error, 'strerror', None) or error})") from None
+        kind = VideoAwayError if is_away(error) else VideoError
+        raise kind(f"{path}: not a readable picture ({getattr(error, 'strerror', None) or error})") from None
     if mode not in MODES:
         raise VideoError(f"{path}: expected a picture of 8 bits a channel, found mode {mode}")
     return array

@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..files import of_the_moment, read_json, replacing, told, write_json, writing
+from ..files import read_json, replacing, told, write_json, writing
 from . import shards
 from .base import EmptySplitError, VideoDataset, check_split
 from .benchmarks.base import Clip
 from .moving_digits import MovingDigits
 from .pictures import contact_sheet
 from .video_folder import luma
-from .video_reader import VideoError
+from .video_reader import VideoAwayError, VideoError, is_away
 from .video_writer import write_image
 
 logger = logging.getLogger("latentcast")
@@ -255,7 +255,7 @@ def _write_shard(benchmark, writer, split, shard, progress=lambda n: None):
                     else:
                         file.append(video, part)
             except VideoError as error:
-                file.skip(video, str(error), of_the_moment(error))
+                file.skip(video, str(error), is_away(error))
             progress(1)
         return list(file.skipped.values())
 
@@ -269,7 +269,7 @@ def _read(benchmark, split, name):
     except VideoError:
         raise
     except Exception as error:
-        raise VideoError(told(error, name)) from error
+        raise (VideoAwayError if is_away(error) else VideoError)(told(error, name)) from error
 
 
 def _any_is_back(benchmark, split, writer, videos):

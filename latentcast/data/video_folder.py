@@ -355,6 +355,8 @@ def _examine(path):
         return {"error": str(error).removeprefix(f"{path}: ") or "out of memory", "away": True}
     except VideoError as error:
         return {"error": str(error).removeprefix(f"{path}: ")}
+    except Exception as error:  # of one file among many; whether it lies in the file is not known
+        return {"error": f"{type(error).__name__}: {error}", "away": True}
 
 
 def list_videos(root, is_sequence=None):

@@ -61,6 +61,13 @@ class VideoAwayError(VideoError):
     """A file that cannot be read at the moment (gone, no permission, no free file descriptor); says nothing of it."""
 
 
+def is_away(error):
+    """Whether an error, VideoError or not, says nothing of the file that was read: it may be fine at the next try."""
+    of_the_system = isinstance(error, OSError) and not isinstance(error, VideoError)
+    known = isinstance(error, (VideoAwayError, MemoryError))
+    return known or (of_the_system and error.errno in AWAY | {errno.EIO})
+
+
 @dataclass(frozen=True)
 class Look:
     """What a file's packets and its first frame say; the one decision on how it is to be read.

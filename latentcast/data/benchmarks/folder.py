@@ -18,7 +18,7 @@ from ..video_folder import (
     sampled_rate,
     split_of,
 )
-from ..video_reader import VideoError, VideoInfo, iter_clip, look
+from ..video_reader import VideoAwayError, VideoError, VideoInfo, iter_clip, look
 from .base import Benchmark, Clip
 
 SAME_RATE = 0.01  # relative difference of frame rates that is let pass
@@ -128,7 +128,7 @@ class Folder(Benchmark):
             frames = iter_clip(path, self.frame_size, self.frame_stride, self.resampled_fps, **square)
             digest = file_sha256(path)
         else:
-            raise VideoError(f"{path}: no such file or folder; it was there when the videos were listed")
+            raise VideoAwayError(f"{path}: no such file or folder; it was there when the videos were listed")
         if self.channels == 1:
             frames = (luma(piece).round().to(torch.uint8) for piece in frames)
         return Clip(frames, sha256=digest)
