@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..files import replacing, user_cache
+from ..files import replacing, shortened, user_cache
 from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_split
 from .video_reader import VideoAwayError, VideoError, VideoInfo, probe, read_clip, too_slow
 
@@ -438,7 +438,8 @@ def _find(root):
 
 
 def _index_path(root, index_dir):
-    unique = f"{root.name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}.json"
+    digest = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
+    unique = f"{shortened(root.name)}-{digest[:12]}.json"
     if index_dir is not None:
         return Path(str(index_dir)) / unique
     return root / INDEX_NAME if os.access(root, os.W_OK) else user_cache() / "indices" / unique
