@@ -9,10 +9,20 @@ import sys
 import traceback
 from pathlib import Path
 
+from latentcast.files import printable
+
 # libgomp's spinning makes two threads slower than one beside another busy process; must be set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 logger = logging.getLogger("latentcast")
+
+
+class _OneLine(logging.Formatter):
+    """Files may have line breaks, control characters and bytes that are no text in their names."""
+
+    def format(self, record):
+        text = super().format(record)
+        return printable(text) if record.name == logger.name and not record.exc_info else text
 
 
 class UserError(Exception):
@@ -35,7 +45,9 @@ def run_tool(main, parser, argv=None):
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(argv)  # key=value may stand on both sides of an option
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # libraries that print must not spoil the last line
             result = main(args)
@@ -49,7 +61,7 @@ def run_tool(main, parser, argv=None):
         message = str(error).strip()
         if message.startswith("Caught "):  # out of a loader's worker: its whole traceback, the message in the last line
             message = message.splitlines()[-1].partition(": ")[2]
-        print(f"error: {kind}{' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {kind}{printable(' '.join(message.split()))}", file=sys.stderr)
         if isinstance(error, Findings):
             print(json.dumps(error.figures), flush=True)
         raise SystemExit(1) from None

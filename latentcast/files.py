@@ -315,6 +315,39 @@ def write_json(path, content):
             os.close(folder)
 
 
+def error_numbers(error):
+    """The system's numbers (``errno``) of an error and of those that led to it."""
+    numbers = set()
+    while error is not None:
+        numbers.add(getattr(error, "errno", None))
+        error = error.__context__
+    return numbers - {None}
+
+
+def told(error, name):
+    """What happened to a file in one line that names it, whatever the error."""
+    if getattr(error, "strerror", None):
+        return f"{name if error.filename is None else os.fsdecode(error.filename)}: {error.strerror}"
+    text = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+    return text if str(name) in text else f"{name}: {text}"
+
+
+def shortened(name, limit=200):
+    """A file's name of ``limit`` bytes at most, for disks that take 255: the end of a longer one is replaced by a
+    checksum of all of it, so that names that differ stay different."""
+    if len(os.fsencode(name)) <= limit:
+        return name
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
+    while len(os.fsencode(name)) > limit - 1 - len(digest):
+        name = name[:-1]
+    return f"{name}-{digest}"
+
+
+def printable(text):
+    """``text`` on one line, for logs: line breaks, other control characters and bytes that are no UTF-8 are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def user_cache():
     """``$XDG_CACHE_HOME/latentcast`` or ``~/.cache/latentcast``; not created here."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentcast"

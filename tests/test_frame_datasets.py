@@ -54,6 +54,43 @@ def test_pictures_of_other_kinds_become_rgb(tmp_path, mode):
     assert read_counter(torch.cat(list(read_pictures([tmp_path / "7.png"])))) == [5]
 
 
+TURNS = {  # EXIF orientation -> what brings the stored pixels upright
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_pictures_are_upright_as_their_exif_says(tmp_path, suffix):
+    stored = Image.fromarray(wide_frames(1, 48, 64)[0])
+    for orientation, turn in TURNS.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / f"a.{suffix}", exif=exif)
+        (frame,) = next(read_pictures([tmp_path / f"a.{suffix}"]))
+        expected = turn(np.asarray(Image.open(tmp_path / f"a.{suffix}").convert("RGB")))
+        assert np.array_equal(frame.permute(1, 2, 0).numpy(), expected), orientation
+    damaged = exif.tobytes()[:-9]  # the pixels are whole
+    stored.save(tmp_path / f"a.{suffix}", exif=damaged)
+    assert next(read_pictures([tmp_path / f"a.{suffix}"])).shape == (1, 3, 48, 64)
+
+
+def test_a_folder_of_a_phones_pictures_is_upright(tmp_path):
+    """Stored lying, to be turned by a quarter to the right: the number reads from top to bottom in the file."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "DCIM").mkdir()
+    for i, frame in enumerate(counter_frames(6, 64, 64, 40)):
+        Image.fromarray(np.rot90(frame).copy()).save(tmp_path / f"DCIM/IMG_{i:04d}.JPG", exif=exif, quality=95)
+    assert read_counter(frames_of(Folder(tmp_path), "train", "DCIM")) == list(range(40, 46))
+
+
 def test_damaged_pictures_are_named(tmp_path):
     noise = wide_frames(1, 64, 200)[0]
     for name in ("cut.png", "cut.jpg", "flipped.png", "whole.png"):
@@ -90,6 +127,11 @@ def test_damaged_pictures_are_named(tmp_path):
         (["a008.jpg", "a010.jpg", "a012.jpg", "a013.jpg"], "expected a009.jpg after a008.jpg, found a010.jpg"),
         (["08.png", "10.png", "12.png", "16.png"], "expected 14.png after 12.png, found 16.png"),
         (["1.png", "01.jpg"], "two pictures have number 1: 01.jpg and 1.png"),
+        (
+            ["image-000_64x64.png", "image-002_64x64.png", "image-003_64x64.png"],
+            "expected image-001_64x64.png after .*",
+        ),
+        (["a1_64x64.png", "a1_128x128.png"], "two pictures have number 1: a1_128x128.png and a1_64x64.png"),
         (["cover.png", "notes1.txt"], "no numbered pictures; expected .png, .jpg, .jpeg"),
     ],
 )
@@ -103,7 +145,16 @@ def test_gaps_between_pictures_are_named(tmp_path, names, message):
 def test_numbers_may_be_evenly_spaced(tmp_path):
     for name in ("x_12.png", "x_4.PNG", "x_8.JPeG", ".x_5.png", "x_9.txt", "cover.png"):
         (tmp_path / name).touch()
+    (tmp_path / "x_6.png").mkdir()
     assert [path.name for path in numbered_pictures(tmp_path)] == ["x_4.PNG", "x_8.JPeG", "x_12.png"]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_size_may_follow_the_number(tmp_path, first):
+    """As in the pictures that SVG's scripts make of KTH."""
+    frames = counter_frames(12, 64, 64, 7)
+    write_pictures(tmp_path / "person01", frames, "image-{:03d}_64x64.png", range(first, first + 12))
+    assert read_counter(frames_of(Folder(tmp_path), "train", "person01")) == list(range(7, 19))
 
 
 # ------------------------------------------------------------------------------------------------------ Cityscapes

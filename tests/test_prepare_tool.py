@@ -1,18 +1,24 @@
 """tools/prepare_dataset.py from the command line, and training on what it leaves."""
 
+import contextlib
 import json
 import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
 
 import pytest
 from noise_benchmark import Noise
+from PIL import Image
 from tiny_experiment import TOOLS, call_tool
 from video_files import counter_frames, cut_off, encode
 
-from latentcast import LatentCacheDataset
+from latentcast import LatentCacheDataset, PixelTokenizer, VideoFolder
 from latentcast.data.benchmarks import BENCHMARKS
+from latentcast.data.benchmarks.folder import Folder
+from latentcast.data.encoding import encode_dataset
 from latentcast.data.prepared import prepare
 
 
@@ -77,6 +83,95 @@ def test_check_of_any_folder_names_damaged_equal_and_short_files(source, tmp_pat
     one.write_bytes(bytes(len(one.read_bytes())))
     os.utime(one, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert any(problem.startswith("one.mp4: ") for problem in prepare_dataset("check", tmp_path)[1]["problems"])
+
+
+def test_thumbnails_beside_videos_are_no_video_and_odd_names_are_read(source, tmp_path):
+    names = [*(f"clip{i}" for i in range(6)), "take: 2", "two\nlines", os.fsdecode(b"caf\xe9"), "x" * 251]
+    root = tmp_path / "source"
+    root.mkdir()
+    for i, name in enumerate(names):
+        encode(root / "a.mp4", counter_frames(8, first=8 * i)).rename(root / f"{name}.mp4")
+        if i < 6:
+            Image.fromarray(counter_frames(1)[0]).save(root / f"{name}.jpg")
+    options = "--split", "hash", "fps=25", "val_fraction=0", "test_fraction=0", "--workers", 0
+    status, figures, err = prepare_dataset("folder", "--source", root, "--output", tmp_path / "set", *options)
+    assert status == 0, err
+    assert figures["counts"] == {"train": 10} and "source: left out by suffix: 6 .jpg" in err
+    stored = json.loads((tmp_path / "set/train/manifest.json").read_text())
+    assert [video["name"] for video in stored["videos"]] == sorted(f"{name}.mp4" for name in names)
+
+
+@contextlib.contextmanager
+def no_free_descriptors(needed=True):
+    """Whoever opens a file now learns that too many are open."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+class Hindered(Folder):
+    """A folder of which some videos cannot be reached, and others lead to an error that nobody thought of."""
+
+    shard_videos = 1
+    unreachable, surprising = ("b.mp4", "pictures"), ("c.mp4",)
+
+    def read(self, split, name):
+        if name in self.surprising:
+            raise OverflowError("int too large")
+        with no_free_descriptors(name in self.unreachable):
+            return super().read(split, name)
+
+
+class Reached(Hindered):
+    unreachable = ()
+
+
+def test_what_was_out_of_reach_is_tried_again(source, tmp_path):
+    """Also by a run that accepts a set in part; what is wrong with a file is not."""
+    root = tmp_path / "source"
+    (root / "pictures").mkdir(parents=True)
+    for name in ("a", "b", "c"):
+        shutil.copy(source / "train/0.mp4", root / f"{name}.mp4")
+    for i, frame in enumerate(counter_frames(5)):
+        Image.fromarray(frame).save(root / "pictures" / f"{i}.png")
+    options = {"val_fraction": 0.0, "test_fraction": 0.0, "fps": 25, "image_fps": 25}
+    figures = prepare(Hindered(root, **options), tmp_path / "set", partial=True)
+    assert (figures["counts"], figures["skipped"]) == ({"train": 1}, {"train": 3})
+    shards = json.loads((tmp_path / "set/train/manifest.json").read_text())["shards"]
+    assert [next(iter(shard["skipped"].values()), None) for shard in shards] == [
+        None,
+        f"{root}/b.mp4: Too many open files",
+        "c.mp4: OverflowError: int too large",
+        f"{root}/pictures: cannot be read at the moment (Too many open files)",
+    ]
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "set/train").glob("*.safetensors")}
+    assert prepare(Hindered(root, **options), tmp_path / "set", partial=True)["counts"] == {"train": 1}
+    assert prepare(Reached(root, **options), tmp_path / "set", partial=True)["counts"] == {"train": 3}
+    again = {path.name for path in (tmp_path / "set/train").glob("*.safetensors")}
+    again = {name for name in again if (tmp_path / "set/train" / name).stat().st_mtime_ns != written[name]}
+    assert again == {"shard-00001.safetensors", "shard-00003.safetensors"}
+
+
+def test_a_latents_cache_tries_again_what_was_out_of_reach(source, tmp_path):
+    class Away(VideoFolder):
+        away = True
+
+        def read_video(self, index, start, stop):
+            with no_free_descriptors(self.away and index == 1):
+                return super().read_video(index, start, stop)
+
+    dataset = Away(source, "train", 4, 16, backend="pyav")
+    tokenizer = PixelTokenizer(3, 16, 16)
+    figures = [encode_dataset(dataset, tokenizer, tmp_path / "cache", shard_videos=2) for _ in range(2)]
+    dataset.away = False
+    figures += [encode_dataset(dataset, tokenizer, tmp_path / "cache", shard_videos=2) for _ in range(2)]
+    assert [(run["videos"], run["skipped"]) for run in figures] == [(2, 1), (2, 1), (3, 0), (3, 0)]
+    assert figures[2]["frames_per_s"] and figures[3]["frames_per_s"] is None
+    assert LatentCacheDataset(tmp_path / "cache", 4).videos[1].name == "train/1.mp4"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """tools/sample.py: from a saved pipeline and real video files to predicted futures on disk."""
 
+import hashlib
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +79,23 @@ def call(tool, capsys, *arguments):
         assert error.startswith("error: ")
         return error
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def finished(tool, capsys, *arguments, status=0):
+    """Run the tool in this process -> its JSON and its stderr."""
+    capsys.readouterr()
+    code = 0
+    try:
+        run_tool(tool.main, tool.make_parser(), [str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == status, err
+    return json.loads(out), err
 
 
 def cells(path, row_count):
@@ -187,6 +207,78 @@ def test_twice_the_frame_rate(folder, tool, capsys, tmp_path):
     truth = cells(tmp_path / "samples/long.mp4", 2)[0].mean((1, 2, 3))
     expected = torch.linspace(-1, 1, 20)[[0, 0, 2, 2, 4, 4, 6, 6, 8, 8]]  # after the last given frame: 4 (half a step)
     torch.testing.assert_close(truth, expected, atol=0.03, rtol=0)
+
+
+ODD_NAMES = ["two\nlines", "take #2", "http:x", "take: 2", "-dash", "é 日本", "x" * 251, "ü" * 120]
+
+
+def test_names_of_every_kind_give_an_output_each(folder, tool, capsys, tmp_path):
+    """Three files that would share a name, names that differ in case alone, long ones, links, and one in Latin-1."""
+    source = tmp_path / "in"
+    for name in ("a/b_c", "a_b/c", "a_b_c", "A_B_C", *ODD_NAMES):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "videos/deep/er/brief.mp4", source / f"{name}.mp4")
+    for name in (".hidden.mp4", "@eaDir/thumb.mp4"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).touch()
+    (source / "linked").symlink_to(folder / "videos/deep")
+    latin1 = source / os.fsdecode(b"caf\xe9.mp4")
+    shutil.copy(folder / "videos/deep/er/brief.mp4", latin1)
+    (source / "no\nvideo.mp4").touch()
+    same = {f"a_b_c-{sha256(name)[:8]}" for name in ("a_b/c.mp4", "a_b_c.mp4")}  # one name where case does not count
+    expected = {"A_B_C", "a_b_c_mp4", *same, "linked_er_brief", *ODD_NAMES[:-2]}
+    expected |= {f"{short}-{sha256(name)[:12]}" for short, name in zip(("x" * 187, "ü" * 93), ODD_NAMES[-2:])}
+    arguments = ["--pipeline", folder / "run/pipeline", "--input", source, "--output", tmp_path / "out"]
+    for _ in range(2):
+        result, err = finished(tool, capsys, *arguments, "--n-frames", 1, "--num-samples", 1)
+        assert set(result["skipped"]) - {str(latin1)} == {str(source / "no\nvideo.mp4")} and result["failed"] == []
+        stems = {Path(path).stem for path in result["outputs"] if Path(path).is_file()}
+        assert stems - {latin1.stem} == expected | {"contact_sheet"}
+    assert f"out: {len(result['outputs']) - 1} files of an earlier run are replaced" in err
+    assert "in/no\\nvideo.mp4: not a readable video" in err
+    assert all(line.isprintable() for line in err.replace("\r", "\n").splitlines())
+
+
+def test_many_futures_are_laid_out_in_rows_and_columns(folder, tool, capsys, tmp_path):
+    common = ["--pipeline", folder / "run/pipeline", "--input", folder / "videos/long.mp4", "--output", tmp_path]
+    assert call(tool, capsys, *common, "--n-frames", 1, "--num-samples", 256)["failed"] == []
+    cell = (SIZE + 2 * BORDER) * 3  # 17 columns would be wider than 2,048 pixels at scale 4
+    for suffix in (".mp4", ".gif"):
+        info = probe(tmp_path / f"long{suffix}")
+        assert info.n_frames == 3 and (info.height, info.width) == (16 * (cell + GAP) - GAP, 17 * (cell + GAP) - GAP)
+    with PIL.Image.open(tmp_path / "contact_sheet.png") as sheet:
+        assert sheet.size == (3 * 2 * (SIZE + 4) + 2 * GAP, 9 * 2 * (SIZE + 4) + 8 * GAP)
+    first = read_clip(tmp_path / "long.mp4", range(3)).float()[:, :, 12 : cell - 12, 12 : cell - 12]
+    levels = torch.linspace(0, 255, 20)[: 2 * 3 : 2]
+    torch.testing.assert_close(first.mean((1, 2, 3)), levels, atol=4, rtol=0)  # the truth comes first
+    last = read_clip(tmp_path / "long.mp4", [0]).float()[0, :, -cell:, -cell:]
+    assert last.min() > 240  # 257 videos leave places of 16 x 17 empty
+
+
+def test_what_writers_cannot_take_is_known_before_the_sampling(folder, tool, capsys, tmp_path):
+    common = ["--pipeline", folder / "run/pipeline", "--input", folder / "videos/long.mp4", "--output", tmp_path / "o"]
+    error = call(tool, capsys, *common, "--num-samples", 100000)
+    assert "--num-samples 100000: frames of 12006 x 12044 pixels (H x W) are too large" in error
+    assert not (tmp_path / "o").exists()
+
+
+def test_odd_files_do_not_end_the_run(folder, tool, capsys, tmp_path):
+    """A jump of a day, a song with its cover, damage; and one whose output cannot be written, which is status 1."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    jump = [*range(20), *range(954_430, 954_450)]
+    encode(source / "a jump.mkv", counter_frames(40), fps=10, pts=jump)
+    shutil.copy(folder / "videos/text.mp4", source)
+    for name in ("long.mp4", "other.mp4"):
+        shutil.copy(folder / "videos/long.mp4", source / name)
+    (output / "long.mp4").mkdir(parents=True)
+    arguments = ["--pipeline", folder / "run/pipeline", "--input", source, "--output", output]
+    result, err = finished(tool, capsys, *arguments, "--n-frames", 4, "--num-samples", 1, status=1)
+    assert (result["skipped"], result["failed"]) == ([str(source / "text.mp4")], [str(source / "long.mp4")])
+    assert (output / "other.gif").is_file() and 0.1 <= probe(output / "a jump.mp4").fps <= 1000
+    lines = err.strip().splitlines()
+    assert lines[-1].startswith(f"error: {source}: 1 of 4 videos failed, first: {source}/long.mp4: ")
+    assert "cannot be written (Is a directory)" in lines[-1]
 
 
 @pytest.mark.parametrize(

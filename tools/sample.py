@@ -1,26 +1,36 @@
 """Predict the futures of videos with a saved pipeline.
 
 Writes, for each video, NAME.mp4 and NAME.gif with the true continuation (where the video is long enough) beside the
-predicted ones, and one contact_sheet.png. Given frames have a green border, predicted ones an orange one. Options of
-the prior's sampler follow as key=value, for instance temperature=0.9 top_k=50. With fps_multiplier=2 the videos have
-twice the context's rate, and given and true frames stay for two.
+predicted ones, in rows and columns where they are many, and one contact_sheet.png. Given frames have a green border,
+predicted ones an orange one. Options of the prior's sampler follow as key=value, for instance temperature=0.9 top_k=50.
+With fps_multiplier=2 the videos have twice the context's rate, and given and true frames stay for two.
+
+Files that are of no use (damaged, too short, no video) are named and skipped. What cannot be read or written at the
+moment is named, too; the status is then 1, after all others are done.
 """
 
 import argparse
+import errno
+import hashlib
 import itertools
 import logging
 import math
+import os
 import time
+import unicodedata
 from pathlib import Path
 
-from latentcast.cli import UserError, parse_options, pick_device, prepare_run_dir, run_tool
+from latentcast.cli import Findings, UserError, parse_options, pick_device, prepare_run_dir, run_tool
 
 logger = logging.getLogger("latentcast")
 
 GIVEN, PREDICTED, TRUE = (-0.6, 0.5, -0.4), (1.0, 0.2, -0.8), (0.6, 0.6, 0.6)  # colours, in [-1, 1]
 BORDER = 2  # pixels
-SHEET_VIDEOS = 8  # videos on the contact sheet
 SMALLEST = 128  # frames are enlarged to about this many pixels
+ROW = 8  # so many videos stand beside each other in one row
+WIDEST = 2048  # pixels: larger pictures are enlarged less
+SHEET_VIDEOS, SHEET_FUTURES, SHEET_FRAMES = 8, 8, 32  # most on the contact sheet: videos, futures and frames of each
+SHEET_PIXELS = 1 << 26  # another video must not make it larger
 
 
 def make_parser():
@@ -45,9 +55,10 @@ def make_parser():
 def main(args):
     import torch
 
-    from latentcast.data.pictures import contact_sheet, side_by_side
-    from latentcast.data.video_reader import VideoError
-    from latentcast.data.video_writer import write_image, write_video
+    from latentcast.data.pictures import grid_size, side_by_side
+    from latentcast.data.video_reader import is_away
+    from latentcast.data.video_writer import check_video, write_video
+    from latentcast.files import error_numbers, printable, told
     from latentcast.pipelines.base import VideoPipeline
 
     started = time.perf_counter()
@@ -66,52 +77,125 @@ def main(args):
     output = args.output or (Path(args.pipeline).parent if Path(args.pipeline).is_dir() else Path()) / "samples"
     if output.resolve() == (args.input if args.input.is_dir() else args.input.parent).resolve():
         raise UserError(f"--output {output}: this is where the input lies; its videos could be overwritten")
+    spec = pipe.prior.config.latent_spec
+    if spec["frame_height"] != spec["frame_width"]:
+        raise UserError(f"{args.pipeline}: expected square frames, found {spec['frame_height']}x{spec['frame_width']}")
+    side, enlarged = spec["frame_height"] + 2 * BORDER, max(1, round(SMALLEST / spec["frame_height"]))
+    scale, columns = layout(args.num_samples + 1, side, enlarged)
+    try:
+        check_video(Path("a.mp4"), *grid_size(args.num_samples + 1, side, side, scale, columns))  # GIFs may be larger
+    except ValueError as error:
+        raise UserError(f"--num-samples {args.num_samples}: {str(error).partition(': ')[2]}") from None
     prepare_run_dir(output, "--output")
+    earlier = sum((output / f"{name}{suffix}").exists() for name in videos.values() for suffix in (".mp4", ".gif"))
+    if earlier:
+        logger.warning("%s: %d files of an earlier run are replaced", output, earlier)
 
     n_context = args.n_context or pipe.config.n_context or max(5, pipe.prior.min_context)
-    outputs, skipped, sheet, predicting = [], {}, [], 0.0
+    outputs, skipped, failed, predicting, n_predicted = [], {}, {}, 0.0, 0
+    sheet = Sheet(output / "contact_sheet.png", side, max(1, enlarged // 2))
+
+    def leave_out(where, video, error):
+        where[str(video)] = told(error, video)
+        logger.warning("%s: %s", "skipped" if where is skipped else "failed", where[str(video)])
+
     for video, name in videos.items():
         try:
             context, truth, fps = read_video(video, n_context, args, pipe, multiplier)
-        except VideoError as error:
-            logger.warning("skipped: %s", error)
-            skipped[str(video)] = str(error)
+        except Exception as error:  # whatever one file leads to: the others are fine
+            leave_out(failed if is_away(error) else skipped, video, error)
             continue
-        pipe.set_progress_bar_config(desc=name)
+        pipe.set_progress_bar_config(desc=printable(name))
         began = time.perf_counter()
-        futures = pipe(
-            context,
-            n_frames=args.n_frames,
-            num_samples=args.num_samples,
-            generator=torch.Generator().manual_seed(args.seed),  # each video's futures depend on it alone
-            **sampler,
-        ).frames[0]
-        futures = futures.cpu()
+        try:
+            futures = pipe(
+                context,
+                n_frames=args.n_frames,
+                num_samples=args.num_samples,
+                generator=torch.Generator().manual_seed(args.seed),  # each video's futures depend on it alone
+                **sampler,
+            ).frames[0]
+            futures = futures.cpu()
+        except Exception as error:
+            if not n_predicted:  # a matter of the options or the device, not of this video
+                raise
+            leave_out(failed, video, error)
+            continue
         predicting += time.perf_counter() - began
+        n_predicted += args.num_samples * args.n_frames
 
         context, truth = held(context, truth, args.n_frames, multiplier)
         given = bordered(context, GIVEN)
         rows = [torch.cat([given, bordered(future, PREDICTED)]) for future in futures]
         if truth is not None:
             rows = [torch.cat([given, bordered(truth, TRUE)]), *rows]
-        scale = max(1, round(SMALLEST / context.shape[-1]))
-        for suffix in (".mp4", ".gif"):
-            write_video(output / f"{name}{suffix}", side_by_side(rows, scale), fps * multiplier)
-            outputs.append(str(output / f"{name}{suffix}"))
-        if len(outputs) <= 2 * SHEET_VIDEOS:
-            sheet += rows
-            write_image(output / "contact_sheet.png", contact_sheet(sheet, max(1, scale // 2)))
-    if not outputs:
-        reasons = "; ".join(list(skipped.values())[:5])
-        raise UserError(f"{args.input}: none of {len(skipped)} videos could be used: {reasons}")
-    outputs.append(str(output / "contact_sheet.png"))
-    n_predicted = (len(videos) - len(skipped)) * args.num_samples * args.n_frames
-    return {
-        "outputs": outputs,
+        try:
+            frames = side_by_side(rows, scale, 255, min(columns, len(rows)))
+            for suffix in (".mp4", ".gif"):
+                write_video(output / f"{name}{suffix}", frames, fps * multiplier)
+                outputs.append(str(output / f"{name}{suffix}"))
+            sheet.add(rows[: SHEET_FUTURES + (truth is not None)])
+        except Exception as error:
+            leave_out(failed, video, error)
+            if error_numbers(error) & {errno.ENOSPC, errno.EDQUOT}:  # for the others, too
+                break
+    figures = {
+        "outputs": outputs + sheet.outputs,
         "skipped": list(skipped),
+        "failed": list(failed),
         "seconds": round(time.perf_counter() - started, 2),
-        "frames_per_s": round(n_predicted / predicting, 2),
+        "frames_per_s": round(n_predicted / predicting, 2) if n_predicted else None,
     }
+    if not outputs:
+        reasons = "; ".join([*failed.values(), *skipped.values()][:5])
+        raise UserError(f"{args.input}: none of {len(videos)} videos could be used: {reasons}")
+    if failed:
+        first = next(iter(failed.values()))
+        raise Findings(f"{args.input}: {len(failed)} of {len(videos)} videos failed, first: {first}", figures)
+    return figures
+
+
+def layout(n, side, scale):
+    """(scale, columns) for ``n`` videos of ``side`` pixels: one row where they are few, nearly a square where many, and
+    less enlarged than by ``scale`` where that would be too wide."""
+    from latentcast.data.pictures import grid_size
+
+    columns = n if n <= ROW else math.ceil(math.sqrt(n))
+    while scale > 1 and max(grid_size(n, side, side, scale, columns)) > WIDEST:
+        scale -= 1
+    return scale, columns
+
+
+class Sheet:
+    """The contact sheet of the first videos, written anew with each.
+
+    Args:
+        path: of the picture.
+        side: H = W of the frames, pixels.
+        scale: to enlarge them by.
+    Attributes:
+        outputs: [path] once it is written.
+    """
+
+    def __init__(self, path, side, scale):
+        self.path, self.side, self.scale = path, side, scale
+        self.rows, self.n_videos, self.outputs = [], 0, []
+
+    def add(self, rows):
+        """Show a video, (T, 3, side, side) uint8 frames for the truth and each future, where there is room."""
+        import torch
+
+        from latentcast.data.pictures import contact_sheet, grid_size
+        from latentcast.data.video_writer import write_image
+
+        places = torch.linspace(0, len(rows[0]) - 1, min(len(rows[0]), SHEET_FRAMES)).round().long()
+        rows = [*self.rows, *(row[places] for row in rows)]
+        size = grid_size(len(rows) * len(places), self.side, self.side, self.scale, len(places))
+        if self.n_videos == SHEET_VIDEOS or (self.rows and math.prod(size) > SHEET_PIXELS):
+            return
+        self.rows, self.n_videos = rows, self.n_videos + 1
+        write_image(self.path, contact_sheet(rows, self.scale, 255))
+        self.outputs = [str(self.path)]
 
 
 def read_video(path, n_context, args, pipe, multiplier=1):
@@ -120,8 +204,6 @@ def read_video(path, n_context, args, pipe, multiplier=1):
     from latentcast.data.video_reader import VideoError, iter_clip, probe
 
     spec = pipe.prior.config.latent_spec
-    if spec["frame_height"] != spec["frame_width"]:
-        raise UserError(f"{args.pipeline}: expected square frames, found {spec['frame_height']}x{spec['frame_width']}")
     info = probe(path, backend="packets")
     stride = args.frame_stride or (max(1, round(info.fps / pipe.config.fps)) if pipe.config.fps else 1)
     rate = (1, args.fps) if args.fps else (stride, None)
@@ -151,31 +233,43 @@ def held(context, truth, n_frames, multiplier):
 
 
 def find_videos(path):
-    """Video file -> name of its outputs, for a file or all videos under a folder."""
-    from latentcast.data.video_folder import SUFFIXES
+    """Video file -> name of its outputs, for a file or all videos under a folder.
+
+    A name is the path below the folder without suffix and with "_" between its parts, shortened where it is too long.
+    Where several files would have one name (on disks that do not tell A from a, too), later ones have their suffix or a
+    checksum at its end.
+    """
+    from latentcast.data.video_folder import SUFFIXES, list_videos
+    from latentcast.files import shortened
 
     if path.is_file():
-        return {path: path.stem}
+        return {path: shortened(path.stem)}
     if not path.is_dir():
         raise UserError(f"--input {path}: no such file or folder")
-    files = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    files = list_videos(path)
     if not files:
         raise UserError(f"--input {path}: no video files here; expected any of {', '.join(SUFFIXES)}")
-    names = {}
-    for file in sorted(files):
-        name = "_".join(file.relative_to(path).with_suffix("").parts)
-        names[file] = name if name not in names.values() else f"{name}_{file.suffix[1:]}"
+    names, taken = {}, set()
+    for file in files:
+        stem, suffix = os.path.splitext(file.replace("/", "_"))
+        digest = hashlib.sha256(os.fsencode(file)).hexdigest()
+        for name in map(shortened, (stem, f"{stem}_{suffix[1:]}", f"{stem}-{digest[:8]}", digest)):
+            folded = unicodedata.normalize("NFC", name).casefold()
+            if folded not in taken:
+                break
+        taken.add(folded)
+        names[path / file] = name
     return names
 
 
 def bordered(frames, colour):
-    """(T, C, H, W) -> (T, 3, H + 2 * BORDER, W + 2 * BORDER), in a coloured frame."""
+    """(T, C, H, W) in [-1, 1] -> (T, 3, H + 2 * BORDER, W + 2 * BORDER) uint8, in a coloured frame."""
     import torch
 
     height, width = (size + 2 * BORDER for size in frames.shape[2:])
     canvas = torch.tensor(colour).view(1, 3, 1, 1).repeat(len(frames), 1, height, width)
     canvas[:, :, BORDER:-BORDER, BORDER:-BORDER] = frames
-    return canvas
+    return ((canvas.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 if __name__ == "__main__":

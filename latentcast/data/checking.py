@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..files import file_sha256
+from ..files import file_sha256, told
 from . import prepared, shards
 from .base import SPLITS
 from .video_folder import build_index
@@ -96,7 +96,11 @@ def check_videos(root, clip_length=1):
         usable, n_frames = usable + 1, n_frames + length
         if length < clip_length:
             problems.append(f"{name}: {length} frames are fewer than clip_length={clip_length}")
-        digest = file_sha256(root / name)
+        try:
+            digest = file_sha256(root / name)
+        except OSError as error:
+            problems.append(told(error, name))
+            continue
         if digest in seen:
             problems.append(f"{name}: the same file as {seen[digest]}")
         seen.setdefault(digest, name)

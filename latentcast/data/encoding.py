@@ -15,7 +15,7 @@ from latentcast.files import locked
 from latentcast.modeling import fingerprint
 
 from .latent_cache import LatentCacheWriter, read_manifest
-from .video_reader import VideoError
+from .video_reader import VideoError, is_away
 
 logger = logging.getLogger("latentcast")
 
@@ -94,6 +94,7 @@ def encode_dataset(
                 rank=rank,
                 world_size=world_size,
             )
+            writer.redo(writer.away(), keep=True)
         if writer.finished:
             logger.info("latents cache %s: finished before, nothing to do", root)
             return _figures(root, None)
@@ -148,10 +149,10 @@ def _writing_behind(writer):
         if shard != current:
             shards.close()  # completes the one before
             file, current = shards.enter_context(writer.open_shard(shard)), shard
-        for video, reason in unreadable.items():
+        for video, (reason, away) in unreadable.items():
             if video not in file.skipped:
                 logger.warning("%s: skipped (%s)", writer.job["videos"][video]["name"], reason)
-                file.skip(video, reason)
+                file.skip(video, reason, away)
         for (video, _, _), encoded in pieces.items():
             file.append(video, encoded)
         for video, found in conditions.items():
@@ -179,8 +180,8 @@ class _Reader(Dataset):
         return len(self.batches)
 
     def __getitem__(self, index):
-        """-> frames (N, C, H, W) of the readable segments, None if there are none; {video: reason} of the others; and
-        {video: conditions} of the videos that begin in this batch"""
+        """-> frames (N, C, H, W) of the readable segments, None if there are none; {video: (reason, may pass)} of the
+        others; and {video: conditions} of the videos that begin in this batch"""
         frames, unreadable, conditions = [], {}, {}
         for video, start, stop in self.batches[index][1]:
             try:
@@ -189,7 +190,7 @@ class _Reader(Dataset):
                     raise VideoError(f"expected {stop - start} frames from {start} on, found {len(piece)}")
                 frames.append(piece)
             except VideoError as error:
-                unreadable[video] = str(error)
+                unreadable[video] = str(error), is_away(error)
             else:
                 if start == 0:
                     conditions[video] = self.dataset.read_conditions(video, 0, self.dataset.videos[video].n_frames)

@@ -1,22 +1,31 @@
 """Videos that are kept as one picture a frame, in numbered files."""
 
+import contextlib
 import re
 from itertools import pairwise
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .video_reader import CHUNK, VideoError, fit_pieces
+from .video_folder import visible
+from .video_reader import CHUNK, VideoAwayError, VideoError, fit_pieces, is_away
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+NUMBER = re.compile(r"(\d+)(?:[_-]\d+x\d+)?$")  # in a name without suffix; a size may follow, as in image-007_64x64.png
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's with 8 bits a channel or fewer
 
 
 def frame_number(name):
-    """The number at the end of a picture's name, before the suffix; None if it is no picture or has no number."""
+    """The number at the end of a picture's name, before the suffix and a size ("007_64x64.png" is 7, as SVG names KTH's
+    frames); None if it is no picture or has no number."""
     stem, dot, suffix = name.rpartition(".")
-    digits = re.search(r"\d+$", stem)
-    return int(digits.group()) if digits and dot + suffix.lower() in PICTURE_SUFFIXES else None
+    digits = NUMBER.search(stem)
+    return int(digits[1]) if digits and dot + suffix.lower() in PICTURE_SUFFIXES else None
+
+
+def is_sequence(names):
+    """Whether a folder with files of these names is a video: two numbered pictures at least (one is a cover)."""
+    return sum(frame_number(name) is not None for name in names) > 1
 
 
 def numbered_pictures(folder):
@@ -24,14 +33,19 @@ def numbered_pictures(folder):
 
     Raises:
         VideoError: no numbered picture, two with one number, or one that is missing between the others.
+        VideoAwayError: the folder cannot be read at the moment.
     """
     found = {}
-    for path in sorted(folder.iterdir()):
-        number = None if path.name.startswith(".") else frame_number(path.name)
+    try:
+        names = visible(folder)[1]
+    except OSError as error:
+        raise VideoAwayError(f"{folder}: cannot be read at the moment ({error.strerror})") from None
+    for name in names:
+        number = frame_number(name)
         if number in found:
-            raise VideoError(f"{folder}: two pictures have number {number}: {found[number].name} and {path.name}")
+            raise VideoError(f"{folder}: two pictures have number {number}: {found[number].name} and {name}")
         if number is not None:
-            found[number] = path
+            found[number] = folder / name
     if not found:
         raise VideoError(f"{folder}: no numbered pictures; expected {', '.join(PICTURE_SUFFIXES)}")
     numbers = sorted(found)
@@ -39,8 +53,8 @@ def numbered_pictures(folder):
     for expected, number in zip(range(numbers[0], numbers[-1] + 1, step), numbers):
         if number != expected:
             before = found[expected - step]
-            digits = re.search(r"\d+$", before.stem).group()
-            missing = f"{before.stem.removesuffix(digits)}{expected:0{len(digits)}d}{before.suffix}"
+            start, end = NUMBER.search(before.stem).span(1)
+            missing = f"{before.stem[:start]}{expected:0{end - start}d}{before.name[end:]}"
             raise VideoError(f"{folder}: expected {missing} after {before.name}, found {found[number].name}")
     return [found[number] for number in numbers]
 
@@ -74,14 +88,18 @@ def _arrays(paths):
 
 
 def _array(path):
-    """One picture -> (H, W, 3) uint8 array."""
+    """One picture -> (H, W, 3) uint8 array, turned and flipped as its EXIF says."""
     try:
         with Image.open(path) as picture:
+            picture.load()
+            with contextlib.suppress(Exception):  # whatever damaged EXIF leads Pillow to: the pixels are whole
+                ImageOps.exif_transpose(picture, in_place=True)
             mode, array = picture.mode, np.array(picture.convert("RGB"))
     except UnidentifiedImageError:
         raise VideoError(f"{path}: not a picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, of damaged files
-        raise VideoError(f"{path}: not a readable picture ({getattr(error, 'strerror', None) or error})") from None
+        kind = VideoAwayError if is_away(error) else VideoError
+        raise kind(f"{path}: not a readable picture ({getattr(error, 'strerror', None) or error})") from None
     if mode not in MODES:
         raise VideoError(f"{path}: expected a picture of 8 bits a channel, found mode {mode}")
     return array

@@ -6,6 +6,7 @@ with a manifest is complete. ``preview.png`` shows a few of its videos.
 """
 
 import concurrent.futures
+import contextlib
 import filecmp
 import hashlib
 import logging
@@ -22,14 +23,15 @@ import torch
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from ..files import locked, read_json, replacing, write_json
+from ..files import locked, read_json, replacing, told, write_json
 from ..schemas import Count, Digest, Rate, Schema, Text, Whole, check, short
 from . import shards
 from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
+from .benchmarks.base import Clip
 from .moving_digits import MOTIONS, MovingDigits
 from .pictures import contact_sheet
 from .video_folder import luma
-from .video_reader import VideoError
+from .video_reader import VideoAwayError, VideoError, is_away
 from .video_writer import write_image
 
 logger = logging.getLogger("latentcast")
@@ -110,7 +112,8 @@ def prepare(benchmark, output, *, workers=0, partial=False):
         output: folder of the prepared set.
         workers: processes that read and write beside this one, a shard at a time; 0: this one does it all.
         partial: accept a set with fewer videos than published; the manifest then says ``complete: false``. A later
-            run without it adds what can be read by then, and keeps the set even if more is still missing.
+            run without it adds what can be read by then, and keeps the set even if more is still missing; one with it
+            adds what could not be reached (no permission, a share that was not mounted), not what was damaged.
     Returns:
         dict of ``name``, ``protocol``, ``counts``, ``skipped`` (split -> videos), ``bytes`` and the benchmark's own
         figures.
@@ -133,11 +136,11 @@ def _prepare(benchmark, output, workers, partial):
     if not writers:
         raise ValueError(f"{benchmark.name}: no videos found in {benchmark.source}")
     accepted = _accepted(output)
-    if not partial:  # try again what an earlier run could not read
-        for writer in writers.values():
-            gaps = [shard for shard, note in enumerate(writer.notes()) if note and note["skipped"]]
-            if gaps:
-                writer.redo(gaps, keep=True)
+    for split, writer in writers.items():  # try again what an earlier run could not read
+        gaps = [shard for shard, note in enumerate(writer.notes()) if note and note["skipped"]]
+        if partial:
+            gaps = [shard for shard, away in writer.away().items() if _any_is_back(benchmark, split, writer, away)]
+        writer.redo(gaps, keep=True)
     _write_shards(benchmark, writers, workers)
     for name, source in benchmark.files().items():
         path = output / name
@@ -303,17 +306,39 @@ def _write_shard(benchmark, writer, split, shard, progress=lambda n: None):
         for video in writer.shard_videos(shard):
             name = writer.job["videos"][video]["name"]
             try:
-                clip = benchmark.read(split, name)
-                for piece in clip.frames:
-                    file.append(video, piece)
-                if video not in file.written:
-                    raise VideoError(f"{name}: no frames")
-                facts = {} if clip.sha256 is None else {"source_sha256": clip.sha256}
-                file.describe(video, clip.conditions, **facts)
+                for part in _read(benchmark, split, name):
+                    if isinstance(part, Clip):
+                        if video not in file.written:
+                            raise VideoError(f"{name}: no frames")
+                        facts = {} if part.sha256 is None else {"source_sha256": part.sha256}
+                        file.describe(video, part.conditions, **facts)
+                    else:
+                        file.append(video, part)
             except VideoError as error:
-                file.skip(video, str(error))
+                file.skip(video, str(error), is_away(error))
             progress(1)
         return list(file.skipped.values())
+
+
+def _read(benchmark, split, name):
+    """The pieces of a video, then its Clip. Whatever goes wrong with it is a VideoError, for it is one of many."""
+    try:
+        clip = benchmark.read(split, name)
+        yield from clip.frames
+        yield clip
+    except VideoError:
+        raise
+    except Exception as error:
+        raise (VideoAwayError if is_away(error) else VideoError)(told(error, name)) from error
+
+
+def _any_is_back(benchmark, split, writer, videos):
+    """Whether one of these videos, which could not be reached before, can be now; its first frames are read."""
+    for video in videos:
+        with contextlib.suppress(VideoError):
+            next(_read(benchmark, split, writer.job["videos"][video]["name"]))
+            return True
+    return False
 
 
 def prepared_videos(

@@ -167,11 +167,16 @@ class ShardWriter:
             return load_manifest(self.root, self.kind)["shards"]
         return [self._note(shard) for shard in range(self.n_shards)]
 
+    def away(self):
+        """Shard -> its videos that were left out for what may have passed since: see ``ShardFile.skip``."""
+        notes = enumerate(self.notes())
+        return {shard: note["away"] for shard, note in notes if note and note.get("away")}
+
     def redo(self, shards, keep=False):
         """Make these shards pending again, in a finished folder too.
 
         With ``keep`` they stand until others take their place, which must hold all of their videos."""
-        if self.finished:
+        if shards and self.finished:
             for shard, note in enumerate(self.notes()):
                 write_json(_note_path(self.root, shard), note)
             write_json(self.root / PLAN, self.job)
@@ -286,6 +291,7 @@ class ShardFile:
         self.conditions = {}  # video -> name -> tensor
         self.facts = {}  # video -> what the note says of it beside its length
         self.skipped = {}  # video -> reason
+        self.away = []  # of these, the videos that may be read at another time
 
     def __enter__(self):
         with writing(self.path, KEPT):
@@ -311,11 +317,15 @@ class ShardFile:
         self.conditions[video] = conditions
         self.facts[video] = facts
 
-    def skip(self, video, reason):
-        """Leave a video out, also one whose first frames were written already."""
+    def skip(self, video, reason, away=False):
+        """Leave a video out, also one whose first frames were written already.
+
+        ``away``: for what says nothing of it (no permission, a share not mounted), so that a later run tries again."""
         if video in self.written:
             del self.written[video]
             self.file.seek(self.start)
+        if away and video not in self.skipped:
+            self.away.append(video)
         self.skipped.setdefault(video, reason)
 
     def __exit__(self, kind, *_):
@@ -354,7 +364,8 @@ class ShardFile:
             os.replace(self.temporary, self.path)
         videos = {str(v): {"n_frames": n} | self.facts.get(v, {}) for v, n in self.written.items()}
         skipped = {str(video): reason for video, reason in self.skipped.items()}
-        write_json(self.note_path, note | {"videos": videos, "skipped": skipped})
+        away = {"away": self.away} if self.away else {}
+        write_json(self.note_path, note | {"videos": videos, "skipped": skipped} | away)
 
     def _condition(self, video, name, shape):
         tensor = self.conditions.get(video, {}).get(name)

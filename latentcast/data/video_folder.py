@@ -8,16 +8,18 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..files import replacing, user_cache
+from ..files import replacing, shortened, user_cache
 from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_flip, check_split
-from .video_reader import VideoError, VideoInfo, probe, read_clip
+from .video_reader import VideoAwayError, VideoError, VideoInfo, probe, read_clip, too_slow
 
 try:
     import fcntl
@@ -26,22 +28,34 @@ except ImportError:  # Windows: several processes then index the same files, whi
 
 logger = logging.getLogger("latentcast")
 
-SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".ogv", ".gif")
+SUFFIXES = tuple(".mp4 .m4v .mov .avi .mkv .webm .ogv .ogg .gif .ts .mts .m2ts .mpg .mpeg .vob .wmv .3gp .flv".split())
+# Folders in which systems and network drives keep thumbnails and what was deleted. Hidden ones are left out anyway.
+SYSTEM_FOLDERS = {
+    "@eadir",
+    "@recycle",
+    "#recycle",
+    "$recycle.bin",
+    "system volume information",
+    "__macosx",
+    "lost+found",
+}
 INDEX_NAME = ".latentcast-index.json"
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
+SLOW_START = 250  # frames: longer files that are decoded from their start are named
 SAVE_EVERY = 30  # seconds between saves of an index that is being built
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class VideoFolder(VideoDataset):
-    """Clips and whole videos of every mp4, avi, mov, mkv, webm, ogv and gif file under a folder.
+    """Clips and whole videos of every video file under a folder: see ``list_videos``.
 
     A file's split follows from a hash of its path below ``root``, so adding files moves no other file. Where ``root``
     holds a folder ``val`` or ``test`` beside ``train``, these are the splits and other files are left out; of ``val``
     and ``test`` the one without a folder takes its share of the files in ``train``, by the hash.
 
     The first use decodes each file once, with a progress bar, and keeps what it found in an index; later uses look only
-    at new and changed files. Damaged and too short files are named in the log, counted and left out.
+    at new and changed files. Damaged and too short files are named in the log, counted and left out. Where time jumps
+    within a file by more than a still would last, it becomes several videos: no clip crosses the jump.
 
     Args:
         root: the folder.
@@ -57,6 +71,7 @@ class VideoFolder(VideoDataset):
             read-only.
         backend: see ``read_clip``.
         flip: see VideoDataset.
+        square_pixels: stretch videos whose pixels are not square, as players do; else they are named in the log.
     Raises:
         FileNotFoundError: no such folder.
         ValueError: a folder ``val`` or ``test`` without ``train``.
@@ -78,6 +93,7 @@ class VideoFolder(VideoDataset):
         index_dir=None,
         backend="auto",
         flip=None,
+        square_pixels=False,
     ):
         check_split(split)
         self.flip = check_flip(flip)
@@ -91,10 +107,11 @@ class VideoFolder(VideoDataset):
             channels,
         )
         self.frame_stride, self.target_fps, self.seed, self.backend = frame_stride, fps, seed, backend
+        self.square_pixels = square_pixels
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self._folders = _split_folders(self.root)
         self._files = self._choose(build_index(self.root, index_dir))
-        self._videos = [VideoEntry(name, *self._rate(info)) for name, _, info in self._files]
+        self._videos = [VideoEntry(part.name, *self._rate(part.info)) for part in self._files]
         self.fps = statistics.median(entry.fps for entry in self._videos)
 
     @property
@@ -103,14 +120,16 @@ class VideoFolder(VideoDataset):
         return self._videos
 
     def read_video(self, index, start, stop):
-        entry, (name, _, info) = self._videos[index], self._files[index]
+        entry, part = self._videos[index], self._files[index]
         if not 0 <= start < stop <= entry.n_frames:
-            raise ValueError(f"{name}: expected 0 <= start < stop <= {entry.n_frames}, found {start}:{stop}")
-        places = sampled_places(info, range(start, stop), self.frame_stride, self.target_fps)
-        return load_frames(self.root / name, places, self.size, self.channels, self.backend, info)
+            raise ValueError(f"{part.name}: expected 0 <= start < stop <= {entry.n_frames}, found {start}:{stop}")
+        places = sampled_places(part.info, range(start, stop), self.frame_stride, self.target_fps)
+        places = [part.first + place for place in places]
+        path = self.root / part.file
+        return load_frames(path, places, self.size, self.channels, self.backend, part.whole, self.square_pixels)
 
     def describe(self):
-        files = [[name, size, info.n_frames] for name, size, info in self._files]
+        files = [[part.name, part.size, part.info.n_frames] for part in self._files]
         return {
             "type": "VideoFolder",
             "source": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
@@ -123,7 +142,7 @@ class VideoFolder(VideoDataset):
             "val_fraction": self.val_fraction,
             "test_fraction": self.test_fraction,
             "seed": self.seed,
-        }
+        } | ({"square_pixels": True} if self.square_pixels else {})
 
     def _rate(self, info):
         return sampled_rate(info, self.frame_stride, self.target_fps)
@@ -138,43 +157,88 @@ class VideoFolder(VideoDataset):
         )
 
     def _choose(self, index):
-        """The usable files of this split as (name, size in bytes, VideoInfo)."""
-        usable, damaged, short, slow, elsewhere = [], [], [], 0, 0
+        """The usable files of this split, as ``_Part`` s."""
+        usable, damaged, short, still, oblong, slow, elsewhere = [], [], [], [], [], 0, 0
         for name, record in sorted(index.items()):
             if self._split_of(name) != self.split:
                 elsewhere += 1
-            elif "error" in record:
+                continue
+            if "error" in record:
                 damaged.append(f"{name} ({record['error']})")
-            else:
-                info = VideoInfo(**record["info"])
-                n_frames, _ = self._rate(info)
+                continue
+            whole = VideoInfo(**record["info"])
+            if self.target_fps and too_slow(whole.fps, self.target_fps):
+                still.append(f"{name} ({1 / whole.fps:.0f} s a frame)")
+                continue
+            if len(whole.keys) == 0 and whole.reader == "pyav" and whole.n_frames > SLOW_START:
+                logger.info("%s: %s: no way to find single frames exactly; decoded from its start", self.root, name)
+            if whole.cuts:
+                logger.warning("%s: %s: time jumps before frame %s", self.root, name, _listed(list(whole.cuts))[2:])
+            if whole.pixel_aspect != 1:
+                oblong.append(f"{name} ({whole.pixel_aspect:.3f} : 1)")
+            slow += self.target_fps is not None and whole.fps < 0.99 * self.target_fps
+            for part in _parts(name, record["size"], whole):
+                n_frames, _ = self._rate(part.info)
                 if n_frames < self.clip_length:
-                    short.append(f"{name} ({n_frames} frames)")
-                    continue
-                if info.seek == "start":
-                    logger.warning("%s: %s: timestamps run backwards; read by decoding from its start", self.root, name)
-                slow += self.target_fps is not None and info.fps < 0.99 * self.target_fps
-                usable.append((name, record["size"], info))
+                    short.append(f"{part.name} ({n_frames} frames)")
+                else:
+                    usable.append(part)
         rate = f"fps={self.target_fps:g}" if self.target_fps else f"frame_stride={self.frame_stride}"
-        short_of = f"shorter than clip_length={self.clip_length} at {rate}"
+        lost = {
+            "damaged": damaged,
+            f"shorter than clip_length={self.clip_length} at {rate}": short,
+            f"too slow for {rate}": still,
+        }
         if not usable:
-            lost = [f"{len(damaged)} damaged{_listed(damaged)}", f"{len(short)} {short_of}{_listed(short)}"]
+            counts = [f"{len(names)} {reason}{_listed(names)}" for reason, names in lost.items() if names]
+            counts.append(f"{elsewhere} in other splits")
             advice = f"raise {self.split}_fraction"
             if self.split in ("train", *self._folders):
                 advice = "add files"
             raise EmptySplitError(
-                f"{self.root}: no usable video in split {self.split!r}: of {len(index)} files, {', '.join(lost)}, "
-                f"{elsewhere} in other splits; {advice} or ask for shorter clips"
+                f"{self.root}: no usable video in split {self.split!r}: of {len(index)} files, {', '.join(counts)}; "
+                f"{advice} or ask for shorter clips"
             )
-        for reason, names in (("damaged", damaged), (short_of, short)):
+        for reason, names in lost.items():
             if names:
                 logger.warning("%s: %s: skipped %d %s%s", self.root, self.split, len(names), reason, _listed(names))
+        if oblong:
+            done = "stretched" if self.square_pixels else "kept as they are; square_pixels=true stretches them"
+            logger.warning("%s: %d videos have oblong pixels, %s%s", self.root, len(oblong), done, _listed(oblong))
         if slow:
             logger.warning(
                 "%s: %d videos are slower than fps=%g: their frames repeat", self.root, slow, self.target_fps
             )
-        logger.info("%s: %s: %d of %d files", self.root, self.split, len(usable), len(index))
+        n_files = len({part.file for part in usable})
+        logger.info("%s: %s: %d of %d files", self.root, self.split, n_files, len(index))
         return usable
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A file, or what lies in it between two jumps in time.
+
+    ``info``: of the part; ``whole``: of the file; ``first``: number in the file of the part's first frame.
+    """
+
+    name: str
+    file: str
+    size: int
+    info: VideoInfo
+    whole: VideoInfo
+    first: int
+
+
+def _parts(name, size, whole):
+    if not whole.cuts:
+        return [_Part(name, name, size, whole, whole, 0)]
+    parts = []
+    for first, stop in pairwise([0, *whole.cuts, whole.n_frames]):
+        own = tuple(t - whole.times[first] for t in whole.times[first:stop]) if whole.times else None
+        rate = (len(own) - 1) / own[-1] if own and len(own) > 1 else whole.fps
+        info = replace(whole, n_frames=stop - first, fps=rate, times=own, cuts=())
+        parts.append(_Part(f"{name} {first}-{stop - 1}", name, size, info, whole, first))
+    return parts
 
 
 def _split_folders(root):
@@ -242,11 +306,11 @@ def sampled_places(info, frames, frame_stride=1, fps=None):
     return (times[None] - asked[:, None]).abs().argmin(1).tolist()
 
 
-def load_frames(path, places, size, channels=3, backend="auto", info=None):
+def load_frames(path, places, size, channels=3, backend="auto", info=None, square_pixels=False):
     """The file's frames numbered ``places``, central square -> (len(places), channels, size, size) in [-1, 1].
 
-    ``backend``, ``info``: see ``read_clip``."""
-    frames = read_clip(path, places, size=size, backend=backend, info=info).float()
+    ``backend``, ``info``, ``square_pixels``: see ``read_clip``."""
+    frames = read_clip(path, places, size, backend, info, square_pixels=square_pixels).float()
     if channels == 1:
         frames = luma(frames)
     return (frames / 127.5 - 1).clamp_(-1, 1)
@@ -256,7 +320,8 @@ def build_index(root, index_dir=None):
     """What every video file under ``root`` holds, from the index on disk, brought up to date.
 
     Returns:
-        path below root -> {"size", "mtime", and "info": fields of VideoInfo, or "error": why it cannot be read}.
+        path below root -> {"size", "mtime", and "info": fields of VideoInfo, or "error": why it cannot be read, with
+        "away" where that is no property of the file: it is not kept on disk, and the file is tried again next time}.
     """
     root = Path(root)
     if not root.is_dir():
@@ -289,35 +354,95 @@ def build_index(root, index_dir=None):
 def _examine(path):
     try:
         return {"info": asdict(probe(path))}
+    except (VideoAwayError, MemoryError) as error:
+        return {"error": str(error).removeprefix(f"{path}: ") or "out of memory", "away": True}
     except VideoError as error:
         return {"error": str(error).removeprefix(f"{path}: ")}
+    except Exception as error:  # of one file among many; whether it lies in the file is not known
+        return {"error": f"{type(error).__name__}: {error}", "away": True}
 
 
-def walk(root):
-    """Every folder from ``root`` down, links followed but none of them back -> (folder, names of its visible files)."""
-    seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
-            folders.clear()
+def list_videos(root, is_sequence=None):
+    """What training and all tools take for the videos below a folder.
+
+    These are files with one of ``SUFFIXES``, in any case, in folders down from ``root``. Links are followed; a folder
+    that is reached twice counts once, and links back end. Hidden files and folders are left out, and so are those of
+    ``SYSTEM_FOLDERS``. What else is left out is counted in the log, by suffix.
+
+    Args:
+        root: the folder.
+        is_sequence: says of the names of a folder's files whether they are the frames of a video, which the folder then
+            is; a folder with a video file is none (pictures beside videos are thumbnails). None: no folder is a video.
+    Returns:
+        paths below ``root`` with "/" between folders, sorted.
+    """
+    root, found, left_out, broken = Path(root), [], Counter(), []
+    for folder, names in _walk(root):
+        where = folder.relative_to(root)
+        videos = [name for name in names if name.lower().endswith(SUFFIXES)]
+        others = [name for name in names if not name.lower().endswith(SUFFIXES)]
+        if is_sequence and not videos and is_sequence(others):
+            found.append(where.as_posix())
+        else:
+            left_out.update(os.path.splitext(name)[1].lower() or "without suffix" for name in others)
+        for name in videos:
+            (found if os.path.isfile(folder / name) else broken).append((where / name).as_posix())
+    if left_out:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.most_common(20))
+        more = f" and {len(left_out) - 20} more kinds" if len(left_out) > 20 else ""
+        logger.info("%s: left out by suffix: %s%s", root, kinds, more)
+    if broken:
+        logger.warning("%s: left out %d that lead to no file%s", root, len(broken), _listed(sorted(broken)))
+    return sorted(found)
+
+
+def _walk(root):
+    """Every folder from ``root`` down, links followed, none of them twice -> (folder, names of its files), sorted."""
+    seen, folders = set(), [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            status, (inner, names) = os.stat(folder), visible(folder)
+        except OSError as error:
+            if folder == root:
+                raise
+            logger.warning("%s: left out, it cannot be read (%s)", folder, error.strerror)
             continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        yield Path(folder), sorted(name for name in names if not name.startswith("."))
+        if (status.st_dev, status.st_ino) not in seen:
+            seen.add((status.st_dev, status.st_ino))
+            yield folder, names
+            folders += [folder / name for name in reversed(inner) if name.lower() not in SYSTEM_FOLDERS]
+
+
+def visible(folder):
+    """Names of the folders and of the other entries in a folder, links followed, without the hidden ones; sorted."""
+    folders, names = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                (folders if _is_folder(entry) else names).append(entry.name)
+    return sorted(folders), sorted(names)
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, or to where we may not look
+        return False
 
 
 def _find(root):
     found = {}
-    for folder, names in walk(root):
-        for path in (folder / name for name in names):
-            if path.suffix.lower() in SUFFIXES and path.is_file():
-                status = path.stat()
-                found[path.relative_to(root).as_posix()] = {"size": status.st_size, "mtime": status.st_mtime_ns}
-    return dict(sorted(found.items()))
+    for name in list_videos(root):
+        with contextlib.suppress(OSError):  # gone since
+            status = (root / name).stat()
+            found[name] = {"size": status.st_size, "mtime": status.st_mtime_ns}
+    return found
 
 
 def _index_path(root, index_dir):
-    unique = f"{root.name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}.json"
+    digest = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
+    unique = f"{shortened(root.name)}-{digest[:12]}.json"
     if index_dir is not None:
         return Path(str(index_dir)) / unique
     return root / INDEX_NAME if os.access(root, os.W_OK) else user_cache() / "indices" / unique
@@ -343,9 +468,10 @@ def _load(path, found):
 
 
 def _save(path, index):
+    kept = {name: record for name, record in index.items() if "away" not in record}
     try:
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"format": INDEX_FORMAT, "files": index}))
+            temporary.write_text(json.dumps({"format": INDEX_FORMAT, "files": kept}))
     except OSError as error:
         logger.warning("%s; the next run indexes again", error)
 

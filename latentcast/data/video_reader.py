@@ -1,31 +1,107 @@
 """Reading frames from video files, through decord or PyAV, with the same frames from both.
 
-A frame's index counts the frames that decode, in the order they are shown. Containers often state another number, so
-``probe`` decodes the whole file.
+A frame's index counts the frames that decode, in the order they are shown, from the first keyframe on. Containers often
+state another number, so ``probe`` decodes the whole file. What a file's stream, orientation, rate and pixels are is
+decided once, in ``look``; every way to read goes by that. PyAV reads, and decord where ``probe`` has shown that it
+gives the same.
 """
 
+import contextlib
+import errno
 import functools
+import logging
+import os
+import statistics
+import struct
 from array import array
-from bisect import bisect_right
-from dataclasses import dataclass
-from itertools import islice, pairwise
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import chain, dropwhile, islice, pairwise
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.stream import Disposition
 from PIL import Image
 
+logger = logging.getLogger("latentcast")
+
 CHUNK = 16  # frames held at their full size at once
-SEEK_FROM = 48  # an earlier frame is reached faster by decoding from the start than through a table of timestamps
+SEEK_FROM = 48  # an earlier frame is reached faster by decoding from the start than through a table of packets
+KEY_DISTANCE = 12  # packets between keyframes that are kept to seek to
 RESAMPLE = ("bilinear", "lanczos")
 DEFAULT_RATE = 25.0  # of files that state none
-KEPT_TABLES = 64  # of timestamps, one a file: 8 bytes a frame
+MAX_RATE = 1000.0  # frames per second; this and more is a clock's rate, not a video's
+GAP = 10.0  # seconds between two frames, and 20 times the usual step, past which time jumps; also the longest still
+KEPT_LOOKS = 64  # files whose packet tables are kept: 8 bytes a frame
+# Lists of other files (of which some never end), devices, and single pictures are no video files.
+NOT_VIDEOS = ("applehttp", "concat", "dash", "hls", "image2", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "tty")
+BY_TIME = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # containers that find packets by the time of showing
+TABLED = (*BY_TIME, "avi")  # containers whose packets are frames
+COUNTED = ("av1", "dnxhd", "ffv1", "h264", "hevc", "mjpeg", "png", "prores", "vp9")  # one packet in these: one frame
+DECORD = ("ffv1", "h264", "hevc", "mjpeg", "mpeg4", "vp8", "vp9")
+STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+# Errors of the machine or the moment, not of the file.
+AWAY = {
+    getattr(errno, name)
+    for name in "EACCES EAGAIN EBUSY ECONNRESET EHOSTDOWN EHOSTUNREACH EINTR ELOOP EMFILE ENETDOWN ENETUNREACH ENFILE "
+    "ENODEV ENOENT ENOMEM ENOTCONN ENOTDIR ENXIO EPERM ESTALE ETIMEDOUT".split()
+    if hasattr(errno, name)
+}
 
 
 class VideoError(OSError):
     """A file that is no readable video; the message is one line with the file and the reason."""
+
+
+class VideoAwayError(VideoError):
+    """A file that cannot be read at the moment (gone, no permission, no free file descriptor); says nothing of it."""
+
+
+def is_away(error):
+    """Whether an error, VideoError or not, says nothing of the file that was read: it may be fine at the next try."""
+    of_the_system = isinstance(error, OSError) and not isinstance(error, VideoError)
+    known = isinstance(error, (VideoAwayError, MemoryError))
+    return known or (of_the_system and error.errno in AWAY | {errno.EIO})
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a file's packets and its first frame say; the one decision on how it is to be read.
+
+    Attributes:
+        stream: index of the video stream: the default one, else the first; pictures attached to a song are none.
+        late: packets before the first keyframe are there, and are not decoded.
+        orientation: bits of the display matrix of the first keyframe: 4 rows and columns change places, then 2 upside
+            down, then 1 left to right.
+        height, width: pixels, as shown.
+        pixel_aspect: width of a pixel over its height, as shown.
+        rate: frames per second, as ``VideoInfo.fps``.
+        step, gap: the usual seconds from a frame to the next; more than ``gap`` is no step but a jump in time.
+        even: timestamps are missing, repeat or are guesses: frames are taken to be evenly spaced at ``rate``.
+        times: the frames' presentation times in seconds; None where they cannot be told from the packets.
+        keys: as ``VideoInfo.keys``; empty without ``times``.
+        starts: (presentation time, time to seek to) of keyframes that may serve as ``keys``.
+        plain: nothing is known against reading with decord.
+    """
+
+    stream: int
+    late: bool
+    orientation: int
+    height: int
+    width: int
+    pixel_aspect: float
+    rate: float
+    step: float
+    gap: float
+    even: bool
+    times: array | None
+    keys: tuple
+    starts: tuple
+    plain: bool
 
 
 @dataclass(frozen=True)
@@ -34,12 +110,15 @@ class VideoInfo:
 
     Attributes:
         n_frames: frames that decode.
-        fps: mean frame rate over the whole file.
+        fps: mean frame rate over the whole file, jumps in time left out.
         height, width: pixels, as shown (after the file's rotation).
-        times: each frame's time in seconds from the first; None where frames are evenly spaced at ``fps``.
-        seek: how a frame in the middle can be found exactly. "any": through any backend; "pyav": by timestamp only,
-            since pictures before a keyframe depend on it (open GOPs), where decord is wrong; "start": by decoding from
-            the start, since timestamps are missing or run backwards (B-frames in an AVI).
+        times: each frame's time in seconds from the first, jumps in time left out; None where frames are evenly spaced
+            at ``fps``.
+        cuts: numbers of the frames before which time jumps (see ``Look.gap``); clips should not cross these.
+        reader: the backend that ``auto`` takes: "decord" where it was shown to give this file's frames, else "pyav".
+        keys: keyframes from which decoding gives the same frames as from the start: (number of the frame, its
+            presentation time, the time to seek to), the last two in the stream's time base.
+        stream, late, orientation, pixel_aspect: see ``Look``.
     """
 
     n_frames: int
@@ -47,32 +126,39 @@ class VideoInfo:
     height: int
     width: int
     times: tuple | None = None
-    seek: str = "any"
+    cuts: tuple = ()
+    reader: str = "pyav"
+    keys: tuple = ()
+    stream: int = 0
+    late: bool = False
+    orientation: int = 0
+    pixel_aspect: float = 1.0
 
 
 def probe(path, backend="auto"):
     """Count, time and measure the frames of a video by decoding all of them -> VideoInfo.
 
-    ``auto`` is PyAV, the one backend that reports damage; ``decord`` is faster and takes the file's word for it.
-    ``packets`` says what PyAV says of a sound file after decoding its first frame alone; files whose packets do not
-    tell their frames are decoded.
+    ``auto`` and ``pyav`` decode. ``packets`` says the same of a sound file after decoding its first frame alone, but
+    for ``reader``; files whose packets do not tell their frames are decoded.
 
     Raises:
-        VideoError: the file is missing, is no video, or is damaged anywhere.
+        VideoError: the file is missing, is no video, or is damaged anywhere; VideoAwayError: it may be sound.
     """
     return _backend(PROBES, "pyav" if backend == "auto" else backend)(_existing(path))
 
 
-def read_clip(path, indices, size=None, backend="auto", info=None, resample="bilinear"):
+def read_clip(path, indices, size=None, backend="auto", info=None, resample="bilinear", square_pixels=False):
     """Read single frames of a video.
 
     Args:
-        path: any file that decord or FFmpeg opens: mp4, avi, mov, mkv, webm, ogv, gif, ...
+        path: any file that FFmpeg opens: mp4, avi, mov, mkv, webm, ts, mpg, wmv, ogv, gif, ...
         indices: frame numbers >= 0 in any order, repeats allowed.
         size: cut out the central square and resize it (antialiased) to ``size`` x ``size`` pixels; None: as they are.
-        backend: ``decord``, ``pyav``, or ``auto``: decord, and PyAV for what decord cannot read or finds wrongly.
-        info: what ``probe`` said of the file; saves a look at its packets.
+        backend: ``pyav``; ``decord``, which refuses files that ``probe`` does not find it to read exactly; or ``auto``:
+            decord where ``info`` says so, else PyAV.
+        info: what ``probe`` said of the file; without it PyAV looks at the file's packets, and decord decodes it first.
         resample: "bilinear" or "lanczos".
+        square_pixels: stretch pictures whose pixels are not square (see ``fit_frames``).
     Returns:
         (len(indices), 3, H, W) uint8 tensor, RGB.
     Raises:
@@ -82,27 +168,35 @@ def read_clip(path, indices, size=None, backend="auto", info=None, resample="bil
     indices = [int(i) for i in indices]
     if not indices or min(indices) < 0:
         raise ValueError(f"indices: expected frame numbers >= 0, found {indices}")
-    wanted = sorted(set(indices))
-    convert = functools.partial(fit_frames, size=size, resample=resample)
     if backend == "auto":
-        try:
-            frames = _read_decord(path, wanted, convert, info)
-        except VideoError:
-            frames = _read_pyav(path, wanted, convert, info)
+        backend = info.reader if info else "pyav"
+        readers = (backend,) if backend == "pyav" else (backend, "pyav")
     else:
-        frames = _backend(READERS, backend)(path, wanted, convert, info)
+        readers = (backend,)
+    wanted = sorted(set(indices))
+    for i, reader in enumerate(readers):
+        try:
+            read = _backend(READERS, reader)
+            info = info or (look(path) if reader == "pyav" else probe(path))
+            aspect = info.pixel_aspect if square_pixels else 1
+            convert = functools.partial(fit_frames, size=size, resample=resample, pixel_aspect=aspect)
+            frames = read(path, wanted, convert, info)
+            break
+        except VideoError:
+            if i == len(readers) - 1:
+                raise
     place = {index: i for i, index in enumerate(wanted)}
     return frames[[place[index] for index in indices]]
 
 
-def iter_clip(path, size=None, frame_stride=1, fps=None, resample="bilinear", chunk=CHUNK):
+def iter_clip(path, size=None, frame_stride=1, fps=None, resample="bilinear", chunk=CHUNK, square_pixels=False):
     """Decode a video once, from its start to its end, without knowing or holding its length.
 
     The frames are those that ``read_clip`` gives through PyAV. Damage is an error as in ``probe``, which may come after
-    the pieces before it have been given.
+    the pieces before it have been given; so is a jump in time (see ``Look.gap``).
 
     Args:
-        path, size, resample: as for ``read_clip``.
+        path, size, resample, square_pixels: as for ``read_clip``.
         frame_stride: take every ``frame_stride``-th frame.
         fps: take the frames nearest in time to this rate instead (the earlier of two that are equally near); slower
             videos then repeat frames.
@@ -110,58 +204,74 @@ def iter_clip(path, size=None, frame_stride=1, fps=None, resample="bilinear", ch
     Yields:
         (<= chunk, 3, H, W) uint8 tensors, RGB.
     Raises:
-        VideoError: the file is missing, is no video, or is damaged.
+        VideoError: the file is missing, is no video, is damaged, jumps in time, or is too slow for ``fps``.
     """
     path = _existing(path)
-    timed = fps is not None and _scan(path)[0] != "start"
-    with _Video(path, strict=True) as (container, stream):
-        frames = _decode(path, container, stream, container.demux(stream))
+    found = look(path)
+    if fps is not None and too_slow(found.rate, fps):
+        raise VideoError(f"{path}: frames lie {1 / found.rate:.0f} s apart, too slow for fps={fps:g}")
+    if found.pixel_aspect != 1 and not square_pixels:
+        logger.warning("%s: pixels are not square (%.3f : 1), kept as they are", path, found.pixel_aspect)
+    with _Video(path, found, strict=True) as video:
+        frames = _timed(path, video.decode(), found)
         if fps is not None:
-            frames = _nearest_in_time(frames, fps, None if timed else _stated_rate(stream))
+            frames = _nearest_in_time(frames, fps)
         elif frame_stride > 1:
             frames = islice(frames, 0, None, frame_stride)
-        yield from fit_pieces(map(_shown, frames), size, resample, chunk)
+        shown = (video.shown(frame) for _, frame in frames)
+        yield from fit_pieces(shown, size, resample, chunk, found.pixel_aspect if square_pixels else 1)
 
 
-def stated_rate(path):
-    """Frames per second that a video file claims to have; no frame is decoded.
+def too_slow(rate, fps):
+    """Whether a video of that rate is a series of stills to who asks for ``fps`` frames a second."""
+    return rate * GAP < 1 and fps > 2 * rate
+
+
+def look(path):
+    """What a file's packets and its first frame say -> Look. It is kept for the last files looked at.
 
     Raises:
         VideoError: the file is missing or is no video.
     """
-    with _Video(_existing(path)) as (_, stream):
-        return _stated_rate(stream)
+    path = _existing(path)
+    status = path.stat()
+    return _look(path, status.st_size, status.st_mtime_ns)
 
 
-def fit_frames(frames, size=None, resample="bilinear"):
+def fit_frames(frames, size=None, resample="bilinear", pixel_aspect=1.0):
     """Cut out the central square of pictures and resize it (antialiased).
 
     Args:
         frames: (n, H, W, 3) uint8 array.
         size: H = W of the result in pixels; None: nothing is cut or resized.
         resample: "bilinear" or "lanczos".
+        pixel_aspect: width of a pixel over its height: the square is cut as it would be shown, and pictures that are
+            not cut are made wider or higher until their pixels are square.
     Returns:
         (n, 3, size, size) or (n, 3, H, W) uint8 tensor.
     """
     if resample not in RESAMPLE:
         raise ValueError(f"resample: expected one of {', '.join(RESAMPLE)}, found {resample!r}")
+    height, width = target = frames.shape[1:3]
     if size is not None:
-        height, width = frames.shape[1:3]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        frames = frames[:, top : top + side, left : left + side]
-        if side != size and resample == "lanczos":
-            pictures = [Image.fromarray(frame).resize((size, size), Image.Resampling.LANCZOS) for frame in frames]
-            frames = np.stack([np.asarray(picture) for picture in pictures])
+        side = min(height, width * pixel_aspect)  # in heights of a pixel
+        rows, columns = max(1, round(side)), max(1, round(side / pixel_aspect))
+        top, left = (height - rows) // 2, (width - columns) // 2
+        frames, target = frames[:, top : top + rows, left : left + columns], (size, size)
+    elif pixel_aspect != 1:
+        target = (height, round(width * pixel_aspect)) if pixel_aspect > 1 else (round(height / pixel_aspect), width)
+    if frames.shape[1:3] != target and resample == "lanczos":
+        pictures = [Image.fromarray(frame).resize(target[::-1], Image.Resampling.LANCZOS) for frame in frames]
+        frames = np.stack([np.asarray(picture) for picture in pictures])
     frames = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-    if size is not None and frames.shape[2] != size:
-        frames = F.interpolate(frames, size=(size, size), mode="bilinear", antialias=True)
+    if frames.shape[2:] != target:
+        frames = F.interpolate(frames, size=target, mode="bilinear", antialias=True)
     return frames
 
 
-def fit_pieces(frames, size=None, resample="bilinear", chunk=CHUNK):
+def fit_pieces(frames, size=None, resample="bilinear", chunk=CHUNK, pixel_aspect=1.0):
     """Iterator of (H, W, 3) uint8 arrays -> iterator of (<= chunk, 3, size, size) tensors; see ``fit_frames``."""
-    while piece := [fit_frames(frame[None], size, resample) for frame in islice(frames, chunk)]:
+    while piece := [fit_frames(frame[None], size, resample, pixel_aspect) for frame in islice(frames, chunk)]:
         yield torch.cat(piece).contiguous()
 
 
@@ -184,247 +294,403 @@ def _open_decord(path):
     if decord is None:
         raise VideoError(f"{path}: decord is not installed")
     try:
-        return decord.VideoReader(str(path), num_threads=1)
-    except (decord.DECORDError, RuntimeError) as error:
+        return decord.VideoReader(file_url(path), num_threads=1)
+    except (decord.DECORDError, RuntimeError, UnicodeEncodeError) as error:
         raise VideoError(f"{path}: decord cannot open it ({_reason(error)})") from None
 
 
-def _read_decord(path, wanted, convert, info=None):
-    kind = info.seek if info else _scan(path)[0]
-    if kind != "any":
-        raise VideoError(f"{path}: decord does not find single frames of this file exactly; use backend=pyav")
+def _read_decord(path, wanted, convert, info):
+    if info.reader != "decord":
+        raise VideoError(f"{path}: decord does not find the frames of this file exactly; use backend=pyav")
     # Opened for each call and closed after it: a reader neither pickles nor survives a fork.
     reader = _open_decord(path)
     _check_range(path, wanted, len(reader))
-    frames = []
-    try:
-        for start in range(0, len(wanted), CHUNK):
-            frames.append(convert(reader.get_batch(wanted[start : start + CHUNK]).asnumpy()))
-    except (_decord().DECORDError, RuntimeError) as error:
-        raise VideoError(f"{path}: decord cannot decode it ({_reason(error)})") from None
-    return torch.cat(frames)
+    if len(reader) != info.n_frames:
+        raise VideoError(f"{path}: expected {info.n_frames} frames, decord finds {len(reader)}")
+    with _decord_errors(path):
+        return torch.cat(
+            [
+                convert(reader.get_batch(wanted[start : start + CHUNK]).asnumpy())
+                for start in range(0, len(wanted), CHUNK)
+            ]
+        )
 
 
-def _probe_decord(path):
-    kind, reader = _scan(path)[0], _open_decord(path)
+@contextlib.contextmanager
+def _decord_errors(path):
     try:
-        height, width = reader.get_batch([0]).shape[1:3]
+        yield
     except (_decord().DECORDError, RuntimeError) as error:
         raise VideoError(f"{path}: decord cannot decode it ({_reason(error)})") from None
-    return VideoInfo(len(reader), float(reader.get_avg_fps()), height, width, seek=kind)
+
+
+def _decord_agrees(path, times, samples):
+    """Whether decord has the same frames at the same times; ``samples``: number of a frame -> a few of its pixels."""
+    try:
+        reader = _open_decord(path)
+        if len(reader) != len(times):
+            return False
+        with _decord_errors(path):
+            found = reader.get_frame_timestamp(list(range(len(times))))[:, 0]
+            frames = reader.get_batch(list(samples)).asnumpy()
+    except VideoError:
+        return False
+    half_step = (times[-1] - times[0]) / max(1, len(times) - 1) / 2
+    if np.abs(found - found[0] - np.array(times) + times[0]).max() > max(half_step, 1e-3):
+        return False
+    pairs = [(_thumbnail(frame), sample) for frame, sample in zip(frames, samples.values(), strict=True)]
+    return all(one.shape == other.shape and np.abs(one - other).mean() < 1 for one, other in pairs)
 
 
 # ------------------------------------------------------------------------------------------------------------ PyAV
 
 
 class _Video:
-    """An opened container with its main video stream; a context manager that turns FFmpeg's errors into VideoError."""
+    """An opened file with its video stream; a context manager that turns FFmpeg's errors into VideoError.
 
-    def __init__(self, path, strict=False):
-        self.path = path
+    ``how``: what ``look`` or ``probe`` said of the file; None: the stream is chosen here, for ``look``.
+    """
+
+    def __init__(self, path, how=None, strict=False):
+        self.path, self.how = path, how
         try:
-            self.container = av.open(str(path), metadata_errors="replace")  # a title in Latin-1 is no damage
+            self.container = av.open(
+                file_url(path),
+                metadata_errors="replace",  # a title in Latin-1 is no damage
+                options={"format_whitelist": _formats(), "protocol_whitelist": "file"},
+            )
         except (av.FFmpegError, ValueError) as error:
-            raise VideoError(f"{path}: not a readable video ({_reason(error)})") from None
-        self.stream = self.container.streams.best("video")
-        if self.stream is None:
+            raise _failure(path, error, "not a readable video") from None
+        try:
+            self.stream = self.container.streams[how.stream] if how else self._choose_stream()
+        except (VideoError, IndexError):
             self.container.close()
-            raise VideoError(f"{path}: holds no video stream")
-        if self.stream.codec_context is None:
-            self.container.close()
-            raise VideoError(f"{path}: FFmpeg has no decoder for its video stream")
+            raise
         self.stream.codec_context.thread_count = 1
         if strict:
             self.stream.codec_context.options = {"err_detect": "explode"}
 
+    def _choose_stream(self):
+        streams = [stream for stream in self.container.streams.video if not stream.disposition & STILL]
+        if not streams:
+            still = "pictures only" if self.container.streams.video else "no video stream"
+            raise VideoError(f"{self.path}: holds {still}")
+        known = [stream for stream in streams if stream.codec_context is not None]
+        if not known:
+            raise VideoError(f"{self.path}: FFmpeg has no decoder for its video stream")
+        known = [stream for stream in known if stream.codec_context.width] or known
+        return min(known, key=lambda stream: not stream.disposition & Disposition.default)
+
     def __enter__(self):
-        return self.container, self.stream
+        return self
 
     def __exit__(self, kind, error, trace):
         self.container.close()
         if isinstance(error, av.FFmpegError):
-            raise VideoError(f"{self.path}: damaged, FFmpeg cannot decode it ({_reason(error)})") from None
+            raise _failure(self.path, error, "damaged, FFmpeg cannot decode it") from None
+
+    def packets(self):
+        """Packets from the first keyframe on: what hangs on a picture before it decodes to grey, or not at all."""
+        packets = self.container.demux(self.stream)
+        return dropwhile(lambda packet: packet.size and not packet.is_keyframe, packets) if self.how.late else packets
+
+    def frames(self):
+        for packet in self.packets():
+            yield from packet.decode()
+
+    def decode(self):
+        """Decode all packets -> iterator of frames in the order shown; damage anywhere is a VideoError."""
+        n, size, end = 0, None, 0
+        # Where two MPEG-TS follow one another FFmpeg takes the last packet of the first for a part of one.
+        joined = self.container.format.name == "mpegts"
+        for packet in self.packets():
+            if packet.is_corrupt and not joined:
+                raise VideoError(f"{self.path}: damaged or cut off after frame {n}")
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise VideoError(f"{self.path}: damaged at frame {n}")
+                size = size or (frame.height, frame.width)
+                if (frame.height, frame.width) != size:
+                    raise VideoError(f"{self.path}: the frame size changes within the video")
+                end = (frame.time or 0) + (frame.duration or 0) * frame.time_base
+                n += 1
+                yield frame
+        # A packet that is cut in two shows; a Matroska file that ends between two shows by its stated duration.
+        stated = self.container.duration / av.time_base if self.container.duration else 0
+        if "matroska" in self.container.format.name and len(self.container.streams) == 1 and n and stated > end + 1:
+            raise VideoError(f"{self.path}: cut off after {float(end):.1f} of {stated:.1f} seconds")
+        if not n:
+            raise VideoError(f"{self.path}: holds no frame that can be decoded")
+
+    def frames_from(self, key):
+        """Frames from a keyframe of ``VideoInfo.keys`` on; none where the container does not find it."""
+        _, pts, seek_to = key
+        try:
+            self.container.seek(seek_to, stream=self.stream)
+        except av.FFmpegError:
+            return
+        packets = self.container.demux(self.stream)
+        first = next((p for p in packets if p.is_keyframe and p.pts is not None and p.pts >= pts), None)
+        if first is None or first.pts != pts:
+            return
+        shown = False
+        for packet in chain((first,), packets):
+            for frame in packet.decode():
+                # Before the keyframe come pictures of an open group, which hang on one that was not decoded.
+                shown = shown or frame.pts == pts
+                if shown:
+                    yield frame
+                elif frame.pts is None or frame.pts > pts:
+                    return
+
+    def shown(self, frame):
+        """A decoded frame as it is to be shown -> (H, W, 3) uint8 array."""
+        picture = frame.to_ndarray(format="rgb24")
+        if self.how.orientation & 4:
+            picture = picture.swapaxes(0, 1)
+        if self.how.orientation & 2:
+            picture = picture[::-1]
+        return picture[:, ::-1] if self.how.orientation & 1 else picture
 
 
-def _shown(frame):
-    """A decoded frame as it is to be shown -> (H, W, 3) uint8 array."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+@functools.lru_cache(KEPT_LOOKS)
+def _look(path, size, mtime):
+    with _Video(path) as video:
+        stream, name = video.stream, video.container.format.name
+        packets = [(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in video.container.demux(stream) if p.size]
+        alone = len(video.container.streams.video) == 1
+        codec, reorders = stream.codec_context.name, stream.codec_context.has_b_frames
+        base = float(stream.time_base)
+        aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
+        stated = float(stream.average_rate or stream.guessed_rate or 0)
+        index = stream.index
+    first_key = next((i for i, packet in enumerate(packets) if packet[2]), 0)
+    late, packets = first_key > 0, packets[first_key:]
+    orientation, height, width = _first_frame(path, VideoInfo(0, 0, 0, 0, stream=index, late=late))
+    aspect = float(aspect) if 1 / 16 < aspect < 16 else 1.0
+
+    shown = [pts for pts, _, _, discard in packets if not discard]
+    # AVI has no presentation times; with B-frames FFmpeg guesses them, often wrongly.
+    even = (name == "avi" and reorders) or None in shown or len(set(shown)) < len(shown)
+    by_time = name in BY_TIME
+    begins = bool(packets) and packets[0][2] and not even and min(shown, default=0) >= packets[0][0]
+    times = sorted(shown) if name in TABLED and codec in COUNTED and begins and not late else None
+    stated = stated if 0 < stated < MAX_RATE else DEFAULT_RATE
+    decoded = times or [dts for _, dts, _, _ in packets if dts is not None]
+    steps = [(later - earlier) * base for earlier, later in pairwise(decoded)]
+    step = statistics.median([step for step in steps if step > 0] or [1 / stated])
+    gap = max(GAP, 20 * step)
+    rate = round(len(steps) / sum(s if 0 < s <= gap else step for s in steps), 9) if steps else stated
+    if even or rate >= MAX_RATE:
+        even, rate = True, stated
+    starts = () if even else _starts(packets, by_time)
+    return Look(
+        stream=index,
+        late=late,
+        orientation=orientation,
+        height=height,
+        width=width,
+        pixel_aspect=1 / aspect if orientation & 4 else aspect,
+        rate=rate,
+        step=step,
+        gap=gap,
+        even=even,
+        times=None if even or times is None else array("d", (pts * base for pts in times)),
+        keys=() if even or times is None else tuple((bisect_left(times, start[0]), *start) for start in starts),
+        starts=starts,
+        plain=name in TABLED and codec in DECORD and alone and not (late or even or orientation) and _closed(packets),
+    )
 
 
-def _shown_size(frame):
-    """(height, width) of a decoded frame as it is to be shown."""
-    turned = round(frame.rotation / 90) % 2
-    return (frame.width, frame.height) if turned else (frame.height, frame.width)
-
-
-def _stated_rate(stream):
-    return float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_RATE
-
-
-def _decode(path, container, stream, packets):
-    """Decode all packets -> iterator of frames in the order shown; damage anywhere is a VideoError."""
-    n, first, end = 0, None, 0
-    for packet in packets:
-        if packet.is_corrupt:
-            raise VideoError(f"{path}: damaged or cut off after frame {n}")
-        for frame in packet.decode():
-            if frame.is_corrupt:
-                raise VideoError(f"{path}: damaged at frame {n}")
-            first = first or _shown_size(frame)
-            if _shown_size(frame) != first:
-                raise VideoError(f"{path}: the frame size changes within the video")
-            end = (frame.time or 0) + (frame.duration or 0) * frame.time_base
-            n += 1
-            yield frame
-    # A packet that is cut in two shows; a Matroska file that ends between two shows by its stated duration.
-    stated = container.duration / av.time_base if container.duration else 0
-    if "matroska" in container.format.name and len(container.streams) == 1 and n and stated > end + 1:
-        raise VideoError(f"{path}: cut off after {float(end):.1f} of {stated:.1f} seconds")
-    if not n:
+def _first_frame(path, how):
+    """(orientation, height, width as shown) of a video, by its first keyframe, else by its first frame."""
+    with _Video(path, how) as video:
+        first = None
+        for frame in islice(video.frames(), 64):
+            first = first or frame
+            if frame.key_frame:
+                first = frame
+                break
+    if first is None:
         raise VideoError(f"{path}: holds no frame that can be decoded")
+    orientation = _orientation(first)
+    size = first.height, first.width
+    return orientation, *(size[::-1] if orientation & 4 else size)
 
 
-def _nearest_in_time(frames, fps, rate=None):
-    """Those of the frames that lie nearest to 0, 1 / fps, 2 / fps, ... seconds after the first, up to the last.
+def _orientation(frame):
+    """``Look.orientation`` from the frame's display matrix; turns by odd angles are rounded to right ones."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0
+    a, b, _, c, d = struct.unpack("5i", bytes(matrix)[:20])  # x' = a x + c y, y' = b x + d y
+    if a * d == b * c:  # zeros, or nothing that a picture could be seen through
+        return 0
+    if abs(b * c) > abs(a * d):
+        return 4 + 2 * (b < 0) + (c < 0)
+    return 2 * (d < 0) + (a < 0)
 
-    ``rate``: of frames without timestamps, which are taken to be evenly spaced.
-    """
-    n, start, before = 0, None, None
+
+def _starts(packets, by_time):
+    """``Look.starts`` from (pts, dts, is keyframe, is discarded) of the packets, but for the first keyframe."""
+    counts = Counter(pts for pts, _, _, _ in packets)
+    starts, last = [], 0
+    for i, (pts, dts, is_key, discard) in enumerate(packets):
+        if is_key and not discard and i >= last + KEY_DISTANCE and counts[pts] == 1:
+            starts.append((pts, pts if by_time or dts is None else dts))
+            last = i
+    return tuple(starts)
+
+
+def _closed(packets):
+    """Whether no picture is left out and none is shown before the keyframe that precedes it in the file."""
+    keyframe = None
+    for pts, _, is_key, discard in packets:
+        keyframe = pts if is_key else keyframe
+        if discard or keyframe is None or pts < keyframe:
+            return False
+    return True
+
+
+def _timed(path, frames, found):
+    """Frames -> (seconds from the first, frame) on the clock of ``_timeline``; VideoError where time jumps."""
+    clock = _Clock(found)
     for i, frame in enumerate(frames):
-        time = i / rate if rate else frame.time
-        start = time if start is None else start
-        while n / fps <= time - start + 1e-6:
-            asked = start + n / fps
-            earlier = before is not None and asked - before[0] <= time - asked + 1e-6
-            yield before[1] if earlier else frame
+        time = clock(frame.time)
+        if clock.jumped:
+            raise VideoError(f"{path}: time jumps by {clock.jumped:.0f} s before frame {i}; cut it in two there")
+        yield time, frame
+
+
+class _Clock:
+    """Seconds from the first frame. Time that stands, runs back or jumps counts as one usual step; a jump shows."""
+
+    def __init__(self, found):
+        self.found, self.jumped = found, 0.0
+        self.before, self.now, self.n = None, 0.0, 0
+
+    def __call__(self, time):
+        self.jumped, before, self.before, self.n = 0.0, self.before, time, self.n + 1
+        if self.n == 1:
+            return 0.0
+        if self.found.even:
+            self.now = (self.n - 1) / self.found.rate
+            return self.now
+        step = -1.0 if time is None or before is None else time - before
+        if step > self.found.gap:
+            self.jumped = step
+        self.now += step if 0 < step <= self.found.gap else self.found.step
+        return self.now
+
+
+def _timeline(seconds, found):
+    """Times of all frames -> (``fps``, ``times``, ``cuts``) of VideoInfo."""
+    clock, times, cuts = _Clock(found), [], []
+    for i, time in enumerate(seconds):
+        times.append(clock(time))
+        if clock.jumped:
+            cuts.append(i)
+    n = len(times)
+    if found.even or n < 2:
+        return found.rate, None, ()
+    rate = round((n - 1) / times[-1], 9)  # else it would hang on where a clock began
+    even = all(abs(t * rate - i) < 0.5 for i, t in enumerate(times))
+    return rate, None if even else tuple(round(t, 6) for t in times), tuple(cuts)
+
+
+def _nearest_in_time(frames, fps):
+    """Those of the (seconds, frame) that lie nearest to 0, 1 / fps, 2 / fps, ... seconds, up to the last."""
+    n, before = 0, None
+    for time, frame in frames:
+        while n / fps <= time + 1e-6:
+            asked = n / fps
+            yield before if before is not None and asked - before[0] <= time - asked + 1e-6 else (time, frame)
             n += 1
         before = time, frame
 
 
-def _scan(path):
-    """Read packets without decoding -> (kind of seek, sorted presentation times, of those the keyframes')."""
-    status = path.stat()
-    return _scan_packets(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(KEPT_TABLES)
-def _scan_packets(path, size, mtime):
-    with _Video(path) as (container, stream):
-        packets = [(p.pts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
-        kind = _seek_kind(container, stream, packets)
-    if kind == "start":
-        return kind, None, None
-    shown = [(pts, key) for pts, key, discard in packets if not discard]
-    return kind, array("q", sorted(pts for pts, _ in shown)), array("q", sorted(pts for pts, key in shown if key))
-
-
-def _seek_kind(container, stream, packets):
-    """``VideoInfo.seek`` from (pts, is keyframe, is discarded) of all packets in decoding order."""
-    times = [pts for pts, _, _ in packets]
-    # AVI has no presentation times; with B-frames FFmpeg guesses them, often wrongly.
-    guessed = container.format.name == "avi" and stream.codec_context.has_b_frames
-    if guessed or None in times or len(set(times)) < len(times):
-        return "start"
-    keyframe = None
-    for pts, is_key, discard in packets:
-        keyframe = pts if is_key else keyframe
-        if discard or (keyframe is not None and pts < keyframe):
-            return "pyav"
-    return "any"
-
-
-def _read_pyav(path, wanted, convert, info=None):
-    frames = None
-    if wanted[0] >= SEEK_FROM and (info is None or info.seek != "start"):
-        kind, times, keys = _scan(path)
-        if kind != "start":
-            frames = _decode_from_keyframe(path, wanted, convert, times, keys)
+def _read_pyav(path, wanted, convert, info):
+    keys = info.keys[: bisect_right(info.keys, wanted[0], key=lambda key: key[0])]
+    frames = _chosen(path, info, keys[-1], wanted, convert) if keys else None
     if frames is None:
-        frames = _decode_from_start(path, wanted, convert)
+        frames = _chosen(path, info, None, wanted, convert)
     if len({frame.shape for frame in frames}) > 1:
         raise VideoError(f"{path}: the frame size changes within the video")
     return torch.cat(frames)
 
 
-def _decode_from_start(path, wanted, convert):
-    frames, position = [], -1
-    with _Video(path) as (container, stream):
-        for position, frame in enumerate(container.decode(stream)):
+def _chosen(path, how, key, wanted, convert):
+    """The wanted frames, decoded from a keyframe on, or None where it is not found; key None: from the start."""
+    frames, first, position = [], key[0] if key else 0, -1
+    with _Video(path, how) as video:
+        for position, frame in enumerate(video.frames_from(key) if key else video.frames(), first):
             if position == wanted[len(frames)]:
-                frames.append(convert(_shown(frame)[None]))
-                if len(frames) == len(wanted):
-                    break
-    _check_range(path, wanted, position + 1)
-    return frames
-
-
-def _decode_from_keyframe(path, wanted, convert, times, keys):
-    """Frames after a seek, or None if the decoder does not deliver the frames that the packets promised."""
-    _check_range(path, wanted, len(times))
-    keys = keys[: bisect_right(keys, times[wanted[0]])]
-    if len(keys) < 2:
-        return None
-    frames = []
-    with _Video(path) as (container, stream):
-        container.seek(keys[-1], stream=stream)
-        for frame in container.decode(stream):
-            target = times[wanted[len(frames)]]
-            if frame.pts is None or frame.pts > target:
-                return None
-            if frame.pts == target:
-                frames.append(convert(_shown(frame)[None]))
+                frames.append(convert(video.shown(frame)[None]))
                 if len(frames) == len(wanted):
                     return frames
+    if key is None:
+        _check_range(path, wanted, position + 1)
     return None
 
 
+def _thumbnail(picture):
+    """A few pixels of a (H, W, 3) picture, to know it by."""
+    step = max(1, min(picture.shape[:2]) // 16)
+    return picture[::step, ::step].astype(np.int16)
+
+
 def _probe_pyav(path):
-    times, packets = [], []
-
-    def noted(demuxed):
-        for packet in demuxed:
-            if packet.size:
-                packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
-            yield packet
-
-    with _Video(path, strict=True) as (container, stream):
-        rate = _stated_rate(stream)
-        for frame in _decode(path, container, stream, noted(container.demux(stream))):
-            height, width = _shown_size(frame)
-            times.append(frame.time)
-        seek = _seek_kind(container, stream, packets)
-    return _info(times, rate, height, width, seek)
+    found = look(path)
+    seek_to, keys, seconds, samples = dict(found.starts), [], [], {}
+    with _Video(path, found, strict=True) as video:
+        for n, frame in enumerate(video.decode()):
+            seconds.append(frame.time)
+            if frame.pts in seek_to:
+                keys.append((n, frame.pts, seek_to.pop(frame.pts)))
+            if n == 2 or (keys and n == keys[-1][0] + 2):
+                samples[n] = _thumbnail(video.shown(frame))
+    info = _info(found, seconds, tuple(keys))
+    checked = [key for key in keys if key[0] + 2 in samples]
+    checked = {key[0]: key for key in (checked[:1] + checked[len(checked) // 2 :][:1] + checked[-1:])}.values()
+    for key in checked:
+        number = key[0] + 2
+        picture = _chosen(path, info, key, [number], lambda frame: torch.from_numpy(_thumbnail(frame[0])))
+        if picture is None or not np.array_equal(picture[0].numpy(), samples[number]):
+            return replace(info, keys=())
+    chosen = {n: samples[n] for n in sorted({2, *(key[0] + 2 for key in checked)} & samples.keys())}
+    if found.plain and chosen and _decord_agrees(path, seconds, chosen):
+        return replace(info, reader="decord")
+    return info
 
 
 def _probe_packets(path):
-    seek, times, keys = _scan(path)
-    with _Video(path, strict=True) as (container, stream):
-        # Frames before the first keyframe are not decoded, and a VP8 packet may hold a frame that is not shown.
-        if seek == "start" or not keys or times[0] < keys[0] or stream.codec_context.name == "vp8":
-            return _probe_pyav(path)
-        first = next(_decode(path, container, stream, container.demux(stream)))
-        seconds = [float(pts * stream.time_base) for pts in times]
-        return _info(seconds, _stated_rate(stream), *_shown_size(first), seek)
+    found = look(path)
+    if found.times is None:
+        return _probe_pyav(path)
+    return _info(found, found.times, found.keys)
 
 
-def _info(times, rate, height, width, seek):
-    n = len(times)
-    if None in times or any(later <= earlier for earlier, later in pairwise(times)):
-        seek = "start"
-    if seek == "start":
-        times = None
-    else:
-        rate = (n - 1) / (times[-1] - times[0]) if n > 1 else rate
-        times = tuple(round(t - times[0], 6) for t in times)
-        if all(abs(t * rate - i) < 0.5 for i, t in enumerate(times)):
-            times = None
-    return VideoInfo(n, rate, height, width, times, seek)
+def _info(found, seconds, keys):
+    rate, times, cuts = _timeline(seconds, found)
+    return VideoInfo(
+        n_frames=len(seconds),
+        fps=rate,
+        height=found.height,
+        width=found.width,
+        times=times,
+        cuts=cuts,
+        keys=keys,
+        stream=found.stream,
+        late=found.late,
+        orientation=found.orientation,
+        pixel_aspect=found.pixel_aspect,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------
 
 READERS = {"decord": _read_decord, "pyav": _read_pyav}
-PROBES = {"decord": _probe_decord, "pyav": _probe_pyav, "packets": _probe_packets}
+PROBES = {"pyav": _probe_pyav, "packets": _probe_packets}
 
 
 def _backend(table, name):
@@ -435,13 +701,40 @@ def _backend(table, name):
 
 def _existing(path):
     if not Path(path).is_file():
-        raise VideoError(f"{path}: no such file")
+        raise VideoAwayError(f"{path}: no such file")
     return Path(path)
+
+
+def file_url(path):
+    """What FFmpeg takes for this file and nothing else, whatever its name: "http:x.mp4" and "-" are files too."""
+    return f"file:{os.path.abspath(path)}"
+
+
+@functools.cache
+def _formats():
+    """Names of the formats that are read as videos, as FFmpeg's option wants them."""
+    names = {name for entry in av.formats_available for name in entry.split(",")}
+    return ",".join(sorted(n for n in names if n not in NOT_VIDEOS and not n.endswith("_pipe")))
 
 
 def _check_range(path, wanted, n_frames):
     if wanted[-1] >= n_frames:
         raise VideoError(f"{path}: frame {wanted[-1]} asked for, but only {n_frames} can be read")
+
+
+def _failure(path, error, what):
+    """FFmpeg's error as a VideoError: of the file, or of the moment."""
+    number = getattr(error, "errno", None)
+    if number == errno.EIO:  # a disk's, or FFmpeg's word for a file that ends early
+        try:
+            with open(path, "rb") as file:
+                while file.read(1 << 20):
+                    pass
+        except OSError as unreadable:
+            return VideoAwayError(f"{path}: cannot be read at the moment ({unreadable.strerror})")
+    if number in AWAY:
+        return VideoAwayError(f"{path}: cannot be read at the moment ({_reason(error)})")
+    return VideoError(f"{path}: {what} ({_reason(error)})")
 
 
 def _reason(error):

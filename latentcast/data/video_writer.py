@@ -1,5 +1,8 @@
 """Writing videos (mp4, GIF) and pictures (PNG). A file appears whole or not at all."""
 
+import io
+import logging
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,7 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..files import replacing
+from ..files import replacing, writing
+
+logger = logging.getLogger("latentcast")
+
+RATES = (0.1, 1000.0)  # frames per second that are written
+SIDES = {".mp4": 16384, ".gif": 65535}  # largest heights and widths: libx264's and the format's
+LARGEST = 139_264 * 256  # pixels a frame, in h264's highest level, 6.2
+LONGEST = 65535  # hundredths of a second for which a GIF can show one picture
 
 
 def write_video(path, frames, fps):
@@ -21,19 +31,34 @@ def write_video(path, frames, fps):
     Args:
         path: ends in .mp4 or .gif; missing folders are made.
         frames: (T, C, H, W), float in [-1, 1] or uint8; C is 1 (grey) or 3 (RGB).
-        fps: frames per second, fractions kept (30000/1001, say).
+        fps: frames per second, fractions kept (30000/1001, say). Slower and faster ones than can be watched are written
+            at the nearest of ``RATES``, which the log says.
     Raises:
-        ValueError: wrong shape, type, suffix or rate.
+        ValueError: wrong shape, type, suffix or rate, or frames too large (see ``check_video``).
         OSError: the file cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in VIDEO_WRITERS:
         raise ValueError(f"{path}: cannot write this kind of video; expected one of {', '.join(VIDEO_WRITERS)}")
-    if not fps > 0:
+    if not 0 < fps < math.inf:
         raise ValueError(f"fps: expected a rate above 0, found {fps}")
     frames = to_uint8(frames, n_dims=4)
+    check_video(path, *frames.shape[1:3])
+    written = min(max(fps, RATES[0]), RATES[1])
+    if written != fps:
+        logger.info("%s: written at %g frames a second in the place of %g", path, written, fps)
     with replacing(path) as temporary:
-        VIDEO_WRITERS[path.suffix.lower()](temporary, frames, fps)
+        VIDEO_WRITERS[path.suffix.lower()](temporary, frames, written)
+
+
+def check_video(path, height, width):
+    """Refuse frames that are larger, in pixels, than ``write_video`` can write them to ``path``, with a ValueError."""
+    longest = SIDES[Path(path).suffix.lower()]
+    if max(height, width) > longest or height * width > LARGEST:
+        raise ValueError(
+            f"{path}: frames of {height} x {width} pixels (H x W) are too large; expected at most {longest} a side and "
+            f"{LARGEST} in all"
+        )
 
 
 def write_image(path, frame):
@@ -42,7 +67,7 @@ def write_image(path, frame):
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: cannot write this kind of picture; expected .png")
     frame = to_uint8(frame, n_dims=3)
-    with replacing(path) as temporary:
+    with writing(path), replacing(path) as temporary:
         Image.fromarray(frame).save(temporary, format="PNG")
 
 
@@ -63,7 +88,8 @@ def to_uint8(frames, n_dims):
 def _write_mp4(path, frames, fps):
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with av.open(str(path), "w", format="mp4") as container:
+    file = io.BytesIO()  # FFmpeg would take some names for an address, and refuse others
+    with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -71,12 +97,15 @@ def _write_mp4(path, frames, fps):
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
+    path.write_bytes(file.getbuffer())
 
 
 def _write_gif(path, frames, fps):
     ends = np.round(np.arange(len(frames) + 1) * 100 / fps)
-    durations = [int(10 * ticks) for ticks in np.maximum(np.diff(ends), 1)]  # ms
-    pictures = [Image.fromarray(frame) for frame in frames]
+    ticks = np.maximum(np.diff(ends), 1)
+    new = [0, *(i for i in range(1, len(frames)) if not np.array_equal(frames[i], frames[i - 1]))]
+    durations = [int(10 * min(shown, LONGEST)) for shown in np.add.reduceat(ticks, new)]  # ms
+    pictures = [Image.fromarray(frames[i]) for i in new]
     pictures[0].save(
         path, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, disposal=1
     )

@@ -6,28 +6,28 @@ import torch
 
 from ...files import file_sha256
 from ..base import SPLITS
-from ..image_frames import frame_number, numbered_pictures, read_pictures
+from ..image_frames import is_sequence, numbered_pictures, read_pictures
 from ..video_folder import (
     SUFFIXES,
     check_options,
     check_rate,
     check_whole,
+    list_videos,
     luma,
     sampled_places,
     sampled_rate,
     split_of,
-    walk,
 )
-from ..video_reader import VideoError, VideoInfo, iter_clip, stated_rate
+from ..video_reader import VideoAwayError, VideoError, VideoInfo, iter_clip, look
 from .base import Benchmark, Clip
 
 SAME_RATE = 0.01  # relative difference of frame rates that is let pass
 
 
 class Folder(Benchmark):
-    """Every video below a folder: files (mp4, avi, mov, mkv, webm, ogv, gif), and folders whose png or jpg files end in
-    evenly spaced numbers, which are frames in the order of these. The central square is resized, bilinear with
-    antialiasing.
+    """Every video below a folder: files (see ``list_videos``), and folders without any whose png or jpg files, two at
+    least, end in evenly spaced numbers (a size may follow: ``image-007_64x64.png``), which are frames in the order of
+    these, upright as EXIF says. The central square is resized, bilinear with antialiasing.
 
     Args:
         source: the folder.
@@ -42,6 +42,7 @@ class Folder(Benchmark):
         image_fps: rate at which the pictures in folders were taken.
         val_fraction, test_fraction: share of the videos in these splits, for "hash".
         seed: of the hash.
+        square_pixels: stretch files whose pixels are not square, as players do; else they are named in the log.
     Raises:
         ValueError: options that make no sense; no videos; one or two of the split's folders only.
     """
@@ -62,6 +63,7 @@ class Folder(Benchmark):
         val_fraction=0.05,
         test_fraction=0.05,
         seed=0,
+        square_pixels=False,
     ):
         super().__init__(source, protocol)
         check_whole(frame_size=frame_size, frame_stride=frame_stride)
@@ -70,6 +72,7 @@ class Folder(Benchmark):
         self.frame_size, self.channels, self.frame_stride = frame_size, channels, frame_stride
         self.resampled_fps, self.image_fps = fps, image_fps
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
+        self.square_pixels = square_pixels
         there = [split for split in SPLITS if (self.source / split).is_dir()]
         if protocol is None and not there:
             self.protocol = "hash"
@@ -121,18 +124,19 @@ class Folder(Benchmark):
             places = sampled_places(info, range(n_frames), self.frame_stride, self.resampled_fps)
             frames, digest = read_pictures((paths[place] for place in places), self.frame_size), file_sha256(*paths)
         elif path.is_file():
-            frames = iter_clip(path, self.frame_size, self.frame_stride, self.resampled_fps)
+            square = {"square_pixels": self.square_pixels}
+            frames = iter_clip(path, self.frame_size, self.frame_stride, self.resampled_fps, **square)
             digest = file_sha256(path)
         else:
-            raise VideoError(f"{path}: no such file or folder; it was there when the videos were listed")
+            raise VideoAwayError(f"{path}: no such file or folder; it was there when the videos were listed")
         if self.channels == 1:
             frames = (luma(piece).round().to(torch.uint8) for piece in frames)
         return Clip(frames, sha256=digest)
 
     def describe(self):
-        split = {}
+        split = {"square_pixels": True} if self.square_pixels else {}
         if self.protocol == "hash":
-            split = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction, "seed": self.seed}
+            split |= {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction, "seed": self.seed}
         return {
             "protocol": self.protocol,
             "frame_size": self.frame_size,
@@ -146,17 +150,12 @@ class Folder(Benchmark):
     @functools.cached_property
     def _names(self):
         """Paths of all videos below the source, sorted."""
-        names = []
-        for folder, files in walk(self.source):
-            where = folder.relative_to(self.source)
-            names += [(where / file).as_posix() for file in files if file.lower().endswith(SUFFIXES)]
-            if any(frame_number(file) is not None for file in files):
-                names.append(where.as_posix())
+        names = list_videos(self.source, is_sequence)
         if not names:
             raise ValueError(
                 f"{self.source}: expected videos ({', '.join(SUFFIXES)}) or folders of numbered pictures, found neither"
             )
-        return sorted(names)
+        return names
 
     def _rate(self, name):
-        return self.image_fps if (self.source / name).is_dir() else stated_rate(self.source / name)
+        return self.image_fps if (self.source / name).is_dir() else look(self.source / name).rate
