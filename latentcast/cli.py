@@ -80,18 +80,24 @@ def experiment_parser(description):
 
 
 def parse_options(options):
-    """["temperature=0.9"] -> {"temperature": 0.9}; values are parsed as YAML."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    """["temperature=0.9"] -> {"temperature": 0.9}; values are read as those of overrides. Raises ValueError."""
+    from latentcast.yaml_text import override_value, split_overrides
 
-    for option in options:
-        if "=" not in option:
-            raise UserError(f"{option!r}: expected an option as key=value")
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(list(options)))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{' '.join(options)}: not valid YAML ({' '.join(str(error).split())})") from None
+    found = {}
+    for key, text in split_overrides(options):
+        *parents, last = key.split(".")
+        inner = found
+        for name in parents:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{key}={text}: {name} has a value already")
+        inner[last] = override_value(key, text)
+    return found
+
+
+def user_path(text):
+    """The path that an argument names; ``~`` is the user's home."""
+    return Path(os.path.expanduser(text))
 
 
 def pick_device(name):

@@ -1,27 +1,35 @@
-"""Experiment configs: composed from YAML groups, checked for misspelt keys, built from an allow-list of packages."""
+"""Experiment configs: composed from YAML groups, checked for misspelt keys, built from what may stand at each place."""
 
 import copy
-import difflib
 import functools
 import importlib
 import inspect
+import re
 from numbers import Integral
 from pathlib import Path
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-import latentcast
 from latentcast.files import read_json
 from latentcast.schemas import LatentSpec, check
+from latentcast.targets import ANYWHERE, check_targets, find_target, inner_place, nearest
+from latentcast.yaml_text import (
+    MAX_DEPTH,
+    MAX_SIZE,
+    ConfigError,
+    is_path,
+    is_text,
+    nested,
+    override_value,
+    parse,
+    short,
+    split_overrides,
+)
 
-ALLOWED_PACKAGES = ("latentcast", "torch", "diffusers", "pytorch_lightning")
 TOOLS = ("train_tokenizer", "encode_dataset", "train_prior", "train_jointly", "evaluate")
-
-
-class ConfigError(ValueError):
-    """A config, an override or a target that cannot be used; the message is one line and names it."""
+ALLOW = "allow_targets"  # of the command line alone
+REFERENCE = re.compile(r"\$\{(\.*[\w-]+(?:\.[\w-]+|\[\w+\])*)\}")
 
 
 def config_root():
@@ -39,66 +47,71 @@ def load_config(experiment, overrides=(), tool=None):
     ``key.sub=value``, or ``group=name`` to swap a group's file (the experiment's own settings of that group, which were
     about another class, are then dropped; ``group=null`` empties it).
 
+    Nothing in a file runs a program: see ``targets.py`` for what ``_target_`` may name. The override
+    ``allow_targets=[package.module.Name]`` allows more; no file can. Of references, ``${key.sub}`` to another key is
+    read, and no resolver.
+
     Args:
         experiment: a name under ``configs/experiment/``, the path of a YAML file, or what would stand in it as a dict.
-        overrides: strings ``key=value``; values are parsed as YAML.
+        overrides: strings ``key=value``; values are YAML, or text where the key is a path or a name.
         tool: name of the tool whose section applies, or None.
     Returns:
-        DictConfig with interpolations intact.
+        DictConfig with references intact.
     Raises:
-        ConfigError: unknown experiment, group, key or unparsable override; names the nearest known one.
+        ConfigError: unknown experiment, group, key or unparsable override; names the nearest known one. A target that
+            may not stand where it does. References to nowhere, in a circle, or too many.
     """
-    root = config_root()
-    groups = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name != "experiment")
+    root, groups = config_root(), _groups()
     if isinstance(experiment, dict):
-        body, experiment = OmegaConf.create(experiment), experiment["name"]
+        body, experiment = _to_config(experiment, "experiment"), experiment["name"]
     else:
         body = _load_yaml(_experiment_path(root, experiment))
-    choices = body.pop("defaults", {})
-    if not isinstance(choices, (dict, DictConfig)):
-        raise ConfigError(f"{experiment}: expected a mapping group: name under defaults, found {choices}")
-    choices = dict(choices)
-    swapped, settings = {}, []
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not all(key.split(".")):
-            raise ConfigError(f"override {override!r}: expected key=value")
+    choices = body.pop("defaults", None)
+    if not isinstance(choices, DictConfig | None):
+        raise ConfigError(f"{experiment}: expected a mapping group: name under defaults, found {short(choices)}")
+    choices = OmegaConf.to_container(choices) if choices else {}
+    swapped, settings, allowed = {}, [], ()
+    for key, text in split_overrides(overrides):
         if key in groups:
-            if choices.get(key) != value:
-                swapped[key] = None if value == "null" else value
+            if choices.get(key) != text:
+                swapped[key] = None if text == "null" else text
+        elif key == ALLOW:
+            allowed = parse(text, f"override {ALLOW}", comments=False)
+            if not isinstance(allowed, list) or not all(isinstance(path, str) for path in allowed):
+                raise ConfigError(f"override {ALLOW}: expected a list like [package.module.Name], found {short(text)}")
         else:
-            settings.append((key, value))
+            settings.append((key, override_value(key, text)))
 
     config = _load_yaml(root / "base.yaml")
+    for path in allowed:  # a flag, so that it is in no saved config
+        config._set_flag(f"{ALLOW} {path}", True)
     for group in choices:
         if group not in groups:
-            raise ConfigError(f"{experiment}: unknown group {group!r} under defaults{_nearest(group, groups)}")
+            raise ConfigError(f"{experiment}: unknown group {group!r} under defaults{nearest(group, groups)}")
     for group, choice in (choices | swapped).items():
         if choice is not None:
             config[group] = _load_yaml(_group_path(root, group, choice))
-    sections = {name: OmegaConf.create(body.pop(name, None) or {}) for name in TOOLS}
-    for part in (body, *sections.values()):
+    sections = {name: body.pop(name, None) for name in TOOLS}
+    for name, section in sections.items():
+        if not isinstance(section, DictConfig | None):
+            raise ConfigError(f"{experiment}: {name}: expected a mapping, found {short(section)}")
+    for part in filter(None, (body, *sections.values())):
         for key in [key for key in part if key in swapped]:
             part.pop(key)
     _merge(config, body, "")
     applied = ("train_prior", tool) if tool == "train_jointly" else (tool,)
-    for name, section in sections.items():  # those of other tools are only checked
-        _merge(config if name in applied else copy.deepcopy(config), section, "")
+    for name, section in sections.items():
+        if section:
+            merged = config if name in applied else copy.deepcopy(config)
+            _merge(merged, section, "")
+            if merged is not config:  # those of other tools are only checked
+                _check(merged, experiment)
     for key, value in settings:
-        try:
-            parsed = OmegaConf.from_dotlist([f"{key}={value}"])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"override '{key}={value}': {' '.join(str(error).split())}") from None
-        group = key.partition(".")[0]
-        if group in groups and config[group] is None:
-            raise ConfigError(f"override '{key}={value}': the experiment has no {group}; choose one by {group}=NAME")
-        _merge(config, parsed, "")
-    if not config.name:
-        config.name = Path(str(experiment)).stem
-    try:
-        OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{experiment}: {str(error).splitlines()[0]}") from None
+        group, shown = key.partition(".")[0], f"override {short(f'{key}={value}')}"
+        if group in groups and config._get_node(group)._is_none():
+            raise ConfigError(f"{shown}: the experiment has no {group}; choose one by {group}=NAME")
+        _merge(config, _to_config(nested(key, value), shown), "")
+    _check(config, experiment)
     return config
 
 
@@ -153,56 +166,62 @@ def instantiate(config, **kwargs):
     an argument, built the same way. Lists and plain dicts are built element by element.
 
     Args:
-        config: a DictConfig, dict or list.
-        **kwargs: arguments that the config does not hold; they win over its own.
+        config: a part of what load_config returned, whose place says what may be built (see ``targets.PLACES``); or a
+            dict or list, where all that may stand anywhere is built.
+        **kwargs: arguments that the config does not hold; they win over its own, which are then not built.
     Raises:
-        ConfigError: a target outside latentcast, torch, diffusers and pytorch_lightning, one that does not exist,
-            arguments that it does not take, or one that it needs and did not get.
+        ConfigError: a target that may not stand there, arguments that it does not take, or one that it needs and did
+            not get.
     """
+    place, run_dir, root = ANYWHERE, None, None
     if isinstance(config, (DictConfig, ListConfig)):
+        root = config._get_root()
+        place = re.sub(r"\[\d+\]", "", config._get_full_key(None))
+        if not place and (isinstance(config, ListConfig) or "_target_" in config):  # no part of an experiment
+            place = ANYWHERE
         config = to_container(config)
-    if isinstance(config, list):
-        return [instantiate(item) for item in config]
-    if not isinstance(config, dict):
-        return config
-    arguments = {k: instantiate(v) for k, v in config.items() if k not in ("_target_", "_partial_")} | kwargs
-    if "_target_" not in config:
-        return arguments
-    target = find_target(config["_target_"])
-    unknown = [name for name in arguments if not _takes(target, name)]
+        run_dir = OmegaConf.select(root, "run_dir") if place else None
+    allows = functools.partial(_allows, root)
+    check_targets(config, place, run_dir, allows)
+    return _build(config, place, allows, kwargs)
+
+
+def call(target, arguments, name, partial=False):
+    """Call a class or function, or make a partial of it, after a look at its arguments; errors call it ``name``.
+
+    Raises:
+        ConfigError: arguments that it does not take, or one that it needs and did not get.
+    """
+    unknown = [argument for argument in arguments if not _takes(target, argument)]
     if unknown:
-        raise ConfigError(
-            f"{config['_target_']}: unknown argument {unknown[0]!r}{_nearest(unknown[0], _parameters(target))}"
-        )
-    if config.get("_partial_"):
+        raise ConfigError(f"{name}: unknown argument {unknown[0]!r}{nearest(unknown[0], _parameters(target))}")
+    if partial:
         return functools.partial(target, **arguments)
-    missing = [name for name in _parameters(target, required=True) if name not in arguments]
+    missing = [argument for argument in _parameters(target, required=True) if argument not in arguments]
     if missing:
-        raise ConfigError(f"{config['_target_']}: missing argument {missing[0]!r}")
+        raise ConfigError(f"{name}: missing argument {missing[0]!r}")
     return target(**arguments)
 
 
-def find_target(path):
-    """Import the class ``package.module.Name`` from an allowed package.
+def _build(config, place, allows, kwargs):
+    if isinstance(config, list):
+        return [_build(item, place, allows, {}) for item in config]
+    if not isinstance(config, dict):
+        return config
+    arguments = {
+        name: _build(value, inner_place(config, name, place, allows), allows, {})
+        for name, value in config.items()
+        if name not in ("_target_", "_partial_", *kwargs)
+    } | kwargs
+    if "_target_" not in config:
+        return arguments
+    target = find_target(config["_target_"], place, allows)
+    return call(target, arguments, config["_target_"], config.get("_partial_"))
 
-    A config may come from a stranger, so functions are allowed from latentcast alone: torch and others have some that
-    run shell commands.
-    """
-    package = str(path).partition(".")[0]
-    if package not in ALLOWED_PACKAGES:
-        raise ConfigError(f"_target_ {path!r}: only targets in {', '.join(ALLOWED_PACKAGES)} are built from configs")
-    module, _, name = path.rpartition(".")
-    if module == "latentcast" and name not in latentcast._EXPORTS:
-        raise ConfigError(f"_target_ {path!r}: no such class{_nearest(name, latentcast._EXPORTS)}")
-    try:
-        target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        raise ConfigError(f"_target_ {path!r}: no such class or function") from None
-    if not (inspect.isclass(target) or (inspect.isfunction(target) and package == "latentcast")):
-        raise ConfigError(f"_target_ {path!r}: expected a class")
-    if target.__module__.partition(".")[0] not in ALLOWED_PACKAGES:  # something that the module only imports
-        raise ConfigError(f"_target_ {path!r}: defined in {target.__module__}, which configs may not build from")
-    return target
+
+def _allows(root, path):
+    """Whether the command line allowed a target for the config that ``root`` is the top of."""
+    return root is not None and bool(root._get_flag(f"{ALLOW} {path}"))
 
 
 def to_container(config):
@@ -235,28 +254,136 @@ def _takes(target, name):
     )
 
 
-def _nearest(name, known):
-    known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+def _groups():
+    return sorted(p.name for p in config_root().iterdir() if p.is_dir() and p.name != "experiment")
 
 
 def _load_yaml(path):
     try:
-        loaded = OmegaConf.load(path)
+        with open(path, "rb") as file:
+            text = file.read(MAX_SIZE + 1)
+        if len(text) > MAX_SIZE:
+            raise ConfigError(f"{path}: expected a config of at most {MAX_SIZE} bytes")
+        found = parse(text.decode(), path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:  # their messages have several lines
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping at the top, found {type(loaded).__name__}")
-    return loaded
+    if not isinstance(found, dict | None):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(found).__name__}")
+    return _to_config(found or {}, path)
+
+
+def _to_config(content, source):
+    """What a file or an override holds as a DictConfig, without anything that only the command line may say."""
+    if ALLOW in content:
+        raise ConfigError(f"{source}: {ALLOW} may stand on the command line alone ({ALLOW}=[package.module.Name])")
+    _check_text(content, source)
+    try:
+        return OmegaConf.create(content)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _check_text(value, where):
+    """Refuse resolvers (``${oc.env:HOME}``), and targets that are no plain text."""
+    if isinstance(value, dict):
+        target = value.get("_target_", "")
+        if not isinstance(target, str) or "$" in target or target == "???":
+            raise ConfigError(f"{where}: _target_: expected the full name of a class, found {short(target)}")
+        for item in value.values():
+            _check_text(item, where)
+    elif isinstance(value, list):
+        for item in value:
+            _check_text(item, where)
+    elif isinstance(value, str):
+        _references(value, where)
+
+
+def _references(text, where):
+    """Keys that a text refers to: "runs/${name}" -> ["name"]; after an odd number of backslashes ``${`` is itself."""
+    keys = []
+    for found in re.finditer(r"(\\*)\$\{", text):
+        if len(found[1]) % 2:
+            continue
+        reference = REFERENCE.match(text, found.end() - 2)
+        if reference is None:
+            raise ConfigError(f"{where}: expected references like ${{key.sub}} to another key, found {short(text)}")
+        keys.append(reference[1])
+    return keys
+
+
+def _check(config, experiment):
+    """Name a composed config, and make sure that it can be resolved and that its targets may stand where they do."""
+    if config._get_node("name")._value() in (None, ""):
+        config.name = Path(str(experiment)).stem
+    try:
+        _measure(config, {})
+        found = OmegaConf.to_container(config, resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(f"{experiment}: {str(error).partition(chr(10))[0]}") from None
+    for name in ("name", "run_dir"):
+        if not isinstance(found[name], str):
+            raise ConfigError(f"{name}: expected text, found {short(found[name])}")
+    check_targets(found, "", found["run_dir"], functools.partial(_allows, config))
+
+
+def _measure(node, sizes, level=0):
+    """-> (values and characters, levels) that a node comes to where references are followed.
+
+    ``sizes``: those of nodes by id, None while they are being measured. A few lines of references can come to billions
+    of values, so nothing is resolved before.
+    """
+    name = node._get_full_key(None)
+    if id(node) in sizes:
+        if sizes[id(node)] is None:
+            raise ConfigError(f"{name}: it refers to itself")
+        size, depth = sizes[id(node)]
+    else:
+        sizes[id(node)] = None
+        size, depth = 1, 0
+        value = node._value()
+        if isinstance(value, str):
+            size += len(value)
+            inner = [_referred(node, key, sizes, level) for key in _references(value, name)]
+        elif isinstance(node, DictConfig | ListConfig) and value is not None:
+            inner = [node._get_node(key) for key in (range(len(node)) if isinstance(node, ListConfig) else node)]
+        else:
+            inner = []
+        for other in inner:
+            other_size, other_depth = _measure(other, sizes, level + 1)
+            size, depth = size + other_size, max(depth, 1 + other_depth)
+        sizes[id(node)] = size, depth
+    if level + depth > MAX_DEPTH:
+        raise ConfigError(f"{name}: nested more than {MAX_DEPTH} levels deep")
+    if size > MAX_SIZE:
+        raise ConfigError(f"{name or 'config'}: it comes to more than {MAX_SIZE} values and characters")
+    return size, depth
+
+
+def _referred(node, key, sizes, level):
+    """The node that ``${key}`` in ``node`` stands for."""
+    path = key.lstrip(".")
+    here = node._get_root()
+    if path != key:  # .key: beside the node; ..key: one level up
+        here = node
+        for _ in range(len(key) - len(path)):
+            here = here._get_parent() if here is not None else None
+    for part in re.findall(r"[\w-]+", path):
+        if here is not None and here._is_interpolation():
+            _measure(here, sizes, level + 1)  # before it is followed
+            here = here._dereference_node()
+        if isinstance(here, ListConfig) and part.isdecimal() and int(part) < len(here):
+            here = here._get_node(int(part))
+        else:
+            here = here._get_node(part) if _is_mapping(here) else None
+        if here is None:
+            raise ConfigError(f"{node._get_full_key(None)}: there is no key {key!r} for ${{{key}}} to stand for")
+    return here
 
 
 def _experiment_path(root, experiment):
-    path = Path(str(experiment))
+    path = Path(str(experiment)).expanduser()
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
+        if not _is_file(path):
             raise ConfigError(f"experiment file {path}: not found")
         return path
     return _group_path(root, "experiment", str(experiment))
@@ -264,10 +391,17 @@ def _experiment_path(root, experiment):
 
 def _group_path(root, group, choice):
     path = root / group / f"{choice}.yaml"
-    if not path.is_file():
+    if not _is_file(path):
         known = [p.stem for p in (root / group).glob("*.yaml")]
-        raise ConfigError(f"{group}: no config named {choice!r}{_nearest(choice, known)}")
+        raise ConfigError(f"{group}: no config named {short(choice)}{nearest(choice, known)}")
     return path
+
+
+def _is_file(path):
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long a name, a null byte
+        return False
 
 
 def _is_mapping(node):
@@ -276,51 +410,73 @@ def _is_mapping(node):
 
 def _merge(config, part, prefix):
     """Merge ``part`` into ``config`` in place, refusing keys that nothing knows."""
+    own = "_target_" not in config  # settings of the tools, not arguments of a class
     for key in part:
         name = f"{prefix}{key}"
-        current, value = config._get_node(key), part._get_node(key)  # nodes keep interpolations as they are
+        current, value = config._get_node(key), part._get_node(key)  # nodes keep references as they are
         old, new = _is_mapping(current), _is_mapping(value)
         if current is None:
-            target = config.get("_target_")
-            known = list(config) if target is None else [*_parameters(find_target(target)), "_target_", "_partial_"]
+            known, open_ended = list(config), False
+            if not own:
+                target = find_target(config["_target_"], prefix[:-1], functools.partial(_allows, config))
+                known, open_ended = [*_parameters(target), "_target_", "_partial_"], _takes(target, key)
             # An empty mapping with no target ({}) is open: it holds names that only its reader knows.
-            if known and not (target is not None and _takes(find_target(target), key)) and key not in known:
-                raise ConfigError(f"unknown key {name!r}{_nearest(key, known)}")
+            if known and not open_ended and key not in known:
+                raise ConfigError(f"unknown key {name!r}{nearest(key, known)}")
             config[key] = value
         elif old and new:
-            if value.get("_target_") in (None, current.get("_target_")):
+            if "_target_" not in value or value["_target_"] == current.get("_target_"):
                 _merge(current, value, f"{name}.")
             else:  # another class: its arguments replace the old one's
-                partial = current.get("_partial_")
+                partial = current._get_node("_partial_")
                 config[key] = value
-                if partial is not None:
-                    config[key].setdefault("_partial_", partial)
-        elif old and not value._is_none() and not value._is_interpolation():
-            raise ConfigError(f"{name}: expected a mapping, found {value}")
+                if partial is not None and "_partial_" not in value:
+                    config[key]["_partial_"] = partial
+        elif old and not value._is_interpolation() and not (value._is_none() and (name in _groups() or not own)):
+            raise ConfigError(f"{name}: expected a mapping, found {_shown(value)}")
         elif new and not current._is_none() and "_target_" not in value:
-            raise ConfigError(f"{name}: expected a value like {current}, found a mapping")
+            raise ConfigError(f"{name}: expected a value like {_shown(current)}, found a mapping")
         else:
-            _check_kind(name, current, value)
+            _check_kind(name, current, value, own)
             config[key] = value
 
 
-def _check_kind(name, current, value):
-    """Refuse a value of another kind than the default's, where that says which values there can be."""
+def _check_kind(name, current, value, own):
+    """Refuse a value of another kind than the default's, where that or the key says which values there can be.
+
+    ``own``: whether it is a setting of the tools, none of which is null unless that is its default.
+    """
     if current._is_missing() and value._is_none():
         raise ConfigError(f"{name}: a value must be given ({name}=...)")
-    if value._is_none() or value._is_interpolation():
+    if value._is_interpolation():
         return
-    expected = _kind(current._maybe_dereference_node())
-    if expected and _kind(value) != expected:
-        found = value if isinstance(value, ListConfig) else repr(value._value())
-        raise ConfigError(f"{name}: expected {expected}, found {found}")
+    key = name.rpartition(".")[2]
+    expected = _kind(current) or ("text" if is_text(key) and not isinstance(value, ListConfig) else None)
+    if value._is_none():
+        if own and not current._is_none() and (is_path(key) or expected not in (None, "text")):
+            raise ConfigError(f"{name}: expected {expected}, found null")
+    elif expected and _kind(value, text=True) != expected:
+        raise ConfigError(f"{name}: expected {expected}, found {_shown(value)}")
 
 
-def _kind(node):
-    """What a default asks for. A string asks for nothing: ``auto`` and ``32-true`` stand for numbers."""
+def _kind(node, text=False):
+    """What a default asks for. A string asks for nothing, if not ``text``: ``auto`` and ``32-true`` are for numbers."""
+    try:
+        _measure(node, {})
+        node = node._maybe_dereference_node()
+    except (ConfigError, OmegaConfBaseException, RecursionError):  # a reference that _check refuses, if it stays
+        return None
     if isinstance(node, ListConfig):
         return "a list"
     value = None if node is None else node._value()
     if isinstance(value, bool):
         return "true or false"
-    return "a number" if isinstance(value, (int, float)) else None
+    if isinstance(value, (int, float)):
+        return "a number"
+    return "text" if text and isinstance(value, str) else None
+
+
+def _shown(node):
+    """A node's value as errors show it."""
+    value = OmegaConf.to_container(node) if isinstance(node, DictConfig | ListConfig) else node._value()
+    return "null" if value is None else short(value)

@@ -3,15 +3,19 @@
 import functools
 from pathlib import Path
 
+import diffusers
 import pytest
+import pytorch_lightning
 import torch
 from diffusers.optimization import get_scheduler
 from noise_benchmark import Noise
 from omegaconf import OmegaConf
 
+from latentcast import PixelTokenizer
 from latentcast import config as config_module
-from latentcast.config import TOOLS, ConfigError, config_root, find_target, instantiate, load_config, to_container
+from latentcast.config import TOOLS, ConfigError, config_root, instantiate, load_config, to_container
 from latentcast.data.prepared import prepare
+from latentcast.targets import find_target
 
 FILES = {
     "base.yaml": """
@@ -22,35 +26,36 @@ FILES = {
         sizes: [1, 2]
         optimizer: {_target_: torch.optim.AdamW, _partial_: true, lr: 0.1}
         preview: {sampler: {}}
-        prior: null
+        tokenizer: null
         data: null
     """,
-    "prior/linear.yaml": """
-        _target_: torch.nn.Linear
-        in_features: ${channels}
-        out_features: 4
-    """,
-    "prior/convolution.yaml": """
-        _target_: torch.nn.Conv1d
+    "tokenizer/vqvae.yaml": """
+        _target_: latentcast.VQVAE
         in_channels: ${channels}
-        out_channels: 4
-        kernel_size: 3
+        codebook_size: 4
     """,
-    "data/folder.yaml": """
-        _target_: torch.nn.Embedding
-        num_embeddings: ???
-        embedding_dim: 2
+    "tokenizer/fsq.yaml": """
+        _target_: latentcast.FSQVAE
+        in_channels: ${channels}
+        n_codebooks: 4
+        stride: 8
+    """,
+    "data/digits.yaml": """
+        _target_: latentcast.MovingDigits
+        split: train
+        clip_length: 2
+        n_videos: ???
     """,
     "experiment/small.yaml": """
-        defaults: {prior: linear}
+        defaults: {tokenizer: vqvae}
         channels: 1
-        prior: {out_features: 8}
+        tokenizer: {codebook_size: 8}
         train_prior:
           seed: 5
-          prior: {bias: false}
+          tokenizer: {stride: 2}
         train_jointly: {channels: 4}
     """,
-    "experiment/needs_data.yaml": "defaults: {data: folder}",
+    "experiment/needs_data.yaml": "defaults: {data: digits}",
 }
 
 
@@ -83,7 +88,7 @@ def test_an_experiment_is_composed_from_its_groups(configs):
     config = load_config("small")
     assert config.name == "small"
     assert config.run_dir == "runs/small"
-    assert to_container(config.prior) == {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 8}
+    assert to_container(config.tokenizer) == {"_target_": "latentcast.VQVAE", "in_channels": 1, "codebook_size": 8}
     assert config.seed == 0
     assert "defaults" not in config
     assert "train_prior" not in config
@@ -92,21 +97,21 @@ def test_an_experiment_is_composed_from_its_groups(configs):
 def test_a_tool_section_applies_to_that_tool_alone(configs):
     config = load_config("small", tool="train_prior")
     assert config.seed == 5
-    assert config.prior.bias is False
-    assert config.prior.out_features == 8
-    assert "bias" not in load_config("small", tool="evaluate").prior
+    assert config.tokenizer.stride == 2
+    assert config.tokenizer.codebook_size == 8
+    assert "stride" not in load_config("small", tool="evaluate").tokenizer
 
 
 def test_joint_training_takes_both_sections(configs):
     config = load_config("small", tool="train_jointly")
-    assert (config.seed, config.channels) == (5, 4) and config.prior.bias is False
+    assert (config.seed, config.channels) == (5, 4) and config.tokenizer.stride == 2
     assert load_config("small", tool="train_prior").channels != 4
 
 
 def test_overrides_come_last_and_are_parsed_as_yaml(configs):
     overrides = [
         "seed=7",
-        "prior.out_features=2",
+        "tokenizer.codebook_size=2",
         "sizes=[16,1,1]",
         "channels=2",
         "run_dir=out/a=b",
@@ -114,32 +119,31 @@ def test_overrides_come_last_and_are_parsed_as_yaml(configs):
     ]
     config = load_config("small", overrides, tool="train_prior")
     assert config.seed == 7
-    assert config.prior.out_features == 2
-    assert config.prior.in_features == 2
+    assert config.tokenizer.codebook_size == 2
+    assert config.tokenizer.in_channels == 2
     assert list(config.sizes) == [16, 1, 1]
     assert config.run_dir == "out/a=b"
     assert config.optimizer.lr == 1e-3
-    assert load_config("small", ["prior=null"]).prior is None
-    assert load_config("small", ["optimizer=null"]).optimizer is None
+    assert load_config("small", ["tokenizer=null"]).tokenizer is None
 
 
 def test_swapping_a_group_drops_the_settings_of_the_old_class(configs):
-    config = load_config("small", ["prior.kernel_size=5", "prior=convolution"], tool="train_prior")
-    assert to_container(config.prior) == {
-        "_target_": "torch.nn.Conv1d",
+    config = load_config("small", ["tokenizer.stride=5", "tokenizer=fsq"], tool="train_prior")
+    assert to_container(config.tokenizer) == {
+        "_target_": "latentcast.FSQVAE",
         "in_channels": 1,
-        "out_channels": 4,
-        "kernel_size": 5,
+        "n_codebooks": 4,
+        "stride": 5,
     }
     assert config.seed == 5
     # Naming the group's own file swaps nothing.
-    assert load_config("small", ["prior=linear"]).prior.out_features == 8
+    assert load_config("small", ["tokenizer=vqvae"]).tokenizer.codebook_size == 8
 
 
 def test_a_yaml_file_anywhere_is_an_experiment(configs, tmp_path):
-    path = configs("elsewhere/mine.yaml", "defaults: {prior: convolution}\nseed: 3")
+    path = configs("elsewhere/mine.yaml", "defaults: {tokenizer: fsq}\nseed: 3")
     config = load_config(path)
-    assert (config.name, config.seed, config.prior.kernel_size) == ("mine", 3, 3)
+    assert (config.name, config.seed, config.tokenizer.stride) == ("mine", 3, 8)
     # What a run leaves behind, a whole config, is one as well.
     saved = configs("elsewhere/config.yaml", OmegaConf.to_yaml(config, resolve=True))
     assert load_config(str(saved)) == OmegaConf.create(to_container(config))
@@ -163,24 +167,29 @@ def test_another_class_keeps_the_place_but_not_the_arguments(configs):
     "overrides, expected",
     [
         (["sed=1"], "unknown key 'sed'; did you mean 'seed'?"),
-        (["prior.out_feature=1"], "unknown key 'prior.out_feature'; did you mean 'out_features'?"),
+        (["tokenizer.codebook_siz=1"], "unknown key 'tokenizer.codebook_siz'; did you mean 'codebook_size'?"),
         (["optimizer.weight_decai=1"], "unknown key 'optimizer.weight_decai'; did you mean 'weight_decay'?"),
-        (["prior=liner"], "prior: no config named 'liner'; did you mean 'linear'?"),
+        (["tokenizer=vqva"], "tokenizer: no config named 'vqva'; did you mean 'vqvae'?"),
         (["data.root=x"], "override 'data.root=x': the experiment has no data; choose one by data=NAME"),
         (["seed"], "override 'seed': expected key=value"),
         (["=3"], "override '=3': expected key=value"),
-        (["prior..x=3"], "override 'prior..x=3': expected key=value"),
+        (["tokenizer..x=3"], "override 'tokenizer..x=3': expected key=value"),
         (["sizes=[1"], "override 'sizes=[1'"),
         (["seed.x=3"], "seed: expected a value like 0, found a mapping"),
         (["sizes.x=3"], "sizes: expected a value like [1, 2], found a mapping"),
-        (["optimizer=adam"], "optimizer: expected a mapping, found adam"),
+        (["optimizer=adam"], "optimizer: expected a mapping, found 'adam'"),
+        (["optimizer=null"], "optimizer: expected a mapping, found null"),
+        (["seed=null"], "seed: expected a number, found null"),
+        (["sizes=null"], "sizes: expected a list, found null"),
+        (["preview.sampler=null"], "preview.sampler: expected a mapping, found null"),
+        (["run_dir="], "run_dir: expected text, found null"),
         (["run_dir=${nowhere}"], "nowhere"),
         (["seed=abc"], "seed: expected a number, found 'abc'"),
         (["seed=true"], "seed: expected a number, found True"),
         (["seed=[1]"], "seed: expected a number, found [1]"),
         (["sizes=3"], "sizes: expected a list, found 3"),
         (["optimizer._partial_=maybe"], "optimizer._partial_: expected true or false, found 'maybe'"),
-        (["prior.in_features=abc"], "prior.in_features: expected a number, found 'abc'"),
+        (["tokenizer.in_channels=abc"], "tokenizer.in_channels: expected a number, found 'abc'"),
     ],
 )
 def test_a_bad_override_is_one_clear_line(configs, overrides, expected):
@@ -190,9 +199,9 @@ def test_a_bad_override_is_one_clear_line(configs, overrides, expected):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("defaults: {priors: linear}", "unknown group 'priors' under defaults; did you mean 'prior'?"),
-        ("defaults: [prior]", "expected a mapping group: name under defaults"),
-        ("defaults: {prior: nothing}", "prior: no config named 'nothing'; known: convolution, linear"),
+        ("defaults: {tokenizers: vqvae}", "unknown group 'tokenizers' under defaults; did you mean 'tokenizer'?"),
+        ("defaults: [tokenizer]", "expected a mapping group: name under defaults"),
+        ("defaults: {tokenizer: nothing}", "tokenizer: no config named 'nothing'; known: fsq, vqvae"),
         ("evaluate: {sed: 1}", "unknown key 'sed'; did you mean 'seed'?"),  # also for another tool
         ("sample: {seed: 1}", "unknown key 'sample'"),  # a section of no tool
         ("seed: [1", "not valid YAML"),
@@ -215,62 +224,62 @@ def test_an_unknown_experiment_names_the_nearest(configs, tmp_path):
 def test_a_value_that_must_be_given_is_named(configs):
     config = load_config("needs_data")
     message = line_of(instantiate, config.data)
-    assert message == "data.num_embeddings: a value must be given (data.num_embeddings=...)"
-    assert line_of(load_config, "needs_data", ["data.num_embeddings=null"]) == message
-    assert instantiate(load_config("needs_data", ["data.num_embeddings=3"]).data).weight.shape == (3, 2)
+    assert message == "data.n_videos: a value must be given (data.n_videos=...)"
+    assert line_of(load_config, "needs_data", ["data.n_videos=null"]) == message
+    assert len(instantiate(load_config("needs_data", ["data.n_videos=3"]).data).videos) == 3
 
 
 def test_instantiate_builds_nested_lists_and_partials():
-    built = instantiate(
+    trainer = instantiate(
         {
-            "_target_": "torch.nn.TransformerEncoder",
-            "num_layers": 2,
-            "encoder_layer": {
-                "_target_": "torch.nn.TransformerEncoderLayer",
-                "d_model": 4,
-                "nhead": 2,
-                "batch_first": True,
-            },
+            "_target_": "pytorch_lightning.Trainer",
+            "logger": False,
+            "accelerator": "cpu",
+            "callbacks": [{"_target_": "pytorch_lightning.callbacks.Timer", "interval": "step"}],
+            "plugins": [
+                {
+                    "_target_": "pytorch_lightning.plugins.AsyncCheckpointIO",
+                    "checkpoint_io": {"_target_": "pytorch_lightning.plugins.TorchCheckpointIO"},
+                }
+            ],
         }
     )
-    assert len(built.layers) == 2
-    parts = instantiate([{"_target_": "torch.nn.ReLU"}, {"plain": [1, {"_target_": "torch.nn.GELU"}]}, 3])
-    assert isinstance(parts[0], torch.nn.ReLU)
-    assert isinstance(parts[1]["plain"][1], torch.nn.GELU)
+    assert any(isinstance(callback, pytorch_lightning.callbacks.Timer) for callback in trainer.callbacks)
+    assert isinstance(trainer.strategy.checkpoint_io.checkpoint_io, pytorch_lightning.plugins.TorchCheckpointIO)
+    network = {"_target_": "diffusers.VQModel"}
+    parts = instantiate([{"_target_": "latentcast.PixelTokenizer"}, {"plain": [1, network]}, 3])
+    assert isinstance(parts[0], PixelTokenizer)
+    assert isinstance(parts[1]["plain"][1], diffusers.VQModel)
     assert parts[2] == 3
+    assert isinstance(instantiate({"_target_": "diffusers.DDIMScheduler"}), diffusers.DDIMScheduler)
     partial = instantiate(OmegaConf.create({"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.5}))
     assert isinstance(partial, functools.partial)
     assert partial([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"] == 0.5
-    assert instantiate({"_target_": "torch.nn.Linear", "in_features": 2}, out_features=3).weight.shape == (3, 2)
+    # An argument that the caller gives is not built from the config.
+    config = {"_target_": "latentcast.PixelTokenizer", "height": {"_target_": "latentcast.VQVAE"}, "width": 8}
+    assert "no class stands here" in line_of(instantiate, config, height=8)
+    assert instantiate(config | {"height": 4}, height=8).config.height == 8
     assert instantiate(None) is None
 
 
 @pytest.mark.parametrize(
     "config, expected",
     [
-        ({"_target_": "os.system", "command": "true"}, "only targets in latentcast, torch"),
-        ({"_target_": "subprocess.Popen", "args": "true"}, "only targets in"),
-        ({"_target_": "torch.os.system", "command": "true"}, "no such class"),
-        ({"_target_": "torch.utils.collect_env.run", "command": "true"}, "expected a class"),
-        ({"_target_": "torch.hub.load", "repo_or_dir": "x", "model": "y"}, "expected a class"),
-        ({"_target_": "latentcast.data.base.Dataset"}, None),
-        ({"_target_": "latentcast.config.Path"}, "defined in pathlib"),
-        ({"_target_": "latentcast.VQVEA"}, "did you mean 'VQVAE'?"),
-        ({"_target_": "torch.nn.Liner"}, "no such class"),
-        ({"_target_": "torch"}, "no such class"),
-        ({"_target_": 3}, "only targets in"),
+        ({"_target_": "os.system", "command": "true"}, "_target_: expected a tokenizer or a prior or a data set or"),
+        ({"_target_": "latentcast.VQVEA"}, "found 'latentcast.VQVEA'"),
+        ({"_target_": "latentcast.write_video"}, "found 'latentcast.write_video'"),
+        ({"_target_": "torch"}, "found 'torch'"),
+        ({"_target_": 3}, "found 3"),
+        ({"_target_": None}, "found None"),
         (
-            {"_target_": "torch.nn.Linear", "in_feature": 3},
-            "unknown argument 'in_feature'; did you mean 'in_features'?",
+            {"_target_": "latentcast.VQVAE", "codebook_siz": 3},
+            "unknown argument 'codebook_siz'; did you mean 'codebook_size'?",
         ),
-        ({"_target_": "torch.nn.Linear", "in_features": 3}, "missing argument 'out_features'"),
+        ({"_target_": "latentcast.VideoFolder", "root": "x"}, "missing argument 'split'"),
     ],
 )
 def test_what_instantiate_refuses(config, expected):
-    if expected is None:
-        assert find_target(config["_target_"]) is torch.utils.data.Dataset
-    else:
-        assert expected in line_of(instantiate, config)
+    assert expected in line_of(instantiate, config)
 
 
 # The configs that we ship -------------------------------------------------------------------------------------------
@@ -292,7 +301,7 @@ def test_the_experiments_that_others_rely_on_are_there():
 def test_every_group_file_fits_its_class(group, name, tmp_path):
     (tmp_path / "only.yaml").write_text(f"defaults: {{{group}: {name}}}")
     config = load_config(tmp_path / "only.yaml")[group]
-    known = [*config_module._parameters(find_target(config._target_)), "_target_", "_partial_"]
+    known = [*config_module._parameters(find_target(config._target_, group)), "_target_", "_partial_"]
     assert [key for key in config if key not in known] == []
 
 

@@ -8,7 +8,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from latentcast.cli import UserError, prepare_run_dir, run_tool
+from latentcast.cli import UserError, prepare_run_dir, run_tool, user_path
 
 logger = logging.getLogger("latentcast")
 
@@ -132,8 +132,10 @@ def draw_maps(paths, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, metavar="A.json", help="metrics/PROTOCOL.json of each run")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where comparison.md and the plots go")
+    parser.add_argument(
+        "results", nargs="+", type=user_path, metavar="A.json", help="metrics/PROTOCOL.json of each run"
+    )
+    parser.add_argument("--output", type=user_path, metavar="DIR", help="where comparison.md and the plots go")
     parser.add_argument("--published", action="store_true", help="set published figures of the same data beside")
     parser.add_argument("--force", action="store_true", help="set results side by side that do not compare")
     parser.add_argument("--labels", nargs="+", help="names of the results (default: the models' names)")

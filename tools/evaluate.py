@@ -9,10 +9,11 @@ tools/evaluate.py ...``.
 
 import argparse
 import logging
+import os
 import time
 from pathlib import Path
 
-from latentcast.cli import UserError, pick_device, prepare_run_dir, run_tool
+from latentcast.cli import UserError, pick_device, prepare_run_dir, run_tool, user_path
 
 logger = logging.getLogger("latentcast")
 
@@ -122,9 +123,13 @@ if __name__ == "__main__":
     parser.add_argument(
         "arguments", nargs="*", metavar="EXPERIMENT key=value", help="e.g. quickstart protocol=one_digit"
     )
-    parser.add_argument("--pipeline", metavar="DIR", help="what train_prior.py saved, instead of an experiment")
+    parser.add_argument(
+        "--pipeline", metavar="DIR", type=os.path.expanduser, help="what train_prior.py saved, instead of an experiment"
+    )
     parser.add_argument("--data", metavar="NAME", help="a data set under configs/data")
-    parser.add_argument("--weights", metavar="DIR", help="the metric networks (see tools/fetch_weights.py)")
+    parser.add_argument(
+        "--weights", metavar="DIR", type=user_path, help="the metric networks (see tools/fetch_weights.py)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the pipeline"

@@ -9,7 +9,7 @@ import hashlib
 import logging
 from pathlib import Path
 
-from latentcast.cli import UserError, run_tool
+from latentcast.cli import UserError, run_tool, user_path
 
 logger = logging.getLogger("latentcast")
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("latentcast")
 def main(args):
     from latentcast.metrics.weights import SOURCES, convert, default_folder, download, load_weights
 
-    folder = Path(args.weights or default_folder()).expanduser()
+    folder = args.weights or Path(default_folder()).expanduser()
     archives = read_archives(args.archives)
     figures = {}
     for name, source in SOURCES.items():
@@ -53,12 +53,14 @@ def read_archives(paths):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--weights", metavar="DIR", help="default: $LATENTCAST_WEIGHTS, or the user's cache")
+    parser.add_argument(
+        "--weights", metavar="DIR", type=user_path, help="default: $LATENTCAST_WEIGHTS, or the user's cache"
+    )
     parser.add_argument(
         "--from",
         dest="archives",
         metavar="FILE",
-        type=Path,
+        type=user_path,
         nargs="+",
         default=[],
         help="source distributions downloaded before; nothing is then downloaded",

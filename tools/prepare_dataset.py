@@ -7,15 +7,16 @@ earlier run left; ``prepare_dataset.py check DIR`` verifies a prepared set or an
 import argparse
 import os
 
-from latentcast.cli import Findings, UserError, parse_options, prepare_run_dir, run_tool
+from latentcast.cli import Findings, UserError, parse_options, prepare_run_dir, run_tool, user_path
 
 
 def main(args):
     if args.name == "check":
         return check(args)
-    from latentcast.config import instantiate
+    from latentcast.config import call
     from latentcast.data.benchmarks import BENCHMARKS
     from latentcast.data.prepared import prepare
+    from latentcast.targets import import_name
 
     if args.name not in BENCHMARKS:
         raise UserError(f"no data set {args.name!r}; expected one of {', '.join(BENCHMARKS)}, or check DIR")
@@ -24,7 +25,7 @@ def main(args):
     if args.output is None:
         raise UserError("--output: expected the folder to prepare into")
     fixed = {"source": args.source, "protocol": args.split}
-    benchmark = instantiate({"_target_": BENCHMARKS[args.name], **parse_options(args.arguments)}, **fixed)
+    benchmark = call(import_name(BENCHMARKS[args.name]), parse_options(args.arguments) | fixed, args.name)
     output = prepare_run_dir(args.output, "--output")
     return prepare(benchmark, output, workers=args.workers, partial=args.partial)
 
@@ -34,7 +35,7 @@ def check(args):
 
     if len(args.arguments) != 1:
         raise UserError(f"check: expected one folder, found {len(args.arguments)} arguments")
-    figures = check_folder(args.arguments[0], args.clip_length)
+    figures = check_folder(user_path(args.arguments[0]), args.clip_length)
     if figures["problems"]:
         raise Findings(f"{args.arguments[0]}: {len(figures['problems'])} problems: {figures['problems'][0]}", figures)
     return figures
@@ -46,8 +47,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "arguments", nargs="*", metavar="key=value", help="the data set's options; for check: the folder"
     )
-    parser.add_argument("--source", help="folder or archive as published")
-    parser.add_argument("--output", help="folder of the prepared set")
+    parser.add_argument("--source", type=user_path, help="folder or archive as published")
+    parser.add_argument("--output", type=user_path, help="folder of the prepared set")
     parser.add_argument("--split", help="protocol: which of the splits in use (the first one documented by default)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core; 0: none)")
     parser.add_argument("--partial", action="store_true", help="accept a set with fewer videos than published")

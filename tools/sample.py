@@ -20,7 +20,7 @@ import time
 import unicodedata
 from pathlib import Path
 
-from latentcast.cli import Findings, UserError, parse_options, pick_device, prepare_run_dir, run_tool
+from latentcast.cli import Findings, UserError, parse_options, pick_device, prepare_run_dir, run_tool, user_path
 
 logger = logging.getLogger("latentcast")
 
@@ -35,9 +35,17 @@ SHEET_PIXELS = 1 << 26  # another video must not make it larger
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True, metavar="DIR", help="what train_prior.py saved, or OWNER/NAME")
-    parser.add_argument("--input", required=True, metavar="VIDEO_OR_FOLDER", type=Path)
-    parser.add_argument("--output", metavar="DIR", type=Path, help="default: samples/ beside the pipeline's folder")
+    parser.add_argument(
+        "--pipeline",
+        required=True,
+        metavar="DIR",
+        type=os.path.expanduser,
+        help="what train_prior.py saved, or OWNER/NAME",
+    )
+    parser.add_argument("--input", required=True, metavar="VIDEO_OR_FOLDER", type=user_path)
+    parser.add_argument(
+        "--output", metavar="DIR", type=user_path, help="default: samples/ beside the pipeline's folder"
+    )
     parser.add_argument("--n-frames", type=int, default=16, help="frames to predict (default: 16)")
     parser.add_argument("--n-context", type=int, help="frames given (default: as in training)")
     parser.add_argument("--num-samples", type=int, default=4, help="futures for each video (default: 4)")
