@@ -33,6 +33,7 @@ CHUNK = 16  # frames held at their full size at once
 SEEK_FROM = 48  # an earlier frame is reached faster by decoding from the start than through a table of packets
 KEY_DISTANCE = 12  # packets between keyframes that are kept to seek to
 RESAMPLE = ("bilinear", "lanczos")
+FIRST_FRAMES = 16  # decoded to see whether time runs forward
 DEFAULT_RATE = 25.0  # of files that state none
 MAX_RATE = 1000.0  # frames per second; this and more is a clock's rate, not a video's
 GAP = 10.0  # seconds between two frames, and 20 times the usual step, past which time jumps; also the longest still
@@ -394,10 +395,8 @@ class _Video:
     def decode(self):
         """Decode all packets -> iterator of frames in the order shown; damage anywhere is a VideoError."""
         n, size, end = 0, None, 0
-        # Where two MPEG-TS follow one another FFmpeg takes the last packet of the first for a part of one.
-        joined = self.container.format.name == "mpegts"
-        for packet in self.packets():
-            if packet.is_corrupt and not joined:
+        for packet, following in pairwise(chain(self.packets(), (None,))):
+            if packet.is_corrupt and not self._seam(packet, following):
                 raise VideoError(f"{self.path}: damaged or cut off after frame {n}")
             for frame in packet.decode():
                 if frame.is_corrupt:
@@ -414,6 +413,16 @@ class _Video:
             raise VideoError(f"{self.path}: cut off after {float(end):.1f} of {stated:.1f} seconds")
         if not n:
             raise VideoError(f"{self.path}: holds no frame that can be decoded")
+
+    def _seam(self, packet, following):
+        """Whether a packet is only called corrupt because two MPEG-TS follow one another, or one ends, at it."""
+        if self.container.format.name != "mpegts":
+            return False
+        if packet.is_keyframe or following is None or not following.size or following.is_keyframe:
+            return True
+        if packet.dts is None or following.dts is None:
+            return False
+        return not 0 < (following.dts - packet.dts) * packet.time_base <= self.how.gap
 
     def frames_from(self, key):
         """Frames from a keyframe of ``VideoInfo.keys`` on; none where the container does not find it."""
@@ -459,12 +468,15 @@ def _look(path, size, mtime):
         index = stream.index
     first_key = next((i for i, packet in enumerate(packets) if packet[2]), 0)
     late, packets = first_key > 0, packets[first_key:]
-    orientation, height, width = _first_frame(path, VideoInfo(0, 0, 0, 0, stream=index, late=late))
+    first, forward = _first_frames(path, VideoInfo(0, 0, 0, 0, stream=index, late=late))
+    orientation = _orientation(first)
+    height, width = (first.width, first.height) if orientation & 4 else (first.height, first.width)
     aspect = float(aspect) if 1 / 16 < aspect < 16 else 1.0
 
     shown = [pts for pts, _, _, discard in packets if not discard]
-    # AVI has no presentation times; with B-frames FFmpeg guesses them, often wrongly.
+    # AVI has no presentation times; with B-frames FFmpeg guesses them, often wrongly. Others have those of decoding.
     even = (name == "avi" and reorders) or None in shown or len(set(shown)) < len(shown)
+    even = even or (not forward and all(later > earlier for earlier, later in pairwise(shown)))
     by_time = name in BY_TIME
     begins = bool(packets) and packets[0][2] and not even and min(shown, default=0) >= packets[0][0]
     times = sorted(shown) if name in TABLED and codec in COUNTED and begins and not late else None
@@ -473,7 +485,10 @@ def _look(path, size, mtime):
     steps = [(later - earlier) * base for earlier, later in pairwise(decoded)]
     step = statistics.median([step for step in steps if step > 0] or [1 / stated])
     gap = max(GAP, 20 * step)
-    rate = round(len(steps) / sum(s if 0 < s <= gap else step for s in steps), 9) if steps else stated
+    span = sum(s if 0 < s <= gap else step for s in steps)
+    if steps and not even and all(0 < s <= gap for s in steps):
+        span = (max(shown) - min(shown)) * base * len(steps) / max(1, len(shown) - 1)
+    rate = round(len(steps) / span, 9) if span > 0 else stated
     if even or rate >= MAX_RATE:
         even, rate = True, stated
     starts = () if even else _starts(packets, by_time)
@@ -495,20 +510,23 @@ def _look(path, size, mtime):
     )
 
 
-def _first_frame(path, how):
-    """(orientation, height, width as shown) of a video, by its first keyframe, else by its first frame."""
+def _first_frames(path, how):
+    """The first keyframe of a video, else its first frame, and whether time runs forward over the frames up to there.
+
+    Where frames change places, some more of them are looked at.
+    """
     with _Video(path, how) as video:
-        first = None
-        for frame in islice(video.frames(), 64):
-            first = first or frame
-            if frame.key_frame:
-                first = frame
+        least = FIRST_FRAMES if video.stream.codec_context.has_b_frames else 1
+        frames = []
+        for frame in islice(video.frames(), 4 * FIRST_FRAMES):
+            frames.append((frame.pts, frame if not frames or frame.key_frame else None))
+            if len(frames) >= least and any(key is not None and key.key_frame for _, key in frames):
                 break
-    if first is None:
+    if not frames:
         raise VideoError(f"{path}: holds no frame that can be decoded")
-    orientation = _orientation(first)
-    size = first.height, first.width
-    return orientation, *(size[::-1] if orientation & 4 else size)
+    kept = [frame for _, frame in frames if frame is not None]
+    forward = all(b is None or a is None or b > a for (a, _), (b, _) in pairwise(frames))
+    return next((frame for frame in kept if frame.key_frame), kept[0]), forward
 
 
 def _orientation(frame):
