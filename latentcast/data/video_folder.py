@@ -159,7 +159,9 @@ class VideoFolder(VideoDataset):
             if len(whole.keys) == 0 and whole.reader == "pyav" and whole.n_frames > SLOW_START:
                 logger.info("%s: %s: no way to find single frames exactly; decoded from its start", self.root, name)
             if whole.cuts:
-                logger.warning("%s: %s: time jumps before frame %s", self.root, name, _listed(list(whole.cuts))[2:])
+                logger.warning(
+                    "%s: %s: time jumps before frame %s", self.root, name, _listed(list(map(str, whole.cuts)))[2:]
+                )
             if whole.pixel_aspect != 1:
                 oblong.append(f"{name} ({whole.pixel_aspect:.3f} : 1)")
             slow += self.target_fps is not None and whole.fps < 0.99 * self.target_fps

@@ -33,6 +33,7 @@ CHUNK = 16  # frames held at their full size at once
 SEEK_FROM = 48  # an earlier frame is reached faster by decoding from the start than through a table of packets
 KEY_DISTANCE = 12  # packets between keyframes that are kept to seek to
 RESAMPLE = ("bilinear", "lanczos")
+SEAM = 4  # packets, from one that FFmpeg calls corrupt to where a second MPEG-TS follows on a first
 FIRST_FRAMES = 16  # decoded to see whether time runs forward
 DEFAULT_RATE = 25.0  # of files that state none
 MAX_RATE = 1000.0  # frames per second; this and more is a clock's rate, not a video's
@@ -395,9 +396,14 @@ class _Video:
     def decode(self):
         """Decode all packets -> iterator of frames in the order shown; damage anywhere is a VideoError."""
         n, size, end = 0, None, 0
-        for packet, following in pairwise(chain(self.packets(), (None,))):
-            if packet.is_corrupt and not self._seam(packet, following):
+        doubt, before = 0, None  # packets until the one called corrupt has to be explained
+        for packet in self.packets():
+            if doubt and self._seam(before, packet):
+                doubt = 0
+            if doubt == 1 or (packet.is_corrupt and self.container.format.name != "mpegts"):
                 raise VideoError(f"{self.path}: damaged or cut off after frame {n}")
+            doubt = SEAM if packet.is_corrupt and not packet.is_keyframe else max(0, doubt - 1)
+            before = packet
             for frame in packet.decode():
                 if frame.is_corrupt:
                     raise VideoError(f"{self.path}: damaged at frame {n}")
@@ -414,15 +420,12 @@ class _Video:
         if not n:
             raise VideoError(f"{self.path}: holds no frame that can be decoded")
 
-    def _seam(self, packet, following):
-        """Whether a packet is only called corrupt because two MPEG-TS follow one another, or one ends, at it."""
-        if self.container.format.name != "mpegts":
-            return False
-        if packet.is_keyframe or following is None or not following.size or following.is_keyframe:
+    def _seam(self, before, packet):
+        """Whether two MPEG-TS may follow one another, or one end, before this packet."""
+        if packet.is_keyframe or not packet.size:
             return True
-        if packet.dts is None or following.dts is None:
-            return False
-        return not 0 < (following.dts - packet.dts) * packet.time_base <= self.how.gap
+        known = packet.dts is not None and before.dts is not None
+        return known and not 0 < (packet.dts - before.dts) * packet.time_base <= self.how.gap
 
     def frames_from(self, key):
         """Frames from a keyframe of ``VideoInfo.keys`` on; none where the container does not find it."""
@@ -468,15 +471,16 @@ def _look(path, size, mtime):
         index = stream.index
     first_key = next((i for i, packet in enumerate(packets) if packet[2]), 0)
     late, packets = first_key > 0, packets[first_key:]
-    first, forward = _first_frames(path, VideoInfo(0, 0, 0, 0, stream=index, late=late))
+    shown = [pts for pts, _, _, discard in packets if not discard]
+    # AVI has no presentation times; with B-frames FFmpeg guesses them, often wrongly.
+    even = (name == "avi" and reorders) or None in shown or len(set(shown)) < len(shown)
+    # Where frames change places and these do not, they may be times of decoding.
+    least = FIRST_FRAMES if reorders and not even and shown == sorted(shown) else 1
+    first, forward = _first_frames(path, VideoInfo(0, 0, 0, 0, stream=index, late=late), least)
+    even = even or not forward
     orientation = _orientation(first)
     height, width = (first.width, first.height) if orientation & 4 else (first.height, first.width)
     aspect = float(aspect) if 1 / 16 < aspect < 16 else 1.0
-
-    shown = [pts for pts, _, _, discard in packets if not discard]
-    # AVI has no presentation times; with B-frames FFmpeg guesses them, often wrongly. Others have those of decoding.
-    even = (name == "avi" and reorders) or None in shown or len(set(shown)) < len(shown)
-    even = even or (not forward and all(later > earlier for earlier, later in pairwise(shown)))
     by_time = name in BY_TIME
     begins = bool(packets) and packets[0][2] and not even and min(shown, default=0) >= packets[0][0]
     times = sorted(shown) if name in TABLED and codec in COUNTED and begins and not late else None
@@ -510,23 +514,19 @@ def _look(path, size, mtime):
     )
 
 
-def _first_frames(path, how):
-    """The first keyframe of a video, else its first frame, and whether time runs forward over the frames up to there.
-
-    Where frames change places, some more of them are looked at.
-    """
+def _first_frames(path, how, least):
+    """The first keyframe of a video, else its first frame, and whether time runs forward over ``least`` frames."""
     with _Video(path, how) as video:
-        least = FIRST_FRAMES if video.stream.codec_context.has_b_frames else 1
-        frames = []
+        first, times = None, []
         for frame in islice(video.frames(), 4 * FIRST_FRAMES):
-            frames.append((frame.pts, frame if not frames or frame.key_frame else None))
-            if len(frames) >= least and any(key is not None and key.key_frame for _, key in frames):
+            times.append(frame.pts)
+            first = frame if first is None or frame.key_frame > first.key_frame else first
+            if first.key_frame and len(times) >= least:
                 break
-    if not frames:
+    if first is None:
         raise VideoError(f"{path}: holds no frame that can be decoded")
-    kept = [frame for _, frame in frames if frame is not None]
-    forward = all(b is None or a is None or b > a for (a, _), (b, _) in pairwise(frames))
-    return next((frame for frame in kept if frame.key_frame), kept[0]), forward
+    times = times[:least]
+    return first, None in times or times == sorted(times)
 
 
 def _orientation(frame):
@@ -661,15 +661,16 @@ def _probe_pyav(path):
             if n == 2 or (keys and n == keys[-1][0] + 2):
                 samples[n] = _thumbnail(video.shown(frame))
     info = _info(found, seconds, tuple(keys))
-    checked = [key for key in keys if key[0] + 2 in samples]
-    checked = {key[0]: key for key in (checked[:1] + checked[len(checked) // 2 :][:1] + checked[-1:])}.values()
-    for key in checked:
-        number = key[0] + 2
-        picture = _chosen(path, info, key, [number], lambda frame: torch.from_numpy(_thumbnail(frame[0])))
-        if picture is None or not np.array_equal(picture[0].numpy(), samples[number]):
-            return replace(info, keys=())
-    chosen = {n: samples[n] for n in sorted({2, *(key[0] + 2 for key in checked)} & samples.keys())}
-    if found.plain and chosen and _decord_agrees(path, seconds, chosen):
+    shown = [key for key in keys if key[0] + 2 in samples]
+    checked = {key[0]: key for key in (*shown[:1], *shown[len(shown) // 2 :][:1], *shown[-1:])}
+    if checked:
+        with _Video(path, found) as video:
+            for number, key in checked.items():
+                frames = list(islice(video.frames_from(key), 3))
+                if len(frames) < 3 or not np.array_equal(_thumbnail(video.shown(frames[2])), samples[number + 2]):
+                    return replace(info, keys=())
+    compared = {number: samples[number] for number in sorted({2, *(n + 2 for n in checked)} & samples.keys())}
+    if found.plain and compared and _decord_agrees(path, seconds, compared):
         return replace(info, reader="decord")
     return info
 
