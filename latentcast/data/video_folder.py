@@ -144,13 +144,13 @@ class VideoFolder(VideoDataset):
 
     def _choose(self, index):
         """The usable files of this split, as ``_Part`` s."""
-        usable, damaged, short, still, oblong, slow, elsewhere = [], [], [], [], [], 0, 0
+        usable, damaged, away, short, still, oblong, slow, elsewhere = [], [], [], [], [], [], 0, 0
         for name, record in sorted(index.items()):
             if self._split_of(name) != self.split:
                 elsewhere += 1
                 continue
             if "error" in record:
-                damaged.append(f"{name} ({record['error']})")
+                (away if "away" in record else damaged).append(f"{name} ({record['error']})")
                 continue
             whole = VideoInfo(**record["info"])
             if self.target_fps and too_slow(whole.fps, self.target_fps):
@@ -174,6 +174,7 @@ class VideoFolder(VideoDataset):
         rate = f"fps={self.target_fps:g}" if self.target_fps else f"frame_stride={self.frame_stride}"
         lost = {
             "damaged": damaged,
+            "not readable now": away,
             f"shorter than clip_length={self.clip_length} at {rate}": short,
             f"too slow for {rate}": still,
         }

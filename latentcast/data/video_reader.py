@@ -396,13 +396,14 @@ class _Video:
     def decode(self):
         """Decode all packets -> iterator of frames in the order shown; damage anywhere is a VideoError."""
         n, size, end = 0, None, 0
-        doubt, before = 0, None  # packets until the one called corrupt has to be explained
+        # Where two MPEG-TS follow one another FFmpeg calls a packet corrupt, or one shortly before it; there time jumps.
+        doubt, before = 0, None  # packets until it has to
         for packet in self.packets():
-            if doubt and self._seam(before, packet):
-                doubt = 0
+            jumps = before is not None and self._jumps(before, packet)
+            doubt = 0 if jumps else doubt
             if doubt == 1 or (packet.is_corrupt and self.container.format.name != "mpegts"):
                 raise VideoError(f"{self.path}: damaged or cut off after frame {n}")
-            doubt = SEAM if packet.is_corrupt and not packet.is_keyframe else max(0, doubt - 1)
+            doubt = SEAM if packet.is_corrupt and not jumps else max(0, doubt - 1)
             before = packet
             for frame in packet.decode():
                 if frame.is_corrupt:
@@ -413,6 +414,8 @@ class _Video:
                 end = (frame.time or 0) + (frame.duration or 0) * frame.time_base
                 n += 1
                 yield frame
+        if doubt:
+            raise VideoError(f"{self.path}: damaged or cut off after frame {n}")
         # A packet that is cut in two shows; a Matroska file that ends between two shows by its stated duration.
         stated = self.container.duration / av.time_base if self.container.duration else 0
         if "matroska" in self.container.format.name and len(self.container.streams) == 1 and n and stated > end + 1:
@@ -420,10 +423,8 @@ class _Video:
         if not n:
             raise VideoError(f"{self.path}: holds no frame that can be decoded")
 
-    def _seam(self, before, packet):
-        """Whether two MPEG-TS may follow one another, or one end, before this packet."""
-        if packet.is_keyframe or not packet.size:
-            return True
+    def _jumps(self, before, packet):
+        """Whether time does between two packets, as where two MPEG-TS follow one another."""
         known = packet.dts is not None and before.dts is not None
         return known and not 0 < (packet.dts - before.dts) * packet.time_base <= self.how.gap
 

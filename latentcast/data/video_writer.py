@@ -1,5 +1,7 @@
 """Writing videos (mp4, GIF) and pictures (PNG). A file appears whole or not at all."""
 
+import logging
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,6 +11,11 @@ import torch
 from PIL import Image
 
 from ..files import replacing
+from .video_reader import file_url
+
+logger = logging.getLogger("latentcast")
+
+RATES = (0.1, 240.0)  # frames per second that players cope with
 
 
 def write_video(path, frames, fps):
@@ -21,7 +28,7 @@ def write_video(path, frames, fps):
     Args:
         path: ends in .mp4 or .gif; missing folders are made.
         frames: (T, C, H, W), float in [-1, 1] or uint8; C is 1 (grey) or 3 (RGB).
-        fps: frames per second, fractions kept (30000/1001, say).
+        fps: frames per second, fractions kept (30000/1001, say); rates beyond 0.1 to 240 become these, with a warning.
     Raises:
         ValueError: wrong shape, type, suffix or rate.
         OSError: the file cannot be written.
@@ -29,12 +36,15 @@ def write_video(path, frames, fps):
     path = Path(path)
     if path.suffix.lower() not in VIDEO_WRITERS:
         raise ValueError(f"{path}: cannot write this kind of video; expected one of {', '.join(VIDEO_WRITERS)}")
-    if not fps > 0:
+    if not 0 < fps < math.inf:
         raise ValueError(f"fps: expected a rate above 0, found {fps}")
+    limited = min(max(fps, RATES[0]), RATES[1])
+    if limited != fps:
+        logger.warning("%s: %g frames a second are written as %g", path, fps, limited)
     frames = to_uint8(frames, n_dims=4)
     try:
         with replacing(path) as temporary:
-            VIDEO_WRITERS[path.suffix.lower()](temporary, frames, fps)
+            VIDEO_WRITERS[path.suffix.lower()](temporary, frames, limited)
     except av.FFmpegError as error:
         raise OSError(f"{path}: cannot be written ({error})") from None
 
@@ -66,7 +76,7 @@ def to_uint8(frames, n_dims):
 def _write_mp4(path, frames, fps):
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with av.open(str(path), "w", format="mp4") as container:
+    with av.open(file_url(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
