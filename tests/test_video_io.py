@@ -373,10 +373,32 @@ def test_gif_loops_with_true_durations(tmp_path, clip, fps):
     assert read.shape == (4, 3, 33, 47) and (read - clip[:4]).abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "gif"])
+@pytest.mark.parametrize(("fps", "written"), [(0.0005, 0.1), (90000, 240)])
+def test_rates_that_no_player_copes_with_are_limited(tmp_path, clip, suffix, fps, written, caplog):
+    path = tmp_path / f"a.{suffix}"
+    write_video(path, clip[:4], fps)
+    assert f"a.{suffix}: {fps:g} frames a second are written as {written:g}" in caplog.text
+    if suffix == "mp4":
+        assert probe(path).fps == pytest.approx(written, rel=0.01)
+    else:
+        with Image.open(path) as picture:
+            assert picture.info["duration"] == max(1000 / written, 10)
+
+
 def test_nothing_is_written_for_bad_input(tmp_path, clip):
     target = tmp_path / "clip.mp4"
     target.write_bytes(b"precious")
-    for frames, fps in ((clip[0], 10), (clip[:, :2], 10), (clip[:0], 10), (clip.int(), 10), (clip, 0), (clip, -5)):
+    for frames, fps in (
+        (clip[0], 10),
+        (clip[:, :2], 10),
+        (clip[:0], 10),
+        (clip.int(), 10),
+        (clip, 0),
+        (clip, -5),
+        (clip, float("nan")),
+        (clip, float("inf")),
+    ):
         with pytest.raises(ValueError, match=r"frames|fps"):
             write_video(target, frames, fps)
     with pytest.raises(ValueError, match=r"expected one of \.mp4, \.gif"):

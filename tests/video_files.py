@@ -40,10 +40,11 @@ def encode(
     pts=None,
     rotation=0,
     title=None,
+    format=None,
     **container,
 ):
     """Write (n, H, W, 3) uint8 frames with PyAV; ``pts``: times of the frames in units of 1 / fps."""
-    with av.open(str(path), "w", options=container) as file:
+    with av.open(str(path), "w", format, options=container) as file:
         stream = file.add_stream(codec, rate=fps)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
         stream.codec_context.thread_count = 2  # else the file's bytes depend on the machine's cores

@@ -158,13 +158,13 @@ class VideoFolder(VideoDataset):
 
     def _choose(self, index):
         """The usable files of this split, as ``_Part`` s."""
-        usable, damaged, short, still, oblong, slow, elsewhere = [], [], [], [], [], 0, 0
+        usable, damaged, away, short, still, oblong, slow, elsewhere = [], [], [], [], [], [], 0, 0
         for name, record in sorted(index.items()):
             if self._split_of(name) != self.split:
                 elsewhere += 1
                 continue
             if "error" in record:
-                damaged.append(f"{name} ({record['error']})")
+                (away if "away" in record else damaged).append(f"{name} ({record['error']})")
                 continue
             whole = VideoInfo(**record["info"])
             if self.target_fps and too_slow(whole.fps, self.target_fps):
@@ -173,7 +173,9 @@ class VideoFolder(VideoDataset):
             if len(whole.keys) == 0 and whole.reader == "pyav" and whole.n_frames > SLOW_START:
                 logger.info("%s: %s: no way to find single frames exactly; decoded from its start", self.root, name)
             if whole.cuts:
-                logger.warning("%s: %s: time jumps before frame %s", self.root, name, _listed(list(whole.cuts))[2:])
+                logger.warning(
+                    "%s: %s: time jumps before frame %s", self.root, name, _listed(list(map(str, whole.cuts)))[2:]
+                )
             if whole.pixel_aspect != 1:
                 oblong.append(f"{name} ({whole.pixel_aspect:.3f} : 1)")
             slow += self.target_fps is not None and whole.fps < 0.99 * self.target_fps
@@ -186,6 +188,7 @@ class VideoFolder(VideoDataset):
         rate = f"fps={self.target_fps:g}" if self.target_fps else f"frame_stride={self.frame_stride}"
         lost = {
             "damaged": damaged,
+            "not readable now": away,
             f"shorter than clip_length={self.clip_length} at {rate}": short,
             f"too slow for {rate}": still,
         }

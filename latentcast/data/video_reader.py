@@ -33,6 +33,8 @@ CHUNK = 16  # frames held at their full size at once
 SEEK_FROM = 48  # an earlier frame is reached faster by decoding from the start than through a table of packets
 KEY_DISTANCE = 12  # packets between keyframes that are kept to seek to
 RESAMPLE = ("bilinear", "lanczos")
+SEAM = 4  # packets, from one that FFmpeg calls corrupt to where a second MPEG-TS follows on a first
+FIRST_FRAMES = 16  # decoded to see whether time runs forward
 DEFAULT_RATE = 25.0  # of files that state none
 MAX_RATE = 1000.0  # frames per second; this and more is a clock's rate, not a video's
 GAP = 10.0  # seconds between two frames, and 20 times the usual step, past which time jumps; also the longest still
@@ -401,11 +403,15 @@ class _Video:
     def decode(self):
         """Decode all packets -> iterator of frames in the order shown; damage anywhere is a VideoError."""
         n, size, end = 0, None, 0
-        # Where two MPEG-TS follow one another FFmpeg takes the last packet of the first for a part of one.
-        joined = self.container.format.name == "mpegts"
+        # Where two MPEG-TS follow one another FFmpeg calls a packet corrupt, or one shortly before it; time jumps there.
+        doubt, before = 0, None  # packets until it has to
         for packet in self.packets():
-            if packet.is_corrupt and not joined:
+            jumps = before is not None and self._jumps(before, packet)
+            doubt = 0 if jumps else doubt
+            if doubt == 1 or (packet.is_corrupt and self.container.format.name != "mpegts"):
                 raise VideoError(f"{self.path}: damaged or cut off after frame {n}")
+            doubt = SEAM if packet.is_corrupt and not jumps else max(0, doubt - 1)
+            before = packet
             for frame in packet.decode():
                 if frame.is_corrupt:
                     raise VideoError(f"{self.path}: damaged at frame {n}")
@@ -415,12 +421,19 @@ class _Video:
                 end = (frame.time or 0) + (frame.duration or 0) * frame.time_base
                 n += 1
                 yield frame
+        if doubt:
+            raise VideoError(f"{self.path}: damaged or cut off after frame {n}")
         # A packet that is cut in two shows; a Matroska file that ends between two shows by its stated duration.
         stated = self.container.duration / av.time_base if self.container.duration else 0
         if "matroska" in self.container.format.name and len(self.container.streams) == 1 and n and stated > end + 1:
             raise VideoError(f"{self.path}: cut off after {float(end):.1f} of {stated:.1f} seconds")
         if not n:
             raise VideoError(f"{self.path}: holds no frame that can be decoded")
+
+    def _jumps(self, before, packet):
+        """Whether time does between two packets, as where two MPEG-TS follow one another."""
+        known = packet.dts is not None and before.dts is not None
+        return known and not 0 < (packet.dts - before.dts) * packet.time_base <= self.how.gap
 
     def frames_from(self, key):
         """Frames from a keyframe of ``VideoInfo.keys`` on; none where the container does not find it."""
@@ -466,12 +479,16 @@ def _look(path, size, mtime):
         index = stream.index
     first_key = next((i for i, packet in enumerate(packets) if packet[2]), 0)
     late, packets = first_key > 0, packets[first_key:]
-    orientation, height, width = _first_frame(path, VideoInfo(0, 0, 0, 0, stream=index, late=late))
-    aspect = float(aspect) if 1 / 16 < aspect < 16 else 1.0
-
     shown = [pts for pts, _, _, discard in packets if not discard]
     # AVI has no presentation times; with B-frames FFmpeg guesses them, often wrongly.
     even = (name == "avi" and reorders) or None in shown or len(set(shown)) < len(shown)
+    # Where frames change places and these do not, they may be times of decoding.
+    least = FIRST_FRAMES if reorders and not even and shown == sorted(shown) else 1
+    first, forward = _first_frames(path, VideoInfo(0, 0, 0, 0, stream=index, late=late), least)
+    even = even or not forward
+    orientation = _orientation(first)
+    height, width = (first.width, first.height) if orientation & 4 else (first.height, first.width)
+    aspect = float(aspect) if 1 / 16 < aspect < 16 else 1.0
     by_time = name in BY_TIME
     begins = bool(packets) and packets[0][2] and not even and min(shown, default=0) >= packets[0][0]
     times = sorted(shown) if name in TABLED and codec in COUNTED and begins and not late else None
@@ -480,7 +497,10 @@ def _look(path, size, mtime):
     steps = [(later - earlier) * base for earlier, later in pairwise(decoded)]
     step = statistics.median([step for step in steps if step > 0] or [1 / stated])
     gap = max(GAP, 20 * step)
-    rate = round(len(steps) / sum(s if 0 < s <= gap else step for s in steps), 9) if steps else stated
+    span = sum(s if 0 < s <= gap else step for s in steps)
+    if steps and not even and all(0 < s <= gap for s in steps):
+        span = (max(shown) - min(shown)) * base * len(steps) / max(1, len(shown) - 1)
+    rate = round(len(steps) / span, 9) if span > 0 else stated
     if even or rate >= MAX_RATE:
         even, rate = True, stated
     starts = () if even else _starts(packets, by_time)
@@ -502,20 +522,19 @@ def _look(path, size, mtime):
     )
 
 
-def _first_frame(path, how):
-    """(orientation, height, width as shown) of a video, by its first keyframe, else by its first frame."""
+def _first_frames(path, how, least):
+    """The first keyframe of a video, else its first frame, and whether time runs forward over ``least`` frames."""
     with _Video(path, how) as video:
-        first = None
-        for frame in islice(video.frames(), 64):
-            first = first or frame
-            if frame.key_frame:
-                first = frame
+        first, times = None, []
+        for frame in islice(video.frames(), 4 * FIRST_FRAMES):
+            times.append(frame.pts)
+            first = frame if first is None or frame.key_frame > first.key_frame else first
+            if first.key_frame and len(times) >= least:
                 break
     if first is None:
         raise VideoError(f"{path}: holds no frame that can be decoded")
-    orientation = _orientation(first)
-    size = first.height, first.width
-    return orientation, *(size[::-1] if orientation & 4 else size)
+    times = times[:least]
+    return first, None in times or times == sorted(times)
 
 
 def _orientation(frame):
@@ -650,15 +669,16 @@ def _probe_pyav(path):
             if n == 2 or (keys and n == keys[-1][0] + 2):
                 samples[n] = _thumbnail(video.shown(frame))
     info = _info(found, seconds, tuple(keys))
-    checked = [key for key in keys if key[0] + 2 in samples]
-    checked = {key[0]: key for key in (checked[:1] + checked[len(checked) // 2 :][:1] + checked[-1:])}.values()
-    for key in checked:
-        number = key[0] + 2
-        picture = _chosen(path, info, key, [number], lambda frame: torch.from_numpy(_thumbnail(frame[0])))
-        if picture is None or not np.array_equal(picture[0].numpy(), samples[number]):
-            return replace(info, keys=())
-    chosen = {n: samples[n] for n in sorted({2, *(key[0] + 2 for key in checked)} & samples.keys())}
-    if found.plain and chosen and _decord_agrees(path, seconds, chosen):
+    shown = [key for key in keys if key[0] + 2 in samples]
+    checked = {key[0]: key for key in (*shown[:1], *shown[len(shown) // 2 :][:1], *shown[-1:])}
+    if checked:
+        with _Video(path, found) as video:
+            for number, key in checked.items():
+                frames = list(islice(video.frames_from(key), 3))
+                if len(frames) < 3 or not np.array_equal(_thumbnail(video.shown(frames[2])), samples[number + 2]):
+                    return replace(info, keys=())
+    compared = {number: samples[number] for number in sorted({2, *(n + 2 for n in checked)} & samples.keys())}
+    if found.plain and compared and _decord_agrees(path, seconds, compared):
         return replace(info, reader="decord")
     return info
 

@@ -15,7 +15,7 @@ from ..files import replacing, writing
 
 logger = logging.getLogger("latentcast")
 
-RATES = (0.1, 1000.0)  # frames per second that are written
+RATES = (0.1, 240.0)  # frames per second that players cope with
 SIDES = {".mp4": 16384, ".gif": 65535}  # largest heights and widths: libx264's and the format's
 LARGEST = 139_264 * 256  # pixels a frame, in h264's highest level, 6.2
 LONGEST = 65535  # hundredths of a second for which a GIF can show one picture
@@ -46,7 +46,7 @@ def write_video(path, frames, fps):
     check_video(path, *frames.shape[1:3])
     written = min(max(fps, RATES[0]), RATES[1])
     if written != fps:
-        logger.info("%s: written at %g frames a second in the place of %g", path, written, fps)
+        logger.warning("%s: %g frames a second are written as %g", path, fps, written)
     with replacing(path) as temporary:
         VIDEO_WRITERS[path.suffix.lower()](temporary, frames, written)
 
