@@ -45,6 +45,7 @@ setup(
         "accelerate>=0.31",  # diffusers needs it to load weights in half precision with fp32 codebooks
         "torchsde>=0.2.6",
         "omegaconf>=2.3",
+        "pydantic>=2.7",
         "wandb>=0.19",
         # decord publishes wheels for these platforms only; elsewhere PyAV reads the videos.
         'decord>=0.6; platform_machine in "x86_64 AMD64" and sys_platform != "darwin"',

@@ -14,6 +14,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import latentcast
 from latentcast.files import read_json
+from latentcast.schemas import LatentSpec, check
 
 ALLOWED_PACKAGES = ("latentcast", "torch", "diffusers", "pytorch_lightning")
 TOOLS = ("train_tokenizer", "encode_dataset", "train_prior", "train_jointly", "evaluate")
@@ -114,7 +115,7 @@ def load_pipeline_config(folder, data, overrides=(), **settings):
     model = Path(folder) / "prior" / "config.json"
     if not model.is_file():
         raise ConfigError(f"{folder}: no saved pipeline here")
-    spec = read_json(model)["latent_spec"]
+    spec = check(f"{model}: latent_spec", LatentSpec, read_json(model).get("latent_spec"))
     run_dir = Path(folder).resolve().parent
     experiment = {
         "name": run_dir.name,

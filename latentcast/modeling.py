@@ -9,12 +9,27 @@ from pathlib import Path
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 import latentcast
 from latentcast.config import instantiate, to_container
-from latentcast.files import read_json, update_digest
+from latentcast.files import update_digest, writing
+from latentcast.schemas import LatentSpec, Schema, Text, read_checked, short
 
 STAGES = ("latentcast.tokenizers.", "latentcast.priors.")
+LARGEST = 2**24  # of a whole number in a config: no size, step or codebook comes near
+
+
+class ModelConfig(Schema):
+    """``config.json`` of a tokenizer or prior, beside the arguments of its class."""
+
+    class_name: Text = Field(alias="_class_name")
+    latent_spec: LatentSpec | None = None
 
 
 def adopt(cls):
@@ -44,7 +59,8 @@ class VideoModel(ModelMixin, ConfigMixin):
     def from_pretrained(cls, path, **kwargs):
         """As in diffusers, except that weights which do not fill the model are an error, not a random start."""
         want_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
+        with _fitting(Path(path, kwargs.get("subfolder") or "")):
+            model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
         if info["missing_keys"]:
             raise ValueError(
                 f"{path}: the weights do not fit {cls.config_name}: {len(info['missing_keys'])} tensors are missing, "
@@ -52,6 +68,64 @@ class VideoModel(ModelMixin, ConfigMixin):
             )
         model.to(memory_format=cls.memory_format)
         return (model, info) if want_info else model
+
+    @classmethod
+    def from_config(cls, config=None, **kwargs):
+        """As in diffusers; what the class cannot be built of is a ValueError, whatever Python called it."""
+        try:
+            return super().from_config(config, **kwargs)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"expected the config of a {cls.__name__} ({type(error).__name__}: {reason})") from error
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in diffusers, with errors that name the folder."""
+        with writing(save_directory):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _fitting(folder):
+    """Load what a folder holds: errors name its config, which may not ask for more than its weights hold."""
+    config = folder / VideoModel.config_name
+    if not config.is_file():  # on the hub, or not there
+        yield
+        return
+    _check_numbers(config, read_checked(config, ModelConfig))
+    most = 1000
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                most += 10 * len(file.keys())  # some are registered twice, or not saved
+        except SafetensorError as error:
+            raise OSError(f"{path}: not a readable safetensors file ({error})") from None
+    n_registered = 0
+
+    def count(*_):
+        nonlocal n_registered
+        n_registered += 1
+        if n_registered > most:
+            raise ValueError(f"expected a model of its weights' size, found one of more than {most} tensors")
+
+    hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
+    try:
+        yield
+    except (ValueError, SafetensorError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(str(folder)) else f"{config}: {text}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_numbers(where, value, name=""):
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_numbers(where, item, f"{name}.{key}" if name else key)
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{where}: {name}: expected at most {LARGEST}, found {short(value)}")
 
 
 def load_model(path, **kwargs):
@@ -75,10 +149,10 @@ def saved_class(path):
     config = folder / VideoModel.config_name
     if not config.is_file():
         raise FileNotFoundError(f"{folder}: no {config.name} here; expected a folder written by save_pretrained")
-    name = read_json(config).get("_class_name")
+    name = read_checked(config, ModelConfig)["_class_name"]
     if not latentcast._EXPORTS.get(name, "").startswith(STAGES):
         known = ", ".join(sorted(known_models()))
-        raise ValueError(f"{config}: unknown model class {name!r}; expected one of {known}")
+        raise ValueError(f"{config}: unknown model class {short(name)}; expected one of {known}")
     if not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder}: no safetensors weights beside {config.name}")
     return getattr(latentcast, name)

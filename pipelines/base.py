@@ -2,19 +2,42 @@
 
 import os
 from pathlib import Path
+from typing import Annotated, Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
+from pydantic import AfterValidator, Field
 
 import latentcast
-from latentcast.files import read_json
+from latentcast.files import writing
 from latentcast.modeling import adopt, saved_class
+from latentcast.schemas import Schema, Text, check, read_checked, short
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
+def _is_component(found):
+    # Nothing else is imported for a stranger's pipeline.
+    named = isinstance(found, list) and len(found) == 2 and found[0] in ("latentcast", "diffusers")
+    if found != [None, None] and not (named and isinstance(found[1], str)):
+        raise ValueError(f"expected [latentcast or diffusers, a class] or [null, null], found {short(found)}")
+    return found
+
+
+Component = Annotated[Any, AfterValidator(_is_component)]
+
+
+class PipelineIndex(Schema):
+    """``model_index.json`` of any pipeline; a class names its own, with components and settings, as
+    ``index_schema``."""
+
+    class_name: Text = Field(alias="_class_name")
+
+
 class VideoPipeline(DiffusionPipeline):
     """Saves, loads and moves as diffusers users expect; ``from_pretrained`` picks the class that was saved."""
+
+    index_schema = PipelineIndex
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -41,18 +64,30 @@ class VideoPipeline(DiffusionPipeline):
         index_file = folder / cls.config_name
         if not index_file.is_file():
             raise FileNotFoundError(f"pipeline {folder}: no {cls.config_name} in it")
-        index = read_json(index_file)
-        name = index.get("_class_name")
+        index = read_checked(index_file, PipelineIndex)
+        name = index["_class_name"]
         if name != cls.__name__:
             saved = getattr(latentcast, name) if name in latentcast._EXPORTS else None
             if not (isinstance(saved, type) and issubclass(saved, cls)):
-                raise ValueError(f"pipeline {folder}: expected a {cls.__name__}, found {name!r}")
+                raise ValueError(f"pipeline {folder}: expected a {cls.__name__}, found {short(name)}")
             return saved.from_pretrained(folder, **kwargs)
+        check(index_file, cls.index_schema, index)
         for component, origin in index.items():
             # Only what is ours is checked; diffusers' schedulers have no weights.
             if component not in kwargs and isinstance(origin, list) and origin[0] == "latentcast":
                 saved_class(folder / component)
-        return super().from_pretrained(folder, use_safetensors=True, **kwargs)
+        try:
+            return super().from_pretrained(folder, use_safetensors=True, **kwargs)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # what diffusers makes of a damaged folder
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"pipeline {folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in diffusers, with errors that name the folder."""
+        with writing(save_directory):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def download(cls, pretrained_model_name, **kwargs):

@@ -11,9 +11,10 @@ from diffusers.utils import BaseOutput
 
 from latentcast.config import check_counts
 from latentcast.modeling import eval_mode
+from latentcast.schemas import Count, Rate
 from latentcast.tokenizers.base import check_frames
 
-from .base import VideoPipeline
+from .base import Component, PipelineIndex, VideoPipeline
 
 OUTPUT_TYPES = ("pt", "np", "pil")
 
@@ -29,6 +30,16 @@ class VideoPipelineOutput(BaseOutput):
     frames: torch.Tensor | np.ndarray | list
 
 
+class VideoPredictionIndex(PipelineIndex):
+    """``model_index.json`` of a VideoPredictionPipeline."""
+
+    prior: Component
+    tokenizer: Component | None = None
+    scheduler: Component | None = None
+    n_context: Count | None = None
+    fps: Rate | None = None
+
+
 class VideoPredictionPipeline(VideoPipeline):
     """Encode the context, let the prior continue it, decode the continuation.
 
@@ -42,6 +53,7 @@ class VideoPredictionPipeline(VideoPipeline):
         ValueError: the prior was trained on the latents of another tokenizer, or does not take the scheduler.
     """
 
+    index_schema = VideoPredictionIndex
     _optional_components = ["tokenizer", "scheduler"]  # noqa: RUF012 (diffusers' name)
     model_cpu_offload_seq = "tokenizer->prior"  # and back
 

@@ -23,9 +23,9 @@ def main(args):
     from latentcast.config import instantiate, to_container
     from latentcast.data.shards import difference_of
     from latentcast.distributed import default_device, process_group, rank_and_world, rank_zero_first
+    from latentcast.evaluation.comparison import read_result
     from latentcast.evaluation.evaluator import Evaluation, git_commit, hardware
     from latentcast.evaluation.report import write_report
-    from latentcast.files import read_json
     from latentcast.pipelines.base import VideoPipeline
 
     began = time.perf_counter()
@@ -60,7 +60,7 @@ def main(args):
         )
         result = metrics_dir / f"{protocol.name}.json"
         if result.is_file() and not overwrite:
-            earlier = read_json(result)
+            earlier = read_result(result)
             difference = difference_of({key: earlier.get(key) for key in evaluation.identity}, evaluation.identity)
             if difference:
                 raise UserError(

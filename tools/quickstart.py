@@ -5,7 +5,6 @@ The same as ``train_tokenizer.py``, ``encode_dataset.py``, ``train_prior.py`` an
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -40,12 +39,13 @@ def show(overrides):
     from latentcast.config import instantiate, load_config, to_container
     from latentcast.data.pictures import contact_sheet
     from latentcast.data.video_writer import write_image, write_video
+    from latentcast.evaluation.comparison import read_result
     from latentcast.files import write_json
     from latentcast.metrics import psnr
 
     config = load_config(EXPERIMENT, overrides, tool="evaluate")
     run_dir = Path(config.run_dir)
-    results = json.loads((run_dir / "metrics" / f"{config.protocol.name}.json").read_text())
+    results = read_result(run_dir / "metrics" / f"{config.protocol.name}.json")
     metrics = results["metrics"]
     by_sample = {name: entry["mean_of_samples"] for name, entry in metrics.items() if "mean_of_samples" in entry}
     rows = {"model": metrics, "model_mean_of_samples": by_sample, **results["baselines"]}

@@ -1,6 +1,8 @@
 """The interface of a data set of videos, shared by folders of files, synthetic sets and prepared benchmarks."""
 
+import bisect
 import functools
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -88,14 +90,16 @@ class ClipWindows:
 
     def __init__(self, lengths, clip_length, split, seed):
         self.lengths, self.clip_length, self.split, self.seed = lengths, clip_length, split, seed
-        self.clips = [(video, k * clip_length) for video, n in enumerate(lengths) for k in range(n // clip_length)]
+        self._ends = list(itertools.accumulate(n // clip_length for n in lengths))  # of each video's clips
 
     def __len__(self):
-        return len(self.clips)
+        return self._ends[-1] if self._ends else 0
 
     def place(self, index, epoch):
         """Clip number ``index`` -> (video, start, stop)"""
-        video, start = self.clips[index]
+        index = range(len(self))[index]  # from the end where it is negative; raises IndexError
+        video = bisect.bisect_right(self._ends, index)
+        start = (index - (self._ends[video - 1] if video else 0)) * self.clip_length
         if self.split == "train":
             start = window_start(self.seed, epoch, index, self.lengths[video] - self.clip_length + 1)
         return video, start, start + self.clip_length

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..files import file_sha256, read_json, told
+from ..files import file_sha256, told
 from . import prepared, shards
 from .base import SPLITS
 from .video_folder import build_index
@@ -53,7 +53,8 @@ def check_set(root, clip_length=1):
         if not (root / split / shards.MANIFEST).is_file():
             problems.append(f"{root / split}: unfinished or gone; re-run {prepared.KIND.tool}")
             continue
-        stored = read_json(root / split / shards.MANIFEST)
+        stored = shards.load_manifest(root / split, prepared.KIND)
+        prepared.check_split_of(root, manifest, stored)
         damaged = list(shards.damage(root / split, stored["shards"]))
         problems += [f"{line}; delete it and re-run {prepared.KIND.tool}" for line in damaged]
         reader = shards.ShardReader(root / split, stored)

@@ -82,12 +82,13 @@ def mnist_file(name, folder):
 
 def _read_mnist(name, path):
     """The images of an IDX file, (N, 28, 28) uint8."""
+    n_images, md5 = MNIST_FILES[name]
+    n_bytes = 16 + n_images * 28 * 28
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            content = file.read(n_bytes + 1)  # no more, however much it would unzip to
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise OSError(f"{path}: damaged gzip file ({error}); delete it and fetch it again") from None
-    n_images, md5 = MNIST_FILES[name]
     if len(content) < 16:
         raise OSError(f"{path}: expected the 16 bytes of an IDX header, found {len(content)}")
     magic, *shape = struct.unpack(">4I", content[:16])
@@ -95,8 +96,9 @@ def _read_mnist(name, path):
         raise OSError(f"{path}: expected magic 0x{IDX_IMAGES:08x} (an IDX file of images), found 0x{magic:08x}")
     if shape != [n_images, 28, 28]:
         raise OSError(f"{path}: expected {n_images} images of 28x28, found {shape[0]} of {shape[1]}x{shape[2]}")
-    if len(content) != 16 + n_images * 28 * 28:
-        raise OSError(f"{path}: expected {16 + n_images * 28 * 28} bytes unzipped, found {len(content)}")
+    if len(content) != n_bytes:
+        found = f"{len(content)}" if len(content) < n_bytes else "more"
+        raise OSError(f"{path}: expected {n_bytes} bytes unzipped, found {found}")
     found = hashlib.md5(content).hexdigest()
     if found != md5:
         raise OSError(f"{path}: not MNIST's {name}: expected md5 {md5} of the unzipped content, found {found}")

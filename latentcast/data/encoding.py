@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from latentcast.distributed import barrier, default_device, rank_and_world, rank_zero_first
+from latentcast.files import locked
 from latentcast.modeling import fingerprint
 
 from .latent_cache import LatentCacheWriter, read_manifest
@@ -57,7 +58,8 @@ def encode_dataset(
     Raises:
         ValueError: frames of another size than the tokenizer's, a cache of another tokenizer or data set, no videos,
             or posteriors asked of a tokenizer that has none.
-        OSError: not enough space (needed and free are named), or the folder cannot be written.
+        OSError: not enough space (needed and free are named), the folder cannot be written, or another run encodes into
+            it.
     """
     if batch_frames < 1:
         raise ValueError(f"cache.batch_frames: expected at least 1, found {batch_frames}")
@@ -75,61 +77,62 @@ def encode_dataset(
         store = "posterior"
     videos = dataset.videos
     identity = fingerprint(tokenizer)
-    with rank_zero_first():
-        writer = LatentCacheWriter(
-            root,
-            spec,
-            identity,
-            videos=videos,
-            data=dataset.describe(),
-            fps=dataset.fps,
-            conditions=dataset.conditions,
-            store=store,
-            dtype=dtype,
-            shard_videos=shard_videos,
-            overwrite=overwrite,
-            rank=rank,
-            world_size=world_size,
-        )
-        writer.redo(writer.away(), keep=True)
-    if writer.finished:
-        logger.info("latents cache %s: finished before, nothing to do", root)
-        return _figures(root, None)
+    with locked(root, "tools/encode_dataset.py"):
+        with rank_zero_first():
+            writer = LatentCacheWriter(
+                root,
+                spec,
+                identity,
+                videos=videos,
+                data=dataset.describe(),
+                fps=dataset.fps,
+                conditions=dataset.conditions,
+                store=store,
+                dtype=dtype,
+                shard_videos=shard_videos,
+                overwrite=overwrite,
+                rank=rank,
+                world_size=world_size,
+            )
+            writer.redo(writer.away(), keep=True)
+        if writer.finished:
+            logger.info("latents cache %s: finished before, nothing to do", root)
+            return _figures(root, None)
 
-    n_frames = writer.n_frames(writer.pending(every_rank=True))
-    if rank == 0:
-        _check_space(writer)
-    work = writer.pending()
-    batches = [(s, segments) for s in work for segments in _batches(videos, writer.shard_videos(s), batch_frames)]
-    on_gpu = torch.device(device).type == "cuda"
-    reader = DataLoader(_Reader(dataset, batches), batch_size=None, num_workers=num_workers, pin_memory=on_gpu)
-    tokenizer = tokenizer.eval().to(device)
-    chunk = batch_frames if on_gpu else CPU_CHUNK
-    began = time.perf_counter()
-    bar = tqdm(total=writer.n_frames(work), desc=f"encode {dataset.split}", unit="frame", disable=rank > 0)
-    # Fixed algorithms: the same batch gives the same bits on every rank and in every run.
-    with (
-        bar,
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
-        _writing_behind(writer) as write,
-    ):
-        for (shard, segments), (frames, unreadable, conditions) in zip(batches, reader):
-            pieces = {}
-            kept = [segment for segment in segments if segment[0] not in unreadable]
-            if kept:
-                frames = frames.to(device, non_blocking=True)
-                encoded = tokenizer.encode_chunked(frames[None], chunk)[writer.job["store"]][0]
-                pieces = dict(zip(kept, encoded.split([stop - start for _, start, stop in kept])))
-            write(shard, pieces, unreadable, conditions)
-            bar.update(sum(stop - start for _, start, stop in segments))
-    barrier()
-    seconds = time.perf_counter() - began
-    if fingerprint(tokenizer) != identity:
-        raise RuntimeError(f"{type(tokenizer).__name__}: encoding changed its weights; the cache is not completed")
-    with rank_zero_first():
+        n_frames = writer.n_frames(writer.pending(every_rank=True))
         if rank == 0:
-            writer.finish()
-    return _figures(root, n_frames / seconds)
+            _check_space(writer)
+        work = writer.pending()
+        batches = [(s, segments) for s in work for segments in _batches(videos, writer.shard_videos(s), batch_frames)]
+        on_gpu = torch.device(device).type == "cuda"
+        reader = DataLoader(_Reader(dataset, batches), batch_size=None, num_workers=num_workers, pin_memory=on_gpu)
+        tokenizer = tokenizer.eval().to(device)
+        chunk = batch_frames if on_gpu else CPU_CHUNK
+        began = time.perf_counter()
+        bar = tqdm(total=writer.n_frames(work), desc=f"encode {dataset.split}", unit="frame", disable=rank > 0)
+        # Fixed algorithms: the same batch gives the same bits on every rank and in every run.
+        with (
+            bar,
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+            _writing_behind(writer) as write,
+        ):
+            for (shard, segments), (frames, unreadable, conditions) in zip(batches, reader):
+                pieces = {}
+                kept = [segment for segment in segments if segment[0] not in unreadable]
+                if kept:
+                    frames = frames.to(device, non_blocking=True)
+                    encoded = tokenizer.encode_chunked(frames[None], chunk)[writer.job["store"]][0]
+                    pieces = dict(zip(kept, encoded.split([stop - start for _, start, stop in kept])))
+                write(shard, pieces, unreadable, conditions)
+                bar.update(sum(stop - start for _, start, stop in segments))
+        barrier()
+        seconds = time.perf_counter() - began
+        if fingerprint(tokenizer) != identity:
+            raise RuntimeError(f"{type(tokenizer).__name__}: encoding changed its weights; the cache is not completed")
+        with rank_zero_first():
+            if rank == 0:
+                writer.finish()
+        return _figures(root, n_frames / seconds)
 
 
 @contextlib.contextmanager

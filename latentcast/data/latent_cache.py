@@ -6,17 +6,44 @@ One folder of shards (see shards.py) holds one split; its manifest says who made
 import json
 import random
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import model_validator
 from torch.utils.data import Dataset
 
+from ..config import is_whole
 from ..layers.gaussian import sample_moments
+from ..schemas import Count, LatentSpec, Number, Text
 from . import shards
 from .base import ClipWindows, check_split
+
+
+class CacheJob(shards.Job):
+    """The manifest of a cache, or its plan; see LatentCacheWriter."""
+
+    tokenizer: Text
+    latent_spec: LatentSpec
+    data: dict
+    frame_size: list[Count]
+    scaling_factor: Number
+    store: Literal["codes", "latents", "posterior"]
+
+    @model_validator(mode="after")
+    def _is_of_its_spec(self):
+        found = self.store, self.dtype, self.frame_shape
+        expected = _layout(
+            self.latent_spec.model_dump(), self.store, self.dtype if self.store != "codes" else "float32"
+        )
+        if found != expected:
+            raise ValueError(f"store, dtype, frame_shape: expected {expected} by its latent_spec, found {found}")
+        return self
+
 
 KIND = shards.Kind(
     name="latents cache",
     version=2,
+    job=CacheJob,
     tool="tools/encode_dataset.py",
     replace="set cache.overwrite=true to replace it, or use another run_dir",
 )
@@ -69,8 +96,9 @@ class LatentCacheWriter(shards.ShardWriter):
     ):
         store, dtype, frame_shape = _layout(latent_spec, store, dtype)
         if shard_videos is None:
-            standing = None if overwrite else shards.standing_job(Path(root))
-            shard_videos = (standing or {}).get("shard_videos") or _shard_videos(videos)
+            standing = None if overwrite else shards.standing_job(Path(root), KIND)
+            kept = (standing or {}).get("shard_videos")
+            shard_videos = kept if is_whole(kept, 1) else _shard_videos(videos)
         job = {
             "tokenizer": fingerprint,
             "latent_spec": latent_spec,

@@ -5,11 +5,14 @@ import random
 import numpy as np
 import torch
 
+from ..config import check_counts
 from .base import VideoDataset, VideoEntry, check_split
 from .digits import MNIST_URL, mnist_digits, sklearn_digits
 
 MOTIONS = ("lattice", "deterministic", "stochastic")
 FPS = 10.0
+# Each frame is made from those before it, and the videos are listed: beyond these, nothing would come to an end.
+MOST_DIGITS, MOST_VIDEOS, MOST_FRAMES, MOST_PIXELS = 1000, 10_000_000, 100_000, 4096
 MAX_SPEED = 4  # of SVG's generator, pixels a frame on each axis
 
 
@@ -75,14 +78,17 @@ class MovingDigits(VideoDataset):
             raise ValueError(f"source: expected sklearn or mnist, found {source!r}")
         if channels not in (1, 3):
             raise ValueError(f"channels: expected 1 or 3, found {channels}")
-        for name, value in (
-            ("n_digits", n_digits),
-            ("n_videos", n_videos),
-            ("n_heldout_videos", n_heldout_videos),
-            ("frame_stride", frame_stride),
+        check_counts(frame_stride=frame_stride, clip_length=clip_length, n_digits=n_digits, size=size)
+        check_counts(n_videos=n_videos, n_heldout_videos=n_heldout_videos, video_length=video_length)
+        for name, value, most in (
+            ("n_digits", n_digits, MOST_DIGITS),
+            ("n_videos", n_videos, MOST_VIDEOS),
+            ("n_heldout_videos", n_heldout_videos, MOST_VIDEOS),
+            ("video_length", video_length, MOST_FRAMES),
+            ("size", size, MOST_PIXELS),
         ):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
+            if value > most:
+                raise ValueError(f"{name}: expected at most {most}, found {value}")
         n_frames = (video_length - 1) // frame_stride + 1
         if not 1 <= clip_length <= n_frames:
             raise ValueError(

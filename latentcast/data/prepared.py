@@ -17,15 +17,18 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from ..files import read_json, replacing, told, write_json, writing
+from ..files import locked, read_json, replacing, told, write_json
+from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
 from . import shards
-from .base import EmptySplitError, VideoDataset, check_split
+from .base import SPLITS, EmptySplitError, VideoDataset, check_split
 from .benchmarks.base import Clip
-from .moving_digits import MovingDigits
+from .moving_digits import MOTIONS, MovingDigits
 from .pictures import contact_sheet
 from .video_folder import luma
 from .video_reader import VideoAwayError, VideoError, is_away
@@ -35,9 +38,63 @@ logger = logging.getLogger("latentcast")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+Split = Literal[SPLITS]
+
+
+class SplitJob(shards.Job):
+    """The manifest of a split's folder, or its plan."""
+
+    name: Text
+    protocol: dict[Text, Any]
+    split: Split
+    dtype: Literal["uint8"]
+    frame_shape: Annotated[list[Count], Field(min_length=3, max_length=3)]
+
+
+class Generator(Schema, extra="forbid"):
+    """Arguments of MovingDigits that make a split, beside those which the manifest of the set gives."""
+
+    n_digits: Count
+    digit_size: Count
+    seed: int
+    motion: Literal[MOTIONS]
+    source: Literal["mnist"]
+    video_length: Count
+    n_videos: Count
+
+
+class SetManifest(Schema):
+    """The manifest of a set."""
+
+    name: Text
+    protocol: dict[Text, Any]
+    counts: Annotated[dict[Split, Whole], Field(min_length=1)]
+    expected_counts: dict[Split, Whole]
+    complete: bool
+    frame_size: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    channels: Literal[1, 3]
+    fps: Rate
+    conditions: dict[Text, shards.Condition]
+    generated: dict[Split, Generator]
+    sha256: dict[Split, Digest]
+    source: FileText | None
+    source_sha256: dict[Split, Digest | None]
+
+    @model_validator(mode="after")
+    def _describes_each_split(self):
+        known = self.generated.keys() | self.sha256.keys()
+        if self.counts.keys() != known:
+            found = ", ".join(sorted(known)) or "none"
+            raise ValueError(f"generated, sha256: expected the splits {', '.join(sorted(self.counts))}, found {found}")
+        if self.frame_size[0] != self.frame_size[1]:
+            raise ValueError(f"frame_size: expected one height and width, found {self.frame_size}")
+        return self
+
+
 KIND = shards.Kind(
     name="prepared set",
     version=1,
+    job=SplitJob,
     tool="tools/prepare_dataset.py",
     replace="prepare it into another --output, or delete this one",
 )
@@ -63,9 +120,13 @@ def prepare(benchmark, output, *, workers=0, partial=False):
     Raises:
         ValueError: ``output`` holds another set, or one of another protocol.
         IncompleteError: counts differ from ``Benchmark.expected_counts``, without ``partial``.
-        OSError: the source cannot be listed or the disk is full.
+        OSError: the source cannot be listed, the disk is full, or another run prepares into ``output``.
     """
-    output = Path(output)
+    with locked(output, KIND.tool):
+        return _prepare(benchmark, Path(output), workers, partial)
+
+
+def _prepare(benchmark, output, workers, partial):
     videos = benchmark.videos()
     writers = {
         split: shards.ShardWriter(output / split, KIND, _job(benchmark, split, names))
@@ -84,7 +145,7 @@ def prepare(benchmark, output, *, workers=0, partial=False):
     for name, source in benchmark.files().items():
         path = output / name
         if not (path.is_file() and filecmp.cmp(source, path, shallow=False)):
-            with writing(path), replacing(path) as temporary:
+            with replacing(path) as temporary:
                 shutil.copyfile(source, temporary)
 
     notes = {split: writer.notes() for split, writer in writers.items()}
@@ -132,8 +193,7 @@ def prepare(benchmark, output, *, workers=0, partial=False):
             "provenance": benchmark.provenance,
         },
     )
-    with writing(output / "preview.png"):
-        write_image(output / "preview.png", _preview(output, stored[-1]))
+    write_image(output / "preview.png", _preview(output, stored[-1]))
     if incomplete:
         raise incomplete
     return {
@@ -339,6 +399,7 @@ class PreparedVideos(VideoDataset):
             found = ", ".join(self.manifest["counts"])
             raise EmptySplitError(f"{root}: {self.manifest['name']} has no split {split!r}; it has {found}")
         stored = shards.read_manifest(self.root / split, KIND)
+        check_split_of(self.root, self.manifest, stored)
         self._reader = shards.ClipReader(self.root / split, stored, clip_length, frame_stride, f"{root}: {split}")
 
     @property
@@ -381,11 +442,23 @@ def read_set_manifest(root, name=None):
         command = f"tools/prepare_dataset.py {name or 'NAME'} --output {root}"
         raise FileNotFoundError(f"{root}: no finished set here; run {command}, or give data.root=FOLDER")
     manifest = read_json(path)
-    if manifest.get("format") != FORMAT or "counts" not in manifest:
-        raise ValueError(f"{path}: not the manifest of a prepared set of format {FORMAT}")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT} of prepared sets, found {short(manifest.get('format'))}")
+    check(path, SetManifest, manifest)
     if name is not None and manifest["name"] != name:
         raise ValueError(f"{root}: expected the set {name}, found {manifest['name']}")
     return manifest
+
+
+def check_split_of(root, manifest, stored):
+    """Refuse a split whose frames or conditions are not what the set's manifest says."""
+    size, frames = manifest["frame_size"], stored["frame_shape"]
+    if frames != [manifest["channels"], *size] or stored["conditions"] != manifest["conditions"]:
+        path = root / stored["split"] / shards.MANIFEST
+        raise ValueError(
+            f"{path}: expected frames of {[manifest['channels'], *size]} and the conditions of the set, found {frames} "
+            f"and {short(stored['conditions'])}"
+        )
 
 
 def _check_size(root, manifest, size):

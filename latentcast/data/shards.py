@@ -10,16 +10,19 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import struct
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from ..files import file_sha256, read_json, write_json, writing
+from ..files import file_sha256, read_json, temporary_path, write_json, writing
+from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, read_checked, short
 from .base import EmptySplitError, VideoEntry
 
 logger = logging.getLogger("latentcast")
@@ -39,17 +42,68 @@ UNKNOWN_LENGTH = 10**10  # frames that room is kept for in a header when a video
 OPEN_FILES = 256  # mapped by one reader at a time
 KEPT = "; finished shards are kept, a re-run resumes"
 ALIGNMENT = 8  # bytes; mapped tensors of any type start at multiples of their items
+MANIFEST_MB = 512  # of half a million videos
+
+Shape = Annotated[list[Count], Field(max_length=8)]
+DType = Literal[tuple(DTYPES)]
+
+
+class Condition(Schema):
+    """Of a data set; see VideoDataset."""
+
+    shape: Shape
+    dtype: DType
+    per: Literal["frame", "video"]
+
+
+class Video(Schema):
+    """What is known of a video beforehand."""
+
+    name: FileText
+    n_frames: Count | None = None
+    fps: Rate | None = None
+
+
+class Job(Schema):
+    """What a plan holds, and a manifest beside its notes."""
+
+    fps: Rate
+    frame_shape: Shape
+    dtype: DType
+    conditions: dict[Text, Condition]
+    shard_videos: Count
+    videos: list[Video]
+
+
+class Facts(Schema):
+    """What a note says of a video that stands in its shard."""
+
+    n_frames: Count
+    source_sha256: Text | None = None
+
+
+class Note(Schema):
+    """Of one shard; the videos' numbers are strings, as keys are in JSON."""
+
+    file: Text
+    bytes: Whole
+    sha256: Digest
+    videos: dict[Text, Facts]
+    skipped: dict[Text, FileText]
+    away: list[Whole] = []  # noqa: RUF012  # of those skipped, the ones to be tried again
 
 
 @dataclass(frozen=True)
 class Kind:
     """What a folder of shards is, for error messages.
 
-    Attributes: ``name``; ``version`` of its manifest; ``tool`` that makes it; ``replace``: how to make it anew.
+    Attributes: ``name``; ``version`` of its manifest; ``job``: schema of plan and manifest; ``tool`` that makes it;
+    ``replace``: how to make it anew.
     """
 
     name: str
     version: int
+    job: type[Job]
     tool: str
     replace: str
 
@@ -57,9 +111,10 @@ class Kind:
 class ShardWriter:
     """Plans, writes and completes one folder.
 
-    Several processes may share the work: each takes the shards with ``shard % world_size == rank``. Rank 0 must be
-    constructed before the others (it prepares the folder), and calls ``finish`` after all have written theirs. The
-    files do not depend on how many processes wrote them.
+    The caller keeps other runs out of the folder (``files.locked``). Several processes may share the work: each takes
+    the shards with ``shard % world_size == rank``. Rank 0 must be constructed before the others (it prepares the
+    folder), and calls ``finish`` after all have written theirs. The files do not depend on how many processes wrote
+    them.
 
     Args:
         root: the folder.
@@ -110,7 +165,7 @@ class ShardWriter:
     def notes(self):
         """What is known of each shard: file, bytes, sha256, videos and skipped; None for one that is not written."""
         if self.finished:
-            return read_json(self.root / MANIFEST)["shards"]
+            return load_manifest(self.root, self.kind)["shards"]
         return [self._note(shard) for shard in range(self.n_shards)]
 
     def away(self):
@@ -155,7 +210,12 @@ class ShardWriter:
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.glob("*.tmp"):
             leftover.unlink()
-        standing = standing_job(self.root)
+        try:
+            standing = standing_job(self.root, self.kind)
+        except ValueError:
+            if not overwrite:
+                raise
+            standing = {}
         if standing is not None:
             difference = difference_of({k: v for k, v in standing.items() if k in self.job}, self.job)
             if difference and not overwrite:
@@ -183,7 +243,8 @@ class ShardWriter:
         path = _note_path(self.root, shard)
         if not path.is_file():
             return None
-        note = read_json(path)
+        note = read_checked(path, Note)
+        _check_note(path, self.job, shard, note)
         return None if _size_error(self.root, note) else note
 
     def _tidy(self):
@@ -198,9 +259,16 @@ class ShardWriter:
             (self.root / name).unlink(missing_ok=True)
 
 
-def standing_job(root):
-    """The job that a folder's manifest or plan names, as a dict; None where neither is."""
-    return next((read_json(path) for path in (root / MANIFEST, root / PLAN) if path.is_file()), None)
+def standing_job(root, kind):
+    """The job that a folder's manifest or plan names, as a dict; None where neither is. Raises as ``read_manifest``,
+    except that one of another format is returned as it is."""
+    if (root / MANIFEST).is_file():
+        found = read_json(root / MANIFEST, MANIFEST_MB)
+        return load_manifest(root, kind) if found.get("format") == kind.version else found
+    if (root / PLAN).is_file():
+        found = read_json(root / PLAN, MANIFEST_MB)
+        return check(root / PLAN, kind.job, found) if found.get("format") == kind.version else found
+    return None
 
 
 class ShardFile:
@@ -214,7 +282,7 @@ class ShardFile:
 
     def __init__(self, root, shard, entries, frame_shape, dtype, conditions, keep=()):
         self.path, self.note_path = root / _shard_name(shard), _note_path(root, shard)
-        self.temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.tmp")  # two runs must not share it
+        self.temporary = temporary_path(self.path)
         self.entries, self.frame_shape = entries, tuple(frame_shape)
         self.dtype, self.dtype_name = DTYPES[dtype]
         self.condition_specs, self.keep = conditions, keep
@@ -227,7 +295,8 @@ class ShardFile:
         self.away = []  # of these, the videos that may be read at another time
 
     def __enter__(self):
-        self.file = open(self.temporary, "wb")
+        with writing(self.path, KEPT):
+            self.file = open(self.temporary, "wb")
         self.start = self.file.seek(8 + self.header_bytes)
         return self
 
@@ -356,20 +425,31 @@ class ShardReader:
 
     def frames(self, video, start, stop, stride=1):
         """Frames ``start:stop:stride`` -> a tensor of their own (the file stays mapped, its pages do not travel)."""
-        return self._slice(video, _key(video))[start:stop][::stride].clone()
+        shape = (self.length(video), *self.manifest["frame_shape"])
+        return self._slice(video, _key(video), shape, self.manifest["dtype"])[start:stop][::stride].clone()
 
     def conditions(self, video, start, stop, stride=1):
         """name -> tensor: frames ``start:stop:stride`` of conditions per frame, the whole of others."""
         found = {}
         for name, spec in self.manifest["conditions"].items():
-            if spec["per"] == "frame":
-                found[name] = self._slice(video, _key(video, name))[start:stop][::stride].clone()
-            else:
-                found[name] = self._file(video).get_tensor(_key(video, name)).clone()
+            per_frame = spec["per"] == "frame"
+            shape = (*[self.length(video)] * per_frame, *spec["shape"])
+            stored = self._slice(video, _key(video, name), shape, spec["dtype"])
+            found[name] = stored[start:stop][::stride].clone() if per_frame else stored[...].clone()
         return found
 
-    def _slice(self, video, key):
-        return self._file(video).get_slice(key)
+    def _slice(self, video, key, shape, dtype):
+        """A tensor of the file, not read yet, that is of the shape and type which the manifest says."""
+        file = self._file(video)
+        try:
+            stored = file.get_slice(key)
+            found = tuple(stored.get_shape()), stored.get_dtype()
+        except SafetensorError:
+            found = "none"
+        if found != (shape, DTYPES[dtype][1]):
+            path = self.root / self.file_name(video)
+            raise ValueError(f"{path}: tensor {key}: expected {(shape, DTYPES[dtype][1])}, found {found}")
+        return stored
 
     def _file(self, video):
         shard = video // self.manifest["shard_videos"]
@@ -411,7 +491,7 @@ class ClipReader:
         if not self._numbers:
             raise EmptySplitError(
                 f"{name}: no video has clip_length={clip_length} frames at stride {stride}; "
-                f"the longest of {len(lengths)} has {max(lengths.values())}"
+                f"the longest of {len(lengths)} has {max(lengths.values(), default=0)}"
             )
         left_out = len(lengths) - len(self._numbers)
         if left_out:
@@ -450,14 +530,45 @@ def read_manifest(root, kind):
     if not (root / MANIFEST).is_file():
         state = "unfinished" if (root / PLAN).is_file() else "not there"
         raise FileNotFoundError(f"{kind.name} {root}: {state}; run {kind.tool}, which resumes")
-    manifest = read_json(root / MANIFEST)
-    if manifest.get("format") != kind.version:
-        raise ValueError(f"{root / MANIFEST}: expected format {kind.version}, found {manifest.get('format')!r}")
+    manifest = load_manifest(root, kind)
     for note in manifest["shards"]:
         error = _size_error(root, note)
         if error:
             raise ValueError(f"{error}; re-run {kind.tool}, which writes it again")
     return manifest
+
+
+def load_manifest(root, kind):
+    """The manifest of a finished folder, whether or not its shards stand; raises ValueError as ``read_manifest``."""
+    path = Path(root) / MANIFEST
+    manifest = read_json(path, MANIFEST_MB)
+    if manifest.get("format") != kind.version:
+        raise ValueError(f"{path}: expected format {kind.version}, found {short(manifest.get('format'))}")
+    check(path, kind.job, manifest)
+    notes, n_shards = manifest.get("shards"), -(-len(manifest["videos"]) // manifest["shard_videos"])
+    check(f"{path}: shards", list[Note], notes)
+    if len(notes) != n_shards:
+        raise ValueError(f"{path}: shards: expected {n_shards} of {len(manifest['videos'])} videos, found {len(notes)}")
+    for shard, note in enumerate(notes):
+        _check_note(f"{path}: shards[{shard}]", manifest, shard, note)
+    return manifest
+
+
+def _check_note(where, job, shard, note):
+    """Refuse a note that names another file than its shard's, other videos, or more frames than its bytes hold."""
+    if note["file"] != _shard_name(shard):
+        raise ValueError(f"{where}: file: expected {_shard_name(shard)}, found {short(note['file'])}")
+    first = shard * job["shard_videos"]
+    expected = {str(v) for v in range(first, min(first + job["shard_videos"], len(job["videos"])))}
+    if note["videos"].keys() | note["skipped"].keys() != expected or note["videos"].keys() & note["skipped"].keys():
+        raise ValueError(
+            f"{where}: expected each of the videos {first} to {first + len(expected) - 1} once, in videos or skipped"
+        )
+    n_frames = sum(facts["n_frames"] for facts in note["videos"].values())
+    if (n_bytes := n_frames * math.prod(job["frame_shape"]) * DTYPES[job["dtype"]][0].itemsize) > note["bytes"]:
+        raise ValueError(
+            f"{where}: n_frames: expected as many as {note['bytes']} bytes hold, found {n_frames}, of {n_bytes}"
+        )
 
 
 def verify(root, kind):
@@ -504,6 +615,8 @@ def _differences(found, asked, name):
 
 def _size_error(root, note):
     path = root / note["file"]
+    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+        return f"{path}: expected a file in this folder, found a link to {path.resolve()}"
     found = path.stat().st_size if path.is_file() else None
     if found == note["bytes"]:
         return None

@@ -5,6 +5,7 @@ all little-endian; a CRC is CRC-32C, rotated right by 15 bits plus a constant ("
 """
 
 import functools
+import os
 import struct
 import tarfile
 from dataclasses import dataclass
@@ -85,11 +86,11 @@ class RecordFile:
         return length
 
     def _bytes(self, file, offset, n):
+        held = max(0, os.fstat(file.fileno()).st_size - self.start - offset)
+        if held < n:  # a tar that ends within its member
+            raise VideoError(f"{self}: cut off: expected {n} bytes at byte {offset}, found {held}")
         file.seek(self.start + offset)
-        data = file.read(n)
-        if len(data) < n:  # a tar that ends within its member
-            raise VideoError(f"{self}: cut off: expected {n} bytes at byte {offset}, found {len(data)}")
-        return data
+        return file.read(n)
 
     def _check(self, data, crc, offset, what):
         expected, (found,) = masked_crc(data), struct.unpack("<I", crc)

@@ -470,7 +470,7 @@ def _save(path, index):
         with replacing(path) as temporary:
             temporary.write_text(json.dumps({"format": INDEX_FORMAT, "files": kept}))
     except OSError as error:
-        logger.warning("%s: the index cannot be kept (%s); the next run indexes again", path, error.strerror)
+        logger.warning("%s; the next run indexes again", error)
 
 
 @contextlib.contextmanager

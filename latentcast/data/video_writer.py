@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..files import replacing, writing
+from ..files import replacing
 
 logger = logging.getLogger("latentcast")
 
@@ -47,11 +47,8 @@ def write_video(path, frames, fps):
     written = min(max(fps, RATES[0]), RATES[1])
     if written != fps:
         logger.info("%s: written at %g frames a second in the place of %g", path, written, fps)
-    try:
-        with writing(path), replacing(path) as temporary:
-            VIDEO_WRITERS[path.suffix.lower()](temporary, frames, written)
-    except av.FFmpegError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from None
+    with replacing(path) as temporary:
+        VIDEO_WRITERS[path.suffix.lower()](temporary, frames, written)
 
 
 def check_video(path, height, width):
@@ -70,7 +67,7 @@ def write_image(path, frame):
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: cannot write this kind of picture; expected .png")
     frame = to_uint8(frame, n_dims=3)
-    with writing(path), replacing(path) as temporary:
+    with replacing(path) as temporary:
         Image.fromarray(frame).save(temporary, format="PNG")
 
 

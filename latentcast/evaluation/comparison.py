@@ -1,26 +1,19 @@
 """Results of tools/evaluate.py side by side, their paired differences, and published figures beside them."""
 
-import math
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import Field, model_validator
 
 from latentcast.files import read_json
 from latentcast.metrics.statistics import paired_bootstrap
+from latentcast.schemas import Count, Number, Schema, Text, Whole, check, short
 
 from .plots import HEADINGS
 from .protocol import METRICS, without_other_splits
 from .report import cell, extrapolated_fvd
 
-SECTIONS = {
-    "protocol": ("name", "n_context", "n_predicted", "n_samples", "frame_size"),
-    "data": ("name", "protocol", "n_clips", "sha256", "describe"),
-    "detector": ("fvd", "lpips"),
-    "model": ("name",),
-    "metrics": (),
-    "baselines": (),
-}
-TYPES = (("data", "name", str), ("data", "describe", dict), ("model", "name", str))
 CLIP_FIELDS = {
     "split",
     "n_clips",
@@ -29,17 +22,115 @@ CLIP_FIELDS = {
     "n_predicted",
     "fps_multiplier",
 }  # they choose a clip's frames
-ENTRY_TYPES = {"clips": list, "per_clip": list, "per_frame": list, "per_frame_ci95": list, "best_of": dict}
 SETTINGS = {  # what changes a metric on the same frames
     "ssim": {"ssim"},
     "lpips": {"lpips", "detector.lpips"},
     "ilpips": {"ilpips", "lpips", "detector.lpips"},
     "crps": {"crps"},
 }
-# of a published figure's protocol
-STATED = ("n_context", "n_predicted", "fps_multiplier", "n_samples", "frame_size", "data_protocol")
 UNWRITTEN = {"fps_multiplier": 1}  # what a protocol that does not name it has
-TABLE_KEYS = {"paper", "place", "data", "preset", "protocol", "note", "units", "rows"}
+Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
+Metric = Literal[METRICS]
+
+
+class Entry(Schema):
+    """What a result says of one metric."""
+
+    mean: Number
+    ci95: Interval | None
+    clips: list[Whole] | None = None
+    per_clip: list[Number] | None = None
+    per_frame: list[Number] | None = None
+    per_frame_ci95: list[Interval | None] | None = None
+    best_of: "dict[Text, Entry] | None" = None
+
+    @model_validator(mode="after")
+    def _are_of_one_length(self):
+        for name, of in (("per_clip", "clips"), ("per_frame_ci95", "per_frame")):
+            values, along = getattr(self, name) or [], getattr(self, of) or []
+            if len(values) != len(along) and (values or name == "per_clip"):  # a single clip has no intervals
+                raise ValueError(f"expected {name} and {of} of one length, found {len(values)} and {len(along)}")
+        return self
+
+
+class ResultProtocol(Schema):
+    """The fields of a protocol that tables show."""
+
+    name: Text
+    n_context: Count
+    n_predicted: Count
+    n_samples: Count
+    frame_size: Count
+    fps_multiplier: Count = 1
+
+
+class ResultData(Schema):
+    """The data of a result."""
+
+    name: Text
+    protocol: dict[Text, Any] | None
+    n_clips: Count
+    sha256: Text
+    describe: dict[Text, Any]
+
+
+class ResultDetectors(Schema):
+    """The networks behind a result: their fingerprints."""
+
+    fvd: Text | None
+    lpips: Text | None
+
+
+class ResultModel(Schema):
+    """The model of a result."""
+
+    name: Text
+
+
+class Result(Schema):
+    """What tools/evaluate.py writes."""
+
+    protocol: ResultProtocol
+    data: ResultData
+    detector: ResultDetectors
+    model: ResultModel
+    metrics: Annotated[dict[Text, Entry], Field(min_length=1)]
+    baselines: dict[Text, dict[Text, Entry]]
+
+
+class Stated(Schema, extra="forbid"):
+    """What a table or row says of its protocol; null: not stated."""
+
+    n_context: Count | None = None
+    n_predicted: Count | None = None
+    fps_multiplier: Count | None = None
+    n_samples: Count | None = None
+    frame_size: Count | None = None
+    data_protocol: Text | None = None
+
+
+STATED = tuple(Stated.model_fields)
+
+
+class Table(Schema, extra="forbid"):
+    """A table of published figures."""
+
+    paper: Text
+    place: Text
+    data: Text
+    preset: Text | None
+    protocol: Stated
+    note: Text | None = None
+    units: Annotated[dict[Metric, Text], Field(min_length=1)]
+    rows: list[dict[Text, Any]]
+
+
+class Published(Schema):
+    """docs/results/published.yaml; its head says what is what."""
+
+    papers: dict[Text, Text]
+    units: dict[Text, Number | None]
+    tables: list[Table]
 
 
 def read_result(path):
@@ -51,25 +142,7 @@ def read_result(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    result = read_json(path)
-    for section, keys in SECTIONS.items():
-        if not isinstance(result.get(section), dict):
-            raise ValueError(f"{path}: not a result of tools/evaluate.py: it has no section {section!r}")
-        missing = [key for key in keys if key not in result[section]]
-        if missing:
-            raise ValueError(f"{path}: not a result of tools/evaluate.py: {section} has no {missing[0]!r}")
-    for section, key, kind in TYPES:
-        _check_type(f"{path}: {section}.{key}", result[section][key], kind)
-    if result["data"]["protocol"] is not None:
-        _check_type(f"{path}: data.protocol", result["data"]["protocol"], dict)
-    if not result["metrics"]:
-        raise ValueError(f"{path}: metrics: expected at least one, found none")
-    for where, found in {"metrics": result["metrics"], **result["baselines"]}.items():
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}: {where}: expected metrics, found {found!r}")
-        for metric, entry in found.items():
-            _check_entry(f"{path}: {where}.{metric}", entry)
-    return result
+    return check(path, Result, read_json(path))
 
 
 def differences(first, second):
@@ -117,30 +190,27 @@ def read_published(path):
         OSError, ValueError: no such file, or something in it is not as its head says; names table and row.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+        content = check(path, Published, yaml.safe_load(Path(path).read_text()))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     rows = []
     for table in content["tables"]:
-        where = f"{path}: {table.get('paper')}, {table.get('place')}, {table.get('data')}"
-        if table.keys() | {"note"} != TABLE_KEYS:
-            raise ValueError(f"{where}: expected {', '.join(sorted(TABLE_KEYS))}, found {', '.join(sorted(table))}")
+        where = f"{path}: {table['paper']}, {table['place']}, {table['data']}"
         unknown = [unit for unit in table["units"].values() if unit not in content["units"]]
-        unknown += [metric for metric in table["units"] if metric not in METRICS]
-        unknown += [key for key in table["protocol"] if key not in STATED]
         unknown += [table["paper"]] * (table["paper"] not in content["papers"])
         if unknown:
             raise ValueError(f"{where}: {unknown[0]!r} is not known")
         for row in table["rows"]:
-            unknown = [key for key in row if key not in ("method", *STATED, *table["units"])]
+            stated = {key: value for key, value in row.items() if key not in ("method", *table["units"])}
             printed = {metric: row[metric] for metric in table["units"] if metric in row}
-            if unknown or not printed or "method" not in row:
-                raise ValueError(f"{where}: {row}: expected a method and some of {', '.join(table['units'])}")
+            check(f"{where}: {row.get('method')}", Stated, stated)
+            if not printed or not isinstance(row.get("method"), str):
+                raise ValueError(f"{where}: {short(row)}: expected a method and some of {', '.join(table['units'])}")
             rows.append(
                 {
                     "method": row["method"],
                     **{key: table.get(key) for key in ("paper", "place", "data", "preset", "note")},
-                    "protocol": {key: (UNWRITTEN | table["protocol"] | row).get(key) for key in STATED},
+                    "protocol": {key: (UNWRITTEN | table["protocol"] | stated).get(key) for key in STATED},
                     "metrics": {
                         metric: _figure(f"{where}: {row['method']}: {metric}", text, table["units"][metric], content)
                         for metric, text in printed.items()
@@ -234,39 +304,6 @@ def _leaves(value, name):
             yield from _leaves(item, f"{name}.{key}")
     else:
         yield name, value
-
-
-def _check_entry(where, entry):
-    if not isinstance(entry, dict) or not _is_finite(entry.get("mean")):
-        found = entry.get("mean") if isinstance(entry, dict) else entry
-        raise ValueError(f"{where}: expected a finite mean, found {found!r}")
-    if "ci95" not in entry:
-        raise ValueError(f"{where}: expected an interval or null under ci95, found no such key")
-    for name, kind in ENTRY_TYPES.items():
-        if entry.get(name) is not None:
-            _check_type(f"{where}.{name}", entry[name], kind)
-    for name, of in (("per_clip", "clips"), ("per_frame_ci95", "per_frame")):
-        values, along = entry.get(name) or [], entry.get(of) or []
-        if len(values) != len(along) and (values or name == "per_clip"):  # a single clip has no intervals
-            raise ValueError(f"{where}: expected {name} and {of} of one length, found {len(values)} and {len(along)}")
-    for interval in [entry["ci95"], *(entry.get("per_frame_ci95") or [])]:
-        held = isinstance(interval, list) and len(interval) == 2 and all(map(_is_finite, interval))
-        if interval is not None and not held:
-            raise ValueError(f"{where}: expected an interval [low, high], found {interval!r}")
-    if not all(map(_is_finite, [*(entry.get("per_frame") or []), *(entry.get("per_clip") or [])])):
-        raise ValueError(f"{where}: expected finite values, found NaN or infinity")
-    for count, best in (entry.get("best_of") or {}).items():
-        _check_entry(f"{where}.best_of.{count}", best)
-
-
-def _check_type(where, found, kind):
-    if not isinstance(found, kind):
-        expected = {str: "text", list: "a list", dict: "an object"}[kind]
-        raise ValueError(f"{where}: expected {expected}, found {found!r}")
-
-
-def _is_finite(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _figure(where, printed, unit, content):

@@ -1,10 +1,12 @@
 """What a figure was measured by: everything that changes it, in one small file under ``configs/protocol/``."""
 
-from dataclasses import asdict, dataclass, field
+from typing import Annotated, Literal
 
-from latentcast.config import is_whole
+from pydantic import Field, Strict, ValidationError, model_validator
+
 from latentcast.data.base import SPLITS
 from latentcast.metrics.i3d import MIN_FRAMES
+from latentcast.schemas import MOST, Count, Schema, Text, explain
 
 METRICS = ("mse", "psnr", "ssim", "lpips", "crps", "ilpips", "fvd", "bits")
 BEST_OF = ("mse", "psnr", "ssim", "lpips")  # per sample: the best one of each clip counts
@@ -16,8 +18,7 @@ DETECTORS = ("i3d_k400", "i3d_torchscript")
 OF_A_SPLIT = ("n_{}", "{}_frames", "{}_fraction")  # options of a prepared set that shape one split
 
 
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
+class Protocol(Schema, extra="forbid"):
     """One way to evaluate. Two results compare when their protocols, data and detectors are equal.
 
     Attributes:
@@ -50,69 +51,59 @@ class Protocol:
         ValueError: a field of another kind or out of range.
     """
 
-    name: str
-    source: str = ""
-    data: str | None = None
-    data_protocol: str | None = None
-    data_options: dict = field(default_factory=dict)
-    split: str = "test"
-    n_clips: int | None = 256
-    frame_size: int = 64
-    n_context: int
-    n_predicted: int
-    fps_multiplier: int = 1
-    n_samples: int = 1
-    seed: int = 0
-    metrics: tuple = ("psnr", "ssim", "lpips", "fvd")
-    best_of: tuple = ()
-    ssim: str = "gaussian"
-    lpips: str = "alex"
-    crps: str = "standard"
-    ilpips: str = "ring"
-    detector: str = "i3d_k400"
+    name: Annotated[Text, Field(pattern="^[^/]+$")]
+    source: Text = ""
+    data: Text | None = None
+    data_protocol: Text | None = None
+    data_options: dict = Field(default_factory=dict)
+    split: Literal["val", "test"] = "test"
+    n_clips: Count | None = 256
+    frame_size: Count = 64
+    n_context: Count
+    n_predicted: Count
+    fps_multiplier: Count = 1
+    n_samples: Count = 1
+    seed: Annotated[int, Field(ge=-MOST, le=MOST)] = 0
+    metrics: Annotated[tuple[Literal[METRICS], ...], Strict(False), Field(min_length=1)] = (
+        "psnr",
+        "ssim",
+        "lpips",
+        "fvd",
+    )
+    best_of: Annotated[tuple[Count, ...], Strict(False)] = ()
+    ssim: Literal[SSIM_FORMS] = "gaussian"
+    lpips: Literal[LPIPS_NETS] = "alex"
+    crps: Literal[CRPS_ESTIMATORS] = "standard"
+    ilpips: Literal[ILPIPS_PAIRS] = "ring"
+    detector: Literal[DETECTORS] = "i3d_k400"
     fvd_context: bool = True
-    fvd_samples: int = 1
+    fvd_samples: Count = 1
     fvd_debiased: bool = False
 
-    def __post_init__(self):
-        for name in ("metrics", "best_of"):
-            self._expect(name, isinstance(getattr(self, name), (list, tuple)), "a list")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        self._expect("name", isinstance(self.name, str) and self.name and "/" not in self.name, "the name of a file")
-        self._expect("data_options", isinstance(self.data_options, dict), "options and their values")
-        self._expect("seed", is_whole(self.seed), "a whole number")
-        for name in ("n_context", "n_predicted", "fps_multiplier", "n_samples", "frame_size", "fvd_samples"):
-            self._expect(name, is_whole(getattr(self, name), 1), "a whole number of at least 1")
-        clips = self.n_clips is None or is_whole(self.n_clips, 1)
-        self._expect("n_clips", clips, "a whole number of at least 1, or null for all")
-        for name in ("fvd_context", "fvd_debiased"):
-            self._expect(name, isinstance(getattr(self, name), bool), "true or false")
-        known_metrics = self.metrics and all(metric in METRICS for metric in self.metrics)
-        self._expect("metrics", known_metrics, f"some of {', '.join(METRICS)}")
-        for name, known in (
-            ("split", ("val", "test")),
-            ("ssim", SSIM_FORMS),
-            ("lpips", LPIPS_NETS),
-            ("crps", CRPS_ESTIMATORS),
-            ("ilpips", ILPIPS_PAIRS),
-            ("detector", DETECTORS),
-        ):
-            self._expect(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+    def __init__(self, **fields):
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ValueError(f"protocol {fields.get('name')}: {explain(error)}") from None
+
+    @model_validator(mode="after")
+    def _agree(self):
         whole = self.fps_multiplier == 1 or "bits" not in self.metrics
         self._expect("fps_multiplier", whole, "1 for bits, which are of frames that follow each other")
         fewest = 2 if "ilpips" in self.metrics or ("crps" in self.metrics and self.crps == "fair") else 1
         self._expect("n_samples", self.n_samples >= fewest, f"at least {fewest} for ilpips and fair crps")
-        counts = all(is_whole(n, 1) and n <= self.n_samples for n in self.best_of)
+        counts = all(n <= self.n_samples for n in self.best_of)
         self._expect("best_of", counts, f"whole numbers from 1 to n_samples={self.n_samples}")
         self._expect("fvd_samples", self.fvd_samples <= self.n_samples, f"at most n_samples={self.n_samples}")
         if "fvd" in self.metrics:
             found = self.n_predicted + self.fvd_context * self.n_context
             enough = found >= MIN_FRAMES
             self._expect("n_predicted", enough, f"at least {MIN_FRAMES} frames a video for fvd, here {found}")
+        return self
 
     def _expect(self, name, holds, expected):
         if not holds:
-            raise ValueError(f"protocol {self.name}: {name}: expected {expected}, found {getattr(self, name)!r}")
+            raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
 
     @property
     def n_frames(self):
@@ -129,7 +120,7 @@ class Protocol:
 
     def describe(self):
         """JSON-able: every field that two comparable results share."""
-        described = asdict(self)
+        described = self.model_dump()
         return {name: described[name] for name in sorted(described) if name not in ("name", "source")}
 
 
