@@ -3,18 +3,32 @@ NaN), with unknown keys let through. A file that does not fit is one line: ``FIL
 """
 
 import functools
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from .files import read_json
 
+LONGEST_TEXT = 65536  # characters
 MOST = 2**48  # no file holds more of anything
+
+
+def _text(found):
+    """Any text: pydantic's own type refuses what Python makes of bytes that are no UTF-8."""
+    if not isinstance(found, str):
+        raise PydanticCustomError("string_type", "text")
+    if len(found) > LONGEST_TEXT:
+        raise PydanticCustomError("string_too_long", f"String should have at most {LONGEST_TEXT} characters")
+    return found
+
+
 Whole = Annotated[int, Field(ge=0, le=MOST)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Rate = Annotated[float, Field(gt=0, le=1e9)]
 Number = Annotated[float, Field(ge=-1e300, le=1e300)]
-Text = Annotated[str, Field(max_length=65536)]
+Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
+FileText = Annotated[Any, AfterValidator(_text)]  # with names of files in it, whose bytes need not be UTF-8
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 KINDS = {

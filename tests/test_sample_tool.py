@@ -209,11 +209,12 @@ def test_twice_the_frame_rate(folder, tool, capsys, tmp_path):
     torch.testing.assert_close(truth, expected, atol=0.03, rtol=0)
 
 
-ODD_NAMES = ["two\nlines", "take #2", "http:x", "take: 2", "-dash", "é 日本", "x" * 251, "ü" * 120]
+ODD_NAMES = [os.fsdecode(b"caf\xe9"), "two\nlines", "take #2", "http:x", "take: 2", "-dash", "é 日本"]
+ODD_NAMES += ["x" * 251, "ü" * 120]
 
 
 def test_names_of_every_kind_give_an_output_each(folder, tool, capsys, tmp_path):
-    """Three files that would share a name, names that differ in case alone, long ones, links, and one in Latin-1."""
+    """Three files that would share a name, names that differ in case alone, long ones, and links."""
     source = tmp_path / "in"
     for name in ("a/b_c", "a_b/c", "a_b_c", "A_B_C", *ODD_NAMES):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -222,8 +223,6 @@ def test_names_of_every_kind_give_an_output_each(folder, tool, capsys, tmp_path)
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).touch()
     (source / "linked").symlink_to(folder / "videos/deep")
-    latin1 = source / os.fsdecode(b"caf\xe9.mp4")
-    shutil.copy(folder / "videos/deep/er/brief.mp4", latin1)
     (source / "no\nvideo.mp4").touch()
     same = {f"a_b_c-{sha256(name)[:8]}" for name in ("a_b/c.mp4", "a_b_c.mp4")}  # one name where case does not count
     expected = {"A_B_C", "a_b_c_mp4", *same, "linked_er_brief", *ODD_NAMES[:-2]}
@@ -231,9 +230,9 @@ def test_names_of_every_kind_give_an_output_each(folder, tool, capsys, tmp_path)
     arguments = ["--pipeline", folder / "run/pipeline", "--input", source, "--output", tmp_path / "out"]
     for _ in range(2):
         result, err = finished(tool, capsys, *arguments, "--n-frames", 1, "--num-samples", 1)
-        assert set(result["skipped"]) - {str(latin1)} == {str(source / "no\nvideo.mp4")} and result["failed"] == []
+        assert (result["skipped"], result["failed"]) == ([str(source / "no\nvideo.mp4")], [])
         stems = {Path(path).stem for path in result["outputs"] if Path(path).is_file()}
-        assert stems - {latin1.stem} == expected | {"contact_sheet"}
+        assert stems == expected | {"contact_sheet"}
     assert f"out: {len(result['outputs']) - 1} files of an earlier run are replaced" in err
     assert "in/no\\nvideo.mp4: not a readable video" in err
     assert all(line.isprintable() for line in err.replace("\r", "\n").splitlines())

@@ -1,5 +1,7 @@
 """Reading with both backends against the frame numbers drawn into the pictures, damage, writing, and picture layout."""
 
+import logging
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -14,7 +16,7 @@ from PIL import Image
 from video_files import counter_frames, cut_off, encode, overwrite_middle, read_counter
 
 from latentcast import VideoFolder, probe, read_clip, write_video
-from latentcast.data.pictures import contact_sheet, side_by_side
+from latentcast.data.pictures import contact_sheet, grid_size, side_by_side
 from latentcast.data.video_folder import sampled_places, sampled_rate
 from latentcast.data.video_reader import VideoError, _look, fit_frames, iter_clip, look
 from latentcast.data.video_writer import write_image
@@ -412,6 +414,40 @@ def test_nothing_is_written_for_bad_input(tmp_path, clip):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "taken.gif"]
 
 
+@pytest.mark.parametrize("name", ["http:x.mp4", "two\nlines.mp4", os.fsdecode(b"caf\xe9.mp4"), "-.mp4"])
+def test_any_name_is_written(tmp_path, clip, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(name, clip, 10)
+    assert os.listdir() == [name] and probe(tmp_path / name).n_frames == 12
+
+
+@pytest.mark.parametrize(("asked", "written"), [(6e-4, 0.1), (90_000, 1000)])
+def test_rates_that_nobody_can_watch_are_not_written(tmp_path, clip, caplog, asked, written):
+    caplog.set_level(logging.INFO, "latentcast")
+    write_video(tmp_path / "a.mp4", clip, asked)
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        assert float(file.streams.video[0].average_rate) == pytest.approx(written)
+    assert f"a.mp4: written at {written:g} frames a second in the place of {asked:g}" in caplog.text
+
+
+def test_a_still_may_be_longer_than_a_gif_counts(tmp_path):
+    still = torch.zeros(80, 1, 8, 8)
+    still[70:] = 1
+    write_video(tmp_path / "a.gif", still, 0.1)
+    with Image.open(tmp_path / "a.gif") as picture:
+        durations = [picture.seek(i) or picture.info["duration"] for i in range(picture.n_frames)]
+    assert durations == [655_350, 100_000]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "height", "width"), [(".mp4", 2, 16386), (".mp4", 6000, 6000), (".gif", 2, 65536), (".gif", 6000, 6000)]
+)
+def test_frames_that_are_too_large_are_refused(tmp_path, suffix, height, width):
+    with pytest.raises(ValueError, match=rf"a{suffix}: frames of {height} x {width} pixels .* are too large"):
+        write_video(tmp_path / f"a{suffix}", torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(1, 3, height, width), 10)
+    assert not list(tmp_path.iterdir())
+
+
 # -------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -430,3 +466,13 @@ def test_side_by_side_enlarges():
     wide = side_by_side(videos, scale=3)
     assert wide.shape == (6, 3, 12, 15 + 2 + 15)
     assert torch.equal(wide[:, :, ::3, :15:3], videos[0]) and torch.equal(wide[:, :, 2::3, 17 + 2 :: 3], videos[1])
+
+
+def test_many_videos_stand_in_rows_and_columns():
+    videos = torch.randint(256, (5, 6, 3, 4, 7), dtype=torch.uint8)
+    grid = side_by_side(videos, scale=2, value=9, columns=3)
+    assert grid.shape[2:] == grid_size(5, 4, 7, scale=2, columns=3) == (8 + 2 + 8, 14 + 2 + 14 + 2 + 14)
+    for i, video in enumerate(videos):
+        top, left = (i // 3) * 10, (i % 3) * 16
+        assert torch.equal(grid[:, :, top : top + 8 : 2, left : left + 14 : 2], video)
+    assert (grid[:, :, 10:, 32:] == 9).all() and (grid[:, :, 8:10] == 9).all()

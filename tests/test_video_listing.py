@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from PIL import Image
-from video_files import counter_frames, encode
+from video_files import counter_frames, encode, read_counter
 
 from latentcast import VideoFolder
 from latentcast.data.benchmarks.folder import Folder
@@ -93,9 +93,15 @@ def test_pictures_beside_videos_are_no_video_and_one_picture_is_none(clip, tmp_p
     assert Folder(tmp_path / "frames", **ALL_TRAIN).videos()["train"] == ["."]
 
 
-def test_odd_names_pass_through_listing_and_splits(clip, tmp_path):
-    lay(clip, tmp_path, *ODD_NAMES)
-    assert list_videos(tmp_path) == sorted(ODD_NAMES)
-    splits = Folder(tmp_path, val_fraction=0.3, test_fraction=0.3).videos()
+@pytest.mark.parametrize("folder", [os.fsdecode(b"caf\xe9 #2: a\nb"), "x" * 255])
+def test_odd_names_pass_through_listing_index_and_splits(clip, tmp_path, folder):
+    root = lay(clip, tmp_path / folder, *ODD_NAMES)
+    assert list_videos(root) == sorted(ODD_NAMES)
+    splits = Folder(root, val_fraction=0.3, test_fraction=0.3).videos()
     assert sorted(name for names in splits.values() for name in names) == sorted(ODD_NAMES)
-    assert json.loads(json.dumps(splits)) == splits
+    for _ in range(2):
+        dataset = VideoFolder(root, "train", 8, 32, index_dir=tmp_path / "index", val_fraction=0.3, test_fraction=0.3)
+        assert [video.name for video in dataset.videos] == splits["train"]
+    assert read_counter(dataset.read_video(0, 0, 8)) == list(range(8))
+    (index,) = (tmp_path / "index").glob("*.json")
+    assert json.loads(index.read_text())["files"].keys() == set(ODD_NAMES)

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from ..files import locked, read_json, replacing, told, write_json
-from ..schemas import Count, Digest, Rate, Schema, Text, Whole, check, short
+from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
 from . import shards
 from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
 from .benchmarks.base import Clip
@@ -77,7 +77,7 @@ class SetManifest(Schema):
     conditions: dict[Text, shards.Condition]
     generated: dict[Split, Generator]
     sha256: dict[Split, Digest]
-    source: Text | None
+    source: FileText | None
     source_sha256: dict[Split, Digest | None]
 
     @model_validator(mode="after")

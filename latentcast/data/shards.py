@@ -22,7 +22,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from ..files import file_sha256, read_json, temporary_path, write_json, writing
-from ..schemas import Count, Digest, Rate, Schema, Text, Whole, check, read_checked, short
+from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, read_checked, short
 from .base import EmptySplitError, VideoEntry
 
 logger = logging.getLogger("latentcast")
@@ -59,7 +59,7 @@ class Condition(Schema):
 class Video(Schema):
     """What is known of a video beforehand."""
 
-    name: Text
+    name: FileText
     n_frames: Count | None = None
     fps: Rate | None = None
 
@@ -89,7 +89,8 @@ class Note(Schema):
     bytes: Whole
     sha256: Digest
     videos: dict[Text, Facts]
-    skipped: dict[Text, Text]
+    skipped: dict[Text, FileText]
+    away: list[Whole] = []  # noqa: RUF012  # of those skipped, the ones to be tried again
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..files import replacing, writing
+from ..files import replacing
 
 logger = logging.getLogger("latentcast")
 
@@ -67,7 +67,7 @@ def write_image(path, frame):
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: cannot write this kind of picture; expected .png")
     frame = to_uint8(frame, n_dims=3)
-    with writing(path), replacing(path) as temporary:
+    with replacing(path) as temporary:
         Image.fromarray(frame).save(temporary, format="PNG")
 
 

@@ -18,7 +18,7 @@ from ..video_folder import (
     sampled_rate,
     split_of,
 )
-from ..video_reader import VideoAwayError, VideoError, VideoInfo, iter_clip, look
+from ..video_reader import VideoAwayError, VideoInfo, iter_clip, look
 from .base import Benchmark, Clip
 
 SAME_RATE = 0.01  # relative difference of frame rates that is let pass
@@ -105,7 +105,7 @@ class Folder(Benchmark):
         for name in self._names:
             try:
                 rate = self._rate(name)
-            except VideoError:  # will be named when it is read
+            except Exception:  # will be named when it is read
                 continue
             first = first or (name, rate)
             if abs(rate - first[1]) > SAME_RATE * first[1]:
