@@ -13,7 +13,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from latentcast.files import read_json
 from latentcast.schemas import LatentSpec, check
-from latentcast.targets import ANYWHERE, check_targets, find_target, inner_place, nearest
+from latentcast.targets import ANYWHERE, PLACES, check_targets, find_target, inner_place, nearest
 from latentcast.yaml_text import (
     MAX_DEPTH,
     MAX_SIZE,
@@ -29,6 +29,7 @@ from latentcast.yaml_text import (
 
 TOOLS = ("train_tokenizer", "encode_dataset", "train_prior", "train_jointly", "evaluate")
 ALLOW = "allow_targets"  # of the command line alone
+OPEN = "open"  # flag of mappings whose names only their reader knows: {} in base.yaml, and arguments that are mappings
 REFERENCE = re.compile(r"\$\{(\.*[\w-]+(?:\.[\w-]+|\[\w+\])*)\}")
 
 
@@ -63,13 +64,12 @@ def load_config(experiment, overrides=(), tool=None):
     """
     root, groups = config_root(), _groups()
     if isinstance(experiment, dict):
-        body, experiment = _to_config(experiment, "experiment"), experiment["name"]
+        body, experiment = copy.deepcopy(experiment), experiment["name"]
     else:
-        body = _load_yaml(_experiment_path(root, experiment))
-    choices = body.pop("defaults", None)
-    if not isinstance(choices, DictConfig | None):
+        body = _read_yaml(_experiment_path(root, experiment))
+    choices = body.pop("defaults", None) or {}
+    if not isinstance(choices, dict):
         raise ConfigError(f"{experiment}: expected a mapping group: name under defaults, found {short(choices)}")
-    choices = OmegaConf.to_container(choices) if choices else {}
     swapped, settings, allowed = {}, [], ()
     for key, text in split_overrides(overrides):
         if key in groups:
@@ -82,7 +82,7 @@ def load_config(experiment, overrides=(), tool=None):
         else:
             settings.append((key, override_value(key, text)))
 
-    config = _load_yaml(root / "base.yaml")
+    config = _to_config(_read_yaml(root / "base.yaml"), "base.yaml")
     for path in allowed:  # a flag, so that it is in no saved config
         config._set_flag(f"{ALLOW} {path}", True)
     for group in choices:
@@ -90,20 +90,21 @@ def load_config(experiment, overrides=(), tool=None):
             raise ConfigError(f"{experiment}: unknown group {group!r} under defaults{nearest(group, groups)}")
     for group, choice in (choices | swapped).items():
         if choice is not None:
-            config[group] = _load_yaml(_group_path(root, group, choice))
-    sections = {name: body.pop(name, None) for name in TOOLS}
+            path = _group_path(root, group, choice)
+            config[group] = _to_config(_read_yaml(path), path)
+    sections = {name: body.pop(name, None) or {} for name in TOOLS}
     for name, section in sections.items():
-        if not isinstance(section, DictConfig | None):
+        if not isinstance(section, dict):
             raise ConfigError(f"{experiment}: {name}: expected a mapping, found {short(section)}")
-    for part in filter(None, (body, *sections.values())):
-        for key in [key for key in part if key in swapped]:
-            part.pop(key)
-    _merge(config, body, "")
+    for part in (body, *sections.values()):
+        for key in swapped:
+            part.pop(key, None)
+    _merge(config, _to_config(body, experiment), "")
     applied = ("train_prior", tool) if tool == "train_jointly" else (tool,)
     for name, section in sections.items():
         if section:
             merged = config if name in applied else copy.deepcopy(config)
-            _merge(merged, section, "")
+            _merge(merged, _to_config(section, f"{experiment}: {name}"), "")
             if merged is not config:  # those of other tools are only checked
                 _check(merged, experiment)
     for key, value in settings:
@@ -258,7 +259,7 @@ def _groups():
     return sorted(p.name for p in config_root().iterdir() if p.is_dir() and p.name != "experiment")
 
 
-def _load_yaml(path):
+def _read_yaml(path):
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_SIZE + 1)
@@ -269,7 +270,7 @@ def _load_yaml(path):
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     if not isinstance(found, dict | None):
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(found).__name__}")
-    return _to_config(found or {}, path)
+    return found or {}
 
 
 def _to_config(content, source):
@@ -320,9 +321,11 @@ def _check(config, experiment):
         found = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{experiment}: {str(error).partition(chr(10))[0]}") from None
-    for name in ("name", "run_dir"):
-        if not isinstance(found[name], str):
-            raise ConfigError(f"{name}: expected text, found {short(found[name])}")
+    for name, value in found.items():
+        if name in ("name", "run_dir") and not isinstance(value, str):
+            raise ConfigError(f"{name}: expected text, found {short(value)}")
+        if name in PLACES and value is not None and not (isinstance(value, dict) and "_target_" in value):
+            raise ConfigError(f"{name}: expected a mapping with _target_, found {short(value)}")
     check_targets(found, "", found["run_dir"], functools.partial(_allows, config))
 
 
@@ -337,6 +340,8 @@ def _measure(node, sizes, level=0):
         if sizes[id(node)] is None:
             raise ConfigError(f"{name}: it refers to itself")
         size, depth = sizes[id(node)]
+    elif level > MAX_DEPTH:
+        raise ConfigError(f"{name}: nested more than {MAX_DEPTH} levels deep")
     else:
         sizes[id(node)] = None
         size, depth = 1, 0
@@ -416,15 +421,16 @@ def _merge(config, part, prefix):
         current, value = config._get_node(key), part._get_node(key)  # nodes keep references as they are
         old, new = _is_mapping(current), _is_mapping(value)
         if current is None:
-            known, open_ended = list(config), False
+            known, open_ended = list(config), config._get_flag(OPEN)
             if not own:
                 target = find_target(config["_target_"], prefix[:-1], functools.partial(_allows, config))
                 known, open_ended = [*_parameters(target), "_target_", "_partial_"], _takes(target, key)
-            # An empty mapping with no target ({}) is open: it holds names that only its reader knows.
-            if known and not open_ended and key not in known:
+            if not open_ended and key not in known:
                 raise ConfigError(f"unknown key {name!r}{nearest(key, known)}")
             config[key] = value
         elif old and new:
+            if "_target_" not in current and (not current or not own):
+                current._set_flag(OPEN, True)
             if "_target_" not in value or value["_target_"] == current.get("_target_"):
                 _merge(current, value, f"{name}.")
             else:  # another class: its arguments replace the old one's
@@ -439,6 +445,8 @@ def _merge(config, part, prefix):
         else:
             _check_kind(name, current, value, own)
             config[key] = value
+            if new:
+                config[key]._set_flag(OPEN, True)
 
 
 def _check_kind(name, current, value, own):

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Kind:
         what: how errors call it.
         names: full names.
         modules: whose public names may stand there too, where they are concrete subclasses of ``bases`` (full names).
+        listed: module whose public names count, instead of those of each of ``modules``.
         without: public names that are left out.
         writes: whether arguments can name files that are written.
     """
@@ -32,20 +34,24 @@ class Kind:
     names: tuple = ()
     modules: tuple = ()
     bases: tuple = ()
+    listed: str = ""
     without: tuple = ()
     writes: bool = False
 
     def may_be(self, path):
-        """Whether the name alone fits; imports nothing."""
+        """Whether the name alone fits; imports nothing, and so cannot tell for modules that are not imported yet."""
         module, _, name = path.rpartition(".")
-        return path in self.names or (module in self.modules and name.isidentifier() and name not in self.without)
+        if path in self.names or module not in self.modules or name in self.without:
+            return path in self.names
+        listed = self.listed or module
+        return name.isidentifier() and (listed not in sys.modules or name in _public_names(listed))
 
     def find(self, path):
         """The class or function of that full name if it is of this kind, else None; builds nothing."""
         if not self.may_be(path):
             return None
         module, _, name = path.rpartition(".")
-        if path not in self.names and name not in _public_names(module):
+        if path not in self.names and name not in _public_names(self.listed or module):
             return None
         try:
             target = import_name(path)
@@ -59,7 +65,7 @@ class Kind:
 
     def known(self):
         """The full names of all that may stand there."""
-        public = [f"{module}.{name}" for module in self.modules for name in _public_names(module)]
+        public = [f"{module}.{name}" for module in self.modules for name in _public_names(self.listed or module)]
         return [path for path in (*self.names, *public) if self.find(path) is not None]
 
 
@@ -126,7 +132,12 @@ PLACES = {
 }
 # What no tool reads from a config, but code of others may build.
 ELSEWHERE = (
-    Kind("a scheduler of diffusers", modules=("diffusers",), bases=("diffusers.SchedulerMixin",)),
+    Kind(
+        "a scheduler of diffusers",
+        modules=("diffusers",),
+        listed="diffusers.schedulers",
+        bases=("diffusers.SchedulerMixin",),
+    ),
     Kind(
         "an autoencoder of diffusers",
         names=(

@@ -110,6 +110,11 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text if comments else text.replace("#", HASH))
         self.comments, self.size = comments, 0
 
+    def fetch_flow_collection_start(self, token):
+        if self.flow_level > MAX_DEPTH:  # the scanner looks far ahead in them
+            raise ConfigError(f"nested more than {MAX_DEPTH} levels deep")
+        super().fetch_flow_collection_start(token)
+
     def plain(self, node, key="", depth=0):
         """A node as plain Python; ``key`` is the last key above it."""
         self.size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)

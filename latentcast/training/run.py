@@ -131,7 +131,7 @@ class TrainingRun:
         has_val = datamodule.val_set is not None and config.trainer.get("limit_val_batches") != 0
         trainer = instantiate(
             config.trainer,
-            logger=[csv, wandb],
+            logger=[csv, wandb, *self._more("logger")],
             default_root_dir=str(self.run_dir),
             enable_checkpointing=has_val,
             callbacks=[
@@ -144,6 +144,7 @@ class TrainingRun:
                 LastCheckpoint(self.last, config.checkpoint_every_n_steps),
                 FinishStepOnInterrupt(),
                 *([self._best_checkpoint()] if has_val else []),
+                *self._more("callbacks"),
             ],
         )
         if checkpoint is None:
@@ -177,6 +178,11 @@ class TrainingRun:
         """Write ``{stage}/`` as a whole."""
         with replacing_folder(self.model_dir) as folder:
             model.save_pretrained(folder)
+
+    def _more(self, name):
+        """What the config adds to the trainer's ``callbacks`` or ``logger``."""
+        found = instantiate(self.config.trainer.get(name))
+        return [] if found is None else found if isinstance(found, list) else [found]
 
     def _best_checkpoint(self):
         return ModelCheckpoint(
