@@ -397,7 +397,8 @@ def _experiment_path(root, experiment):
 def _group_path(root, group, choice):
     path = root / group / f"{choice}.yaml"
     if not _is_file(path):
-        known = [p.stem for p in (root / group).glob("*.yaml")]
+        folder = root / group
+        known = [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
         raise ConfigError(f"{group}: no config named {short(choice)}{nearest(choice, known)}")
     return path
 

@@ -285,7 +285,9 @@ def test_what_instantiate_refuses(config, expected):
 # The configs that we ship -------------------------------------------------------------------------------------------
 
 SHIPPED = Path(__file__).parents[1] / "configs"
-EXPERIMENTS = sorted(path.stem for path in (SHIPPED / "experiment").glob("*.yaml"))
+EXPERIMENTS = sorted(
+    str(path.relative_to(SHIPPED / "experiment").with_suffix("")) for path in (SHIPPED / "experiment").rglob("*.yaml")
+)
 GROUP_FILES = sorted(
     (path.parent.name, path.stem) for path in SHIPPED.glob("*/*.yaml") if path.parent.name != "experiment"
 )
@@ -313,11 +315,12 @@ def test_every_experiment_is_built(experiment, video_folder, tmp_path, monkeypat
         monkeypatch.setattr("noise_benchmark.LENGTHS", {"train": (config.clip_length,)})
         prepare(Noise(name=config.data.name, frame_size=config.frame_size, channels=config.channels), tmp_path)
         overrides.append(f"data.root={tmp_path}")
+        overrides += ["data.fresh=false"] * config.data.get("fresh", False)  # what is prepared here is stored
     if OmegaConf.is_missing(config.data, "root"):
         overrides += [f"data.root={video_folder}", "data.val_fraction=0", "data.test_fraction=0"]
     for tool in (None, *TOOLS):
         config = load_config(experiment, overrides, tool=tool)
-        assert to_container(config)["name"] == experiment
+        assert to_container(config)["name"] == Path(experiment).name
     config = load_config(experiment, overrides, tool="train_prior")
     tokenizer = instantiate(config.tokenizer)
     spec = tokenizer.latent_spec

@@ -195,10 +195,11 @@ def test_mistakes_are_one_line(tmp_path, arguments, message):
 
 
 def test_every_name_has_a_class_and_a_config():
-    from latentcast.config import find_target, load_config
+    from latentcast.config import load_config
+    from latentcast.targets import import_name
 
     for name, target in BENCHMARKS.items():
-        assert find_target(target).name == name
+        assert import_name(target).name == name
         assert load_config("quickstart", [f"data={name}"]).data.name == name
 
 

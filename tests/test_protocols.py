@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from latentcast import load_config
-from latentcast.config import config_root, find_target, instantiate
+from latentcast.config import config_root, instantiate
 from latentcast.data.benchmarks import BENCHMARKS
+from latentcast.targets import import_name
 
 # context, predicted, samples, pixels: as the papers have it
 PAPERS = {
@@ -86,7 +87,7 @@ def test_protocol_fits_the_set_that_its_command_prepares(name):
     options = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words if "=" in word)}
     asked_split = words[words.index("--split") + 1] if "--split" in words else None
 
-    benchmark = find_target(BENCHMARKS[found.data])
+    benchmark = import_name(BENCHMARKS[found.data])
     assert data == found.data == benchmark.name
     assert found.data_protocol in benchmark.protocols
     assert (asked_split or benchmark.protocols[0]) == found.data_protocol
