@@ -66,6 +66,7 @@ TURNS = {  # EXIF orientation -> what brings the stored pixels upright
 }
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_pictures_are_upright_as_their_exif_says(tmp_path, suffix):
     stored = Image.fromarray(wide_frames(1, 48, 64)[0])
