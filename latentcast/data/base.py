@@ -81,7 +81,7 @@ class VideoDataset(Dataset):
 
     def video_of(self, index):
         """Which of ``videos`` clip ``index`` is cut from."""
-        return self._windows.clips[index][0]
+        return self._windows.place(index, self.epoch)[0]
 
     def __len__(self):
         return len(self._windows)
