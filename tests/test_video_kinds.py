@@ -110,14 +110,16 @@ def test_transport_streams_one_after_the_other(tmp_path):
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
     info = check(path, list(range(96)), cuts=(), times=None)
     assert info.fps == pytest.approx(25)
-    content = parts[0].read_bytes()
+    path.write_bytes(parts[0].read_bytes()[20 * 188 + 100 :])  # from somewhere on
+    assert read_counter(read_clip(path, [0])) == [20] and probe(path).n_frames == 28
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 64, 3), np.uint8)
+    content = encode(tmp_path / "noise.ts", noise, options=B_FRAMES).read_bytes()
     packets = [content[i : i + 188] for i in range(0, len(content), 188)]
-    lost = [i for i, packet in enumerate(packets) if packet[1:3] == b"\x01\x00"][10]  # of the video, amid a picture
-    path.write_bytes(b"".join(packets[:lost] + packets[lost + 1 :]))
+    amid = [i for i, packet in enumerate(packets) if packet[1:3] == b"\x01\x00"]  # a picture of the video
+    packets.pop(amid[len(amid) // 2])
+    path.write_bytes(b"".join(packets))
     with pytest.raises(VideoError, match=r"both\.ts: damaged"):
         probe(path)
-    path.write_bytes(content[20 * 188 + 100 :])  # from somewhere on
-    assert read_counter(read_clip(path, [0])) == [20] and probe(path).n_frames == 28
 
 
 def test_keyframes_that_are_none(tmp_path):

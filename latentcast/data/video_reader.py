@@ -403,7 +403,7 @@ class _Video:
     def decode(self):
         """Decode all packets -> iterator of frames in the order shown; damage anywhere is a VideoError."""
         n, size, end = 0, None, 0
-        # Where two MPEG-TS follow one another FFmpeg calls a packet corrupt, or one shortly before; time jumps there.
+        # Where two MPEG-TS follow one another FFmpeg calls a packet corrupt, or one just before it; there time jumps.
         doubt, before = 0, None  # packets until it has to
         for packet in self.packets():
             jumps = before is not None and self._jumps(before, packet)
