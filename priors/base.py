@@ -40,6 +40,9 @@ class Prior(VideoModel):
     min_context = 1
     conditions: dict = {}  # noqa: RUF012  (what the prior needs of each frame or video, as in VideoDataset)
 
+    def prepare(self, clips):
+        """Told before training what there is to learn: an iterable over some clips (1, T, ...) of the train split."""
+
     def forward(self, clip, n_context):
         """Training loss of predicting ``clip[:, n_context:]`` by teacher forcing -> PriorOutput."""
         raise NotImplementedError

@@ -17,6 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from latentcast.config import check_counts
+from latentcast.layers.adaptive import AdaptiveSoftmax, AdaptiveTable, TiedSoftmax, cluster_bounds
 from latentcast.layers.masked_convolutions import CausalConv3d
 from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
 from latentcast.tokenizers.base import check_codes
@@ -132,11 +133,15 @@ class SliceEncoder(nn.Module):
 class SliceDecoder(nn.Module):
     """Causal over the positions of one slice, given the encoder's memory of the earlier slices."""
 
-    def __init__(self, grid, codebook_sizes, dim, embed_dim, n_layers, block):
+    def __init__(self, grid, codebook_sizes, dim, embed_dim, n_layers, block, clusters=None):
         super().__init__()
         self.grid = tuple(grid)
-        self.embed_codes = nn.Embedding(sum(codebook_sizes), embed_dim)
-        nn.init.normal_(self.embed_codes.weight, std=len(codebook_sizes) ** -0.5)
+        std = len(codebook_sizes) ** -0.5
+        if clusters is None:
+            self.embed_codes = nn.Embedding(sum(codebook_sizes), embed_dim)
+            nn.init.normal_(self.embed_codes.weight, std=std)
+        else:
+            self.embed_codes = nn.ModuleList(AdaptiveTable(bounds, embed_dim, std) for bounds in clusters)
         self.conv = CausalConv3d(embed_dim, dim, (3, 3, 3), mask="A")
         self.from_memory = nn.Linear(dim, dim)
         self.blocks = nn.ModuleList(block() for _ in range(n_layers))
@@ -149,9 +154,14 @@ class SliceDecoder(nn.Module):
         """Relative bias plus causal mask of every block: a list of (heads, N, N)."""
         return [block.relative() + self.causal for block in self.blocks]
 
-    def embed(self, rows):
+    def table(self):
+        """Embeddings of the codes of all codebooks, (rows, embed_dim)."""
+        adaptive = isinstance(self.embed_codes, nn.ModuleList)
+        return torch.cat([table() for table in self.embed_codes]) if adaptive else self.embed_codes.weight
+
+    def embed(self, rows, table=None):
         """Sum of the codebooks' embeddings: (M, L, n_codebooks) rows -> (M, L, embed_dim)."""
-        return self.embed_codes(rows).sum(-2)
+        return F.embedding(rows, self.table() if table is None else table).sum(-2)
 
     def forward(self, rows, memory):
         """All positions at once: rows (M, N, n_codebooks), memory (M, N, d) -> (M, N, d)."""
@@ -185,7 +195,8 @@ class DecoderState:
         self.biases = [bias.to(dtype) for bias in decoder.biases()]
         self.tap_weight = decoder.conv.tap_weight().to(dtype)
         # Row N of the embeddings stays zero: it is what neighbours outside the slice read.
-        self.embedded = torch.zeros(n_rows, n + 1, decoder.embed_codes.embedding_dim, dtype=dtype, device=device)
+        self.table = decoder.table()
+        self.embedded = torch.zeros(n_rows, n + 1, self.table.shape[1], dtype=dtype, device=device)
         self.base = torch.zeros(n_rows, n, decoder.positions.shape[1], dtype=dtype, device=device)
 
     def start_slice(self, memory):
@@ -195,16 +206,19 @@ class DecoderState:
 
     def feed(self, rows, positions):
         """Write the codes' embeddings at ``positions``: rows (M, L, n_codebooks)."""
-        self.embedded.index_copy_(1, positions, self.decoder.embed(rows).to(self.embedded.dtype))
+        self.embedded.index_copy_(1, positions, self.decoder.embed(rows, self.table).to(self.embedded.dtype))
 
 
 class ChannelHead(nn.Module):
     """The codes of one position, one after the other.
 
     u_k = ReLU(U_k [LN(y); onehot(c_1 .. c_{k-1})]), logits P_k u_k.
+
+    Args:
+        logits: the P_k, modules (..., d) -> (..., size_k), where they are no linear layers.
     """
 
-    def __init__(self, codebook_sizes, dim):
+    def __init__(self, codebook_sizes, dim, logits=None):
         super().__init__()
         self.sizes = list(codebook_sizes)
         self.norm = nn.LayerNorm(dim)
@@ -213,7 +227,7 @@ class ChannelHead(nn.Module):
         self.previous = nn.ModuleList(nn.Embedding(sum(self.sizes[:k]), dim) for k in range(1, len(self.sizes)))
         for table in self.previous:
             nn.init.uniform_(table.weight, -(dim**-0.5), dim**-0.5)
-        self.logits = nn.ModuleList(nn.Linear(dim, size) for size in self.sizes)
+        self.logits = nn.ModuleList(logits or [nn.Linear(dim, size) for size in self.sizes])
 
     def features(self, y):
         """(..., d) -> one (..., d) for each codebook: what does not depend on the codes of the position."""
@@ -253,6 +267,12 @@ class VideoTransformer(Prior):
         encoder_positions: give the encoder the decoder's sinusoidal positions too. Without them (as published) it
             cannot tell where the frame ends, so it does not know where things bounce or leave.
         relative_scale: multiplies the relative bias tables, see RelativeBias3D; 1 as published.
+        decoder_input, decoder_output, tied: the forms of appendix A (Table 8). "embedding" or "adaptive" input;
+            "softmax" or "adaptive" output, whose likelihood and samples are exact too; "none", "embeddings": the output
+            weighs by the vectors of the input (of the same form), or, of adaptive ones, "projections": by its
+            projections as well. Adaptive forms spend fewer numbers on rare codes, which ``prepare`` looks for.
+        cutoffs: how many of a codebook's most frequent codes each cluster of the adaptive forms goes up to; None: 43 %
+            of them, the paper's 218 of 512, and the rest.
         weight_init: "default", or "published": the published code's distributions, Xavier's uniform one for what it
             computes by convolutions and linear layers, N(0, 1) for embeddings.
     """
@@ -275,6 +295,10 @@ class VideoTransformer(Prior):
         slices_per_clip=1,
         encoder_positions=False,
         relative_scale=1.0,
+        decoder_input="embedding",
+        decoder_output="softmax",
+        tied="none",
+        cutoffs=None,
         weight_init="default",
     ):
         super().__init__()
@@ -289,6 +313,9 @@ class VideoTransformer(Prior):
             raise ValueError(f"subscale: expected three divisors of (T, h, w) = {grid}, found {list(subscale)}")
         for name, value, known in (
             ("attention", attention, ATTENTION_FORMS),
+            ("decoder_input", decoder_input, ("embedding", "adaptive")),
+            ("decoder_output", decoder_output, ("softmax", "adaptive")),
+            ("tied", tied, ("none", "embeddings", "projections")),
             ("weight_init", weight_init, ("default", "published")),
         ):
             if value not in known:
@@ -313,8 +340,27 @@ class VideoTransformer(Prior):
 
         shared = (slice_grid, sizes, dim, embed_dim, n_layers, block)
         self.encoder = SliceEncoder(len(slice_pixels), len(taps), *shared, absolute=encoder_positions)
-        self.decoder = SliceDecoder(*shared)
-        self.head = ChannelHead(sizes, dim)
+        forms = (decoder_input, decoder_output)
+        ties = {("embedding", "softmax"): ("embeddings",), ("adaptive", "adaptive"): ("embeddings", "projections")}
+        if tied not in ("none", *ties.get(forms, ())):
+            raise ValueError(
+                "tied: expected none, embeddings where input and output are of one form, or projections where both are "
+                f"adaptive, found {tied} with decoder_input={decoder_input} and decoder_output={decoder_output}"
+            )
+        if cutoffs is not None and "adaptive" not in forms:
+            raise ValueError(f"cutoffs: expected None without an adaptive input or output, found {list(cutoffs)}")
+        clusters = [cluster_bounds(size, cutoffs) for size in sizes] if "adaptive" in forms else None
+        self.decoder = SliceDecoder(*shared, clusters if decoder_input == "adaptive" else None)
+        logits, tables = None, self.decoder.embed_codes
+        if decoder_output == "adaptive":
+            logits = [
+                AdaptiveSoftmax(dim, bounds, *(() if tied == "none" else (tables[k], embed_dim, tied == "projections")))
+                for k, bounds in enumerate(clusters)
+            ]
+        elif tied == "embeddings":
+            ends = [0, *itertools.accumulate(sizes)]
+            logits = [TiedSoftmax(dim, tables, slice(*rows)) for rows in itertools.pairwise(ends)]
+        self.head = ChannelHead(sizes, dim, logits)
         if weight_init == "published":
             self._draw_published_weights(len(taps))
 
@@ -333,6 +379,22 @@ class VideoTransformer(Prior):
             n_previous = sum(self.codebook_sizes[:k])
             for weight in (part, *([self.head.previous[k - 1].weight] if k else [])):
                 xavier_uniform(weight, self.config.dim + n_previous, self.config.dim)
+
+    @torch.no_grad()
+    def prepare(self, clips):
+        """Find out how frequent the codes are, where the form of input or output depends on it."""
+        forms = {"decoder_input": self.decoder.embed_codes, "decoder_output": self.head.logits}
+        adaptive = [modules for name, modules in forms.items() if self.config[name] == "adaptive"]
+        if not adaptive:
+            return
+        counts = [torch.zeros(size, dtype=torch.int64, device=self.device) for size in self.codebook_sizes]
+        for clip in clips:
+            for count, codes in zip(counts, clip.flatten(0, -2).unbind(-1)):
+                count += torch.bincount(codes, minlength=len(count))
+        for modules in adaptive:
+            for module, count in zip(modules, counts):
+                order = count.argsort(descending=True, stable=True)
+                module.rank[order] = torch.arange(len(order), device=order.device)
 
     # Likelihood -------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,9 @@
 """Prior and decoder trained together: the lookup that gradients pass through, the loss, what moves, and the tool."""
 
+import argparse
+import math
 import os
+import runpy
 import signal
 
 import pytest
@@ -8,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from tiny import TINY_TOKENIZERS, random_frames, tiny_prior, tiny_tokenizer
-from tiny_experiment import call_tool, run_tool, tiny_config
+from tiny_experiment import TOOLS, call_tool, run_tool, tiny_config
 
 from latentcast import (
     VQVAE,
@@ -18,6 +21,7 @@ from latentcast import (
     VideoPredictionPipeline,
     VideoTransformer,
     instantiate,
+    load_config,
     load_model,
 )
 from latentcast.cli import UserError
@@ -478,4 +482,31 @@ def test_two_processes_train_together(encoded, tmp_path):
     status, figures, err = run_tool("train_prior", tmp_path, *HR_VQVAE, *JOINT, *two, bridge)
     assert status == 0, err
     assert figures["steps"] == 2 and "no trained prior here, joint training starts with a new one" in err
+    VideoPredictionPipeline.from_pretrained(figures["pipeline"])
+
+
+def test_the_experiment_with_a_bridge(tmp_path):
+    """shrvqvae_tiny, both tools as a user calls them, at a smaller size: over its bridge lambda reaches the prior."""
+    small = ["frame_size=16", "data.digit_size=8", "data.n_videos=16", "data.n_heldout_videos=8", "clip_length=6"]
+    small += ["tokenizer.hidden_channels=8", "tokenizer.residual_channels=4", "tokenizer.stride=4", "prior.dim=16"]
+    small += ["prior.head_dim=8", "batch_size=4", "trainer.max_steps=2", "trainer.accelerator=cpu", "preview.n_clips=1"]
+    small += ["data.video_length=6", "preview.num_samples=1", "wandb.mode=disabled", f"run_dir={tmp_path}/run"]
+    small += ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false", "overwrite=true"]
+    small += ["prior.attention=none", "trainer.limit_val_batches=1"]
+
+    def call(tool, *overrides):
+        arguments = argparse.Namespace(experiment="shrvqvae_tiny", overrides=[*small, *overrides])
+        return runpy.run_path(str(TOOLS / f"{tool}.py"))["main"](arguments)
+
+    call("train_tokenizer", "clip_length=1")
+    assert load_config("shrvqvae_tiny", tool="train_jointly").joint_training.bridge == "straight_through"
+    found = {}
+    for name, overrides in {
+        "bridge": ["joint_training.weight=100"],
+        "lighter": ["joint_training.weight=1"],
+    }.items():
+        figures = call("train_prior", "joint=true", "trainer.gradient_clip_val=null", *overrides)
+        assert figures["steps"] == 2 and all(math.isfinite(value) for value in figures["val"].values())
+        found[name] = fingerprint(load_model(figures["prior"]))
+    assert found["bridge"] != found["lighter"]
     VideoPredictionPipeline.from_pretrained(figures["pipeline"])

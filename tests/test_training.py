@@ -477,3 +477,16 @@ def test_codes_are_revived_until_the_last_tenth_of_a_run_also_of_a_resumed_one(t
     for step, revives in (stopped.steps | resumed.steps).items():
         assert revives == {step < first_settled}, step
     assert max(resumed.steps) >= first_settled
+
+
+def test_a_prior_looks_at_the_codes_before_it_is_trained_and_a_resumed_one_does_not(tmp_path):
+    options = [*PIXEL_PRIOR, "prior.decoder_output=adaptive"]
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_config(tmp_path, *options), "prior", [Stop(1)])
+    run, module, data = build(tiny_config(tmp_path, *options, "resume=true"), "prior")
+    run.fit(module, data, [])
+    counts = torch.zeros(4, dtype=torch.int64)
+    for index in range(len(data.train_set)):
+        counts += torch.bincount(module._encode(data.train_set[index]["frames"][None]).codes.flatten(), minlength=4)
+    rank = module.model.head.logits[0].rank
+    assert rank.tolist() != [0, 1, 2, 3] and counts.argsort(descending=True)[rank].tolist() == [0, 1, 2, 3]

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentcast import VideoTransformer, instantiate, load_config
+from latentcast import VideoTransformer, instantiate, load_config, load_model
 from latentcast.config import config_root
+from latentcast.layers.adaptive import AdaptiveSoftmax, AdaptiveTable, cluster_bounds
 from latentcast.layers.masked_convolutions import CausalConv3d
 from latentcast.layers.positions import RelativeBias3D
 from latentcast.priors.sampling import draw
@@ -464,3 +465,138 @@ def test_a_step_needs_no_host_synchronisation():
     stepper = CachedStepper(model, 3, {"temperature": 0.9, "top_k": 3, "top_p": 0.9})
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         stepper._step(8)
+
+
+# Appendix A: adaptive input and softmax -------------------------------------------------------------------------------
+
+TABLE_8 = [  # (decoder_input, decoder_output, tied), row by row
+    ("embedding", "softmax", "none"),
+    ("embedding", "softmax", "embeddings"),
+    ("adaptive", "softmax", "none"),
+    ("embedding", "adaptive", "none"),
+    ("adaptive", "adaptive", "none"),
+    ("adaptive", "adaptive", "embeddings"),
+    ("adaptive", "adaptive", "projections"),
+]
+
+
+def form(row):
+    return dict(zip(("decoder_input", "decoder_output", "tied"), row))
+
+
+@pytest.mark.parametrize("row", TABLE_8)
+def test_parameter_counts_of_table_8(row):
+    """With one codebook the published model has 45.2M; what the forms save or add is below 1 % of it."""
+    model = VideoTransformer(spec([512], 16, 16), n_layers=1, **form(row))
+    of_blocks = sum(p.numel() for name, p in model.named_parameters() if ".blocks." in name)
+    rest = sum(p.numel() for p in model.parameters()) - of_blocks
+    assert (8 * of_blocks + rest) / 1e6 == pytest.approx(45.2, rel=0.03)
+
+
+def test_adaptive_softmax_is_torchs():
+    torch.manual_seed(0)
+    theirs = nn.AdaptiveLogSoftmaxWithLoss(24, 11, cutoffs=[3, 7], div_value=4.0)
+    ours = AdaptiveSoftmax(24, cluster_bounds(11, [3, 7]))
+    with torch.no_grad():
+        ours.head.weight.copy_(theirs.head.weight)
+        for mine, tail in zip(ours.tails, theirs.tail):
+            assert [layer.weight.shape for layer in mine] == [layer.weight.shape for layer in tail]
+            mine.load_state_dict(tail.state_dict())
+    x = torch.randn(50, 24)
+    torch.testing.assert_close(ours(x), theirs.log_prob(x))
+    ours.rank.copy_(torch.randperm(11))  # code c has the probability of the rank[c]-th in order
+    torch.testing.assert_close(ours(x), theirs.log_prob(x)[:, ours.rank])
+    torch.testing.assert_close(ours(x).exp().sum(-1), torch.ones(50))
+
+
+def test_an_adaptive_table_projects_its_clusters():
+    torch.manual_seed(0)
+    table = AdaptiveTable([0, 3, 7, 11], 32)
+    assert [tuple(e.weight.shape) for e in table.embeddings] == [(3, 32), (4, 8), (4, 2)]
+    table.rank.copy_(torch.randperm(11))
+    found = table()
+    for code, place in enumerate(table.rank.tolist()):
+        cluster, row = (0, place) if place < 3 else (1, place - 3) if place < 7 else (2, place - 7)
+        expected = table.projections[cluster].weight @ table.embeddings[cluster].weight[row]
+        torch.testing.assert_close(found[code], expected)
+    plain = AdaptiveTable(cluster_bounds(4000), 128)().std().item()
+    assert plain == pytest.approx(1, abs=0.1)  # at the start, vectors as large as those of an embedding
+
+
+@pytest.mark.parametrize("tied", ["embeddings", "projections"])
+def test_tied_adaptive_softmax_by_hand(tied):
+    model = tiny(sizes=(9, 6), cutoffs=[2, 4], **form(("adaptive", "adaptive", tied)))
+    u = torch.randn(3, 24)
+    for table, output in zip(model.decoder.embed_codes, model.head.logits):
+        place = torch.randperm(len(table.rank))
+        table.rank.copy_(place), output.rank.copy_(place)
+        logits = []
+        for i, (e, p) in enumerate(zip(table.embeddings, table.projections)):
+            h = output.reduce[0](u) @ p.weight if tied == "projections" else output.reduce[i](u)
+            logits.append(h @ e.weight.T / e.embedding_dim**0.5)
+        head = torch.cat([logits[0], output.clusters(u)], -1).softmax(-1)
+        parts = [head[:, :2], *(head[:, 2 + i, None] * tail.softmax(-1) for i, tail in enumerate(logits[1:]))]
+        torch.testing.assert_close(output(u).exp(), torch.cat(parts, -1)[:, place])
+
+
+@pytest.mark.parametrize("row", TABLE_8[1:])
+def test_every_form_samples_with_and_without_cache_alike(row):
+    model = tiny((4, 1, 1), cutoffs=[2] if "adaptive" in row else None, **form(row))
+    model.prepare([random_codes()])
+    futures = [
+        model.sample(
+            random_codes(1, 3), 1, num_samples=2, generator=torch.Generator().manual_seed(0), use_cache=use_cache
+        )
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*futures) and futures[0].min() >= 0 and futures[0].max() < 5
+
+
+@pytest.mark.parametrize("row", TABLE_8[1:])
+def test_the_likelihood_of_every_form_is_exact_and_what_it_samples_follows_it(row):
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "embed_dim": 8, "n_heads": 2, "head_dim": 8, "n_layers": 1, "n_frames": 2}
+    cutoffs = [1] if "adaptive" in row else None
+    model = VideoTransformer(spec([3], 1, 2), subscale=(2, 1, 1), cutoffs=cutoffs, **sizes, **form(row)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    context = torch.tensor([0, 2]).view(1, 1, 1, 2, 1)
+    model.prepare([torch.tensor([2, 2, 2, 1, 1, 0]).view(1, 1, 1, 6, 1)])
+    if row[1] == "adaptive":
+        assert model.head.logits[0].rank.tolist() == [2, 1, 0]
+    futures = torch.cartesian_prod(torch.arange(3), torch.arange(3)).view(9, 1, 1, 2, 1)
+    with torch.no_grad():
+        clips = torch.cat([context.expand(9, -1, -1, -1, -1), futures], 1)
+        probabilities = model.log_prob(clips, 1).exp()
+        drawn = model.sample(context, 1, num_samples=3000, generator=torch.Generator().manual_seed(0))[0, :, 0, 0]
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+    frequencies = torch.bincount(drawn[:, 0, 0] * 3 + drawn[:, 1, 0], minlength=9) / 3000
+    torch.testing.assert_close(frequencies, probabilities, atol=0.04, rtol=0)
+
+
+def test_forms_are_saved_once_and_train_every_part(tmp_path):
+    model = tiny_as_drawn(**form(("adaptive", "adaptive", "projections")))
+    codes = random_codes()
+    model.prepare([codes])
+    assert model.decoder.embed_codes[0].rank.tolist() != list(range(5))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_model(tmp_path).log_prob(codes, 1), model.eval().log_prob(codes, 1))
+    model.train()(codes, 1).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tied": "embeddings", "decoder_input": "adaptive"}, "tied: expected none, embeddings .* found embeddings"),
+        ({"tied": "projections"}, "tied: expected none"),
+        ({"tied": True}, "tied: expected one of none, embeddings, projections, found True"),
+        ({"cutoffs": [2]}, r"cutoffs: expected None without an adaptive input or output, found \[2\]"),
+        ({"cutoffs": [5], "decoder_output": "adaptive"}, "cutoffs: expected increasing whole numbers from 1 to 4"),
+        ({"cutoffs": [3, 2], "decoder_input": "adaptive"}, "cutoffs: expected increasing whole numbers"),
+        ({"decoder_input": "sparse"}, "decoder_input: expected one of embedding, adaptive, found 'sparse'"),
+    ],
+)
+def test_forms_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)

@@ -1,8 +1,11 @@
 """Training stage two."""
 
 import torch
+from torch.utils.data import default_collate
 
 from .module import TrainingModule
+
+LOOKED_AT = 64  # clips of the train split
 
 
 class PriorModule(TrainingModule):
@@ -25,13 +28,28 @@ class PriorModule(TrainingModule):
         self.n_context = n_context
         self._encode = tokenizer.encode if tokenizer is not None else None  # a method: not one of the submodules
 
+    def on_fit_start(self):
+        """Let the prior look at some clips before it is trained, the same on every rank; a resumed one has done so."""
+        if self.trainer.ckpt_path is None:
+            self.model.prepare(self._clips(self.trainer.datamodule))
+
+    def _clips(self, datamodule):
+        """Up to ``LOOKED_AT`` clips from all over the train split, one by one."""
+        data = datamodule.train_set
+        n = min(LOOKED_AT, len(data))
+        for i in range(n):
+            batch = default_collate([data[i * len(data) // n]])
+            yield self._clip({name: part.to(self.device) for name, part in batch.items() if torch.is_tensor(part)})
+
     def compute(self, batch):
+        return self.model(self._clip(batch), self.n_context)
+
+    def _clip(self, batch):
+        """What the prior accepts of a batch."""
         kind = self.model.accepts
         if kind == "pixels":
-            clip = batch["frames"]
-        elif self._encode is not None:
-            with torch.no_grad():
-                clip = self._encode(batch["frames"])[kind]
-        else:
-            clip = batch[kind]
-        return self.model(clip, self.n_context)
+            return batch["frames"]
+        if self._encode is None:
+            return batch[kind]
+        with torch.no_grad():
+            return self._encode(batch["frames"])[kind]
