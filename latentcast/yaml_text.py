@@ -67,6 +67,11 @@ def parse(text, source, key="", comments=True):
         raise ConfigError(f"{source}: not valid YAML ({short(error)})") from None
 
 
+def dump(content):
+    """Plain Python -> YAML that ``parse`` reads as the same, whatever file names it holds."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
+
+
 def split_overrides(overrides):
     """["prior.n_layers=4"] -> [("prior.n_layers", "4")]; raises ConfigError."""
     pairs = []
@@ -91,8 +96,8 @@ def override_value(key, text):
     last, source = key.rpartition(".")[2], f"override {short(f'{key}={text}')}"
     if not is_text(last) or last == "tags" or text in ("", "null", "Null", "NULL"):
         return parse(text, source, last, comments=False)
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        text = parse(text, source, last, comments=False)
+    if re.fullmatch(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", text, re.DOTALL):
+        return parse(text, source, last, comments=False)
     return os.path.expanduser(text) if is_path(last) else text
 
 
@@ -169,3 +174,10 @@ _Loader.yaml_implicit_resolvers = {
 }
 for _kind, _pattern in (("int", INT), ("float", FLOAT)):
     _Loader.add_implicit_resolver(TAG + _kind, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """In Python, as the one in C refuses file names that are no UTF-8; quotes text that _Loader takes for more."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers

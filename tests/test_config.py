@@ -1,6 +1,8 @@
 """Composition of experiments, their errors, building from them; and every YAML under configs/."""
 
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -13,10 +15,13 @@ from omegaconf import OmegaConf
 
 from latentcast import PixelTokenizer
 from latentcast import config as config_module
+from latentcast.cli import UserError, parse_options
 from latentcast.config import TOOLS, ConfigError, config_root, instantiate, load_config, to_container
 from latentcast.data.prepared import prepare
 from latentcast.targets import find_target
+from latentcast.yaml_text import dump
 
+TOOLS_DIR = Path(__file__).parents[1] / "tools"
 FILES = {
     "base.yaml": """
         name: null
@@ -125,6 +130,102 @@ def test_overrides_come_last_and_are_parsed_as_yaml(configs):
     assert config.run_dir == "out/a=b"
     assert config.optimizer.lr == 1e-3
     assert load_config("small", ["tokenizer=null"]).tokenizer is None
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("name=2024", "2024"),
+        ("name=007", "007"),
+        ("name=1e3", "1e3"),
+        ("name=true", "true"),
+        ("name=12:30", "12:30"),
+        ("name=a: b", "a: b"),
+        ("name=- a", "- a"),
+        ("name=#1", "#1"),
+        ("name='a # b'", "a # b"),
+        ("name='a' or 'b'", "'a' or 'b'"),
+        ('name="a\\n\\"#"', 'a\n"#'),
+        ("run_dir=2024", "2024"),
+        ("run_dir=[1]", "[1]"),
+        ("run_dir=/x/take #2", "/x/take #2"),
+        ("run_dir=/x/ two  spaces ", "/x/ two  spaces "),
+        ("run_dir=/x/caf\udce9", "/x/caf\udce9"),
+        ("run_dir=/x/a\nb", "/x/a\nb"),
+        ("run_dir=~", "/home/me"),
+        ("run_dir=~/x", "/home/me/x"),
+        ("run_dir=~nobody-here/x", "~nobody-here/x"),
+        ("run_dir='~/x'", "/home/me/x"),
+        ("run_dir=runs/${seed} #1", "runs/0 #1"),
+        ("data.mnist_dir=~/mnist #1", "/home/me/mnist #1"),
+        ("data.mnist_dir=null", None),
+        ("data.mnist_dir=", None),
+        ("wandb.project=123", "123"),
+        ("wandb.tags=[1, 02, 12:30, a #1, true]", ["1", "02", "12:30", "a #1", "true"]),
+        ("preview.sampler.top_k=3", 3),
+        ("preview.sampler.when=12:30", "12:30"),
+        ("preview.sampler.when=a #1", "a #1"),
+        ("preview.sampler.name={name: 1, x: ~/y, dirpath: ~/y}", "{name: 1, x: ~/y, dirpath: ~/y}"),
+        ("preview.sampler.more={name: 1, x: ~/y, dirpath: ~/y}", {"name": "1", "x": "~/y", "dirpath": "/home/me/y"}),
+    ],
+)
+def test_paths_and_names_are_the_text_they_are(override, expected, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config("quickstart", ["preview.sampler={}" if "sampler" in override else "seed=0", override])
+    value = OmegaConf.select(config, override.partition("=")[0])
+    assert (OmegaConf.to_container(value) if OmegaConf.is_config(value) else value) == expected
+    assert type(value) is not bool
+
+
+def test_paths_and_names_in_files_are_text(configs, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "name: 2024\nrun_dir: ~/runs/${name} # mine\nseed: 1_0\npreview: {sampler: {tags: [1, 0x2]}}"
+    config = load_config(configs("x.yaml", text))
+    assert (config.name, config.run_dir, config.seed) == ("2024", "/home/me/runs/2024", 10)
+    assert config.preview.sampler.tags == ["1", "0x2"]
+    # Anchors are YAML's own references.
+    text = "preview: {sampler: &s {a: 1}}\ntrain_prior: {preview: {sampler: {x: {<<: *s, a: 3, b: 2}}}}"
+    config = load_config(configs("x.yaml", text), tool="train_prior")
+    assert to_container(config.preview.sampler) == {"a": 1, "x": {"a": 3, "b": 2}}
+
+
+def test_a_saved_config_is_read_as_it_was(configs):
+    options = ["name=007", "run_dir=/x/caf\udce9 #1", "preview.sampler.a='1e3'", "preview.sampler.b='12'"]
+    config = load_config("small", [*options, "preview.sampler.c=12:30", "preview.sampler.d=1e-5"])
+    assert to_container(load_config(configs("saved.yaml", dump(to_container(config))))) == to_container(config)
+    assert to_container(config.preview.sampler) == {"a": "1e3", "b": "12", "c": "12:30", "d": 1e-5}
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("seed=3 # comment", "seed: expected a number, found '3 # comment'"),
+        ("wandb.tags=1", "wandb.tags: expected a list, found '1'"),
+        ("wandb.project=[1", None),
+        ("trainer.callbacks=[{a: b}", "not valid YAML"),
+    ],
+)
+def test_what_is_no_text_stays_yaml(override, expected):
+    if expected is None:
+        assert load_config("quickstart", [override]).wandb.project == "[1"
+    else:
+        assert expected in line_of(load_config, "quickstart", [override])
+
+
+def test_tools_take_options_and_paths_the_same_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = ["temperature=0.9", "a.b=1", "a.c=x #2", "name=2024", "index_dir=~/i"]
+    found = {"temperature": 0.9, "a": {"b": 1, "c": "x #2"}, "name": "2024", "index_dir": f"{tmp_path}/i"}
+    assert parse_options(options) == found
+    for wrong in (["x"], ["a=1", "a.b=2"], ["a=[1"]):
+        with pytest.raises((UserError, ValueError)):
+            parse_options(wrong)
+    (tmp_path / "mine.yaml").write_text("seed: 3")
+    assert load_config("~/mine.yaml").seed == 3
+    prepare = [sys.executable, str(TOOLS_DIR / "prepare_dataset.py"), "check", "~/videos"]
+    assert f"error: {tmp_path}/videos" in subprocess.run(prepare, capture_output=True, text=True).stderr
+    sample = [sys.executable, str(TOOLS_DIR / "sample.py"), "--pipeline", "~/p", "--input", "~/videos"]
+    assert f"--input {tmp_path}/videos: no such" in subprocess.run(sample, capture_output=True, text=True).stderr
 
 
 def test_swapping_a_group_drops_the_settings_of_the_old_class(configs):

@@ -284,8 +284,8 @@ def test_odd_files_do_not_end_the_run(folder, tool, capsys, tmp_path):
     "arguments, message",
     [
         (["temperatur=1"], "unknown sampler option 'temperatur'; did you mean 'temperature'"),
-        (["hot"], "'hot': expected an option as key=value"),
-        (["top_k=[1"], "top_k=[1: not valid YAML"),
+        (["hot"], "'hot': expected key=value"),
+        (["top_k=[1"], "'top_k=[1': not valid YAML"),
         (["temperature=hot"], "temperature: expected a number >= 0, found 'hot'"),
         (["top_k=2.5"], "top_k: expected an integer >= 1 or None, found 2.5"),
         (["top_p=most"], "top_p: expected a number in (0, 1] or None, found 'most'"),

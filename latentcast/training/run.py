@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import default_collate
 
 from latentcast.cli import UserError, prepare_run_dir
 from latentcast.config import instantiate, to_container
+from latentcast.yaml_text import dump
 
 from .callbacks import (
     FinishStepOnInterrupt,
@@ -204,9 +205,8 @@ class TrainingRun:
     def _save_config(self):
         """``config_{stage}.yaml``, all settings of this training, itself an experiment file; ``config.yaml`` is that
         of the latest one."""
-        config = OmegaConf.create(to_container(self.config))
         for name in (f"config_{self.stage}.yaml", "config.yaml"):
-            OmegaConf.save(config, self.run_dir / name)
+            (self.run_dir / name).write_text(dump(to_container(self.config)))
 
 
 def check_checkpoint(path, module, averaging):
