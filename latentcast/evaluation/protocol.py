@@ -6,7 +6,7 @@ from pydantic import Field, Strict, ValidationError, model_validator
 
 from latentcast.data.base import SPLITS
 from latentcast.metrics.i3d import MIN_FRAMES
-from latentcast.schemas import MOST, Count, Schema, Text, explain
+from latentcast.schemas import MOST, Count, Schema, Text, explain, one_line
 
 METRICS = ("mse", "psnr", "ssim", "lpips", "crps", "ilpips", "fvd", "bits")
 BEST_OF = ("mse", "psnr", "ssim", "lpips")  # per sample: the best one of each clip counts
@@ -84,7 +84,7 @@ class Protocol(Schema, extra="forbid"):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise ValueError(f"protocol {fields.get('name')}: {explain(error)}") from None
+            raise ValueError(f"protocol {one_line(fields.get('name'))}: {explain(error)}") from None
 
     @model_validator(mode="after")
     def _agree(self):
