@@ -42,7 +42,7 @@ class Entry(Schema):
     per_clip: list[Number] | None = None
     per_frame: list[Number] | None = None
     per_frame_ci95: list[Interval | None] | None = None
-    best_of: "dict[Annotated[Text, Field(pattern='^[1-9][0-9]*$')], Entry] | None" = None
+    best_of: "dict[Annotated[Text, Field(pattern='^[1-9][0-9]{0,9}$')], Entry] | None" = None
     n_samples: Count | None = None
     debiased: Number | None = None
 
@@ -52,6 +52,8 @@ class Entry(Schema):
             values, along = getattr(self, name) or [], getattr(self, of) or []
             if len(values) != len(along) and (values or name == "per_clip"):  # a single clip has no intervals
                 raise ValueError(f"expected {name} and {of} of one length, found {len(values)} and {len(along)}")
+        if self.best_of and self.n_samples is None:
+            raise ValueError("n_samples: expected beside best_of, found nothing")
         return self
 
 
