@@ -19,7 +19,7 @@ from torch.nn.modules.module import (
 import latentcast
 from latentcast.config import instantiate, to_container
 from latentcast.files import update_digest, writing
-from latentcast.schemas import LatentSpec, Schema, Text, read_checked, short
+from latentcast.schemas import LatentSpec, Schema, Text, one_line, read_checked, short
 
 STAGES = ("latentcast.tokenizers.", "latentcast.priors.")
 LARGEST = 2**24  # of a whole number in a config: no size, step or codebook comes near
@@ -77,8 +77,10 @@ class VideoModel(ModelMixin, ConfigMixin):
         except (ValueError, OSError):
             raise
         except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(f"expected the config of a {cls.__name__} ({type(error).__name__}: {reason})") from error
+            found = f"{type(error).__name__}: {one_line(error, 200)}"
+            raise ValueError(
+                f"expected the config of a {cls.__name__}, found one it cannot be built of ({found})"
+            ) from error
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in diffusers, with errors that name the folder."""
@@ -94,7 +96,7 @@ def _fitting(folder):
         yield
         return
     _check_numbers(config, read_checked(config, ModelConfig))
-    most = 1000
+    most = 500
     for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
@@ -113,8 +115,8 @@ def _fitting(folder):
     try:
         yield
     except (ValueError, SafetensorError) as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(str(folder)) else f"{config}: {text}") from error
+        text = one_line(error, 400)
+        raise ValueError(text if str(folder) in text else f"{config}: {text}") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -123,7 +125,7 @@ def _fitting(folder):
 def _check_numbers(where, value, name=""):
     if isinstance(value, (dict, list)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_numbers(where, item, f"{name}.{key}" if name else key)
+            _check_numbers(where, item, f"{name}.{one_line(key)}" if name else one_line(key))
     elif isinstance(value, int) and abs(value) > LARGEST:
         raise ValueError(f"{where}: {name}: expected at most {LARGEST}, found {short(value)}")
 

@@ -88,7 +88,8 @@ def explain(error):
     kind, place, found = problem["type"], list(problem["loc"]), problem["input"]
     where = ""
     for part in place:
-        name = f"[{part}]" if isinstance(part, int) else part if part.isprintable() and len(part) < 80 else short(part)
+        plain = isinstance(part, str) and part.isprintable() and 0 < len(part) < 80
+        name = f"[{part}]" if isinstance(part, int) else part if plain else short(part)
         where += f".{name}" if where and name[0] != "[" else name
     prefix = f"{where}: " if where else ""
     if kind == "missing":
@@ -99,6 +100,8 @@ def explain(error):
         expected = f"one of {problem['ctx']['expected'].replace(' or ', ', ')}".replace("'", "")
     elif kind == "greater_than_equal":
         expected = f"at least {problem['ctx']['ge']}"
+    elif kind == "less_than_equal":
+        expected = f"at most {problem['ctx']['le']}"
     elif kind in ("too_short", "too_long"):
         least, n = problem["ctx"].get("min_length"), problem["ctx"]["actual_length"]
         most = f"at most {problem['ctx'].get('max_length')}"
@@ -115,6 +118,12 @@ def short(value, most=80):
     if isinstance(value, int) and abs(value) >= 10**most:  # Python refuses to print the largest
         return "a huge number"
     text = repr(value if not isinstance(value, str) else value[: most + 1])
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def one_line(value, most=80):
+    """``str`` of anything without its line breaks, cut off."""
+    text = " ".join(str(value).split())
     return text if len(text) <= most else f"{text[:most]}…"
 
 

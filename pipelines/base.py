@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 import latentcast
 from latentcast.files import writing
 from latentcast.modeling import adopt, saved_class
-from latentcast.schemas import Schema, Text, check, read_checked, short
+from latentcast.schemas import Schema, Text, check, one_line, read_checked, short
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
@@ -74,15 +74,17 @@ class VideoPipeline(DiffusionPipeline):
         check(index_file, cls.index_schema, index)
         for component, origin in index.items():
             # Only what is ours is checked; diffusers' schedulers have no weights.
-            if component not in kwargs and isinstance(origin, list) and origin[0] == "latentcast":
+            if component not in kwargs and isinstance(origin, list) and origin[:1] == ["latentcast"]:
                 saved_class(folder / component)
         try:
             return super().from_pretrained(folder, use_safetensors=True, **kwargs)
-        except (OSError, ValueError):
+        except OSError:
             raise
-        except Exception as error:  # what diffusers makes of a damaged folder
-            reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(f"pipeline {folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        except Exception as error:  # what diffusers, and the class, make of a damaged folder
+            text = one_line(error, 400)
+            if isinstance(error, ValueError):
+                raise ValueError(text if str(folder) in text else f"pipeline {folder}: {text}") from error
+            raise ValueError(f"pipeline {folder}: cannot be loaded ({type(error).__name__}: {text})") from error
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in diffusers, with errors that name the folder."""

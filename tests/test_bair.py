@@ -290,3 +290,11 @@ def test_bad_arguments(source):
         BAIR(source, frame_size=128)
     with pytest.raises(ValueError, match="--split"):
         BAIR(source, "svg")
+
+
+def test_a_tar_whose_header_promises_more_than_it_holds_is_not_read_into_memory(source, tmp_path):
+    (tmp_path / "a.tar").write_bytes(bytes(1000))
+    file = RecordFile(tmp_path / "a.tar", size=10**15, start=512, member="a")
+    with pytest.raises(VideoError, match="cut off: expected 1000000000000 bytes at byte 12, found 476"):
+        with open(file.path, "rb", buffering=0) as opened:
+            file._bytes(opened, 12, 10**12)

@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import json
 import pickle
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -93,10 +95,16 @@ def test_wrong_mnist_files_are_refused_in_one_line(idx_files, tmp_path):
     cases["damaged gzip file (Compressed file ended"] = zipped[:-300]
     cases["damaged gzip file (Error -3"] = zipped[:10] + b"\xff" + zipped[11:]
     cases["damaged gzip file (CRC check failed"] = zipped[:-8] + bytes(4) + zipped[-4:]
+    bomb = zlib.compressobj(1, wbits=31)
+    parts = [bomb.compress(idx(images)), *(bomb.compress(bytes(10**6)) for _ in range(200)), bomb.flush()]
+    cases["expected 31376 bytes unzipped, found more"] = b"".join(parts)
     for message, content in cases.items():
         path.write_bytes(content)
+        tracemalloc.start()
         with pytest.raises(OSError) as error:
             MovingMNIST(idx_files)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+        tracemalloc.stop()
         assert str(error.value).startswith(f"{path}: {message}") and "\n" not in str(error.value)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=rf"mnist: expected MNIST's {TRAIN}.gz or {TRAIN}, found neither"):

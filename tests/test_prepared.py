@@ -211,7 +211,7 @@ def test_workers_end_with_a_killed_run(tmp_path, monkeypatch):
     wait_until(lambda: not any(Path("/proc", path.name).exists() for path in pids.iterdir()))
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

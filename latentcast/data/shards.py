@@ -22,7 +22,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from ..files import file_sha256, read_json, temporary_path, write_json, writing
-from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, read_checked, short
+from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, read_checked, short
 from .base import EmptySplitError, VideoEntry
 
 logger = logging.getLogger("latentcast")
@@ -60,8 +60,8 @@ class Video(Schema):
     """What is known of a video beforehand."""
 
     name: FileText
-    n_frames: Count | None = None
-    fps: Rate | None = None
+    n_frames: Count = None
+    fps: Rate = None
 
 
 class Job(Schema):
@@ -91,6 +91,12 @@ class Note(Schema):
     videos: dict[Text, Facts]
     skipped: dict[Text, FileText]
     away: list[Whole] = []  # noqa: RUF012  # of those skipped, the ones to be tried again
+
+
+class Notes(Schema):
+    """What a manifest holds beside its job."""
+
+    shards: list[Note]
 
 
 @dataclass(frozen=True)
@@ -546,7 +552,7 @@ def load_manifest(root, kind):
         raise ValueError(f"{path}: expected format {kind.version}, found {short(manifest.get('format'))}")
     check(path, kind.job, manifest)
     notes, n_shards = manifest.get("shards"), -(-len(manifest["videos"]) // manifest["shard_videos"])
-    check(f"{path}: shards", list[Note], notes)
+    check(path, Notes, manifest)
     if len(notes) != n_shards:
         raise ValueError(f"{path}: shards: expected {n_shards} of {len(manifest['videos'])} videos, found {len(notes)}")
     for shard, note in enumerate(notes):
@@ -597,7 +603,7 @@ def damage(root, notes):
 def difference_of(found, asked):
     """The first entries that differ, with both sides, as one line; empty when there are none."""
     lines = itertools.islice(_differences(found, asked, ""), 3)
-    return "; ".join(f"made with {name} {one}, asked for {other}" for name, one, other in lines)
+    return "; ".join("made with {} {}, asked for {}".format(*map(one_line, line)) for line in lines)
 
 
 def _differences(found, asked, name):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from latentcast.files import read_json
 from latentcast.metrics.statistics import paired_bootstrap
-from latentcast.schemas import Count, Number, Schema, Text, Whole, check, short
+from latentcast.schemas import Count, Number, Schema, Text, Whole, check, one_line, short
 
 from .plots import HEADINGS
 from .protocol import METRICS, without_other_splits
@@ -45,7 +45,9 @@ class Entry(Schema):
     per_clip: list[Number] | None = None
     per_frame: list[Number] | None = None
     per_frame_ci95: list[Interval | None] | None = None
-    best_of: "dict[Text, Entry] | None" = None
+    best_of: "dict[Annotated[Text, Field(pattern='^[1-9][0-9]{0,9}$')], Entry] | None" = None
+    n_samples: Count | None = None
+    debiased: Number | None = None
 
     @model_validator(mode="after")
     def _are_of_one_length(self):
@@ -53,6 +55,8 @@ class Entry(Schema):
             values, along = getattr(self, name) or [], getattr(self, of) or []
             if len(values) != len(along) and (values or name == "per_clip"):  # a single video has no intervals
                 raise ValueError(f"expected {name} and {of} of one length, found {len(values)} and {len(along)}")
+        if self.best_of and self.n_samples is None:
+            raise ValueError("n_samples: expected beside best_of, found nothing")
         return self
 
 
@@ -203,7 +207,7 @@ def read_published(path):
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     rows = []
     for table in content["tables"]:
-        where = f"{path}: {table['paper']}, {table['place']}, {table['data']}"
+        where = one_line(f"{path}: {table['paper']}, {table['place']}, {table['data']}", 400)
         unknown = [unit for unit in table["units"].values() if unit not in content["units"]]
         unknown += [table["paper"]] * (table["paper"] not in content["papers"])
         if unknown:
@@ -211,7 +215,7 @@ def read_published(path):
         for row in table["rows"]:
             stated = {key: value for key, value in row.items() if key not in ("method", *table["units"])}
             printed = {metric: row[metric] for metric in table["units"] if metric in row}
-            check(f"{where}: {row.get('method')}", Stated, stated)
+            check(f"{where}: {one_line(row.get('method'))}", Stated, stated)
             if not printed or not isinstance(row.get("method"), str):
                 raise ValueError(f"{where}: {short(row)}: expected a method and some of {', '.join(table['units'])}")
             rows.append(
@@ -220,7 +224,9 @@ def read_published(path):
                     **{key: table.get(key) for key in ("paper", "place", "data", "preset", "selection", "note")},
                     "protocol": {key: (UNWRITTEN | table["protocol"] | stated).get(key) for key in STATED},
                     "metrics": {
-                        metric: _figure(f"{where}: {row['method']}: {metric}", text, table["units"][metric], content)
+                        metric: _figure(
+                            f"{where}: {one_line(row['method'])}: {metric}", text, table["units"][metric], content
+                        )
                         for metric, text in printed.items()
                     },
                 }

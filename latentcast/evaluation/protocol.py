@@ -8,7 +8,7 @@ from latentcast.data.base import SPLITS
 from latentcast.metrics.frame import PSNR_FORMS, WINDOWS
 from latentcast.metrics.i3d import MIN_FRAMES
 from latentcast.metrics.perceptual import SMALLEST
-from latentcast.schemas import MOST, Count, Schema, Text, explain
+from latentcast.schemas import MOST, Count, Schema, Text, explain, one_line
 
 METRICS = ("mse", "clip_mse", "psnr", "ssim", "lpips", "crps", "ilpips", "fvd", "bits")
 UNDRAWN = ("clip_mse", "bits")  # they need no futures
@@ -94,7 +94,7 @@ class Protocol(Schema, extra="forbid"):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise ValueError(f"protocol {fields.get('name')}: {explain(error)}") from None
+            raise ValueError(f"protocol {one_line(fields.get('name'))}: {explain(error)}") from None
 
     @model_validator(mode="after")
     def _agree(self):

@@ -3,7 +3,7 @@
 from latentcast.config import check_counts
 
 from ..digits import MNIST_FILES, mnist_file
-from ..moving_digits import FPS, MAX_SPEED, MovingDigits
+from ..moving_digits import FPS, MAX_SPEED, MOST_VIDEOS, MovingDigits
 from .base import Benchmark, Clip
 
 TRAIN_FILE = "train-images-idx3-ubyte"
@@ -63,6 +63,8 @@ class MovingMNIST(Benchmark):
             "max_speed": max_speed,
         }
         check_counts(**self.options)
+        if n_train > MOST_VIDEOS:  # the other splits are refused by MovingDigits
+            raise ValueError(f"n_train: expected at most {MOST_VIDEOS}, found {n_train}")
         self.options["seed"] = seed
         self.frame_size = frame_size
         self._videos = {split: self._generator(split) for split in ("val", "test")}
