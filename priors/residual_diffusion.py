@@ -255,6 +255,8 @@ class ResidualDiffusion(Prior):
         self.transform = None
         if residual:
             self.transform = TransformNetwork(channels, widths["transform_multipliers"], learned_sigma)
+        else:
+            self.predict_mean = None  # there is no mu
         if anchor:
             nn.init.zeros_(self.transform.to_mu.weight)
             nn.init.zeros_(self.transform.to_mu.bias)
@@ -465,17 +467,13 @@ class ResidualDiffusion(Prior):
 
     @torch.no_grad()
     def predict_mean(self, context, n_frames):
-        """mu alone, rolled out: the deterministic prediction under the diffusion.
+        """mu alone, rolled out: the deterministic prediction under the diffusion. None without a residual.
 
         Args:
             context: (B, n_context, C, H, W), as for ``sample``.
         Returns:
             (B, n_frames, C, H, W).
-        Raises:
-            ValueError: a prior without a residual has no mu.
         """
-        if self.transform is None:
-            raise ValueError("predict_mean: expected a prior with a residual, found residual=false")
         self.check_clip(context, "context")
         check_counts(n_frames=n_frames)
         self.check_context(context.shape[1], context.shape[1] + n_frames)
