@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
-from latentcast.config import check_counts
+from latentcast.config import check_counts, one_line
 from latentcast.modeling import eval_mode
 from latentcast.schemas import Count, Rate
 from latentcast.tokenizers.base import check_frames
@@ -111,8 +111,8 @@ class VideoPredictionPipeline(VideoPipeline):
         if frame_times is not None:
             try:
                 frame_times = torch.as_tensor(frame_times, dtype=torch.float32, device=self._execution_device)
-            except (TypeError, ValueError, RuntimeError):
-                raise ValueError(f"frame_times: expected numbers, found {frame_times!r}") from None
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                raise ValueError(f"frame_times: expected numbers, found {one_line(frame_times)}") from None
         if n_frames is None:
             n_frames = 16 if frame_times is None else torch.atleast_1d(frame_times).shape[-1]
         if generator is not None and not isinstance(generator, torch.Generator):

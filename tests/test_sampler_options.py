@@ -6,6 +6,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny import TINY_PRIORS, random_clip, tiny_prior
 
+from latentcast import VideoPredictionPipeline
 from latentcast.priors.sampling import draw
 
 # The first instance of every class.
@@ -48,6 +49,17 @@ def test_absurd_values_are_refused_by_name_or_taken(name, option):
         else:
             assert fits(prior, future, clip.shape[2:]), (value, future)
     assert refused > len(ABSURD) / 2
+
+
+@pytest.mark.parametrize(
+    "value", ["x", {}, [[1], [1, 2]], [None], 10**400, [10**400], [float("nan")], [1e300], [0], [1e9]]
+)
+def test_frame_times_of_a_pipeline(value):
+    pipe = VideoPredictionPipeline(tiny_prior("sde_diffusion"))
+    context = random_clip(pipe.prior, batch=1, n_frames=2)
+    with pytest.raises(ValueError, match=r"^frame_times: expected .* found ") as caught:
+        pipe(context, frame_times=value, n_steps=2)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_least_of_each_draws_the_most_likely_code():
