@@ -1,33 +1,267 @@
-"""Files that appear whole or not at all, JSON, checksums, and where downloads and indices are kept."""
+"""Files that appear whole or not at all, folders that one run at a time works in, JSON, checksums, and where downloads
+and indices are kept."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import re
+import socket
+import sys
+import threading
+import time
 import uuid
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+LOCK = ".lock"
+BEAT, SILENCE = 30, 300  # seconds: a lock's owner touches it this often; untouched for so long, it has none
+TEMPORARY = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
+ABANDONED = 24 * 3600  # seconds: an older temporary file is of no process, wherever that ran
+
+
+class InUseError(OSError):
+    """Another run works in a folder; the message names folder, process, host and what it does."""
+
+
+def temporary_path(path):
+    """A new name beside ``path`` for a file that is to take its place; ``sweep`` removes it when its process died."""
+    return Path(path).with_name(f".{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def sweep(folder):
+    """Remove the temporary files that killed processes left in a folder: ended ones on this machine, and those of any
+    machine that nobody has written to for a day."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if found := TEMPORARY.fullmatch(entry.name):
+                machine, pid = found.groups()
+                dead = machine == _machine() and not _alive(int(pid))
+                with contextlib.suppress(OSError):  # its process has renamed it, or another one swept here too
+                    if dead or time.time() - entry.stat().st_mtime > ABANDONED:
+                        os.unlink(entry.path)
+
+
+_sweep_once = functools.cache(sweep)  # a folder of thousands of files is written one by one
+
 
 @contextlib.contextmanager
-def replacing(path):
-    """Give a temporary path beside ``path`` (folders are made) that takes its place when the block ends well."""
+def replacing(path, advice=""):
+    """Give a temporary path beside ``path`` (folders are made) that takes its place when the block ends well.
+
+    What killed processes left in the folder goes. Errors of writing name ``path``, see ``writing``.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = temporary_path(path)
+    with writing(path, advice):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_once(path.parent)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def writing(path, advice=""):
-    """Name ``path`` in the error of what cannot be written there; ``advice`` ends the line."""
+    """Name ``path`` in the error of what cannot be written there, one line; ``advice`` ends it.
+
+    Raises:
+        OSError: in the place of what the system, safetensors or FFmpeg raised. Errors about files elsewhere pass.
+    """
+    path = Path(path)
     try:
         yield
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror}){advice}") from None
+    except Exception as error:
+        reason = _reason(error)
+        where = getattr(error, "filename", None)
+        # The temporary file, or a folder that was to be made; a source that is being copied is named by its own error.
+        ours = (
+            where is None or Path(os.fsdecode(where)) in (path, *path.parents) or TEMPORARY.search(os.fsdecode(where))
+        )
+        if reason is None or not ours:
+            raise
+        raise OSError(f"{path}: cannot be written ({reason}){advice}") from None
+
+
+def _reason(error):
+    """Why the system refused, from an error of any library that writes files; None where it was something else."""
+    if getattr(error, "strerror", None):
+        return error.strerror
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
+        return os.strerror(int(found[1]))
+    return None
+
+
+@contextlib.contextmanager
+def locked(folder, what):
+    """Keep other runs out of ``folder`` (made where it is missing) while the block runs.
+
+    A file in the folder says who is there: the kernel holds a lock on it for the process, so that one which was killed
+    frees it at once; another machine's counts for as long as it is touched, ``SILENCE`` seconds at most. Of the ranks
+    of one job the first has the lock, for all of them.
+
+    Args:
+        folder: a path.
+        what: what this run does there, for the message that another one gets.
+    Raises:
+        InUseError: another run is there; one line names it.
+        OSError: the lock cannot be written.
+    """
+    path = Path(folder).resolve() / LOCK
+    if _later_rank():
+        yield
+        return
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
+        file = _take(path, folder) if writable else None
+    if file is None:  # nobody can change such a folder
+        yield
+        return
+    ended = threading.Event()
+    _locks.add(file)
+    try:
+        with writing(path):
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "kernel": _kernel(), "machine": _machine()}
+            file.seek(0)
+            file.truncate()
+            json.dump(holder | {"what": what, "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
+            file.flush()
+        threading.Thread(target=_beat, args=(path, ended), daemon=True).start()
+        yield
+    finally:
+        ended.set()
+        path.unlink(missing_ok=True)  # before others can have the lock, who would lose theirs
+        _locks.discard(file)
+        file.close()
+
+
+_locks = set()  # open files
+
+
+def _leave_locks():
+    while _locks:
+        _locks.pop().close()
+
+
+if hasattr(os, "register_at_fork"):  # else a loader's workers would keep the lock when this process was killed
+    os.register_at_fork(after_in_child=_leave_locks)
+
+
+def _take(path, folder):
+    """The lock's file, open and locked; its content is that of the holder before."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            new = True
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                new = False
+                try:
+                    descriptor = os.open(path, os.O_RDWR)
+                except FileNotFoundError:  # its owner ended between the two
+                    continue
+            file = stack.enter_context(open(descriptor, "r+"))
+            supported = True
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InUseError(_refusal(folder, _holder(file))) from None
+            except (AttributeError, OSError):  # no fcntl; a file system without locks
+                supported = False
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    break  # else the one before has ended, and removed what we have just locked
+        holder = _holder(file)
+        if holder.get("kernel") == _kernel():
+            gone = supported or (holder["machine"] == _machine() and not _alive(holder["pid"]))
+        else:
+            gone = new or (supported and not holder)
+        if not gone and _now(path.parent) - path.stat().st_mtime < SILENCE:
+            raise InUseError(_refusal(folder, holder))
+        stack.pop_all()
+        return file
+
+
+def _refusal(folder, holder):
+    who = "another run works here"
+    if holder:
+        who += f": {holder['what']}, process {holder['pid']} on {holder['host']} since {holder['since']}"
+    return f"{folder}: {who}; wait for its end, or use another folder"
+
+
+def _holder(file):
+    """What the lock says; empty where its owner has not written it yet, or died before."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.load(file)
+        if isinstance(found, dict) and found.keys() >= {"pid", "host", "kernel", "machine", "what", "since"}:
+            return found
+    return {}
+
+
+def _beat(path, ended):
+    while not ended.wait(BEAT):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _now(folder):
+    """The time by the clock that stamps the files of this folder, which may be a server's."""
+    probe = temporary_path(folder / LOCK)
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _later_rank():
+    """Whether this process is one of a job's other ranks, started by torchrun, Lightning or Slurm."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    if any(os.environ.get(name, "0") not in ("", "0") for name in names):
+        return True
+    if "torch" not in sys.modules:  # which takes seconds to load
+        return False
+    from .distributed import rank_and_world
+
+    return rank_and_world()[0] > 0
+
+
+@functools.cache
+def _kernel():
+    """Which running system this is: containers on it share the kernel's locks, whatever they call themselves."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+@functools.cache
+def _machine():
+    """Which processes' numbers mean the same here: eight hex digits for a kernel and its space of processes."""
+    space = ""
+    with contextlib.suppress(OSError):
+        space = os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(f"{_kernel()} {space}".encode()).hexdigest()[:8]
+
+
+def _alive(pid):
+    """Whether a process of this machine runs."""
+    if fcntl is None:  # os.kill would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
 
 
 def read_json(path):
@@ -44,12 +278,12 @@ def read_json(path):
 def write_json(path, content):
     """Write all or nothing: to a temporary file, renamed when it is on the disk. Raises OSError, which names it."""
     path = Path(path)
+    with replacing(path) as temporary, open(temporary, "w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
     with writing(path):
-        with replacing(path) as temporary, open(temporary, "w") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # makes this rename, and those before it, last through a power cut
