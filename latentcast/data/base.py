@@ -82,6 +82,11 @@ class VideoDataset(Dataset):
         window = self._windows.place(index, self.epoch)
         return {"frames": self.read_video(*window), "conditions": self.read_conditions(*window)}
 
+    def item_name(self, index):
+        """What ``dataset[index]`` reads, for messages."""
+        video, start, stop = self._windows.place(index, self.epoch)
+        return f"{self.videos[video].name}, frames {start} to {stop - 1}"
+
 
 class ClipWindows:
     """Where the clips of an epoch lie in videos of the given lengths; see VideoDataset."""
