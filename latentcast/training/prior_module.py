@@ -25,6 +25,11 @@ class PriorModule(TrainingModule):
         self.n_context = n_context
         self._encode = tokenizer.encode if tokenizer is not None else None  # a method: not one of the submodules
 
+    def validation_step(self, batch, batch_idx):
+        """Every batch gets noise of its own, the same in each validation."""
+        self.model.eval_seed = batch_idx * self.trainer.world_size + self.trainer.global_rank
+        return super().validation_step(batch, batch_idx)
+
     def compute(self, batch):
         kind = self.model.accepts
         if kind == "pixels":
