@@ -83,6 +83,7 @@ if __name__ == "__main__":
         ([], [signal.SIGINT, signal.SIGINT], 130, "interrupted: ended without finishing"),
         (["--catch"], [signal.SIGTERM], 143, "interrupted while reading clip_5.mp4: ended without finishing"),
         (["--workers=1"], [signal.SIGINT], 130, "interrupted"),
+        (["--workers=1"], [signal.SIGKILL], -9, ""),  # of the main process alone
     ],
 )
 def test_a_tool_that_hangs_in_native_code_can_be_ended(tmp_path, arguments, numbers, status, message):
@@ -98,11 +99,11 @@ def test_a_tool_that_hangs_in_native_code_can_be_ended(tmp_path, arguments, numb
             time.sleep(0.05)
         for number in numbers:
             time.sleep(0.3)
-            os.killpg(process.pid, number)
+            (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
         _, err = process.communicate(timeout=60)  # until the workers are gone as well: they have the same stderr
     finally:
         with_group_gone(process)
-    assert process.returncode == status and err.splitlines()[-1].startswith(message), err
+    assert process.returncode == status and f"\n{err}".splitlines()[-1].startswith(message), err
 
 
 def with_group_gone(process):

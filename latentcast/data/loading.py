@@ -7,8 +7,9 @@ import functools
 import multiprocessing
 import os
 import signal
+import threading
 import time
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -64,7 +65,8 @@ def open_loader(dataset, kind=Loader, num_workers=0, read_timeout=0, **kwargs):
         if context == "forkserver":
             _start_server(type(dataset).__module__)
     watched = _Watched(dataset, num_workers, read_timeout)
-    return kind(watched, num_workers=num_workers, multiprocessing_context=context, **kwargs)
+    workers = {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _start_worker}
+    return kind(watched, **workers, **kwargs)
 
 
 def waits_for():
@@ -95,11 +97,23 @@ def _waiting_for(dataset):
 def _start_server(*modules):
     """Workers inherit from the server that the two signals are blocked."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch.utils.data", __name__, *modules])
+    resource_tracker.ensure_running()  # would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(worker):
+    """A worker ends with the main process: the server, whose child it is, lives on with it."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """Wait for the end of the process that started this one, and end as well."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class _Watched(Dataset):
