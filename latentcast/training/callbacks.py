@@ -153,11 +153,18 @@ class LastCheckpoint(Callback):
     def __init__(self, path, every_n_steps):
         self.path = Path(path)
         self.every_n_steps = every_n_steps
-        self._saved_step = None  # until training starts there is nothing to save
+        self._saved = None  # step, and whether its validation is to be made again; None until training starts
         self._broken_off = False  # the validation of the step that is saved
+        self._resumed_broken_off = False
+
+    def state_dict(self):
+        return {"broken_off": self._broken_off}
+
+    def load_state_dict(self, state):
+        self._resumed_broken_off = state["broken_off"]
 
     def on_train_start(self, trainer, pl_module):
-        self._saved_step = trainer.global_step
+        self._saved = trainer.global_step, self._resumed_broken_off
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
@@ -172,9 +179,10 @@ class LastCheckpoint(Callback):
             self._save(trainer)
 
     def _save(self, trainer):
-        if self._saved_step is not None and trainer.global_step != self._saved_step:
+        state = trainer.global_step, self._broken_off
+        if self._saved not in (None, state):
             trainer.save_checkpoint(self.path, False)  # False: not the weights alone
-            self._saved_step = trainer.global_step
+            self._saved = state
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         """Keep what the data is, and make Lightning's counters those of the end of a step."""
