@@ -64,6 +64,7 @@ setup(
     extras_require={
         "dev": [
             "pytest>=8",
+            "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "build>=1.2",

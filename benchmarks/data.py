@@ -16,10 +16,10 @@ from common import run_parts, say, seconds  # isort: skip  (sets the thread poli
 
 import av
 import torch
-from torch.utils.data import DataLoader
 
 from latentcast import VQVAE, VideoFolder, prepared_videos
 from latentcast.data.benchmarks.folder import Folder
+from latentcast.data.loading import open_loader
 from latentcast.data.prepared import prepare
 
 N_VIDEOS, N_FRAMES, HEIGHT, WIDTH, SIZE = 24, 150, 240, 320, 64
@@ -101,9 +101,8 @@ def check_equal(sets):
 
 def clips_per_second(dataset, n_workers):
     """Of the best of three windows of SECONDS / 3 seconds, after a first epoch."""
-    loader = DataLoader(
-        dataset, BATCH, shuffle=True, num_workers=n_workers, persistent_workers=n_workers > 0, drop_last=True
-    )
+    options = {"batch_size": BATCH, "shuffle": True, "drop_last": True, "persistent_workers": n_workers > 0}
+    loader = open_loader(dataset, num_workers=n_workers, read_timeout=300, **options)
     for _ in loader:
         pass
     best = 0.0

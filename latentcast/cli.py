@@ -4,8 +4,13 @@ import argparse
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
+import select
+import signal
+import socket
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -49,7 +54,8 @@ def run_tool(main, parser, argv=None):
     handler.setFormatter(_OneLine("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # libraries that print must not spoil the last line
+        # Libraries that print must not spoil the last line.
+        with ending_when_asked(), contextlib.redirect_stdout(sys.stderr):
             result = main(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -67,6 +73,59 @@ def run_tool(main, parser, argv=None):
         raise SystemExit(1) from None
     if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0:  # torchrun's, Lightning's
         print(json.dumps(result), flush=True)
+
+
+GRACE = 10  # seconds in which a tool that was asked to end may do so by itself
+
+
+@contextlib.contextmanager
+def ending_when_asked(grace=GRACE):
+    """Inside the block a second ctrl-C ends the process, and so does SIGTERM where it waits for data in vain.
+
+    Handlers in Python do not run while the main thread is in native code, which a decoder may never leave. The
+    system tells a thread here of each signal, and it ends the process and its workers if nothing has come of it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_end_when_asked, args=(ours, grace), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()  # ends the thread
+
+
+def _end_when_asked(signals, grace):
+    interrupts = 0
+    with signals:
+        while number := signals.recv(1):
+            interrupts += number[0] == signal.SIGINT
+            if interrupts > 1:
+                reading, status = None, 130
+            elif number[0] == signal.SIGTERM and (reading := _waits_for()):
+                status = 128 + signal.SIGTERM
+            else:
+                continue
+            ready, _, _ = select.select([signals], [], [], grace)
+            if not ready and (reading is None or _waits_for() is reading):
+                _end(status, reading)
+
+
+def _waits_for():
+    loading = sys.modules.get("latentcast.data.loading")  # tools that load nothing do without torch
+    return loading and loading.waits_for()
+
+
+def _end(status, reading):
+    what = f" while reading {reading[0].reads()}" if reading else ""
+    print(f"interrupted{what}: ended without finishing the step at hand", file=sys.stderr, flush=True)
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(status)
 
 
 def experiment_parser(description):

@@ -39,6 +39,14 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
+def all_reduced(tensor):
+    """The sum of every process's tensor, as a new one."""
+    tensor = tensor.clone()
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def barrier():
     """Wait for the other processes, if there are any."""
     if dist.is_initialized():

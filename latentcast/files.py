@@ -52,10 +52,11 @@ _sweep_once = functools.cache(sweep)  # a folder of thousands of files is writte
 
 
 @contextlib.contextmanager
-def replacing(path, advice=""):
+def replacing(path, advice="", durable=False):
     """Give a temporary path beside ``path`` (folders are made) that takes its place when the block ends well.
 
-    What killed processes left in the folder goes. Errors of writing name ``path``, see ``writing``.
+    What killed processes left in the folder goes. Errors of writing name ``path``, see ``writing``. ``durable``: the
+    file is on the disk before it takes the place, and has it after a power cut.
     """
     path = Path(path)
     temporary = temporary_path(path)
@@ -64,9 +65,21 @@ def replacing(path, advice=""):
         _sweep_once(path.parent)
         try:
             yield temporary
+            if durable:
+                _to_disk(temporary)
             os.replace(temporary, path)
+            if durable:
+                _to_disk(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -301,18 +314,9 @@ def _depth(value):
 
 def write_json(path, content):
     """Write all or nothing: to a temporary file, renamed when it is on the disk. Raises OSError, which names it."""
-    path = Path(path)
-    with replacing(path) as temporary, open(temporary, "w") as file:
+    with replacing(path, durable=True) as temporary, open(temporary, "w") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    with writing(path):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes this rename, and those before it, last through a power cut
-        finally:
-            os.close(folder)
 
 
 def error_numbers(error):

@@ -38,6 +38,7 @@ class Prior(VideoModel):
 
     accepts = "codes"
     min_context = 1
+    eval_seed = 0  # of the noise of ``forward`` in eval mode; validation gives each batch its own
     conditions: dict = {}  # noqa: RUF012  (what the prior needs of each frame or video, as in VideoDataset)
 
     def prepare(self, clips):

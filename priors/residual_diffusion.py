@@ -328,7 +328,7 @@ class ResidualDiffusion(Prior):
         """The loss of Eq. 9 and 10 with teacher forcing, a mean over frames and numbers.
 
         All predicted frames of all clips go through the U-Net at once. In eval mode noise and diffusion steps are the
-        same in every call, so that losses compare.
+        same in every call (``eval_seed``), so that losses compare.
 
         Args:
             clip: (B, T, C, H, W) frames in [-1, 1], or latents. n_context: context frames, which the loss skips; two
@@ -348,7 +348,7 @@ class ResidualDiffusion(Prior):
             self._follow((target - mu).detach())
         noise_mu = mu.detach() if self.config.detach_mu else mu
         y = (target - noise_mu) / (sigma.detach() if torch.is_tensor(sigma) else sigma)  # Eq. 5
-        generator = None if self.training else torch.Generator().manual_seed(0)
+        generator = None if self.training else torch.Generator().manual_seed(self.eval_seed)
         n = self._draw_steps(n_clips, n_frames - n_context, generator)
         noise = randn_tensor(y.shape, generator, y.device, y.dtype)
         alpha_bar = self.alpha_bars.to(y)[n].view(-1, 1, 1, 1)

@@ -247,7 +247,7 @@ class SDEDiffusion(Prior):
         """The loss of Eq. 12, a mean over numbers, by Algorithm 1.
 
         In training on a random subset of each clip's future frames; in eval mode on all of them, with noise and
-        Brownian paths that are the same at every call, so that validation losses can be compared.
+        Brownian paths that are the same at every call (``eval_seed``), so that validation losses can be compared.
 
         Args:
             clip: (B, T, D, h, w) latents, or frames in [-1, 1]. n_context: context frames, which the loss skips.
@@ -267,7 +267,8 @@ class SDEDiffusion(Prior):
             seeds, source = None, {"device": device}
         else:
             steps = torch.arange(1, n_future + 1, device=device).expand(batch, -1)
-            seeds, source = [(0, row) for row in range(batch)], {"generator": torch.Generator().manual_seed(0)}
+            seeds = [(self.eval_seed, row) for row in range(batch)]
+            source = {"generator": torch.Generator().manual_seed(self.eval_seed)}
 
         start = self.encode_motion(clip[:, :n_context].to(self.dtype))
         kl = None

@@ -136,7 +136,7 @@ class RankRecorder(Recorder):
 
 
 def test_ranks_share_an_epoch(tmp_path):
-    fit(VideoDataModule(DIGITS, batch_size=5), RankRecorder(tmp_path), max_epochs=2, strategy="ddp_fork", devices=2)
+    fit(VideoDataModule(DIGITS, batch_size=5), RankRecorder(tmp_path), max_epochs=2, strategy="ddp_spawn", devices=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for epoch in range(2):
         clips = [clip.numpy().tobytes() for clip in torch.cat([trained[epoch] for trained, _ in ranks])]

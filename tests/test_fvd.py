@@ -200,7 +200,7 @@ def test_two_processes_give_the_figure_of_one():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with mp.Manager() as manager:
+    with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
         mp.spawn(_rank_computes, (port, results), nprocs=2)
         assert sorted(results.keys()) == [0, 1]

@@ -363,6 +363,21 @@ def test_only_prior_and_decoder_move(encoded, tmp_path, bridge):
     assert moved == {name for name in expected if name.startswith("decoder.")}
 
 
+def test_lambda_reaches_the_prior_over_a_bridge_alone_also_where_gradients_are_clipped(encoded, tmp_path):
+    def prior_after(name, *overrides):
+        borrow(encoded, (tmp_path / name).mkdir() or tmp_path / name, "tokenizer")
+        clipped = ["trainer.gradient_clip_val=0.01", "trainer.max_steps=2"]
+        plain = ["optimizer._target_=torch.optim.SGD", "optimizer.lr=1", *clipped]
+        call(tmp_path / name, *JOINT, *plain, *overrides)
+        return load_model(tmp_path / name / "run/joint/prior").state_dict()
+
+    few = prior_after("few", "joint_training.weight=0.1")
+    many = prior_after("many", "joint_training.weight=1000")
+    assert all(torch.equal(few[name], many[name]) for name in few)
+    bridged = prior_after("bridged", "joint_training.weight=1000", "joint_training.bridge=straight_through")
+    assert not all(torch.equal(few[name], bridged[name]) for name in few)
+
+
 def test_it_goes_on_with_the_prior_that_was_trained_alone(encoded, tmp_path):
     """At a learning rate of 0 both stages come out as they went in."""
     run = borrow(encoded, tmp_path, "tokenizer")
@@ -445,7 +460,8 @@ class Stop(pl.Callback):
 
 def fit(config, tokenizer, callbacks=()):
     """-> the TrainingRun after a joint training, its last checkpoint."""
-    run = TrainingRun.open(config, "joint")
+    with TrainingRun.open(config, "joint") as run:
+        pass
     pl.seed_everything(config.seed)
     data = VideoDataModule(instantiate(config.data), config.batch_size, 0, config.seed)
     tokenizer = load_model(tokenizer)

@@ -8,10 +8,10 @@ from diffusers import AutoencoderKL
 from test_latent_cache import Noise, contents
 from tiny import random_frames, tiny_tokenizer
 from torch.distributions import Normal, kl_divergence
-from torch.utils.data import DataLoader
 
 from latentcast import KLVAE, LatentCacheDataset, LatentCacheWriter, load_model
 from latentcast.data.encoding import encode_dataset
+from latentcast.data.loading import open_loader
 from latentcast.layers.gaussian import kl_to_standard_normal, sample_moments, scale_moments
 
 LENGTHS = (5, 12, 9)
@@ -193,7 +193,8 @@ def test_draws_depend_on_seed_epoch_and_index_alone(cache):
     def draw(seed=0, epoch=0, num_workers=0, **options):
         dataset = LatentCacheDataset(cache, 3, split="val", seed=seed, **options)
         dataset.set_epoch(epoch)
-        return torch.stack([item["latents"] for item in DataLoader(dataset, batch_size=None, num_workers=num_workers)])
+        loader = open_loader(dataset, num_workers=num_workers, batch_size=None)
+        return torch.stack([item["latents"] for item in loader])
 
     first = draw()
     assert torch.equal(first, draw()) and torch.equal(first, draw(num_workers=2))

@@ -105,7 +105,7 @@ def test_videos_are_the_same_everywhere():
     again = digits()
     alone = torch.stack([dataset[i]["frames"] for i in range(36)])
     assert torch.equal(alone, torch.stack([again[i]["frames"] for i in reversed(range(36))]).flip(0))
-    loader = DataLoader(dataset, batch_size=5, num_workers=2)
+    loader = DataLoader(dataset, batch_size=5, num_workers=2, multiprocessing_context="forkserver")
     assert torch.equal(torch.cat([batch["frames"] for batch in loader]), alone)
     assert len({hashlib.md5(clip.numpy().tobytes()).hexdigest() for clip in alone[::3]}) == 12
     assert not torch.equal(digits(seed=1)[0]["frames"], alone[0])

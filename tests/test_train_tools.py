@@ -130,9 +130,9 @@ def test_killed_and_interrupted_runs_can_be_resumed(tmp_path):
     for number in (signal.SIGKILL, signal.SIGINT):
         process = start_tool("train_tokenizer", tmp_path, *endless)
         since = last.stat().st_mtime_ns if last.exists() else 0
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (last.exists() and last.stat().st_mtime_ns > since):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            assert process.poll() is None and time.monotonic() < deadline, (process.kill(), process.communicate())
             time.sleep(0.02)
         os.killpg(process.pid, number)
         out, err = process.communicate(timeout=60)
@@ -143,6 +143,25 @@ def test_killed_and_interrupted_runs_can_be_resumed(tmp_path):
     assert steps[0] % 3 == 0 and steps[1] > steps[0] >= 3
     figures = call_tool("train_tokenizer", tmp_path, "resume=true", f"trainer.max_steps={steps[1] + 2}")
     assert figures["steps"] == steps[1] + 2
+
+
+def test_two_runs_do_not_train_in_one_folder(tmp_path):
+    endless = ["trainer.max_steps=100000", "checkpoint_every_n_steps=1"]
+    processes = [start_tool("train_tokenizer", tmp_path, *endless) for _ in range(2)]
+    while all(process.poll() is None for process in processes):
+        time.sleep(0.05)
+    processes.sort(key=lambda process: process.poll() is None)
+    (_, err), second = processes[0].communicate(), processes[1]
+    assert processes[0].returncode == 1 and "Traceback" not in err
+    assert str(second.pid) in err.splitlines()[-1] and "training (tokenizer)" in err.splitlines()[-1], err
+    last = tmp_path / "run/tokenizer_training/last.ckpt"
+    while not last.exists():
+        assert second.poll() is None
+        time.sleep(0.05)
+    os.killpg(second.pid, signal.SIGKILL)
+    second.communicate()
+    step = torch.load(last, weights_only=True)["global_step"]  # and the lock of a killed run keeps nobody out
+    assert call_tool("train_tokenizer", tmp_path, "resume=true", f"trainer.max_steps={step}")["steps"] == step
 
 
 def test_a_resumed_run_may_have_larger_batches(tmp_path):

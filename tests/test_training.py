@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import signal
 from collections import defaultdict
 from types import SimpleNamespace
@@ -23,15 +24,18 @@ from latentcast import (
     VideoDataModule,
     VideoTransformer,
     instantiate,
+    load_config,
     load_model,
     probe,
 )
+from latentcast.cli import UserError
 from latentcast.config import to_container
 from latentcast.modeling import fingerprint
 from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
 from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, WeightAverage
+from latentcast.training.checkpoints import check_checkpoint
 from latentcast.training.loggers import read_metrics
-from latentcast.training.run import TrainingRun, check_checkpoint, preview_clips, replacing_folder
+from latentcast.training.run import TrainingRun, preview_clips, replacing_folder
 
 EPOCH = N_CLIPS // 8  # steps
 
@@ -49,7 +53,8 @@ class Stop(pl.Callback):
 
 def build(config, stage):
     """-> (TrainingRun, module, data) of the tiny experiment; the prior learns pixels, so that it needs no tokenizer."""
-    run = TrainingRun.open(config, stage)
+    with TrainingRun.open(config, stage) as run:
+        pass
     pl.seed_everything(config.seed)
     data = VideoDataModule(instantiate(config.data), config.batch_size, config.num_workers, config.seed)
     arguments = (instantiate(config.optimizer), to_container(config.lr_scheduler))
@@ -130,6 +135,100 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tmp_path, stage, ex
     assert expected["lr_schedulers"] == found["lr_schedulers"]
     assert curves(whole)["train/loss"] == curves(resumed)["train/loss"]
     assert [step for step, _ in curves(resumed)["train/loss"]] == list(range(9))
+
+
+class StopAt(pl.Callback):
+    """Sends this process a signal, or raises, in a hook of the n-th validation or at the n-th picture."""
+
+    def __init__(self, hook, n, number):
+        self.n, self.number = n, number
+        setattr(self, hook, self.count)
+
+    def count(self, trainer, *_):
+        if not trainer.sanity_checking:
+            self.n -= 1
+            if self.n == 0 and self.number is None:
+                raise RuntimeError("of this test")
+            if self.n == 0:
+                os.kill(os.getpid(), self.number)
+
+
+class Pictures(ReconstructionPreview):
+    def draw(self, pl_module, path):
+        self.before(pl_module.trainer)
+        return super().draw(pl_module, path)
+
+
+CHAIN = [
+    *(
+        "trainer.max_steps=11",
+        "lr_scheduler.name=cosine",
+        "data.n_videos=20",
+        "batch_size=4",
+        "trainer.val_check_interval=3",
+    ),
+    *("trainer.check_val_every_n_epoch=null", "trainer.limit_val_batches=2", "data.n_heldout_videos=12"),
+    *("checkpoint_every_n_steps=2", "optimizer.lr=0.02", "preview.every_n_steps=4"),
+]
+
+
+def chain(config, stop=None):
+    """5 batches an epoch; validations of two batches after steps 3, 6 and 9, pictures after 4, 8 and 11."""
+    run, module, data = build(config, "tokenizer")
+    pictures = Pictures(preview_clips(data, 2)[0], run.preview_dir, config.preview.every_n_steps)
+    pictures.before = stop.count if hasattr(stop, "draw") else lambda trainer: None
+    run.fit(module, data, [CodebookMonitor([16]), pictures, *([stop] if stop else [])])
+    return run, module
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return chain(tiny_config(tmp_path_factory.mktemp("whole"), *CHAIN))[0]
+
+
+def rows(run):
+    found = read_metrics(run.run_dir / "metrics" / f"{run.stage}.csv")
+    return sorted(row for row in found if not row[1].startswith("throughput"))
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_wherever_a_run_is_stopped_it_goes_on_with_the_right_weights_and_every_row(tmp_path, whole, error):
+    """A signal saves the step at hand, an error leaves the last checkpoint; what is logged is logged once."""
+    term, interrupt = (None, None) if error else (signal.SIGTERM, signal.SIGINT)
+    stops = [
+        StopAt("on_validation_batch_start", 1, term),
+        StopAt("on_before_optimizer_step", 2, term),  # of the last step of an epoch
+        StopAt("on_before_optimizer_step", 1, interrupt),  # of a step that validates
+        StopAt("draw", 1, interrupt),
+        StopAt("on_validation_batch_end" if error else "on_validation_batch_start", 1, interrupt),
+        StopAt("on_validation_end", 1, term),
+    ]
+    for n, stop in enumerate(stops):
+        with pytest.raises(RuntimeError if error else KeyboardInterrupt):
+            chain(tiny_config(tmp_path, *CHAIN, *(["resume=true"] if n else [])), stop)
+        assert stop.n == 0
+    resumed, _ = chain(tiny_config(tmp_path, *CHAIN, "resume=true"))
+    expected, found = last(whole), last(resumed)
+    for part in ("state_dict", "current_model_state"):
+        assert all(torch.equal(tensor, found[part][name]) for name, tensor in expected[part].items()), part
+    assert str(expected["optimizer_states"]) == str(found["optimizer_states"])
+    assert rows(resumed) == rows(whole)
+
+
+def test_batches_of_validation_have_noise_of_their_own_and_the_same_each_time(tmp_path):
+    seen = []
+
+    class Record(pl.Callback):
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            seen.append(torch.rand(()).item())
+
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            seen.append(pl_module.model.eval_seed)
+
+    steps = ["trainer.max_steps=2", "trainer.val_check_interval=1", "trainer.num_sanity_val_steps=0"]
+    pair = ["batch_size=4", "trainer.limit_val_batches=2"]
+    fit(tiny_config(tmp_path, *PIXEL_PRIOR, *steps, *pair), "prior", [Record()])
+    assert seen[:4] * 3 == seen and seen[0] != seen[2] and seen[1] != seen[3]
 
 
 def test_the_average_lives_on_the_device_of_the_training(tmp_path):
@@ -422,6 +521,108 @@ def test_checkpoints_are_plain_and_bad_ones_are_refused_in_one_line(tmp_path):
             fit(tiny_config(tmp_path, "resume=true"))
         assert "\n" not in str(error.value)
         assert run.last.read_bytes() == damaged
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    config = tiny_config(tmp_path, "checkpoint_every_n_steps=1")
+    run, module, data = build(config, "tokenizer")
+
+    class NoSpace(pl.Callback):
+        """No file may grow beyond half a checkpoint: what a full disk does to one that is being written."""
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (run.last.stat().st_size // 2, limits[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match=r"(last|best)\.ckpt: cannot be written \(File too large\)$"):
+            run.fit(module, data, [NoSpace()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert last(run)["global_step"] == 2
+    assert {path.name for path in run.training_dir.iterdir()} <= {"last.ckpt", "best.ckpt"}
+    figures, _, _ = fit(tiny_config(tmp_path, "resume=true"))
+    assert figures["steps"] == 4
+
+
+def test_what_resuming_applies_and_what_it_refuses_by_name(tmp_path):
+    start = ["optimizer.lr=0.01", "lr_scheduler.name=linear", "lr_scheduler.num_warmup_steps=2", "ema_decay=0.9"]
+    _, _, run = fit(tiny_config(tmp_path, *start, "trainer.max_steps=2"))
+    config, checkpoint = (run.run_dir / "config.yaml").read_text(), run.last.read_bytes()
+    go_on = [*start, "resume=true", "trainer.max_steps=6"]
+    for override, found in {
+        "optimizer._target_=torch.optim.SGD": "optimizer._target_=torch.optim.AdamW, asked for torch.optim.SGD",
+        "optimizer.betas=[0.5,0.9]": r"optimizer.betas=\[0.9, 0.999\], asked for \[0.5, 0.9\]",
+        "tokenizer.dead_code_threshold=0.5": "tokenizer.dead_code_threshold=.*, asked for 0.5",
+        "data.n_videos=20": "data.n_videos=24, asked for 20",
+        "clip_length=3": "clip_length=4, asked for 3",
+        "seed=1": "data.seed=0, asked for 1",
+        "trainer.overfit_batches=1": "trainer.overfit_batches=0.0, asked for 1",
+    }.items():
+        with pytest.raises(ValueError, match=rf"last.ckpt: trained with {found}, which resume=true cannot change;"):
+            fit(tiny_config(tmp_path, *go_on, override))
+    assert (run.run_dir / "config.yaml").read_text() == config and run.last.read_bytes() == checkpoint
+
+    lower = ["optimizer.lr=0.002", "optimizer.weight_decay=0.3", "trainer.precision=bf16-mixed", "batch_size=4"]
+    _, module, run = fit(tiny_config(tmp_path, *go_on, *lower))
+    rates = dict(curves(run)["lr-AdamW"])
+    assert [rates[step] for step in range(2, 6)] == pytest.approx([0.002, 0.0015, 0.001, 0.0005])  # down to 0 at step 6
+    (group,) = last(run)["optimizer_states"][0]["param_groups"]
+    assert group["weight_decay"] == 0.3 and module.trainer.precision == "bf16-mixed"
+    assert load_config(run.run_dir / "config.yaml").optimizer.lr == 0.002
+    fit(tiny_config(tmp_path, *start, "resume=true", "trainer.max_steps=7", "lr_scheduler.name=constant"))
+    assert curves(run)["lr-AdamW"][-1] == (6, 0.01)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["strategy=ddp_spawn", "devices=2"], "trainer.strategy: expected auto or ddp, .*, found DDPStrategy by spawn"),
+        (["fast_dev_run=true"], "trainer.fast_dev_run: not with the tools; trainer.max_steps=1"),
+        (["barebones=true"], "trainer.barebones: not with the tools; it logs nothing"),
+        (["default_root_dir=elsewhere"], "trainer.default_root_dir: not with the tools; run_dir says where"),
+        (["max_steps=0"], "trainer.max_steps: expected anything but 0"),
+        (["limit_train_batches=0.0"], "trainer.limit_train_batches: expected anything but 0"),
+        (["accumulate_grad_batches=0"], "trainer.accumulate_grad_batches: expected anything but 0"),
+        (["check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch: expected anything but 0"),
+        (["val_check_interval=50"], "`val_check_interval` .50. must be less than or equal"),
+        (["callbacks=[{_target_: pytorch_lightning.callbacks.WeightAveraging}]"], "found a second average"),
+    ],
+)
+def test_options_of_the_trainer_that_cannot_be_honoured_are_refused_and_cost_nothing(tmp_path, overrides, message):
+    earlier = tmp_path / "run/tokenizer_training/last.ckpt"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("of an earlier training")
+    with pytest.raises((UserError, ValueError), match=message):
+        fit(tiny_config(tmp_path, "overwrite=true", *(f"trainer.{override}" for override in overrides)))
+    assert earlier.read_text() == "of an earlier training" and not list((tmp_path / "run").glob("*.yaml"))
+
+
+def test_options_of_the_trainer_that_change_the_batches(tmp_path):
+    seen = []
+
+    class Record(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(batch["frames"].numpy().tobytes())
+
+    def batches(name, *overrides):
+        seen.clear()
+        fit(
+            tiny_config((tmp_path / name).mkdir() or tmp_path / name, "trainer.max_steps=6", *overrides),
+            "tokenizer",
+            [Record()],
+        )
+        return list(seen)
+
+    plain = batches("plain")
+    assert len(set(plain)) == 6
+    assert batches("reloaded", "trainer.reload_dataloaders_every_n_epochs=1") == plain
+    assert len(set(batches("overfit", "trainer.overfit_batches=1"))) == 1
+    stops = "trainer.callbacks=[{_target_: pytorch_lightning.callbacks.Timer, duration: '00:00:00:00'}]"
+    assert batches("stopped", stops) == []  # one's own callbacks are called
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):

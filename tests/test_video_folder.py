@@ -18,6 +18,7 @@ from latentcast import VideoFolder, instantiate, load_config, probe, read_clip
 from latentcast.cli import run_tool
 from latentcast.data import video_folder as module
 from latentcast.data.base import EmptySplitError, VideoDataset
+from latentcast.data.loading import open_loader
 from latentcast.data.video_reader import VideoError
 
 GOOD = ["a.mp4", "b.mkv", "deep/c.avi", "deep/d.webm", "deep/er/e.gif", "deep/er/f.MOV"]
@@ -107,8 +108,8 @@ def _count(arguments):
 
 def test_processes_that_index_at_once_agree(video_folder, tmp_path):
     root = fresh_copy(video_folder, tmp_path / "videos")
-    context = multiprocessing.get_context("fork")
-    with multiprocessing.Manager() as manager, context.Pool(3) as pool:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, context.Pool(3) as pool:
         barrier = manager.Barrier(3)
         assert pool.map(_count, [(root, barrier)] * 3, chunksize=1) == [[24, 26, 28, 30, 32, 34]] * 3
     assert sorted(p.name for p in root.iterdir() if p.name.startswith(".")) == [
@@ -274,7 +275,7 @@ def test_grey_is_luma(wide):
     assert torch.allclose(grey[:, 0], 0.299 * rgb[:, 0] + 0.587 * rgb[:, 1] + 0.114 * rgb[:, 2], atol=1e-5)
 
 
-@pytest.mark.parametrize(("n_workers", "start"), [(2, "fork"), (1, "spawn")])
+@pytest.mark.parametrize(("n_workers", "start"), [(2, "forkserver"), (1, "spawn")])
 def test_workers_give_the_same_clips(video_folder, n_workers, start):
     dataset = open_folder(video_folder, size=16)
     dataset.set_epoch(3)
@@ -297,7 +298,7 @@ def test_damage_met_by_a_worker_is_one_line_of_a_tool(tmp_path, capsys):
     dataset = open_folder(tmp_path)
     (tmp_path / "a.mp4").write_bytes(b"nothing left")
     with pytest.raises(SystemExit) as caught:
-        run_tool(lambda _: list(DataLoader(dataset, num_workers=1)), argparse.ArgumentParser(), [])
+        run_tool(lambda _: list(open_loader(dataset, num_workers=1)), argparse.ArgumentParser(), [])
     line = f"error: {tmp_path / 'a.mp4'}: not a readable video (Invalid data found when processing input)"
     assert caught.value.code == 1 and capsys.readouterr().err.splitlines()[-1] == line
 

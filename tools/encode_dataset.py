@@ -30,7 +30,8 @@ def main(args):
                 dataset = open_split(config, split)
             if dataset is not None:
                 root = run_dir / "latents" / split
-                figures[split] = encode_dataset(dataset, tokenizer, root, num_workers=config.num_workers, **options)
+                loading = {"num_workers": config.num_workers, "read_timeout": config.read_timeout}
+                figures[split] = encode_dataset(dataset, tokenizer, root, **loading, **options)
     return {"splits": figures}
 
 

@@ -7,29 +7,38 @@ from latentcast.cli import experiment_parser, run_tool
 
 
 def main(args):
+    from latentcast.config import load_config
+    from latentcast.training.run import TrainingRun
+
+    config = load_config(args.experiment, args.overrides, tool="train_prior")
+    if config.joint:
+        config = load_config(args.experiment, args.overrides, tool="train_jointly")
+    with TrainingRun.open(config, "joint" if config.joint else "prior") as run:
+        return train(config, run)
+
+
+def train(config, run):
     from pytorch_lightning import seed_everything
 
     from latentcast import VideoPredictionPipeline
-    from latentcast.config import instantiate, load_config, to_container
+    from latentcast.config import instantiate, to_container
     from latentcast.data.base import match_conditions
     from latentcast.data.datamodules import VideoDataModule
     from latentcast.modeling import find_tokenizer
     from latentcast.training.callbacks import CollapseMonitor, PredictionPreview
     from latentcast.training.joint import JointModule, start_from
     from latentcast.training.prior_module import PriorModule
-    from latentcast.training.run import TrainingRun, preview_clips, replacing_folder
+    from latentcast.training.run import preview_clips, replacing_folder
 
-    config = load_config(args.experiment, args.overrides, tool="train_prior")
-    if config.joint:
-        config = load_config(args.experiment, args.overrides, tool="train_jointly")
-    run = TrainingRun.open(config, "joint" if config.joint else "prior")
     seed_everything(config.seed)
     tokenizer = find_tokenizer(config, run.run_dir).requires_grad_(False)
     over_frames = config.joint or tokenizer.latent_spec["kind"] == "pixels"
     prior = instantiate(config.prior, latent_spec=tokenizer.latent_spec)
     prior.check_context(config.n_context, config.clip_length)
 
-    videos = VideoDataModule(instantiate(config.data), config.batch_size, config.num_workers, config.seed)
+    videos = VideoDataModule(
+        instantiate(config.data), config.batch_size, config.num_workers, config.seed, config.read_timeout
+    )
     data = videos if over_frames else open_cache(config, run.run_dir, tokenizer, prior, videos)
     match_conditions(prior.conditions, type(prior).__name__, data.train_set.conditions, "the data set")
     clips, fps = preview_clips(videos, config.preview.n_clips)
@@ -95,6 +104,7 @@ def open_cache(config, run_dir, tokenizer, prior, videos):
         seed=config.seed,
         sample_posterior=config.cache.sample_posterior,
         expect=expect,
+        read_timeout=config.read_timeout,
     )
     for cached, source in ((data.train_set, videos.train_set), (data.val_set, videos.val_set)):
         if cached is not None and source is not None:

@@ -4,23 +4,32 @@ from latentcast.cli import UserError, experiment_parser, run_tool
 
 
 def main(args):
+    from latentcast.config import load_config
+    from latentcast.training.run import TrainingRun
+
+    config = load_config(args.experiment, args.overrides, tool="train_tokenizer")
+    with TrainingRun.open(config, "tokenizer") as run:
+        return train(config, run)
+
+
+def train(config, run):
     from itertools import islice
 
     from pytorch_lightning import seed_everything
 
-    from latentcast.config import instantiate, load_config, to_container
+    from latentcast.config import instantiate, to_container
     from latentcast.data.datamodules import VideoDataModule
     from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview
-    from latentcast.training.run import TrainingRun, preview_clips
+    from latentcast.training.run import preview_clips
     from latentcast.training.tokenizer_module import TokenizerModule
 
-    config = load_config(args.experiment, args.overrides, tool="train_tokenizer")
-    run = TrainingRun.open(config, "tokenizer")
     seed_everything(config.seed)
     tokenizer = instantiate(config.tokenizer)
     if next(tokenizer.parameters(), None) is None:
         raise UserError(f"{type(tokenizer).__name__} has nothing to learn; go on with tools/train_prior.py")
-    data = VideoDataModule(instantiate(config.data), config.batch_size, config.num_workers, config.seed)
+    data = VideoDataModule(
+        instantiate(config.data), config.batch_size, config.num_workers, config.seed, config.read_timeout
+    )
     clips, _ = preview_clips(data, config.preview.n_clips)
     callbacks = [ReconstructionPreview(clips, run.preview_dir, config.preview.every_n_steps)]
     if tokenizer.is_discrete:

@@ -94,6 +94,11 @@ class VideoDataset(Dataset):
             frames = frames.flip([axis for axis in FLIPS[self.flip] if chance.random() < 0.5])
         return {"frames": frames, "conditions": conditions}
 
+    def item_name(self, index):
+        """What ``dataset[index]`` reads, for messages."""
+        video, start, stop = self._windows.place(index, self.epoch)
+        return f"{self.videos[video].name}, frames {start} to {stop - 1}"
+
 
 class ClipWindows:
     """Where the clips of an epoch lie in videos of the given lengths; see VideoDataset."""

@@ -2,15 +2,15 @@
 
 import itertools
 import logging
-import signal
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from .base import EmptySplitError
 from .latent_cache import LatentCacheDataset
+from .loading import Loader, end_workers, open_loader
 
 logger = logging.getLogger("latentcast")
 
@@ -32,6 +32,10 @@ class _SharedEpoch(Dataset):
         self.dataset.set_epoch(int(self.epoch))
         return self.dataset[index]
 
+    def item_name(self, index):
+        self.dataset.set_epoch(int(self.epoch))
+        return self.dataset.item_name(index)
+
 
 class _EpochSampler(DistributedSampler):
     """Shuffles by (seed, epoch), a share for each rank, and moves the data set to the epoch's windows.
@@ -48,7 +52,7 @@ class _EpochSampler(DistributedSampler):
         return itertools.islice(super().__iter__(), self.skip, None)
 
 
-class _ResumableLoader(DataLoader):
+class _ResumableLoader(Loader):
     """A train loader whose state Lightning saves and restores, so that a resumed run sees the right batches.
 
     It counts its own epochs, because Lightning's count jumps when ``max_steps`` ends a run inside an epoch; a pass that
@@ -66,7 +70,12 @@ class _ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self):
-        return {"epoch": self._epoch, "n_clips": self._n_done * self.sampler.num_replicas}
+        n_processes = self.sampler.num_replicas
+        return {
+            "epoch": self._epoch,
+            "n_clips": self._n_done * n_processes,
+            "batch_clips": self.batch_size * n_processes,
+        }
 
     def load_state_dict(self, state):
         self._epoch, self._n_done = state["epoch"], state["n_clips"] // self.sampler.num_replicas
@@ -75,13 +84,17 @@ class _ResumableLoader(DataLoader):
 class _ClipDataModule(pl.LightningDataModule):
     """Loaders over ``open_split(split)``; subclasses say what that is. ``train_set``, ``val_set``: the data sets."""
 
-    def __init__(self, batch_size, num_workers=0, seed=0):
+    def __init__(self, batch_size, num_workers=0, seed=0, read_timeout=0):
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("read_timeout", read_timeout, 0),
+        ):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, found {value}")
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self._sets = {}
+        self.batch_size, self.num_workers, self.seed, self.read_timeout = batch_size, num_workers, seed, read_timeout
+        self._sets, self._train_loader = {}, None
 
     def open_split(self, split):
         raise NotImplementedError
@@ -104,18 +117,29 @@ class _ClipDataModule(pl.LightningDataModule):
             self._sets[split] = self.open_split(split)
         return self._sets[split]
 
+    def describe(self):
+        """What the train split is, JSON-able: of a latents cache the tokenizer and what was encoded."""
+        return self.train_set.describe()
+
     def setup(self, stage):
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             self._set(split)
 
     def train_dataloader(self):
+        if self.trainer and self.trainer.overfit_batches:  # the same batches in every epoch
+            self.train_set.set_epoch(0)
+            return self._loader(self.train_set)
         world = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         dataset = _SharedEpoch(self.train_set)
         sampler = _EpochSampler(dataset, *world, shuffle=True, seed=self.seed)
         if len(sampler) < self.batch_size:
             logger.warning("train: %d clips a process are fewer than batch_size=%d", len(sampler), self.batch_size)
         drop_last = len(sampler) >= self.batch_size
-        return self._loader(dataset, _ResumableLoader, sampler=sampler, drop_last=drop_last)
+        loader = self._loader(dataset, _ResumableLoader, sampler=sampler, drop_last=drop_last)
+        if self._train_loader is not None:  # trainer.reload_dataloaders_every_n_epochs
+            loader.load_state_dict(self._train_loader.state_dict())
+        self._train_loader = loader
+        return loader
 
     def val_dataloader(self):
         return [] if self.val_set is None else self._loader(self.val_set)
@@ -123,22 +147,21 @@ class _ClipDataModule(pl.LightningDataModule):
     def test_dataloader(self):
         return self._loader(self.test_set)
 
-    def _loader(self, dataset, kind=DataLoader, **kwargs):
-        return kind(
+    def _loader(self, dataset, kind=Loader, **kwargs):
+        return open_loader(
             dataset,
+            kind,
+            self.num_workers,
+            self.read_timeout,
             batch_size=self.batch_size,
-            num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_leave_signals_to_the_main_process,
             pin_memory=torch.cuda.is_available(),
             **kwargs,
         )
 
-
-def _leave_signals_to_the_main_process(worker):
-    """A terminal's ctrl-C reaches the workers too; without them the step at hand could not be finished and saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    def on_exception(self, exception):
+        """Nobody waits for a worker that hangs."""
+        end_workers()
 
 
 class VideoDataModule(_ClipDataModule):
@@ -148,14 +171,15 @@ class VideoDataModule(_ClipDataModule):
         dataset: called with ``split="train"`` and so on, gives a VideoDataset: a class with its other arguments bound.
         batch_size: clips a batch and process. The train loader drops the last, smaller batch of an epoch unless it is
             the only one.
-        num_workers: loader processes.
+        num_workers: loader processes; the data set must pickle for them.
         seed: of the order of clips.
+        read_timeout: seconds that a loader process may take for a clip, see ``open_loader``.
     Raises:
         EmptySplitError: nothing in the train split. An empty val split is logged and leaves out validation.
     """
 
-    def __init__(self, dataset, batch_size, num_workers=0, seed=0):
-        super().__init__(batch_size, num_workers, seed)
+    def __init__(self, dataset, batch_size, num_workers=0, seed=0, read_timeout=0):
+        super().__init__(batch_size, num_workers, seed, read_timeout)
         self.dataset = dataset
 
     def open_split(self, split):
@@ -174,7 +198,7 @@ class LatentDataModule(_ClipDataModule):
     Args:
         cache_root: folder that holds ``train/`` and, unless validation is to be left out, ``val/``.
         clip_length, stride, sample_posterior: see LatentCacheDataset.
-        batch_size, num_workers, seed: as for VideoDataModule; ``seed`` also sets the random windows.
+        batch_size, num_workers, seed, read_timeout: as for VideoDataModule; ``seed`` also sets the random windows.
         expect: keyword arguments for ``LatentCacheDataset.expect``, checked on every split.
     """
 
@@ -188,10 +212,15 @@ class LatentDataModule(_ClipDataModule):
         seed=0,
         sample_posterior=True,
         expect=None,
+        read_timeout=0,
     ):
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, num_workers, seed, read_timeout)
         self.cache_root, self.clip_length, self.stride = Path(cache_root), clip_length, stride
         self.sample_posterior, self.expect = sample_posterior, expect or {}
+
+    def describe(self):
+        manifest = self.train_set.manifest
+        return {"tokenizer": manifest["tokenizer"], "data": manifest["data"]}
 
     def open_split(self, split):
         folder = self.cache_root / split

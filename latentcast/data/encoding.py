@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from latentcast.distributed import barrier, default_device, rank_and_world, rank_zero_first
@@ -15,6 +15,7 @@ from latentcast.files import locked
 from latentcast.modeling import fingerprint
 
 from .latent_cache import LatentCacheWriter, read_manifest
+from .loading import open_loader
 from .video_reader import VideoError, is_away
 
 logger = logging.getLogger("latentcast")
@@ -33,6 +34,7 @@ def encode_dataset(
     batch_frames=256,
     shard_videos=None,
     num_workers=0,
+    read_timeout=0,
     overwrite=False,
     device=None,
 ):
@@ -51,6 +53,7 @@ def encode_dataset(
         root: folder of the cache.
         store, dtype, shard_videos, overwrite: see LatentCacheWriter.
         batch_frames: frames encoded at once.
+        read_timeout: seconds that a process may take to read so many, see ``open_loader``.
         device: default: a GPU when there is one.
     Returns:
         dict of ``videos``, ``frames``, ``bytes``, ``skipped`` of the whole cache and ``frames_per_s`` of this run (None
@@ -105,7 +108,13 @@ def encode_dataset(
         work = writer.pending()
         batches = [(s, segments) for s in work for segments in _batches(videos, writer.shard_videos(s), batch_frames)]
         on_gpu = torch.device(device).type == "cuda"
-        reader = DataLoader(_Reader(dataset, batches), batch_size=None, num_workers=num_workers, pin_memory=on_gpu)
+        reader = open_loader(
+            _Reader(dataset, batches),
+            num_workers=num_workers,
+            read_timeout=read_timeout,
+            batch_size=None,
+            pin_memory=on_gpu,
+        )
         tokenizer = tokenizer.eval().to(device)
         chunk = batch_frames if on_gpu else CPU_CHUNK
         began = time.perf_counter()
@@ -178,6 +187,9 @@ class _Reader(Dataset):
 
     def __len__(self):
         return len(self.batches)
+
+    def item_name(self, index):
+        return ", ".join(self.dataset.videos[video].name for video, _, _ in self.batches[index][1])
 
     def __getitem__(self, index):
         """-> frames (N, C, H, W) of the readable segments, None if there are none; {video: (reason, may pass)} of the

@@ -225,6 +225,11 @@ class LatentCacheDataset(Dataset):
             frames = self.read_video(*window)
         return {self.space: frames, "conditions": self.read_conditions(*window)}
 
+    def item_name(self, index):
+        """What ``dataset[index]`` reads, for messages."""
+        video, start, stop = self._windows.place(index, self.epoch)
+        return f"{self.root}: {self.videos[video].name}, frames {start} to {stop - 1}"
+
     def read_video(self, index, start=0, stop=None):
         """Frames ``start:stop`` of video ``index`` -> (stop - start, ...), int64 codes or float32 latents (the means
         where the cache stores posteriors)."""

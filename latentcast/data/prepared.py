@@ -11,7 +11,6 @@ import filecmp
 import hashlib
 import logging
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
@@ -28,6 +27,7 @@ from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check,
 from . import shards
 from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
 from .benchmarks.base import Clip
+from .loading import end_with_parent
 from .moving_digits import MOTIONS, MovingDigits
 from .pictures import contact_sheet
 from .video_folder import luma
@@ -285,15 +285,10 @@ _worker = {}
 
 def _start_worker(benchmark, writers):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the pool
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # A worker that outlives a killed run would wait for ever, or write into the folder that the next run continues.
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker.update(benchmark=benchmark, writers=writers)
-
-
-def _end_with_parent():
-    # A worker that outlives a killed run would wait for ever, or write into the folder that the next run continues.
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _work(split, shard):

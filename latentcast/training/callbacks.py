@@ -15,8 +15,10 @@ from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import AveragedModel
 
+from latentcast.data.loading import WorkerError, waits_for
 from latentcast.data.pictures import contact_sheet, side_by_side
 from latentcast.data.video_writer import write_image, write_video
+from latentcast.distributed import all_reduced, rank_and_world
 from latentcast.metrics.codebook import CodebookUsage
 from latentcast.metrics.ensemble import ilpips
 
@@ -38,6 +40,8 @@ class WeightAverage(WeightAveraging):
             its random start.
     """
 
+    _validating = False  # the module has the averaged weights
+
     def __init__(self, decay):
         super().__init__()
         self.decay = decay
@@ -46,6 +50,22 @@ class WeightAverage(WeightAveraging):
         if stage == "fit":
             # The module itself moves to its device only after this.
             self._average_model = _Average(pl_module, self.decay, trainer.strategy.root_device)
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        super().on_validation_epoch_start(trainer, pl_module)
+        self._validating = self._average_model is not None
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self._give_back(pl_module)
+
+    def on_exception(self, trainer, pl_module, exception):
+        """A validation that is broken off has no end, and what is saved now must hold each side in its place."""
+        self._give_back(pl_module)
+
+    def _give_back(self, pl_module):
+        if self._validating:
+            self._validating = False
+            self._swap_models(pl_module)
 
     def on_train_end(self, trainer, pl_module):
         """Nothing yet: the last checkpoint must hold the weights that training goes on with. See ``apply``."""
@@ -98,35 +118,55 @@ def find_average(trainer):
 
 
 class StepSeed(Callback):
-    """Makes the randomness of a training step depend on the seed, the rank and the step alone.
+    """Makes the randomness of a training step depend on the seed, the rank and the step alone, and that of a batch of
+    validation on the seed, the rank and the batch's number.
 
-    A resumed run then continues exactly like one that was never stopped, and how often pictures are made does not
-    change the training.
+    A resumed run then continues exactly like one that was never stopped, how often pictures are made does not change
+    the training, and validations compare.
     """
 
     def __init__(self, seed):
         self.seed = seed
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        entropy = [self.seed, trainer.global_rank, trainer.fit_loop.epoch_loop.total_batch_idx]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+        epoch_loop = trainer.fit_loop.epoch_loop
+        self._draw_from(trainer.global_rank, epoch_loop.total_batch_idx)
+        # What Lightning logs a step as; its own count is off by one after some restarts.
+        epoch_loop._batches_that_stepped = trainer.global_step
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self._draw_from(trainer.global_rank, batch_idx, 1)  # another length: none of the training's seeds
+
+    def _draw_from(self, *entropy):
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, *entropy]).generate_state(1, np.uint64)[0]))
 
 
 class LastCheckpoint(Callback):
     """Writes ``path`` every so many steps, at the end, and when the run is asked to stop (SIGTERM, ctrl-C).
 
-    The file is replaced as a whole, so a ``kill -9`` leaves the one before. An error leaves it as it is.
+    A step is saved when all that comes with it is done, its figures logged, its validation and pictures made: that is
+    when the next batch is there, which a resumed run reads again. Whatever ends a run, the metrics file then holds
+    every row up to the checkpoint. A validation that a stop breaks off is made again by the resumed run. The file is
+    replaced as a whole, so a ``kill -9`` leaves the one before. An error leaves it as it is, but for that of a loader.
     """
 
     def __init__(self, path, every_n_steps):
         self.path = Path(path)
         self.every_n_steps = every_n_steps
-        self._saved_step = None
+        self._saved = None  # step, and whether its validation is to be made again; None until training starts
+        self._broken_off = False  # the validation of the step that is saved
+        self._resumed_broken_off = False
+
+    def state_dict(self):
+        return {"broken_off": self._broken_off}
+
+    def load_state_dict(self, state):
+        self._resumed_broken_off = state["broken_off"]
 
     def on_train_start(self, trainer, pl_module):
-        self._saved_step = trainer.global_step
+        self._saved = trainer.global_step, self._resumed_broken_off
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
 
@@ -134,39 +174,69 @@ class LastCheckpoint(Callback):
         self._save(trainer)
 
     def on_exception(self, trainer, pl_module, exception):
-        if isinstance(exception, SIGTERMException):
+        if isinstance(exception, (SIGTERMException, WorkerError)):  # no step is at hand
+            self._broken_off = trainer.validating
             self._save(trainer)
 
     def _save(self, trainer):
-        if trainer.global_step != self._saved_step:
+        state = trainer.global_step, self._broken_off
+        if self._saved not in (None, state):
             trainer.save_checkpoint(self.path, False)  # False: not the weights alone
-            self._saved_step = trainer.global_step
+            self._saved = state
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        """Keep what the data is, and make Lightning's counters those of the end of a step."""
+        checkpoint["data"] = trainer.datamodule.describe()
+        loops = checkpoint["loops"]["fit_loop"]
+        batches = loops["epoch_loop.batch_progress"]
+        if batches["current"]["ready"] > batches["current"]["started"]:
+            batches["is_last_batch"] = False
+            for count in (batches["current"], batches["total"]):
+                count["ready"] -= 1
+            for loader in loops["state_dict"].get("combined_loader", ()):
+                loader["n_clips"] -= loader["batch_clips"]
+        epoch = loops["epoch_progress"]["current"]
+        if batches["is_last_batch"] and epoch["completed"] == epoch["ready"]:
+            # The next step is the first of an epoch; Lightning would make it one by itself.
+            batches["is_last_batch"] = False
+            batches["current"] = dict.fromkeys(batches["current"], 0)
+        # By these numbers a restart knows whether the step's validation is still to be made.
+        begun = int(self._broken_off)
+        for count in ("current", "total"):
+            counts = {"ready": begun, "started": begun, "processed": 0, "completed": 0}
+            loops["epoch_loop.val_loop.batch_progress"][count] = counts
 
 
-class FinishStepOnInterrupt(Callback):
-    """The first ctrl-C ends the run after the step at hand, like SIGTERM; the second one at once."""
+@contextlib.contextmanager
+def finishing_steps(trainer):
+    """In the block the first ctrl-C ends ``trainer``'s run after the step at hand, like SIGTERM; the second one at
+    once. A run that waits for data ends at once too: no step is at hand, and the data may never come."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    _previous = None
+    def terminate(signum, frame):
+        # Lightning puts its own handler, which only takes a note, before this one. Of several ranks all must go on.
+        if not trainer.received_sigterm or (waits_for() and trainer.world_size == 1):
+            raise SIGTERMException
 
-    def on_train_start(self, trainer, pl_module):
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-
-    def _handle(self, signum, frame):
-        self._restore()
+    def interrupt(signum, frame):
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted = True
         logger.warning("interrupted: finishing this step and saving it; press ctrl-C again to stop at once")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _restore(self):
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
-    def on_train_end(self, trainer, pl_module):
-        self._restore()
-
-    def on_exception(self, trainer, pl_module, exception):
-        self._restore()
+    interrupted = False
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class ValidationInterval(Callback):
@@ -206,6 +276,14 @@ class CodebookMonitor(Callback):
 
     def __init__(self, codebook_sizes):
         self.train, self.val = CodebookUsage(codebook_sizes), CodebookUsage(codebook_sizes)
+
+    def state_dict(self):
+        return {"counts": all_reduced(self.train.counts)}
+
+    def load_state_dict(self, state):
+        first = rank_and_world()[0] == 0  # what all ranks have seen counts once
+        self.train.counts = state["counts"] if first else torch.zeros_like(state["counts"])
+        self.train._update_count = int(state["counts"].any())  # it reports what it has seen before the stop as well
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.train.to(pl_module.device).update(outputs["codes"])

@@ -102,6 +102,22 @@ class TrainingModule(pl.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         return self._build_optimizer(None if math.isinf(steps) else int(steps))
 
+    def on_train_start(self):
+        """A resumed run takes learning rate, schedule and weight decay of its own config; Lightning has restored those
+        of the checkpoint."""
+        for optimizer in self.trainer.optimizers:
+            own = optimizer.defaults
+            for group in optimizer.param_groups:
+                group |= {name: own[name] for name in ("lr", "weight_decay") if name in own} | {"initial_lr": own["lr"]}
+        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            groups = scheduler.optimizer.param_groups
+            scheduler.last_epoch = self.trainer.global_step  # counted in steps
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            rates = [base * rate(scheduler.last_epoch) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+            for group, rate in zip(groups, rates):
+                group["lr"] = rate
+            scheduler._last_lr = rates
+
     def _build_optimizer(self, n_steps):
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is None:

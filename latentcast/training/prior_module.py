@@ -41,6 +41,11 @@ class PriorModule(TrainingModule):
             batch = default_collate([data[i * len(data) // n]])
             yield self._clip({name: part.to(self.device) for name, part in batch.items() if torch.is_tensor(part)})
 
+    def validation_step(self, batch, batch_idx):
+        """Every batch gets noise of its own, the same in each validation."""
+        self.model.eval_seed = batch_idx * self.trainer.world_size + self.trainer.global_rank
+        return super().validation_step(batch, batch_idx)
+
     def compute(self, batch):
         return self.model(self._clip(batch), self.n_context)
 

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import pickle
 import shutil
 import time
 import warnings
@@ -12,22 +11,27 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import default_collate
 
 from latentcast.cli import UserError, prepare_run_dir
 from latentcast.config import instantiate, to_container
+from latentcast.files import locked, replacing
 from latentcast.yaml_text import dump
 
 from .callbacks import (
-    FinishStepOnInterrupt,
     LastCheckpoint,
     StepSeed,
     Throughput,
     ValidationInterval,
     WeightAverage,
+    finishing_steps,
 )
+from .checkpoints import WholeFileIO, check_checkpoint
 from .loggers import CSVMetrics, WandbRun, plot_curves, read_metrics
 
 logger = logging.getLogger("latentcast")
@@ -47,12 +51,14 @@ class TrainingRun:
     run_dir: Path
 
     @classmethod
+    @contextlib.contextmanager
     def open(cls, config, stage):
-        """Prepare ``run_dir`` and refuse to start over what is there already.
+        """Prepare ``run_dir``, refuse to start over what is there already, and keep other runs out inside the block.
 
         Raises:
             UserError: not writable, a group or setting that training cannot do without, or there is a run and neither
                 ``resume`` nor ``overwrite`` says what to do.
+            InUseError: another run trains there.
         """
         if config.final_weights not in ("last", "best"):
             raise UserError(f"final_weights: expected last or best, found {config.final_weights!r}")
@@ -63,16 +69,18 @@ class TrainingRun:
         for group in ("prior" if stage == "joint" else stage, "data", "trainer"):
             if config[group] is None:
                 raise UserError(f"{group}: the experiment names none; choose one by {group}=NAME")
+        check_trainer(config.trainer)
         run = cls(config, stage, prepare_run_dir(config.run_dir))
-        # The other ranks start later and must not judge by what rank 0 has written meanwhile.
-        if rank_zero_only.rank == 0 and not (config.resume or config.overwrite):
-            for found in (run.last, run.model_dir):
-                if found.exists():
-                    raise UserError(
-                        f"run_dir {run.run_dir}: it holds {found.relative_to(run.run_dir)} of an earlier training; "
-                        "resume=true continues it, overwrite=true starts over, run_dir=... keeps it"
-                    )
-        return run
+        with locked(run.run_dir, f"training ({stage})"):
+            # The other ranks start later and must not judge by what rank 0 has written meanwhile.
+            if rank_zero_only.rank == 0 and not (config.resume or config.overwrite):
+                for found in (run.last, run.model_dir):
+                    if found.exists():
+                        raise UserError(
+                            f"run_dir {run.run_dir}: it holds {found.relative_to(run.run_dir)} of an earlier training; "
+                            "resume=true continues it, overwrite=true starts over, run_dir=... keeps it"
+                        )
+            yield run
 
     @property
     def training_dir(self):
@@ -110,13 +118,14 @@ class TrainingRun:
             dict of ``steps``, ``val`` (name -> figure of the final weights) and ``seconds``.
         Raises:
             ValueError: the checkpoint is damaged or does not fit the config, or the model does not take the clips.
+            UserError: a Trainer that cannot train here.
             FloatingPointError: a loss that is not finite.
             KeyboardInterrupt: asked to stop; ``last.ckpt`` is written.
         """
         config, started = self.config, time.perf_counter()
         checkpoint = self.checkpoint
         if checkpoint is not None:
-            start_step = check_checkpoint(checkpoint, module, config.ema_decay > 0) - 1
+            start_step = check_checkpoint(checkpoint, module, config.ema_decay > 0, datamodule) - 1
             logger.info("resuming from step %d (%s)", start_step + 1, checkpoint)
         else:
             start_step = -1
@@ -129,13 +138,20 @@ class TrainingRun:
             self.run_dir, self.stage, to_container(config.wandb), config.name, checkpoint is not None, logged
         )
         average = WeightAverage(config.ema_decay) if config.ema_decay > 0 else None
+        own = {name: _several(instantiate(config.trainer.get(name))) for name in ("logger", "callbacks", "plugins")}
+        if any(isinstance(callback, WeightAveraging) for callback in own["callbacks"]):
+            raise UserError("trainer.callbacks: ema_decay averages the weights already; found a second average")
         has_val = datamodule.val_set is not None and config.trainer.get("limit_val_batches") != 0
+        keeps_best = has_val and config.trainer.get("enable_checkpointing") is not False
+        start = Start(lambda: self._start(csv, start_step))
         trainer = instantiate(
             config.trainer,
-            logger=[csv, wandb, *self._more("logger")],
+            logger=[csv, wandb, *(logger for logger in own["logger"] if isinstance(logger, Logger))],
             default_root_dir=str(self.run_dir),
-            enable_checkpointing=has_val,
+            enable_checkpointing=keeps_best or None,
+            plugins=[WholeFileIO(), *own["plugins"]],
             callbacks=[
+                start,
                 *([average] if average else []),
                 StepSeed(config.seed),
                 ValidationInterval(config.least_steps_between_val),
@@ -143,20 +159,19 @@ class TrainingRun:
                 LearningRateMonitor("step"),
                 *callbacks,
                 LastCheckpoint(self.last, config.checkpoint_every_n_steps),
-                FinishStepOnInterrupt(),
-                *([self._best_checkpoint()] if has_val else []),
-                *self._more("callbacks"),
+                *([self._best_checkpoint()] if keeps_best else []),
+                *own["callbacks"],
             ],
         )
+        check_strategy(trainer)
         if checkpoint is None:
-            try_out(module, datamodule)  # before an earlier training is given up for this one
-            self._clear()
-        self._save_config()
-        csv.start(start_step)
+            try_out(module, datamodule)
         # Lightning's warning about a checkpoint folder that is not empty: here it is checked above.
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         try:
-            trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+            with finishing_steps(trainer):
+                trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+            start()  # where a resumed run had no step left to do
             if average:
                 average.apply(module)
             if config.final_weights == "best" and not self.best.exists():
@@ -168,7 +183,8 @@ class TrainingRun:
             raise KeyboardInterrupt from None
         finally:
             wandb.close()
-            plot_curves(curves, curves.with_name(f"{self.stage}_curves.png"))
+            if curves.is_file():
+                plot_curves(curves, curves.with_name(f"{self.stage}_curves.png"))
         return {
             "steps": trainer.global_step,
             "val": {name.removeprefix("val/"): value for name, value in val.items() if name != "step"},
@@ -180,11 +196,6 @@ class TrainingRun:
         with replacing_folder(self.model_dir) as folder:
             model.save_pretrained(folder)
 
-    def _more(self, name):
-        """What the config adds to the trainer's ``callbacks`` or ``logger``."""
-        found = instantiate(self.config.trainer.get(name))
-        return [] if found is None else found if isinstance(found, list) else [found]
-
     def _best_checkpoint(self):
         return ModelCheckpoint(
             dirpath=self.training_dir,
@@ -195,53 +206,73 @@ class TrainingRun:
         )
 
     @rank_zero_only
-    def _clear(self):
-        """Remove what an earlier run of this stage left, so that nothing of it is taken for this one's."""
-        for folder in (self.training_dir, self.model_dir, self.preview_dir):
-            shutil.rmtree(folder, ignore_errors=True)
-        self.training_dir.mkdir(parents=True)
-
-    @rank_zero_only
-    def _save_config(self):
-        """``config_{stage}.yaml``, all settings of this training, itself an experiment file; ``config.yaml`` is that
-        of the latest one."""
+    def _start(self, csv, start_step):
+        """Give up what an earlier run of this stage left, unless this one continues it, so that nothing of it is taken
+        for this one's; ``config_{stage}.yaml`` are all settings of this training, itself an experiment file, and
+        ``config.yaml`` those of the latest one."""
+        if self.checkpoint is None:
+            for folder in (self.training_dir, self.model_dir, self.preview_dir):
+                shutil.rmtree(folder, ignore_errors=True)
+            self.training_dir.mkdir(parents=True)
         for name in (f"config_{self.stage}.yaml", "config.yaml"):
-            (self.run_dir / name).write_text(dump(to_container(self.config)))
+            with replacing(self.run_dir / name) as temporary:
+                temporary.write_text(dump(to_container(self.config)))
+        csv.start(start_step)
 
 
-def check_checkpoint(path, module, averaging):
-    """Make sure that a checkpoint can be resumed -> its step.
+class Start(Callback):
+    """Calls ``function`` once, before the first step: what is wrong with a run shows before that, and must not cost an
+    earlier one."""
 
-    Args:
-        path: a checkpoint that Lightning wrote.
-        module: the TrainingModule that is to go on.
-        averaging: whether this run averages the weights.
-    Raises:
-        ValueError: damaged, of another model, or written with the moving average switched the other way.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        found, step = checkpoint["state_dict"], checkpoint["global_step"]
-    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint {path}: damaged, cannot be resumed ({reason[:100]})") from None
-    expected = module.state_dict()
-    for name in sorted(expected.keys() | found.keys()):
-        sides = [tuple(side[name].shape) if name in side else "nothing" for side in (found, expected)]
-        if sides[0] != sides[1]:
-            raise ValueError(
-                f"checkpoint {path}: of another model than the config's: {name} is {sides[0]} in the checkpoint, "
-                f"{sides[1]} in the config"
-            )
-    if ("averaging_state" in checkpoint) != averaging:
-        side = "without" if averaging else "with"
-        raise ValueError(f"checkpoint {path}: it was trained {side} a moving average (ema_decay); keep it so to resume")
-    return step
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self):
+        function, self.function = self.function, None
+        if function is not None:
+            function()
+
+    def on_train_start(self, trainer, pl_module):
+        self()
+
+
+NOT_OURS = {  # options of the Trainer that a training which is to leave a model cannot take
+    "fast_dev_run": "trainer.max_steps=1 with another run_dir tries everything out",
+    "barebones": "it logs nothing and has no callbacks, which keep checkpoints and metrics",
+    "default_root_dir": "run_dir says where everything goes",
+}
+NOT_ZERO = ("max_steps", "max_epochs", "limit_train_batches", "accumulate_grad_batches", "check_val_every_n_epoch")
+
+
+def check_trainer(options):
+    """Refuse options of the Trainer that cannot be honoured, by name, before anything is built."""
+    for name, reason in NOT_OURS.items():
+        if options.get(name):
+            raise UserError(f"trainer.{name}: not with the tools; {reason}")
+    for name in NOT_ZERO:
+        if options.get(name) == 0:
+            raise UserError(f"trainer.{name}: expected anything but 0")
+
+
+def check_strategy(trainer):
+    """Refuse strategies that leave the trained weights elsewhere: in processes that end, or in pieces."""
+    strategy = trainer.strategy
+    whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and type(strategy).__name__ != "DeepSpeedStrategy"
+    if not whole or isinstance(strategy.launcher, _MultiProcessingLauncher):
+        found = getattr(strategy, "_start_method", None)
+        name = type(strategy).__name__ + (f" by {found}" if found else "")
+        raise UserError(f"trainer.strategy: expected auto or ddp, where each process has the whole model, found {name}")
+
+
+def _several(found):
+    """A config's value that may be one thing, a list, or nothing -> list."""
+    return [] if found is None else found if isinstance(found, list) else [found]
 
 
 @torch.no_grad()
 def try_out(module, datamodule):
-    """Make sure that model and data fit, with one clip of the train split; changes nothing in the model."""
+    """Make sure that model and data fit, with one clip of the train split, better than Lightning's errors say it;
+    changes nothing in the model."""
     was_training = module.training
     module.eval()
     module.compute(default_collate([datamodule.train_set[0]]))

@@ -1,0 +1,168 @@
+"""Loaders of batches: their processes start where no thread has run, and what one does not come back from is named."""
+
+import atexit
+import contextlib
+import faulthandler
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from multiprocessing import forkserver, resource_tracker
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+_waiting = []  # the watched data sets of which this process waits for a batch
+_workers = []  # notes of all loaders, in which the processes of their workers stand
+
+
+class WorkerError(OSError):
+    """A loader's process ended, or was ended, while it read something; the message names that."""
+
+
+class Loader(DataLoader):
+    """A DataLoader that says what its workers read when one is lost; made by ``open_loader``."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        while True:
+            try:
+                with _waiting_for(self.dataset):
+                    batch = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                if isinstance(error, (ConnectionError, EOFError)):  # the batch was in the worker's memory
+                    time.sleep(0.5)  # until the system says that it has ended
+                lost = self.dataset.lost()
+                if lost is None:
+                    raise
+                end_workers()
+                raise WorkerError(lost) from None
+            yield batch
+
+
+def open_loader(dataset, kind=Loader, num_workers=0, read_timeout=0, **kwargs):
+    """A loader over ``dataset``, which must pickle where there are workers.
+
+    They start from a server that has imported torch and run nothing: a fork of a process with OpenMP threads may hang
+    in its first parallel region. SIGINT and SIGTERM, which a terminal or a cluster sends to all processes of a job, do
+    not reach them; the main process ends them.
+
+    Args:
+        dataset: a map-style data set; ``item_name(index)``, if it has that, names an item in errors.
+        kind: Loader or a subclass.
+        num_workers: processes that read.
+        read_timeout: seconds after which a worker that has not come back from an item is ended, whatever it does, and
+            with it the loader (WorkerError). 0: never.
+        kwargs: of DataLoader.
+    """
+    context = None
+    if num_workers:
+        context = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        if context == "forkserver":
+            _start_server(type(dataset).__module__)
+    watched = _Watched(dataset, num_workers, read_timeout)
+    workers = {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _start_worker}
+    return kind(watched, **workers, **kwargs)
+
+
+def waits_for():
+    """What this process waits for while it asks a loader for a batch, a new object each time; else None."""
+    return _waiting[-1] if _waiting else None
+
+
+def end_workers():
+    """End the workers of all loaders at once, whatever they do."""
+    pids = {int(pid) for notes in _workers for pid in notes[:, 0]}
+    for process in multiprocessing.active_children():
+        if process.pid in pids:
+            process.kill()
+
+
+atexit.register(end_workers)  # before multiprocessing waits for them
+
+
+@contextlib.contextmanager
+def _waiting_for(dataset):
+    _waiting.append((dataset,))
+    try:
+        yield
+    finally:
+        _waiting.pop()
+
+
+def _start_server(*modules):
+    """Workers inherit from the server that the two signals are blocked."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch.utils.data", __name__, *modules])
+    resource_tracker.ensure_running()  # would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(worker):
+    """A worker ends with the main process: the server, whose child it is, lives on with it."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """Wait for the end of the process that started this one, and end as well."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+class _Watched(Dataset):
+    """A data set that notes, in shared memory, what each worker reads: its process, 1 + the item or 0, and since when
+    (ns)."""
+
+    def __init__(self, dataset, num_workers, read_timeout):
+        self.dataset, self.read_timeout = dataset, read_timeout
+        self.notes = torch.zeros(max(1, num_workers), 3, dtype=torch.int64).share_memory_()
+        _workers.append(self.notes)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        worker = get_worker_info()
+        note = self.notes[worker.id if worker else 0]
+        note[0], note[2] = os.getpid(), time.monotonic_ns()
+        note[1] = 1 + index
+        limited = worker is not None and self.read_timeout > 0
+        if limited:  # a thread of C, which ends the process from native code too
+            faulthandler.dump_traceback_later(self.read_timeout, exit=True, file=_nowhere())
+        try:
+            return self.dataset[index]
+        finally:
+            if limited:
+                faulthandler.cancel_dump_traceback_later()
+            note[1] = 0
+
+    def lost(self):
+        """One line about a worker that has ended in the middle of an item, or None."""
+        alive = {process.pid for process in multiprocessing.active_children()}
+        for pid, item, since in self.notes.tolist():
+            if item and pid not in alive and pid != os.getpid():
+                seconds = (time.monotonic_ns() - since) / 1e9
+                if 0 < self.read_timeout <= seconds:
+                    return (
+                        f"{self.reads()}: reading it did not end within {self.read_timeout:g} s (read_timeout); "
+                        "remove or convert it"
+                    )
+                return f"{self.reads()}: the process that read it was lost (killed, or out of memory)"
+        return None
+
+    def reads(self):
+        """The name of what is being read, of the longest since."""
+        item = min((since, item) for _, item, since in self.notes.tolist() if item)[1] - 1
+        return getattr(self.dataset, "item_name", "item {}".format)(item)
+
+
+@functools.cache
+def _nowhere():
+    return open(os.devnull, "w")

@@ -1,0 +1,129 @@
+"""Checkpoints: written whole or not at all, and continued by a run that can honour its own config."""
+
+import inspect
+import logging
+import pickle
+
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from latentcast.config import find_target
+from latentcast.files import replacing
+
+logger = logging.getLogger("latentcast")
+
+# Options of which a resumed run takes its own value, for they are about how it goes on or about what it does besides.
+APPLIED = (
+    *("batch_size", "num_workers", "read_timeout", "optimizer.lr", "optimizer.weight_decay", "lr_scheduler", "trainer"),
+    *("ema_decay", "checkpoint_every_n_steps", "least_steps_between_val", "final_weights"),
+)
+ELSEWHERE = ("name", "run_dir", "resume", "overwrite", "preview", "wandb", "cache", "evaluation", "protocol", "joint")
+
+
+class WholeFileIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the one that it replaces, on the same file system, and renames it when it is on the
+    disk. Lightning's own way moves a file out of ``TMPDIR``, which copies it over the old one.
+
+    Raises:
+        OSError: it cannot be written; names the checkpoint. The one before is still whole.
+    """
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        with replacing(path, durable=True) as temporary, open(temporary, "wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's own message hides the system's
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def check_checkpoint(path, module, averaging, data=None):
+    """Make sure that a checkpoint can be resumed -> its step.
+
+    Args:
+        path: a checkpoint that Lightning wrote.
+        module: the TrainingModule that is to go on.
+        averaging: whether this run averages the weights.
+        data: its data module, if the data is to be compared.
+    Raises:
+        ValueError: damaged, of another model, written with the moving average switched the other way, or with another
+            value of an option that a resumed run cannot change; the message names it.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found, step = checkpoint["state_dict"], checkpoint["global_step"]
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"checkpoint {path}: damaged, cannot be resumed ({reason[:100]})") from None
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | found.keys()):
+        sides = [tuple(side[name].shape) if name in side else "nothing" for side in (found, expected)]
+        if sides[0] != sides[1]:
+            raise ValueError(
+                f"checkpoint {path}: of another model than the config's: {name} is {sides[0]} in the checkpoint, "
+                f"{sides[1]} in the config"
+            )
+    if ("averaging_state" in checkpoint) != averaging:
+        side = "without" if averaging else "with"
+        raise ValueError(f"checkpoint {path}: it was trained {side} a moving average (ema_decay); keep it so to resume")
+    was = checkpoint.get("data")
+    now = data and data.describe()
+    if was and now and was.get("tokenizer") != now.get("tokenizer"):
+        raise ValueError(
+            f"checkpoint {path}: the latents are of another tokenizer than those it was trained on; overwrite=true "
+            "starts over"
+        )
+    same_data = bool(was and now) and was == now
+    check_options(path, checkpoint.get("hyper_parameters", {}), dict(module.hparams), module.stage, same_data)
+    if was and now and not same_data:
+        logger.warning("%s: the videos are not those that it was trained on; it goes on with the new ones", path)
+    return step
+
+
+def check_options(path, before, now, stage, same_data=False):
+    """Refuse another value of an option that a resumed run cannot change, and say which others it applies.
+
+    Args:
+        path: of the checkpoint. before, now: the configs that it was and is trained with, as plain Python; empty ones
+            are not compared.
+        stage: "tokenizer", "prior" or "joint": groups of other stages do not count.
+        same_data: the data sets are known to be the same, however they are found.
+    """
+    if not before or not now:
+        return
+    others = {"tokenizer": ("prior", "n_context", "joint_training"), "prior": ("joint_training",), "joint": ()}[stage]
+    if stage != "tokenizer" and None in (before.get("tokenizer"), now.get("tokenizer")):
+        others += ("tokenizer",)  # taken as it stands in run_dir
+    before, now = _flat(before), _flat(now)
+    for name in sorted(before.keys() | now.keys()):
+        if _under(name, (*ELSEWHERE, *others)) or (same_data and _under(name, ("data",))):
+            continue
+        old, new = (side[name] if name in side else _default(name, side) for side in (before, now))
+        if old == new:
+            continue
+        if not _under(name, APPLIED) or _under(name, ("trainer.overfit_batches",)):
+            raise ValueError(
+                f"checkpoint {path}: trained with {name}={old}, asked for {new}, which resume=true cannot change; "
+                "overwrite=true starts over, run_dir=... keeps it"
+            )
+        logger.info("resuming with %s=%s (it was %s)", name, new, old)
+
+
+def _flat(config, prefix=""):
+    """Nested dicts -> {"a.b": value}"""
+    flat = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _under(name, prefixes):
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _default(name, flat):
+    """What an option is where a config does not have it: the default of its group's class."""
+    group, _, option = name.rpartition(".")
+    target = flat.get(f"{group}._target_")
+    parameter = inspect.signature(find_target(target)).parameters.get(option) if target else None
+    default = None if parameter is None or parameter.default is parameter.empty else parameter.default
+    return list(default) if isinstance(default, tuple) else default
