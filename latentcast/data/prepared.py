@@ -28,7 +28,7 @@ from . import shards
 from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
 from .benchmarks.base import Clip
 from .loading import end_with_parent
-from .moving_digits import MOTIONS, MovingDigits
+from .moving_digits import MAX_SPEED, MOTIONS, MovingDigits
 from .pictures import contact_sheet
 from .video_folder import luma
 from .video_reader import VideoAwayError, VideoError, is_away
@@ -56,6 +56,7 @@ class Generator(Schema, extra="forbid"):
 
     n_digits: Count
     digit_size: Count
+    max_speed: Count = MAX_SPEED  # of sets from before it was an option
     seed: int
     motion: Literal[MOTIONS]
     source: Literal["mnist"]
