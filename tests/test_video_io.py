@@ -1,6 +1,5 @@
 """Reading with both backends against the frame numbers drawn into the pictures, damage, writing, and picture layout."""
 
-import logging
 import os
 import random
 import shutil
@@ -419,15 +418,6 @@ def test_any_name_is_written(tmp_path, clip, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_video(name, clip, 10)
     assert os.listdir() == [name] and probe(tmp_path / name).n_frames == 12
-
-
-@pytest.mark.parametrize(("asked", "written"), [(6e-4, 0.1), (90_000, 1000)])
-def test_rates_that_nobody_can_watch_are_not_written(tmp_path, clip, caplog, asked, written):
-    caplog.set_level(logging.INFO, "latentcast")
-    write_video(tmp_path / "a.mp4", clip, asked)
-    with av.open(str(tmp_path / "a.mp4")) as file:
-        assert float(file.streams.video[0].average_rate) == pytest.approx(written)
-    assert f"a.mp4: written at {written:g} frames a second in the place of {asked:g}" in caplog.text
 
 
 def test_a_still_may_be_longer_than_a_gif_counts(tmp_path):

@@ -93,7 +93,7 @@ def test_pictures_beside_videos_are_no_video_and_one_picture_is_none(clip, tmp_p
     assert Folder(tmp_path / "frames", **ALL_TRAIN).videos()["train"] == ["."]
 
 
-@pytest.mark.parametrize("folder", [os.fsdecode(b"caf\xe9 #2: a\nb"), "x" * 255])
+@pytest.mark.parametrize("folder", [os.fsdecode(b"caf\xe9 #2: a\nb"), "x" * 255], ids=["latin-1", "long"])
 def test_odd_names_pass_through_listing_index_and_splits(clip, tmp_path, folder):
     root = lay(clip, tmp_path / folder, *ODD_NAMES)
     assert list_videos(root) == sorted(ODD_NAMES)

@@ -46,7 +46,7 @@ def main(args):
             else:
                 logger.warning("nothing published that shares a metric and the data set %s", name)
     text = "\n".join(tables)
-    logger.info("%s", text)
+    print(text)  # on stderr: see run_tool
     files = {}
     if args.output is not None:
         files["table"] = args.output / "comparison.md"

@@ -81,7 +81,7 @@ def main(args):
     results |= {"hardware": hardware(device), "commit": git_commit()}
     files = write_report(evaluation, results, metrics_dir)
     evaluation.clear()
-    logger.info("%s", Path(files["table"]).read_text())
+    print(Path(files["table"]).read_text())  # on stderr: see run_tool
     return summary(results) | {"files": files}
 
 
