@@ -1,4 +1,4 @@
-"""Pipelines that ship with the repository: a folder each, with weights in half precision, example clips and a card."""
+"""Pipelines to be handed on: a folder each, with weights in half precision, example clips and a card."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def export(pipe, folder, clips, results, *, title, command, licence):
 
 
 def read_examples(folder):
-    """The example clips of a pipeline of the zoo -> (N, T, C, H, W) in [-1, 1].
+    """The example clips of an exported pipeline -> (N, T, C, H, W) in [-1, 1].
 
     Raises:
         OSError: there are none, or they are damaged.
@@ -57,7 +57,8 @@ def example_psnr(pipe, clips):
     context, future = clips[:, : pipe.config.n_context], clips[:, pipe.config.n_context :]
     generator = torch.Generator().manual_seed(SEED)
     frames = pipe(context, future.shape[1], num_samples=N_SAMPLES, generator=generator).frames
-    return psnr(frames, future[:, None].expand_as(frames)).mean(-1).amax(1).mean().item()
+    scores = psnr(frames.flatten(0, 1), future.repeat_interleave(N_SAMPLES, 0)).mean(1)
+    return scores.unflatten(0, (len(clips), N_SAMPLES)).amax(1).mean().item()
 
 
 def _card(pipe, name, results, found, title, command, licence):

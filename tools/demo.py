@@ -1,4 +1,4 @@
-"""Predict the example clips of a pipeline that ships with the repository, and write the futures as GIF and picture."""
+"""Predict the example clips that a pipeline was exported with, and write the futures as GIF and picture."""
 
 import argparse
 import time
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from latentcast.cli import run_tool
 
-ZOO = Path(__file__).resolve().parents[1] / "zoo"
 N_SHOWN = 6
 
 
@@ -39,7 +38,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pipeline", default=str(ZOO / "smmnist32-svg-lp"), metavar="DIR", help="a folder of zoo/")
+    parser.add_argument("--pipeline", required=True, metavar="DIR", help="a pipeline with example clips")
     parser.add_argument("--output", default="demo", metavar="DIR", help="where the pictures go (default: demo)")
     parser.add_argument("--num-samples", type=int, default=4, metavar="N", help="futures of each clip")
     parser.add_argument("--scale", type=int, default=3, metavar="N", help="enlarges the pixels (default: 3)")

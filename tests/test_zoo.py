@@ -1,0 +1,58 @@
+"""Pipelines that are handed on: export, example clips, card, and the demo that predicts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import small_recurrent_vae
+from tiny_experiment import TOOLS
+
+from latentcast import PixelTokenizer, VideoPredictionPipeline
+from latentcast.zoo import N_EXAMPLES, example_psnr, export, read_examples
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
+    prior = small_recurrent_vae(PixelTokenizer(1, 16, 16, levels=None).latent_spec, aligner="none").eval()
+    clips = (torch.randint(256, (N_EXAMPLES, 7, 1, 16, 16)) / 127.5) - 1
+    entry = {"mean": 15.8, "ci95": [15.6, 16.0]}
+    metrics = {"psnr": entry, "lpips": entry | {"mean_of_samples": {"mean": 0.125, "ci95": None}}}
+    protocol = {"n_context": 3, "n_predicted": 4, "n_samples": 2}
+    results = {"small": {"protocol": protocol, "data": {"n_clips": 9}, "metrics": metrics}}
+    folder = tmp_path_factory.mktemp("zoo") / "tiny"
+    text = {"title": "A tiny SVG-LP.", "command": "python tools/train_prior.py tiny", "licence": "MIT (data: noise)"}
+    found = export(VideoPredictionPipeline(prior, n_context=3, fps=10), folder, clips, results, **text)
+    return folder, clips, found, results
+
+
+def test_an_exported_pipeline_gives_its_cards_figure_again(exported):
+    folder, clips, found, results = exported
+    assert torch.equal(read_examples(folder), clips)
+    pipe = VideoPredictionPipeline.from_pretrained(folder)
+    assert example_psnr(pipe, read_examples(folder)) == pytest.approx(found, abs=0.01)
+    assert json.loads((folder / "metrics.json").read_text()) == {"small": results["small"]["metrics"]}
+    card = (folder / "README.md").read_text()
+    for line in ("license: mit", "# tiny", f"example clips: {found:.2f} dB", "| psnr | 15.8 | 15.6 to 16 |"):
+        assert line in card
+    assert "| lpips, mean of samples | 0.125 |  |" in card and "python tools/train_prior.py tiny" in card
+    weights = next((folder / "prior").glob("*.safetensors")).stat().st_size
+    assert weights < 2.5 * sum(p.numel() for p in pipe.prior.parameters()) + 20_000  # two bytes each
+
+
+def test_the_demo_predicts_the_example_clips(exported, tmp_path):
+    command = [sys.executable, str(TOOLS / "demo.py"), "--pipeline", str(exported[0]), "--num-samples", "2"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=os.environ)
+    assert ended.returncode == 0, ended.stderr
+    files = json.loads(ended.stdout.splitlines()[-1])["files"]
+    assert {Path(path).suffix for path in files.values()} == {".gif", ".png"}
+    assert all((tmp_path / path).stat().st_size > 500 for path in files.values())
+
+
+def test_a_pipeline_without_examples_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"examples.safetensors: expected example clips"):
+        read_examples(tmp_path)
