@@ -73,6 +73,8 @@ class RecurrentVAE(Prior):
         cells: of every LSTM layer.
         predictor_layers: LSTM layers of the frame predictor; prior and posterior have one.
         beta: weight of the KL term.
+        last_frame_skip: give the decoder the features of the frame before, after the context too, where that is a
+            predicted one (an option of SVG's published code); False: those of the last observed frame.
         kl_reduction: KL_t is the mean over clips of the KL in nats summed over the numbers of z ("sum", SVG's), or also
             their mean ("mean"), with which beta means the same for any Z.
     Raises:
@@ -97,6 +99,7 @@ class RecurrentVAE(Prior):
         predictor_layers: int = 2,
         beta: float = 1e-4,
         kl_reduction: str = "sum",
+        last_frame_skip: bool = False,
     ):
         super().__init__()
         self.over_pixels = latent_spec["kind"] == "pixels"
@@ -154,12 +157,13 @@ class RecurrentVAE(Prior):
         predicted, _ = self.predictor(torch.cat([h[:, :-1], z], -1))
 
         # Frame t has the features of the frame before it, and after the context those of the last observed one.
-        source = torch.arange(T - 1, device=clip.device).clamp(max=n_context - 1)
+        n_shown = T - 1 if self.config.last_frame_skip else n_context
+        source = torch.arange(T - 1, device=clip.device).clamp(max=n_shown - 1)
         memories = []
         for join, level in zip(self.joins, features):
-            observed = level.unflatten(0, (B, T))[:, :n_context].flatten(0, 1)
+            observed = level.unflatten(0, (B, T))[:, :n_shown].flatten(0, 1)
             memory = join.memory(observed)
-            memories.append(memory.map(lambda x: x.unflatten(0, (B, n_context))[:, source].flatten(0, 1)))
+            memories.append(memory.map(lambda x: x.unflatten(0, (B, n_shown))[:, source].flatten(0, 1)))
         frames = self.decoder(predicted.flatten(0, 1), memories, lambda i, own, memory: self.joins[i](own, memory))
         frames = frames.float().unflatten(0, (B, T - 1))
 
@@ -282,7 +286,7 @@ class RecurrentVAE(Prior):
             z, *_ = self.posterior(h[:, 1:], self._drawn(noise[:, :known]))
             *_, prior_state = self.prior(h[:, :-1], self._given(z))
             _, predictor_state = self.predictor(torch.cat([h[:, :-1], z], -1))
-        last, shares = h[:, -1:], [memory.features for memory in memories]
+        last = h[:, -1:]
 
         def join(level, own):
             return torch.cat([own, *self.joins[level].aligned(own, memories[level])], 1)
@@ -292,10 +296,13 @@ class RecurrentVAE(Prior):
             choose = self._drawn(noise[:, known + t : known + t + 1], values)
             z, _, _, prior_state = self.prior(last, choose, prior_state)
             predicted, predictor_state = self.predictor(torch.cat([last, z.to(last.dtype)], -1), predictor_state)
-            frame = decoder(predicted[:, 0], shares, join)
+            frame = decoder(predicted[:, 0], [memory.features for memory in memories], join)
             yield frame
             if t + 1 < n_frames:
-                last = self.encoder(frame.to(self.dtype))[0][:, None]
+                h, features = self.encoder(frame.to(self.dtype))
+                last = h[:, None]
+                if self.config.last_frame_skip:
+                    memories = self._remember(decoder, features)
 
     def _encode_context(self, context, decoder, chunk):
         """context (B, n_context, ...) -> h (B, n_context, dim), and of each level the Memory of the last frames.
@@ -309,12 +316,16 @@ class RecurrentVAE(Prior):
         for part in frames[:, -1].split(chunk):
             h, features = self.encoder(part)
             last.append(h)
-            found = [join.memory(level) for join, level in zip(self.joins, features)]
-            memories.append([m._replace(features=decoder.share(i, m.features)) for i, m in enumerate(found)])
+            memories.append(self._remember(decoder, features))
         h = torch.cat(last)[:, None]
         if earlier:
             h = torch.cat([torch.cat(earlier).unflatten(0, (len(context), -1)), h], 1)
         return h, [Memory.cat(parts) for parts in zip(*memories)]
+
+    def _remember(self, decoder, features):
+        """The features of some frames at each level -> Memories with their shares, see ``_encode_context``."""
+        found = [join.memory(level) for join, level in zip(self.joins, features)]
+        return [memory._replace(features=decoder.share(i, memory.features)) for i, memory in enumerate(found)]
 
     @torch.no_grad()
     def infer(self, clip, *, generator=None):

@@ -29,6 +29,7 @@ FORMS = {
     "haf_svg_3": {"n_groups": 3, "kl_reduction": "mean"},
     "encoder_value": {"n_groups": 2, "aligner": "encoder_value", "network": "vgg"},
     "latents": {"n_groups": 2},
+    "last_frame_skip": {"last_frame_skip": True},
 }
 
 
@@ -141,7 +142,7 @@ def loss_step_by_step(model, clip, n_context, noise):
     mse, kl = [], []
     for t in range(1, clip.shape[1]):
         h, target = encoded[t - 1][0], encoded[t][0]
-        features = encoded[min(t, n_context) - 1][1]
+        features = encoded[t - 1 if config.last_frame_skip else min(t, n_context) - 1][1]
         z = []
         for eps in noise:
             mean, logvar = steps.posterior_moments(target, z)
@@ -277,7 +278,8 @@ def sample_step_by_step(model, context, n_frames, num_samples, generator):
             if t < n_context:
                 steps.predictor(torch.cat([h, *z], 1))
             else:
-                frames.append(steps.predict(h, z, model.encoder(frames[n_context - 1])[1]))
+                skip = frames[-1 if model.config.last_frame_skip else n_context - 1]
+                frames.append(steps.predict(h, z, model.encoder(skip)[1]))
         futures.append(torch.cat(frames[n_context:]))
     return torch.stack(futures).unflatten(0, (B, -1))
 
