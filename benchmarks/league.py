@@ -28,6 +28,7 @@ import yaml
 from latentcast.config import instantiate, load_config
 from latentcast.files import read_json, write_json
 from latentcast.pipelines.base import VideoPipeline
+from latentcast.priors.base import no_progress
 
 HERE = Path(__file__).parent
 TOOLS = HERE.parent / "tools"
@@ -218,21 +219,12 @@ class Trainer:
         write_json(self.state_file, self.state)
 
 
-class Counting:
+class Counting(no_progress):
     """A progress bar that keeps its total."""
 
     def __call__(self, total=None):
         self.total = total
         return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        return False
-
-    def update(self, n=1):
-        """Do nothing."""
 
 
 def cpu_seconds(process):
