@@ -6,7 +6,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 from video_files import counter_frames, cut_off, encode
+
+torch.set_num_threads(1)  # of this process alone: the tools that tests start keep what the environment says
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,9 @@ def spec(sizes=(5, 5), height=4, width=4):
         "width": width,
         "codebook_sizes": list(sizes),
         "scaling_factor": 1.0,
+        "frame_channels": 1,
+        "frame_height": 4 * height,
+        "frame_width": 4 * width,
     }
 
 
