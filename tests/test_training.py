@@ -359,10 +359,13 @@ def test_reconstruction_grid_shows_each_frame_above_its_reconstruction(tmp_path,
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_weights_or_checkpoint(tmp_path):
     run, module, data = build(tiny_config(tmp_path, "checkpoint_every_n_steps=1"), "tokenizer")
 
+    def poison(model, arguments):
+        model.decoder[0].bias.data[0] = torch.inf
+
     class Poison(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 2:
-                pl_module.model.decoder[0].bias.data[0] = torch.inf
+                pl_module.model.register_forward_pre_hook(poison)  # after the checkpoint of this moment
 
     message = r"^VQVAE: the training loss is (nan|inf) at step 2, first in decoder\.0 \(Conv2d\); stopped before"
     with pytest.raises(FloatingPointError, match=message):
