@@ -31,6 +31,7 @@ from latentcast.modeling import eval_mode
 from latentcast.tokenizers.base import check_frames, check_latents
 
 from .base import Prior, PriorOutput, no_progress
+from .sampling import check_switches
 
 NETWORKS = {
     "dcgan": (DCGANEncoder, DCGANDecoder),
@@ -247,6 +248,7 @@ class RecurrentVAE(Prior):
         """
         self._check(context, "context")
         check_counts(n_frames=n_frames, num_samples=num_samples, sample_batch=sample_batch)
+        check_switches(batch_statistics=batch_statistics)
         B, n_context = context.shape[:2]
         self.check_context(n_context, n_context + n_frames)
         sample_batch = min(int(sample_batch), 2**31)  # torch counts no further
@@ -402,6 +404,11 @@ def by_batch_statistics(model):
         norm.training, norm.track_running_stats = True, False
     try:
         yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        expected = "expected two contexts or more, and no batch of one row (sample_batch)"
+        raise ValueError(f"batch_statistics: {expected}, found a batch of one") from None
     finally:
         for norm in norms:
             norm.training, norm.track_running_stats = False, True
