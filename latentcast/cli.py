@@ -142,6 +142,9 @@ def parse_options(options):
     """["temperature=0.9"] -> {"temperature": 0.9}; values are read as those of overrides. Raises ValueError."""
     from latentcast.yaml_text import override_value, split_overrides
 
+    for option in options:
+        if "=" not in option:
+            raise UserError(f"{option!r}: expected an option as key=value")
     found = {}
     for key, text in split_overrides(options):
         *parents, last = key.split(".")
