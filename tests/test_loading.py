@@ -70,6 +70,7 @@ def main(args):
     return {"n": len(list(open_loader(Hangs(), num_workers=args.workers)))}
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     parser = argparse.ArgumentParser()
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--catch", action="store_true")
