@@ -111,8 +111,11 @@ def _reason(error):
         return error.strerror
     if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
         return os.strerror(int(found[1]))
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save
-        return "no space left, or the file too large"
+    if isinstance(error, RuntimeError):  # torch.save
+        if isinstance(error.__context__, OSError):  # into an open file; torch's own message hides the system's
+            return error.__context__.strerror
+        if "inline_container" in str(error):
+            return "no space left, or the file too large"
     return None
 
 

@@ -30,10 +30,7 @@ class WholeFileIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         with replacing(path, durable=True) as temporary, open(temporary, "wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's own message hides the system's
-                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+            torch.save(checkpoint, file)
 
 
 def check_checkpoint(path, module, averaging, data=None):
