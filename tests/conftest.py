@@ -29,3 +29,11 @@ def video_folder(tmp_path_factory):
     (root / "text.mp4").write_text("these are not frames\n" * 40)
     (root / "notes.txt").write_text("not looked at")
     return root
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What a test logged travels from pytest-xdist's workers as UTF-8, where a file name of other bytes ends them."""
+    report = yield
+    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
+    return report
