@@ -47,7 +47,8 @@ def test_an_item_that_a_worker_does_not_come_back_from_is_named(tmp_path, monkey
     monkeypatch.delitem(sys.modules, "hanging_reader", raising=False)
     from hanging_reader import Hangs
 
-    loader = open_loader(Hangs(), num_workers=1, read_timeout=1, batch_size=1)
+    timeout = 60 if "exit" in how else 1
+    loader = open_loader(Hangs(), num_workers=1, read_timeout=timeout, batch_size=1)
     seen, began = [], time.monotonic()
     with pytest.raises(WorkerError) as error:
         for batch in loader:

@@ -2,8 +2,6 @@
 
 import atexit
 import contextlib
-import faulthandler
-import functools
 import multiprocessing
 import os
 import signal
@@ -13,6 +11,8 @@ from multiprocessing import forkserver, resource_tracker
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+SECONDS_TO_END = 10.0  # at most, until the system says that a lost process has ended
 
 _waiting = []  # the watched data sets of which this process waits for a batch
 _workers = []  # notes of all loaders, in which the processes of their workers stand
@@ -34,9 +34,11 @@ class Loader(DataLoader):
             except StopIteration:
                 return
             except Exception as error:
-                if isinstance(error, (ConnectionError, EOFError)):  # the batch was in the worker's memory
-                    time.sleep(0.5)  # until the system says that it has ended
-                lost = self.dataset.lost()
+                lost, until = self.dataset.lost(), time.monotonic() + SECONDS_TO_END
+                if isinstance(error, (ConnectionError, EOFError)):  # the batch was in the memory of a worker that ends
+                    while lost is None and time.monotonic() < until:
+                        time.sleep(0.1)
+                        lost = self.dataset.lost()
                 if lost is None:
                     raise
                 end_workers()
@@ -106,7 +108,8 @@ def _start_server(*modules):
 
 
 def _start_worker(worker):
-    """A worker ends with the main process: the server, whose child it is, lives on with it."""
+    """A worker ends with the main process: the server, whose child it is, lives on with it. An alarm ends it."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -133,14 +136,14 @@ class _Watched(Dataset):
         note = self.notes[worker.id if worker else 0]
         note[0], note[2] = os.getpid(), time.monotonic_ns()
         note[1] = 1 + index
-        limited = worker is not None and self.read_timeout > 0
-        if limited:  # a thread of C, which ends the process from native code too
-            faulthandler.dump_traceback_later(self.read_timeout, exit=True, file=_nowhere())
+        limit = self.read_timeout if worker else 0
+        if limit:  # SIGALRM ends the process, in native code too
+            signal.setitimer(signal.ITIMER_REAL, limit)
         try:
             return self.dataset[index]
         finally:
-            if limited:
-                faulthandler.cancel_dump_traceback_later()
+            if limit:
+                signal.setitimer(signal.ITIMER_REAL, 0)
             note[1] = 0
 
     def lost(self):
@@ -161,8 +164,3 @@ class _Watched(Dataset):
         """The name of what is being read, of the longest since."""
         item = min((since, item) for _, item, since in self.notes.tolist() if item)[1] - 1
         return getattr(self.dataset, "item_name", "item {}".format)(item)
-
-
-@functools.cache
-def _nowhere():
-    return open(os.devnull, "w")
