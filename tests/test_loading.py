@@ -1,5 +1,6 @@
 """Loaders: where their workers come from, and what happens when one never comes back."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -35,20 +36,21 @@ def never(library):  # a lock that this thread has already: waits in C for ever,
 PYTHON, NATIVE, HOLDING = "time.sleep(1e6)", "never(ctypes.CDLL(None))", "never(ctypes.PyDLL(None))"
 
 
-def module(folder, how):
-    (folder / "hanging_reader.py").write_text(HANGS.format(how=how))
+def module(folder, how, name="hanging_reader"):
+    (folder / f"{name}.py").write_text(HANGS.format(how=how))
 
 
-@pytest.mark.parametrize("how", [NATIVE, HOLDING, "os._exit(3)"])
-def test_an_item_that_a_worker_does_not_come_back_from_is_named(tmp_path, monkeypatch, how):
-    module(tmp_path, how)
+@pytest.mark.parametrize(
+    ("name", "how", "timeout"), [("native", NATIVE, 1), ("holding", HOLDING, 1), ("exits", "os._exit(3)", 60)]
+)
+def test_an_item_that_a_worker_does_not_come_back_from_is_named(tmp_path, monkeypatch, name, how, timeout):
+    module(
+        tmp_path, how, name := f"{name}_reader"
+    )  # another name each time: the workers' server keeps the modules it has
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "hanging_reader", raising=False)
-    from hanging_reader import Hangs
-
-    timeout = 60 if "exit" in how else 1
-    loader = open_loader(Hangs(), num_workers=1, read_timeout=timeout, batch_size=1)
+    dataset = importlib.import_module(name).Hangs()
+    loader = open_loader(dataset, num_workers=1, read_timeout=timeout, batch_size=1)
     seen, began = [], time.monotonic()
     with pytest.raises(WorkerError) as error:
         for batch in loader:
