@@ -44,9 +44,7 @@ def module(folder, how, name="hanging_reader"):
     ("name", "how", "timeout"), [("native", NATIVE, 1), ("holding", HOLDING, 1), ("exits", "os._exit(3)", 60)]
 )
 def test_an_item_that_a_worker_does_not_come_back_from_is_named(tmp_path, monkeypatch, name, how, timeout):
-    module(
-        tmp_path, how, name := f"{name}_reader"
-    )  # another name each time: the workers' server keeps the modules it has
+    module(tmp_path, how, name := f"{name}_reader")  # the server of workers keeps the modules it has
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     dataset = importlib.import_module(name).Hangs()
