@@ -1,15 +1,27 @@
 """Fixtures that several test files share."""
 
+import json
+import logging
 import os
+import runpy
+import sys
 
-# Before torch is loaded: on tiny tensors, threads that wait for each other are ten times slower than one.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch is loaded, and for the processes that tests start too, whatever the environment says: on tiny tensors,
+# threads that wait for each other are ten times slower than one, and pytest-xdist keeps all cores busy already.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
+from tiny_experiment import TOOLS
 from video_files import counter_frames, cut_off, encode
 
-torch.set_num_threads(1)  # of this process alone: the tools that tests start keep what the environment says
+from latentcast.data.loading import start_server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server():
+    """In a run of many files: what the processes of loaders and ranks need is imported once, not by each of them."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        start_server("latentcast.training.run", "latentcast.zoo", "torch._dynamo", "sklearn.cluster", "pytest")
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +41,28 @@ def video_folder(tmp_path_factory):
     (root / "text.mp4").write_text("these are not frames\n" * 40)
     (root / "notes.txt").write_text("not looked at")
     return root
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run ``command(tool, *arguments)`` as from a shell, but in this process -> (exit status, figures or None, stderr);
+    a process of its own imports torch and its friends for seconds."""
+
+    def run(tool, *arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])
+        monkeypatch.setattr(logging.root, "handlers", [])
+        status = 0
+        try:
+            runpy.run_path(str(TOOLS / f"{tool}.py"), run_name="__main__")
+        except SystemExit as ended:
+            status = ended.code
+        out, err = capsys.readouterr()
+        return status, json.loads(out.splitlines()[-1]) if out.strip() else None, err
+
+    level = logging.root.level
+    yield run
+    logging.root.setLevel(level)
 
 
 @pytest.hookimpl(wrapper=True)

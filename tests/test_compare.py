@@ -149,10 +149,10 @@ def test_all_that_differs_is_listed():
     assert differences(a, b).keys() == {"detector.fvd", "data.clips"}  # names and sources may differ
 
 
-def test_unlike_results_are_one_line_on_stderr(tmp_path):
+def test_unlike_results_are_one_line_on_stderr(tmp_path, command):
     paths = write(tmp_path, "a.json", make_result()), write(tmp_path, "b.json", make_result("B", n_context=2))
-    status, out, err = run(*paths)
-    assert status == 1 and out == "" and err.count("\n") == 1
+    status, figures, err = command("compare", *paths)
+    assert status == 1 and figures is None and err.count("\n") == 1
     assert err.startswith("error: ") and "n_context 5 and 2" in err and "--force" in err
 
 

@@ -1,8 +1,6 @@
 """Composition of experiments, their errors, building from them; and every YAML under configs/."""
 
 import functools
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -212,7 +210,7 @@ def test_what_is_no_text_stays_yaml(override, expected):
         assert expected in line_of(load_config, "quickstart", [override])
 
 
-def test_tools_take_options_and_paths_the_same_way(tmp_path, monkeypatch):
+def test_tools_take_options_and_paths_the_same_way(tmp_path, monkeypatch, command):
     monkeypatch.setenv("HOME", str(tmp_path))
     options = ["temperature=0.9", "a.b=1", "a.c=x #2", "name=2024", "index_dir=~/i"]
     found = {"temperature": 0.9, "a": {"b": 1, "c": "x #2"}, "name": "2024", "index_dir": f"{tmp_path}/i"}
@@ -222,10 +220,8 @@ def test_tools_take_options_and_paths_the_same_way(tmp_path, monkeypatch):
             parse_options(wrong)
     (tmp_path / "mine.yaml").write_text("seed: 3")
     assert load_config("~/mine.yaml").seed == 3
-    prepare = [sys.executable, str(TOOLS_DIR / "prepare_dataset.py"), "check", "~/videos"]
-    assert f"error: {tmp_path}/videos" in subprocess.run(prepare, capture_output=True, text=True).stderr
-    sample = [sys.executable, str(TOOLS_DIR / "sample.py"), "--pipeline", "~/p", "--input", "~/videos"]
-    assert f"--input {tmp_path}/videos: no such" in subprocess.run(sample, capture_output=True, text=True).stderr
+    assert f"error: {tmp_path}/videos" in command("prepare_dataset", "check", "~/videos")[2]
+    assert f"--input {tmp_path}/videos: no such" in command("sample", "--pipeline", "~/p", "--input", "~/videos")[2]
 
 
 def test_swapping_a_group_drops_the_settings_of_the_old_class(configs):

@@ -6,6 +6,7 @@ import logging
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from video_files import counter_frames, encode
 
 from latentcast import LatentCacheWriter, MovingDigits, PixelTokenizer, VideoDataModule, VideoFolder
@@ -136,7 +137,8 @@ class RankRecorder(Recorder):
 
 
 def test_ranks_share_an_epoch(tmp_path):
-    fit(VideoDataModule(DIGITS, batch_size=5), RankRecorder(tmp_path), max_epochs=2, strategy="ddp_spawn", devices=2)
+    strategy = DDPStrategy(start_method="forkserver")
+    fit(VideoDataModule(DIGITS, batch_size=5), RankRecorder(tmp_path), max_epochs=2, strategy=strategy, devices=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for epoch in range(2):
         clips = [clip.numpy().tobytes() for clip in torch.cat([trained[epoch] for trained, _ in ranks])]

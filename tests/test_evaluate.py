@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -573,25 +572,21 @@ TINY += ["protocol.frame_size=16", "protocol.n_samples=2", "protocol.best_of=[1]
 TINY += ["protocol.metrics=[mse,psnr,ssim,crps]", "data.video_length=6"]
 
 
-def start_evaluate(folder, *arguments, launcher=()):
+def evaluate_by_two(*arguments):
+    """-> (exit status, stderr) of two processes under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command = [sys.executable, *launcher, str(TOOLS / "evaluate.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def evaluate(folder, *arguments, launcher=()):
-    process = start_evaluate(folder, *arguments, launcher=launcher)
-    out, err = process.communicate(timeout=180)
-    return process.returncode, json.loads(out.splitlines()[-1]) if out.strip() else None, err
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    return done.returncode, done.stderr
 
 
 def comparable(path):
     return {k: v for k, v in json.loads(Path(path).read_text()).items() if k not in ("seconds", "hardware", "model")}
 
 
-def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path):
+def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path, command):
     folder, _ = trained
-    status, figures, err = evaluate(folder, str(write_experiment(folder)), *TINY)
+    status, figures, err = command("evaluate", write_experiment(folder), *TINY)
     assert status == 0, err
     metrics = folder / "run" / "metrics"
     for kind in ("figures", "table", "curves_psnr", "ablation_psnr", "best_sheet", "worst_video", "crps_maps"):
@@ -604,42 +599,37 @@ def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path):
     assert figures["mean_of_samples"] == means and figures["metrics"].keys() == {*means, "crps"}
     assert "| copy_last_frame |" in (metrics / "one_digit.md").read_text()
 
-    _, _, err = evaluate(folder, str(write_experiment(folder)), *TINY)
+    arguments = ["--pipeline", str(folder / "run/pipeline"), "--data", "moving_digits", *TINY]
+    arguments += [f"run_dir={tmp_path}", "data.n_heldout_videos=8", "data.digit_size=12", "preview.sampler={}"]
+    status, err = evaluate_by_two(*arguments)
+    assert status == 0, err
+    assert comparable(tmp_path / "metrics/one_digit.json") == comparable(metrics / "one_digit.json")
+
+    _, _, err = command("evaluate", write_experiment(folder), *TINY)
     assert "finished before, nothing to do" in err
 
     finished = (metrics / "one_digit.json").read_bytes()
-    other = [str(write_experiment(folder)), *TINY, "protocol.seed=1"]
-    status, _, err = evaluate(folder, *other)
+    other = [write_experiment(folder), *TINY, "protocol.seed=1"]
+    status, _, err = command("evaluate", *other)
     assert status == 1 and (metrics / "one_digit.json").read_bytes() == finished
     assert f"{metrics / 'one_digit.json'}: a finished result of another evaluation (made with protocol.seed 0" in err
     assert "give another run_dir, protocol.name=..., or evaluation.overwrite=true" in err
     for way, name in (("protocol.name=again", "again"), ("evaluation.overwrite=true", "one_digit")):
-        status, _, err = evaluate(folder, *other, way)
+        status, _, err = command("evaluate", *other, way)
         assert status == 0, err
         assert json.loads((metrics / f"{name}.json").read_text())["protocol"]["seed"] == 1
-    status, _, err = evaluate(folder, str(write_experiment(folder)), *TINY, "evaluation.overwrite=true")
-    assert status == 0, err
-
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    arguments = ["--pipeline", str(folder / "run/pipeline"), "--data", "moving_digits", *TINY]
-    arguments += [f"run_dir={tmp_path}", "data.n_heldout_videos=8", "data.digit_size=12", "preview.sampler={}"]
-    status, _, err = evaluate(folder, *arguments, launcher=torchrun)
-    assert status == 0, err
-    assert comparable(tmp_path / "metrics/one_digit.json") == comparable(metrics / "one_digit.json")
 
 
-def test_the_tool_in_half_precision(trained, tmp_path, monkeypatch):
+def test_the_tool_in_half_precision(trained, tmp_path, command):
     folder, _ = trained
     found = {}
     for dtype in ("float32", "bfloat16"):
-        command = ["evaluate.py", str(write_experiment(folder)), *TINY, "protocol.n_clips=2", "--dtype", dtype]
-        command += ["evaluation.crps_map={clip: 4, frame: 2}"]
-        monkeypatch.setattr(
-            sys, "argv", [*command, "evaluation.baselines=[reconstruction]", f"run_dir={tmp_path / dtype}"]
-        )
+        arguments = [write_experiment(folder), *TINY, "protocol.n_clips=2", "--dtype", dtype]
+        arguments += ["evaluation.crps_map={clip: 4, frame: 2}", "evaluation.baselines=[reconstruction]"]
         (tmp_path / dtype).mkdir()
         (tmp_path / dtype / "pipeline").symlink_to(folder / "run/pipeline")
-        runpy.run_path(str(TOOLS / "evaluate.py"), run_name="__main__")
+        status, _, err = command("evaluate", *arguments, f"run_dir={tmp_path / dtype}")
+        assert status == 0, err
         found[dtype] = json.loads((tmp_path / dtype / "metrics/one_digit.json").read_text())
         assert found[dtype]["model"]["dtype"] == dtype
         assert report.read_maps(tmp_path / dtype / "metrics/one_digit.json")[1] == "clip 4, predicted frame 2"
@@ -661,7 +651,7 @@ def test_quickstart_shows_metrics_that_have_no_mean_of_samples(trained, tmp_path
     assert all(Path(path).is_file() for path in files.values())
 
 
-def test_mistakes_are_one_line(trained, tmp_path, capsys):
+def test_mistakes_are_one_line(trained, tmp_path, command):
     folder, _ = trained
     experiment = str(write_experiment(folder))
     for arguments, message in (
@@ -676,9 +666,5 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys):
             "no pipeline here; run tools/train_prior.py first",
         ),
     ):
-        monkey = pytest.MonkeyPatch()
-        with monkey.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr(sys, "argv", ["evaluate.py", *arguments])
-            runpy.run_path(str(TOOLS / "evaluate.py"), run_name="__main__")
-        assert ended.value.code == 1
-        assert message in capsys.readouterr().err
+        status, _, err = command("evaluate", *arguments)
+        assert status == 1 and message in err

@@ -200,9 +200,9 @@ def test_two_processes_give_the_figure_of_one():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with mp.get_context("spawn").Manager() as manager:
+    with mp.get_context("forkserver").Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank_computes, (port, results), nprocs=2)
+        mp.start_processes(_rank_computes, (port, results), nprocs=2, start_method="forkserver")
         assert sorted(results.keys()) == [0, 1]
         for values in results.values():
             assert values == pytest.approx((expected,) * 3, rel=1e-6)

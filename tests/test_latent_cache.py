@@ -251,10 +251,10 @@ def test_windows_depend_on_seed_and_epoch_alone(cache):
     assert not torch.equal(draw(0, 3), draw(1, 3))
 
 
-def test_spawn_workers_read_what_this_process_reads(cache):
+def test_workers_read_what_this_process_reads(cache):
     dataset = LatentCacheDataset(cache, 3)
     here = [dataset[i]["codes"] for i in range(len(dataset))]  # opens files, which must not travel
-    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="forkserver")
     assert all(torch.equal(item["codes"], codes) for item, codes in zip(loader, here, strict=True))
 
 
@@ -370,7 +370,7 @@ def test_a_cache_keeps_the_shards_that_it_was_begun_with(cache, tokenizer, tmp_p
     with pytest.raises(ValueError, match="made with shard_videos 3, asked for 2"):
         encode_dataset(Noise(), tokenizer, cache, shard_videos=2)
     root = tmp_path / "killed"
-    killed = multiprocessing.get_context("spawn").Process(target=encode_until_killed, args=(tokenizer, root))
+    killed = multiprocessing.get_context("forkserver").Process(target=encode_until_killed, args=(tokenizer, root))
     killed.start()
     killed.join()
     encode_dataset(Noise(kill_at=0), tokenizer, root, batch_frames=8)
@@ -425,7 +425,7 @@ def test_an_unknown_format_is_refused(cache):
 
 def test_kill_and_resume_equals_an_uninterrupted_run(cache, tokenizer, tmp_path):
     root = tmp_path / "killed"
-    killed = multiprocessing.get_context("spawn").Process(target=encode_until_killed, args=(tokenizer, root))
+    killed = multiprocessing.get_context("forkserver").Process(target=encode_until_killed, args=(tokenizer, root))
     killed.start()
     killed.join()
     assert killed.exitcode == -signal.SIGKILL

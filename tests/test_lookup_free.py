@@ -243,7 +243,7 @@ def run_rank(rank, folder):
 
 
 def test_ranks_with_the_same_batch_have_the_gradient_of_one(tmp_path):
-    mp.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    mp.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), diversity_gradient())
 

@@ -19,18 +19,18 @@ PROGRAM = """
 import multiprocessing, pickle, sys
 from pathlib import Path
 
-import tokenizers, transformers  # HuggingFace's
-from latentcast import VQVAE, PixelTokenizer, VideoTransformer, VideoPredictionPipeline
-from latentcast import instantiate, load_config, load_model
-import latentcast.tokenizers.quantizers.sliced as nested
-from latentcast.config import config_root
-
 
 def name_of(model):
     return type(model).__name__ + " in " + multiprocessing.current_process().name
 
 
 if __name__ == "__main__":
+    import tokenizers, transformers  # HuggingFace's
+    from latentcast import VQVAE, PixelTokenizer, VideoTransformer, VideoPredictionPipeline
+    from latentcast import instantiate, load_config, load_model
+    import latentcast.tokenizers.quantizers.sliced as nested
+    from latentcast.config import config_root
+
     home = Path(sys.argv[1]).resolve()
     assert hasattr(tokenizers, "Tokenizer") and hasattr(transformers, "AutoTokenizer")
     assert home / "tokenizers" not in Path(tokenizers.__file__).resolve().parents, tokenizers.__file__

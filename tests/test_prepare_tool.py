@@ -1,6 +1,7 @@
 """tools/prepare_dataset.py from the command line, and training on what it leaves."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -22,11 +23,10 @@ from latentcast.data.encoding import encode_dataset
 from latentcast.data.prepared import prepare
 
 
-def prepare_dataset(*arguments):
+@pytest.fixture
+def prepare_dataset(command):
     """-> (exit status, figures or None, stderr)"""
-    command = [sys.executable, str(TOOLS / "prepare_dataset.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else None, done.stderr
+    return functools.partial(command, "prepare_dataset")
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,13 @@ def source(tmp_path_factory):
     return folder
 
 
-def test_a_set_is_prepared_checked_and_damaged(source, tmp_path):
+def test_a_set_is_prepared_checked_and_damaged(source, tmp_path, prepare_dataset):
     output = tmp_path / "set"
-    options = "frame_size=16", "channels=1", "--workers", 2
-    status, figures, err = prepare_dataset("folder", "--source", source, "--output", output, *options)
-    assert status == 0, err
+    options = "frame_size=16", "channels=1", "--workers", "2"  # which import the file of the process
+    tool = [sys.executable, TOOLS / "prepare_dataset.py", "folder", "--source", source, "--output", output, *options]
+    done = subprocess.run(tool, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["counts"] == {"train": 3, "val": 1, "test": 1} and figures["protocol"] == "folders"
     assert (output / "preview.png").is_file()
     status, figures, _ = prepare_dataset("check", output, "--clip-length", 10)
@@ -52,7 +54,7 @@ def test_a_set_is_prepared_checked_and_damaged(source, tmp_path):
     assert status == 1 and len(figures["problems"]) == 3 and "0.mp4: 10 frames are fewer" in err
 
 
-def test_a_damaged_source_ends_with_the_counts_and_goes_on_when_mended(source, tmp_path):
+def test_a_damaged_source_ends_with_the_counts_and_goes_on_when_mended(source, tmp_path, prepare_dataset):
     damaged = tmp_path / "source"
     for split in ("train", "val", "test"):
         (damaged / split).mkdir(parents=True)
@@ -67,7 +69,7 @@ def test_a_damaged_source_ends_with_the_counts_and_goes_on_when_mended(source, t
     assert status == 0 and figures["counts"]["train"] == 2
 
 
-def test_check_of_any_folder_names_damaged_equal_and_short_files(source, tmp_path):
+def test_check_of_any_folder_names_damaged_equal_and_short_files(source, tmp_path, prepare_dataset):
     for name in ("one.mp4", "two.mp4"):
         (tmp_path / name).write_bytes((source / "train/0.mp4").read_bytes())
     cut_off(source / "train/2.mp4", tmp_path / "cut.mp4")
@@ -85,7 +87,7 @@ def test_check_of_any_folder_names_damaged_equal_and_short_files(source, tmp_pat
     assert any(problem.startswith("one.mp4: ") for problem in prepare_dataset("check", tmp_path)[1]["problems"])
 
 
-def test_thumbnails_beside_videos_are_no_video_and_odd_names_are_read(source, tmp_path):
+def test_thumbnails_beside_videos_are_no_video_and_odd_names_are_read(source, tmp_path, prepare_dataset):
     names = [*(f"clip{i}" for i in range(6)), "take: 2", "two\nlines", os.fsdecode(b"caf\xe9"), "x" * 251]
     root = tmp_path / "source"
     root.mkdir()
@@ -189,7 +191,7 @@ def test_a_latents_cache_tries_again_what_was_out_of_reach(source, tmp_path):
         (["check"], "check: expected one folder, found 0 arguments"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, arguments, message):
+def test_mistakes_are_one_line(tmp_path, arguments, message, prepare_dataset):
     status, _, err = prepare_dataset(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert status == 1 and re.search(f"^error: .*{message}", err) and len(err.splitlines()) == 1
 

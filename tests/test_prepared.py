@@ -101,7 +101,7 @@ def test_channels_are_converted(prepared):
 @pytest.mark.parametrize("n_workers", [0, 2])
 def test_batches_carry_conditions_whatever_the_workers(prepared, n_workers):
     data = PreparedVideos(prepared, "train", 3)
-    start = "spawn" if n_workers else None
+    start = "forkserver" if n_workers else None
     batch = next(iter(DataLoader(data, batch_size=4, num_workers=n_workers, multiprocessing_context=start)))
     assert torch.equal(batch["frames"], torch.stack([data[i]["frames"] for i in range(4)]))
     assert batch["conditions"]["actions"].shape == (4, 3, 4)

@@ -418,7 +418,7 @@ def test_settings_that_cannot_be(options, message):
 
 
 def test_two_ranks_keep_one_codebook(tmp_path):
-    mp.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    mp.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name in ("averaged", "drawing", *TRAINED):
         assert_same_state(first[name], second[name])

@@ -185,7 +185,7 @@ def run_rank(rank, folder):
 
 
 def test_two_ranks_with_uneven_shares_agree_with_one_process(tmp_path):
-    mp.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    mp.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
 

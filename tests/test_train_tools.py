@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from tiny_experiment import call_tool, run_tool, start_tool
+from tiny_experiment import call_tool, run_tool, start_tool, write_experiment
 
 from latentcast import VideoPredictionPipeline, load_config, load_model
 from latentcast.cli import UserError
@@ -25,9 +25,9 @@ def encoded(tmp_path_factory):
     return folder
 
 
-def test_prior_tool_ends_with_a_complete_pipeline(encoded):
+def test_prior_tool_ends_with_a_complete_pipeline(encoded, command):
     tokenizer = fingerprint(load_model(encoded / "run/tokenizer"))
-    status, figures, err = run_tool("train_prior", encoded, "preview.sampler={temperature: 0.5}")
+    status, figures, err = command("train_prior", write_experiment(encoded), "preview.sampler={temperature: 0.5}")
     assert status == 0, err
     assert figures["steps"] == 4 and set(figures["val"]) >= {"loss", "bits_per_code"} and figures["seconds"] > 0
     assert fingerprint(load_model(encoded / "run/tokenizer")) == tokenizer
@@ -112,8 +112,8 @@ def test_overwrite_starts_over_and_resume_extends(tmp_path):
     assert call_tool("train_tokenizer", tmp_path, "resume=true", "trainer.max_steps=6")["steps"] == 6
 
 
-def test_non_finite_loss_ends_the_process_with_one_line(tmp_path):
-    status, figures, err = run_tool("train_tokenizer", tmp_path, "optimizer.lr=1e30")
+def test_non_finite_loss_ends_the_tool_with_one_line(tmp_path, command):
+    status, figures, err = command("train_tokenizer", write_experiment(tmp_path), "optimizer.lr=1e30")
     assert status == 1 and figures is None
     assert err.splitlines()[-1].startswith("error: FloatingPointError: VQVAE: the training ")
     assert "Traceback" not in err and not (tmp_path / "run/tokenizer").exists()

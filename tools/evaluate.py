@@ -19,7 +19,9 @@ logger = logging.getLogger("latentcast")
 
 
 def main(args):
-    import torch
+    began = time.perf_counter()
+    config, folder = choose(args)
+    import torch  # which takes seconds, as what follows: mistakes in the config show before
 
     from latentcast.config import instantiate, to_container
     from latentcast.data.shards import difference_of
@@ -29,8 +31,6 @@ def main(args):
     from latentcast.evaluation.report import write_report
     from latentcast.pipelines.base import VideoPipeline
 
-    began = time.perf_counter()
-    config, folder = choose(args)
     if config.protocol is None:
         raise UserError("protocol: choose one by protocol=NAME (see configs/protocol)")
     if config.data is None:

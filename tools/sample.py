@@ -61,14 +61,6 @@ def make_parser():
 
 
 def main(args):
-    import torch
-
-    from latentcast.data.pictures import grid_size, side_by_side
-    from latentcast.data.video_reader import is_away
-    from latentcast.data.video_writer import check_video, write_video
-    from latentcast.files import error_numbers, printable, told
-    from latentcast.pipelines.base import VideoPipeline
-
     started = time.perf_counter()
     for name, least in (("n_frames", 1), ("n_context", 1), ("num_samples", 1), ("start", 0), ("frame_stride", 1)):
         value = getattr(args, name)
@@ -80,6 +72,14 @@ def main(args):
     multiplier = sampler.get("fps_multiplier", 1)  # what it may be is the sampler's to say
     multiplier = multiplier if isinstance(multiplier, (int, float)) and multiplier > 0 else 1
     videos = find_videos(args.input)
+    import torch  # which takes seconds, as what follows: mistakes in the arguments show before
+
+    from latentcast.data.pictures import grid_size, side_by_side
+    from latentcast.data.video_reader import is_away
+    from latentcast.data.video_writer import check_video, write_video
+    from latentcast.files import error_numbers, printable, told
+    from latentcast.pipelines.base import VideoPipeline
+
     pipe = VideoPipeline.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype))
     pipe.to(pick_device(args.device))
     output = args.output or (Path(args.pipeline).parent if Path(args.pipeline).is_dir() else Path()) / "samples"
@@ -247,13 +247,14 @@ def find_videos(path):
     Where several files would have one name (on disks that do not tell A from a, too), later ones have their suffix or a
     checksum at its end.
     """
-    from latentcast.data.video_folder import SUFFIXES, list_videos
     from latentcast.files import shortened
 
     if path.is_file():
         return {path: shortened(path.stem)}
     if not path.is_dir():
         raise UserError(f"--input {path}: no such file or folder")
+    from latentcast.data.video_folder import SUFFIXES, list_videos
+
     files = list_videos(path)
     if not files:
         raise UserError(f"--input {path}: no video files here; expected any of {', '.join(SUFFIXES)}")

@@ -8,11 +8,12 @@ from latentcast.cli import experiment_parser, run_tool
 
 def main(args):
     from latentcast.config import load_config
-    from latentcast.training.run import TrainingRun
 
     config = load_config(args.experiment, args.overrides, tool="train_prior")
     if config.joint:
         config = load_config(args.experiment, args.overrides, tool="train_jointly")
+    from latentcast.training.run import TrainingRun  # which takes seconds: mistakes in the config show before
+
     with TrainingRun.open(config, "joint" if config.joint else "prior") as run:
         return train(config, run)
 

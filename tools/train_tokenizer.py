@@ -5,9 +5,10 @@ from latentcast.cli import UserError, experiment_parser, run_tool
 
 def main(args):
     from latentcast.config import load_config
-    from latentcast.training.run import TrainingRun
 
     config = load_config(args.experiment, args.overrides, tool="train_tokenizer")
+    from latentcast.training.run import TrainingRun  # which takes seconds: mistakes in the config show before
+
     with TrainingRun.open(config, "tokenizer") as run:
         return train(config, run)
 

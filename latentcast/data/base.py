@@ -6,6 +6,7 @@ import itertools
 import random
 from dataclasses import dataclass
 
+import torch
 from torch.utils.data import Dataset
 
 SPLITS = ("train", "val", "test")
@@ -98,6 +99,28 @@ class VideoDataset(Dataset):
         """What ``dataset[index]`` reads, for messages."""
         video, start, stop = self._windows.place(index, self.epoch)
         return f"{self.videos[video].name}, frames {start} to {stop - 1}"
+
+
+class SharedEpoch(Dataset):
+    """A data set whose epoch lies in shared memory, so that persistent workers see it change."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch):
+        self.epoch.fill_(epoch)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        self.dataset.set_epoch(int(self.epoch))
+        return self.dataset[index]
+
+    def item_name(self, index):
+        self.dataset.set_epoch(int(self.epoch))
+        return self.dataset.item_name(index)
 
 
 class ClipWindows:

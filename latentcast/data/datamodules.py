@@ -6,35 +6,13 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DistributedSampler
 
-from .base import EmptySplitError
+from .base import EmptySplitError, SharedEpoch
 from .latent_cache import LatentCacheDataset
 from .loading import Loader, end_workers, open_loader
 
 logger = logging.getLogger("latentcast")
-
-
-class _SharedEpoch(Dataset):
-    """A data set whose epoch lies in shared memory, so that persistent workers see it change."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch):
-        self.epoch.fill_(epoch)
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        self.dataset.set_epoch(int(self.epoch))
-        return self.dataset[index]
-
-    def item_name(self, index):
-        self.dataset.set_epoch(int(self.epoch))
-        return self.dataset.item_name(index)
 
 
 class _EpochSampler(DistributedSampler):
@@ -130,7 +108,7 @@ class _ClipDataModule(pl.LightningDataModule):
             self.train_set.set_epoch(0)
             return self._loader(self.train_set)
         world = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        dataset = _SharedEpoch(self.train_set)
+        dataset = SharedEpoch(self.train_set)
         sampler = _EpochSampler(dataset, *world, shuffle=True, seed=self.seed)
         if len(sampler) < self.batch_size:
             logger.warning("train: %d clips a process are fewer than batch_size=%d", len(sampler), self.batch_size)

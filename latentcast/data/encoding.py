@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from latentcast.distributed import barrier, default_device, rank_and_world, rank_zero_first
 from latentcast.files import locked
-from latentcast.modeling import fingerprint
 
 from .latent_cache import LatentCacheWriter, read_manifest
 from .loading import open_loader
@@ -79,6 +78,8 @@ def encode_dataset(
     if store == "auto" and tokenizer.has_posterior:
         store = "posterior"
     videos = dataset.videos
+    from latentcast.modeling import fingerprint  # here: the loader's processes do without diffusers
+
     identity = fingerprint(tokenizer)
     with locked(root, "tools/encode_dataset.py"):
         with rank_zero_first():

@@ -65,7 +65,7 @@ def open_loader(dataset, kind=Loader, num_workers=0, read_timeout=0, **kwargs):
     if num_workers:
         context = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         if context == "forkserver":
-            _start_server(type(dataset).__module__)
+            start_server(*modules_of(dataset))
     watched = _Watched(dataset, num_workers, read_timeout)
     workers = {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _start_worker}
     return kind(watched, **workers, **kwargs)
@@ -96,8 +96,18 @@ def _waiting_for(dataset):
         _waiting.pop()
 
 
-def _start_server(*modules):
-    """Workers inherit from the server that the two signals are blocked."""
+def modules_of(dataset):
+    """The modules of a data set's class and of those that it wraps."""
+    while dataset is not None:
+        yield type(dataset).__module__
+        dataset = getattr(dataset, "dataset", None)
+
+
+def start_server(*modules):
+    """Start the server, unless it runs; it imports torch and ``modules``, once for all processes that come from it.
+
+    They inherit from it that SIGINT and SIGTERM are blocked.
+    """
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch.utils.data", __name__, *modules])
     resource_tracker.ensure_running()  # would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
