@@ -439,7 +439,7 @@ def _merge(config, part, prefix):
                 config[key] = value
                 if partial is not None and "_partial_" not in value:
                     config[key]["_partial_"] = partial
-        elif old and not value._is_interpolation() and not (value._is_none() and (name in _groups() or not own)):
+        elif old and not value._is_interpolation() and not (value._is_none() and (not own or _may_be_null(name))):
             raise ConfigError(f"{name}: expected a mapping, found {_shown(value)}")
         elif new and not current._is_none() and "_target_" not in value:
             raise ConfigError(f"{name}: expected a value like {_shown(current)}, found a mapping")
@@ -448,6 +448,11 @@ def _merge(config, part, prefix):
             config[key] = value
             if new:
                 config[key]._set_flag(OPEN, True)
+
+
+def _may_be_null(name):
+    """Whether a mapping of base.yaml may be: there is none of the kind then."""
+    return name in (*_groups(), "lr_scheduler")
 
 
 def _check_kind(name, current, value, own):
