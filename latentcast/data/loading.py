@@ -59,11 +59,7 @@ def open_loader(dataset, kind=Loader, num_workers=0, read_timeout=0, **kwargs):
             with it the loader (WorkerError). 0: never.
         kwargs: of DataLoader.
     """
-    context = None
-    if num_workers:
-        context = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        if context == "forkserver":
-            _start_server(type(dataset).__module__)
+    context = worker_context(type(dataset).__module__) if num_workers else None
     watched = _Watched(dataset, num_workers, read_timeout)
     workers = {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _start_worker}
     return kind(watched, **workers, **kwargs)
@@ -94,15 +90,22 @@ def _waiting_for(dataset):
         _waiting.pop()
 
 
-def _start_server(*modules):
-    """Workers inherit from the server that the two signals are blocked."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch.utils.data", __name__, *modules])
+def worker_context(*modules):
+    """How to start processes that work for this one: from a server, where there can be one, that has these modules.
+
+    They inherit from it that SIGINT and SIGTERM are blocked; ``kill`` ends them.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.utils.data", __name__, *modules])
     resource_tracker.ensure_running()  # would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
 def _start_worker(worker):

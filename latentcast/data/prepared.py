@@ -10,7 +10,6 @@ import contextlib
 import filecmp
 import hashlib
 import logging
-import multiprocessing
 import shutil
 import signal
 import sys
@@ -28,7 +27,7 @@ from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check,
 from . import shards
 from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
 from .benchmarks.base import Clip
-from .loading import end_with_parent
+from .loading import end_with_parent, worker_context
 from .moving_digits import MAX_SPEED, MOTIONS, MovingDigits
 from .pictures import contact_sheet
 from .video_folder import luma
@@ -277,7 +276,7 @@ def _written_by_processes(benchmark, writers, work, n_processes):
 
     A process that is lost over a video costs that video alone: another one writes its shard anew without it.
     """
-    context = multiprocessing.get_context("spawn")
+    context = worker_context(__name__, type(benchmark).__module__)
     work, lost, running = collections.deque(work), collections.defaultdict(dict), {}
 
     def start():
@@ -329,13 +328,13 @@ def _written_by_processes(benchmark, writers, work, n_processes):
                     give(pipe)
     finally:
         for process, *_ in running.values():  # a shard may take minutes; those begun are lost anyway
-            process.terminate()
+            process.kill()
             process.join()
 
 
 def _write_as_told(benchmark, writers, pipe):
     """What a process of ``_written_by_processes`` does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the main process ends it
     # One that outlives a killed run would wait for ever, or write into the folder that the next run continues.
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
