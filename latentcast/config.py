@@ -191,7 +191,7 @@ def call(target, arguments, name, partial=False):
     """Call a class or function, or make a partial of it, after a look at its arguments; errors call it ``name``.
 
     Raises:
-        ConfigError: arguments that it does not take, or one that it needs and did not get.
+        ConfigError: arguments that it does not take or cannot use, or one that it needs and did not get.
     """
     unknown = [argument for argument in arguments if not _takes(target, argument)]
     if unknown:
@@ -201,7 +201,11 @@ def call(target, arguments, name, partial=False):
     missing = [argument for argument in _parameters(target, required=True) if argument not in arguments]
     if missing:
         raise ConfigError(f"{name}: missing argument {missing[0]!r}")
-    return target(**arguments)
+    try:
+        return target(**arguments)
+    except (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{name}: cannot be built of its arguments ({short(found)[1:-1]})") from error
 
 
 def _build(config, place, allows, kwargs):

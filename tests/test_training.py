@@ -1,9 +1,12 @@
 """The training loop: resuming, averaging, stopping, what is logged and drawn."""
 
+import contextlib
 import math
 import os
 import resource
+import shutil
 import signal
+import socket
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -14,7 +17,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from tiny import SMALL_TRANSFORMER, random_frames, tiny_tokenizer
-from tiny_experiment import N_CLIPS, call_tool, tiny_config
+from tiny_experiment import N_CLIPS, call_tool, tiny_config, write_experiment
 from torch import nn
 
 from latentcast import (
@@ -213,6 +216,83 @@ def test_wherever_a_run_is_stopped_it_goes_on_with_the_right_weights_and_every_r
         assert all(torch.equal(tensor, found[part][name]) for name, tensor in expected[part].items()), part
     assert str(expected["optimizer_states"]) == str(found["optimizer_states"])
     assert rows(resumed) == rows(whole)
+
+
+class Moments(pl.Callback):
+    """Copies what lies on the disk, which is all that kill -9 leaves, between any two things that a run writes."""
+
+    def __init__(self, folder):
+        self.folder, self.n = folder, 0
+
+    def copy(self, run_dir):
+        self.n += 1
+        shutil.copytree(run_dir, self.folder / f"{self.n}", ignore=shutil.ignore_patterns("previews"))
+
+    def __getattribute__(self, name):
+        hooks = ("on_train_batch_start", "on_train_batch_end", "on_validation_end", "on_save_checkpoint")
+        if name not in (*hooks, "on_before_optimizer_step"):
+            return super().__getattribute__(name)
+        return lambda trainer, *_: self.copy(trainer.default_root_dir) if 5 <= trainer.global_step <= 8 else None
+
+
+def test_wherever_a_run_is_killed_every_row_is_there_once(tmp_path, whole):
+    """Between a checkpoint and its rows in the metrics above all."""
+    moments = Moments(tmp_path)
+    chain(tiny_config(tmp_path, *CHAIN), moments)
+    states = {}
+    for n in range(1, moments.n + 1):
+        folder = tmp_path / str(n)
+        kept = [folder / "metrics/tokenizer.csv", *folder.glob("tokenizer_training/last.ckpt")]
+        states.setdefault(tuple(path.read_bytes() for path in kept), folder)
+    assert len({state[0] for state in states}) > 2 and len({state[1] for state in states}) > 1
+    chosen = list(states.values())
+    for folder in (chosen[0], chosen[len(chosen) // 2], chosen[-1]):
+        with open(folder / "metrics/tokenizer.csv", "a") as file:
+            file.write("7,train/lo")  # a row that was being written
+        resumed, _ = chain(tiny_config(tmp_path, *CHAIN, "resume=true", f"run_dir={folder}"))
+        assert rows(resumed) == rows(whole)
+
+
+RANKS = ["tokenizer.codebook_size=64", "tokenizer.dead_code_threshold=0", "trainer.devices=2", "trainer.strategy=ddp"]
+RANKS += ["batch_size=2", "trainer.max_steps=10", "ema_decay=0"]  # 6 steps an epoch
+
+
+def train_on_rank(rank, port, folder):
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    seen = []
+
+    class Record(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(outputs["codes"].clone())
+
+    def train(name, *overrides, stop=()):
+        config = tiny_config(folder, *RANKS, f"run_dir={folder}/{name}", *overrides)
+        fit(config, callbacks=[Record(), CodebookMonitor([64]), *stop])
+
+    tiny_config(folder)
+    train("whole", "trainer.max_epochs=1")
+    torch.save(torch.cat(seen), folder / f"codes-{rank}.pt")
+    with contextlib.suppress(KeyboardInterrupt):
+        train("stopped", "trainer.max_epochs=1", stop=[Stop(3)])
+    train("stopped", "trainer.max_epochs=1", "resume=true")
+    torch.distributed.destroy_process_group()
+
+
+def test_codebook_usage_over_ranks_and_after_a_stop_inside_an_epoch(tmp_path):
+    write_experiment(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(train_on_rank, (port, tmp_path), nprocs=2, start_method="spawn")
+    codes = torch.cat([torch.load(tmp_path / f"codes-{rank}.pt") for rank in range(2)])
+    assert len(codes) == N_CLIPS
+    counts = torch.bincount(codes.flatten(), minlength=64).double()
+    share = counts[counts > 0] / counts.sum()
+    for name in ("whole", "stopped"):
+        found = {key: value for _, key, value in read_metrics(tmp_path / name / "metrics/tokenizer.csv")}
+        assert found["train/usage_0"] == pytest.approx(len(share) / 64)
+        assert found["train/perplexity_0"] == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-4)
 
 
 def test_batches_of_validation_have_noise_of_their_own_and_the_same_each_time(tmp_path):
@@ -576,8 +656,9 @@ def test_what_resuming_applies_and_what_it_refuses_by_name(tmp_path):
     (group,) = last(run)["optimizer_states"][0]["param_groups"]
     assert group["weight_decay"] == 0.3 and module.trainer.precision == "bf16-mixed"
     assert load_config(run.run_dir / "config.yaml").optimizer.lr == 0.002
-    fit(tiny_config(tmp_path, *start, "resume=true", "trainer.max_steps=7", "lr_scheduler.name=constant"))
-    assert curves(run)["lr-AdamW"][-1] == (6, 0.01)
+    for n_steps, schedule in ((7, "lr_scheduler.name=constant"), (8, "lr_scheduler=null")):
+        fit(tiny_config(tmp_path, *start, "resume=true", f"trainer.max_steps={n_steps}", schedule))
+        assert curves(run)["lr-AdamW"][-1] == (n_steps - 1, 0.01)
 
 
 @pytest.mark.parametrize(
