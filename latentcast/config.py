@@ -230,11 +230,13 @@ def _allows(root, path):
 
 
 def to_container(config):
-    """A DictConfig as plain, resolved Python (JSON-able): what models and Lightning's hyper-parameters need.
+    """A DictConfig as plain, resolved Python (JSON-able): what models and Lightning need. None stays None.
 
     Raises:
         ConfigError: a value that must be given (``???``) was not.
     """
+    if config is None:
+        return None
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
