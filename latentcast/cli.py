@@ -181,6 +181,10 @@ def prepare_run_dir(path, name="run_dir"):
     """Create ``run_dir`` and make sure it can be written to; ``name`` is what errors call it."""
     path = Path(path)
     try:
+        str(path).encode()
+    except UnicodeEncodeError:  # safetensors opens no such files
+        raise UserError(f"{name} {path}: expected a path in UTF-8, found other bytes; data may lie in such") from None
+    try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-test-{os.getpid()}"
         probe.touch()

@@ -191,7 +191,7 @@ def call(target, arguments, name, partial=False):
     """Call a class or function, or make a partial of it, after a look at its arguments; errors call it ``name``.
 
     Raises:
-        ConfigError: arguments that it does not take, or one that it needs and did not get.
+        ConfigError: arguments that it does not take or cannot use, or one that it needs and did not get.
     """
     unknown = [argument for argument in arguments if not _takes(target, argument)]
     if unknown:
@@ -201,7 +201,11 @@ def call(target, arguments, name, partial=False):
     missing = [argument for argument in _parameters(target, required=True) if argument not in arguments]
     if missing:
         raise ConfigError(f"{name}: missing argument {missing[0]!r}")
-    return target(**arguments)
+    try:
+        return target(**arguments)
+    except (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{name}: cannot be built of its arguments ({short(found)[1:-1]})") from error
 
 
 def _build(config, place, allows, kwargs):
@@ -226,11 +230,13 @@ def _allows(root, path):
 
 
 def to_container(config):
-    """A DictConfig as plain, resolved Python (JSON-able): what models and Lightning's hyper-parameters need.
+    """A DictConfig as plain, resolved Python (JSON-able): what models and Lightning need. None stays None.
 
     Raises:
         ConfigError: a value that must be given (``???``) was not.
     """
+    if config is None:
+        return None
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -439,7 +445,7 @@ def _merge(config, part, prefix):
                 config[key] = value
                 if partial is not None and "_partial_" not in value:
                     config[key]["_partial_"] = partial
-        elif old and not value._is_interpolation() and not (value._is_none() and (name in _groups() or not own)):
+        elif old and not value._is_interpolation() and not (value._is_none() and (not own or _may_be_null(name))):
             raise ConfigError(f"{name}: expected a mapping, found {_shown(value)}")
         elif new and not current._is_none() and "_target_" not in value:
             raise ConfigError(f"{name}: expected a value like {_shown(current)}, found a mapping")
@@ -448,6 +454,11 @@ def _merge(config, part, prefix):
             config[key] = value
             if new:
                 config[key]._set_flag(OPEN, True)
+
+
+def _may_be_null(name):
+    """Whether a mapping of base.yaml may be: there is none of the kind then."""
+    return name in (*_groups(), "lr_scheduler")
 
 
 def _check_kind(name, current, value, own):

@@ -322,6 +322,12 @@ def write_json(path, content):
         file.write("\n")
 
 
+def write_text(path, text):
+    """Write UTF-8, all or nothing; bytes of file names that are no text are escaped. Raises OSError, which names it."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
 def error_numbers(error):
     """The system's numbers (``errno``) of an error and of those that led to it."""
     numbers = set()

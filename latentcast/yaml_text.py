@@ -108,6 +108,14 @@ def nested(key, value):
     return value
 
 
+def flattened(mapping, prefix=""):
+    """{"a": {"b": 1}} -> {"a.b": 1}: ``nested`` undone, of a whole mapping; empty mappings leave nothing."""
+    flat = {}
+    for key, value in mapping.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's parser; ``plain`` takes the place of its constructors."""
 

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import replacing, write_json
+from .files import replacing, write_json, write_text
 from .metrics import psnr
 
 EXAMPLES = "examples.safetensors"
@@ -33,8 +33,7 @@ def export(pipe, folder, clips, results, *, title, command, licence):
         save_file({"clips": uint8}, temporary)
     found = example_psnr(type(pipe).from_pretrained(folder), read_examples(folder))
     write_json(folder / "metrics.json", {name: result["metrics"] for name, result in results.items()})
-    with replacing(folder / "README.md") as temporary:
-        temporary.write_text(_card(pipe, folder.name, results, found, title, command, licence))
+    write_text(folder / "README.md", _card(pipe, folder.name, results, found, title, command, licence))
     return found
 
 

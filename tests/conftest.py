@@ -14,14 +14,14 @@ import pytest
 from tiny_experiment import TOOLS
 from video_files import counter_frames, cut_off, encode
 
-from latentcast.data.loading import start_server
+from latentcast.data.loading import worker_context
 
 
 @pytest.fixture(scope="session", autouse=True)
 def fork_server():
     """In a run of many files: what the processes of loaders and ranks need is imported once, not by each of them."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        start_server("latentcast.training.run", "latentcast.zoo", "torch._dynamo", "sklearn.cluster", "pytest")
+        worker_context("latentcast.training.run", "latentcast.zoo", "torch._dynamo", "sklearn.cluster", "pytest")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -443,6 +444,8 @@ def test_curves_show_means_and_intervals_over_frames(tmp_path):
         heights = band[band[:, 0] == frame, 1]
         assert (heights.min(), heights.max()) == pytest.approx((low, high))
     assert Image.open(tmp_path / "c.png").format == "PNG" and list(tmp_path.iterdir()) == [tmp_path / "c.png"]
+    (axes,) = plots.curves(tmp_path / "c.png", {os.fsdecode(b"caf\xe9 $\\x$"): entry}, "psnr").axes
+    assert "\\udce9" in axes.get_legend().get_texts()[0].get_text()
     with pytest.raises(ValueError, match="curves of fvd: expected values per frame, found none"):
         plots.curves(tmp_path / "none.png", {"mine": result["metrics"]["fvd"]}, "fvd")
 

@@ -243,6 +243,7 @@ def test_folders_without_config_or_safe_weights_are_refused(tmp_path):
     [
         ({"height": 15}, "expected multiples of the stride 2, found 15, 16"),
         ({"reconstruction_loss": "l3"}, "expected one of l2, l1, found 'l3'"),
+        ({"height": "x"}, "height: expected a whole number of at least 1, found 'x'"),
     ],
 )
 def test_settings_that_cannot_be(options, message):
@@ -250,3 +251,7 @@ def test_settings_that_cannot_be(options, message):
         small_diffusers("VQModel", **SIZES | options)
     with pytest.raises(ValueError, match="expected as many channels out as in, found 3 and 1"):
         DiffusersTokenizer(autoencoder={"_class_name": "AutoencoderTiny", "out_channels": 1})
+    with pytest.raises(ValueError, match="autoencoder: expected a class and its sizes, found 3"):
+        DiffusersTokenizer(autoencoder=3)
+    with pytest.raises(ValueError, match="autoencoder: no VQModel can be built of these sizes"):
+        DiffusersTokenizer(autoencoder={"_class_name": "VQModel", "block_out_channels": 3})

@@ -3,6 +3,8 @@
 import argparse
 import hashlib
 import json
+import re
+import resource
 import runpy
 import subprocess
 import sys
@@ -635,6 +637,30 @@ def test_the_tool_in_half_precision(trained, tmp_path, command):
         assert report.read_maps(tmp_path / dtype / "metrics/one_digit.json")[1] == "clip 4, predicted frame 2"
     full, half = (found[dtype]["baselines"]["reconstruction"]["mse"]["mean"] for dtype in found)
     assert full != half and half == pytest.approx(full, rel=0.02)
+
+
+def test_a_limit_of_file_sizes_is_one_line_and_loses_nothing(trained, tmp_path, monkeypatch, capsys):
+    folder, _ = trained
+    (tmp_path / "pipeline").symlink_to(folder / "run/pipeline")
+    command = ["evaluate.py", str(write_experiment(folder)), *TINY, "protocol.n_clips=4", f"run_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", [*command, "evaluation.baselines=[copy_last_frame]"])
+    limits, named, parts = resource.getrlimit(resource.RLIMIT_FSIZE), [], []
+    for limit in (1000, 4000, 12_000, 12_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(SystemExit):
+                runpy.run_path(str(TOOLS / "evaluate.py"), run_name="__main__")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        found = re.fullmatch(rf"error: {tmp_path}/metrics/(.*): cannot be written \(File too large\)", error)
+        assert found, error
+        named.append(Path(found[1]).name)
+        parts.append({path: path.stat().st_mtime_ns for path in (tmp_path / "metrics").rglob("group*")})
+    assert named[:2] == ["plan.json", "group-00000.safetensors"] and named[2].endswith(".png")
+    assert len(parts[2]) == 2 and parts[2] == parts[3]
+    runpy.run_path(str(TOOLS / "evaluate.py"), run_name="__main__")
+    assert json.loads((tmp_path / "metrics/one_digit.json").read_text())["protocol"]["n_clips"] == 4
 
 
 def test_quickstart_shows_metrics_that_have_no_mean_of_samples(trained, tmp_path):

@@ -3,7 +3,9 @@
 import math
 import os
 import resource
+import shutil
 import signal
+import socket
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -213,6 +215,67 @@ def test_wherever_a_run_is_stopped_it_goes_on_with_the_right_weights_and_every_r
         assert all(torch.equal(tensor, found[part][name]) for name, tensor in expected[part].items()), part
     assert str(expected["optimizer_states"]) == str(found["optimizer_states"])
     assert rows(resumed) == rows(whole)
+
+
+class Moments(pl.Callback):
+    """Copies what lies on the disk, which is all that kill -9 leaves, between any two things that a run writes."""
+
+    def __init__(self, folder):
+        self.folder, self.n = folder, 0
+
+    def copy(self, run_dir):
+        self.n += 1
+        shutil.copytree(run_dir, self.folder / f"{self.n}", ignore=shutil.ignore_patterns("previews"))
+
+    def __getattribute__(self, name):
+        hooks = ("on_train_batch_start", "on_train_batch_end", "on_validation_end", "on_save_checkpoint")
+        if name not in (*hooks, "on_before_optimizer_step"):
+            return super().__getattribute__(name)
+        return lambda trainer, *_: self.copy(trainer.default_root_dir) if 5 <= trainer.global_step <= 8 else None
+
+
+def test_wherever_a_run_is_killed_every_row_is_there_once(tmp_path, whole):
+    """Between a checkpoint and its rows in the metrics above all."""
+    moments = Moments(tmp_path)
+    chain(tiny_config(tmp_path, *CHAIN), moments)
+    states = {}
+    for n in range(1, moments.n + 1):
+        folder = tmp_path / str(n)
+        kept = [folder / "metrics/tokenizer.csv", *folder.glob("tokenizer_training/last.ckpt")]
+        states.setdefault(tuple(path.read_bytes() for path in kept), folder)
+    assert len({state[0] for state in states}) > 2 and len({state[1] for state in states}) > 1
+    chosen = list(states.values())
+    for folder in (chosen[0], chosen[len(chosen) // 2], chosen[-1]):
+        with open(folder / "metrics/tokenizer.csv", "a") as file:
+            file.write("7,train/lo")  # a row that was being written
+        resumed, _ = chain(tiny_config(tmp_path, *CHAIN, "resume=true", f"run_dir={folder}"))
+        assert rows(resumed) == rows(whole)
+
+
+def count_on_rank(rank, port, folder):
+    """Half of an epoch, a stop, the other half in a new monitor, and what it reports."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    codes = torch.randint(40, (2, 8, 1), generator=torch.Generator().manual_seed(rank))
+    before, after = CodebookMonitor([64]), CodebookMonitor([64])
+    before.train.update(codes[0])
+    after.load_state_dict(before.state_dict())
+    after.train.update(codes[1])
+    found = {name: values.item() for name, values in after.train.compute().items()}
+    torch.save((codes, found), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_codebook_usage_over_ranks_and_after_a_stop_inside_an_epoch(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(count_on_rank, (port, tmp_path), nprocs=2, start_method="spawn")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    counts = torch.bincount(torch.cat([codes for codes, _ in ranks]).flatten(), minlength=64).double()
+    share = counts[counts > 0] / counts.sum()
+    for _, found in ranks:
+        assert found["usage"] == pytest.approx(len(share) / 64)
+        assert found["perplexity"] == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-4)
 
 
 def test_batches_of_validation_have_noise_of_their_own_and_the_same_each_time(tmp_path):
@@ -576,8 +639,9 @@ def test_what_resuming_applies_and_what_it_refuses_by_name(tmp_path):
     (group,) = last(run)["optimizer_states"][0]["param_groups"]
     assert group["weight_decay"] == 0.3 and module.trainer.precision == "bf16-mixed"
     assert load_config(run.run_dir / "config.yaml").optimizer.lr == 0.002
-    fit(tiny_config(tmp_path, *start, "resume=true", "trainer.max_steps=7", "lr_scheduler.name=constant"))
-    assert curves(run)["lr-AdamW"][-1] == (6, 0.01)
+    for n_steps, schedule in ((7, "lr_scheduler.name=constant"), (8, "lr_scheduler=null")):
+        fit(tiny_config(tmp_path, *start, "resume=true", f"trainer.max_steps={n_steps}", schedule))
+        assert curves(run)["lr-AdamW"][-1] == (n_steps - 1, 0.01)
 
 
 @pytest.mark.parametrize(

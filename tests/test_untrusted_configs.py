@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,9 +14,10 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.plugins.environments import ClusterEnvironment
-from tiny_experiment import EXPERIMENT, TOOLS, write_experiment
+from tiny_experiment import EXPERIMENT, TOOLS, call_tool, write_experiment
 
 import latentcast
+from latentcast.cli import UserError
 from latentcast.config import ConfigError, instantiate, load_config, to_container
 from latentcast.data.base import VideoDataset
 from latentcast.priors.base import Prior
@@ -320,6 +322,27 @@ CHECKPOINT = {"_target_": "pytorch_lightning.callbacks.ModelCheckpoint"}
 def test_nothing_of_lightning_writes_outside_of_run_dir(trainer, expected, tmp_path):
     experiment = write(tmp_path, {"run_dir": str(tmp_path / "run"), "trainer": EXPERIMENT["trainer"] | trainer})
     assert expected in line_of(load_config, experiment)
+
+
+def test_a_run_dir_that_is_somebody_elses_is_refused(tmp_path):
+    """Training replaces the folders tokenizer, pipeline, ... of run_dir: not those that it did not make."""
+    for name in ("tokenizer", "tokenizer_training", "previews/tokenizer", "pipeline"):
+        source = tmp_path / name / "work/source.py"
+        source.parent.mkdir(parents=True)
+        source.write_text("print()")
+        with pytest.raises(UserError, match=f"run/../{name}: expected nothing, or what an earlier training left"):
+            call_tool("train_tokenizer", tmp_path, f"run_dir={tmp_path}/run/..", "overwrite=true")
+        assert source.read_text() == "print()"
+        shutil.rmtree(tmp_path / name)
+
+
+def test_what_a_class_cannot_be_built_of_is_one_line_that_names_it(tmp_path):
+    for override in ("tokenizer.in_channels=null", "tokenizer.hidden_channels=-1", "prior.subscale=null"):
+        config = load_config(write(tmp_path, EXPERIMENT), [override])
+        part = override.partition(".")[0]
+        arguments = {"latent_spec": instantiate(config.tokenizer).latent_spec} if part == "prior" else {}
+        line = line_of(instantiate, config[part], **arguments)
+        assert line.startswith(f"{config[part]._target_}: cannot be built of its arguments ("), line
 
 
 def test_callbacks_loggers_and_profilers_of_a_config_are_used(tmp_path, command):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from video_files import counter_frames, encode, read_counter
 
 from latentcast import VideoFolder, probe, read_clip
 from latentcast.data.benchmarks.folder import Folder
+from latentcast.data.video_folder import build_index
 from latentcast.data.video_reader import VideoAwayError, VideoError, fit_frames, iter_clip, look
 
 N = 60
@@ -481,6 +483,90 @@ def test_what_is_no_property_of_the_file_is_tried_again(tmp_path):
     assert len(data.videos) == 4
     kept = json.loads((root / ".latentcast-index.json").read_text())["files"]
     assert sorted(kept) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4", "text.mp4"] and "error" in kept["text.mp4"]
+
+
+FAULT = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+ssize_t read(int file, void *buffer, size_t n) {
+    char link[64], path[4096] = "";
+    off_t end = atol(getenv("FAULT")), at = lseek(file, 0, SEEK_CUR);
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    if (readlink(link, path, sizeof path - 1) > 0 && strstr(path, "/shared/")) {
+        if (at >= end) { errno = ESTALE; return -1; }
+        if (at + (off_t)n > end) n = end - at;
+    }
+    return ((ssize_t (*)(int, void *, size_t))dlsym(RTLD_NEXT, "read"))(file, buffer, n);
+}
+"""
+LISTING = """
+import json, sys
+from latentcast.data.video_folder import build_index
+for root in sys.argv[1:]:
+    print(json.dumps({name: record.get("error") for name, record in build_index(root).items()}))
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("cc") is None, reason="needs a C compiler, to let a share fail in the middle of a file"
+)
+def test_a_share_that_fails_in_the_middle_of_a_file_says_nothing_of_it(tmp_path):
+    """Of its index at the end of an mp4, of a Matroska file without a stated duration, of a stream without any."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "fault.c").write_text(FAULT)
+    library = tmp_path / "fault.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "fault.c", "-ldl"], check=True)
+    noise = np.random.default_rng(0).integers(0, 256, (30, 96, 128, 3), np.uint8)
+    for name in ("a.mp4", "a.mkv", "a.avi", "a.ts", "a.flv", "a.mpg"):
+        old = name in ("a.avi", "a.mpg")
+        codec = {"codec": "mpeg1video" if old else "libx264", "options": {"b": "4000000", "g": "10"}}
+        assert encode(tmp_path / "shared" / name, noise, **codec).stat().st_size > 150_000
+    run = subprocess.run(
+        [sys.executable, "-c", LISTING, tmp_path / "shared"],
+        env=os.environ | {"LD_PRELOAD": str(library), "FAULT": "100000"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    (line,) = run.stdout.splitlines()
+    assert len(json.loads(line)) == 6
+    assert set(json.loads(line).values()) == {"cannot be read at the moment (Stale file handle)"}
+    assert json.loads((tmp_path / "shared/.latentcast-index.json").read_text())["files"] == {}
+
+
+def test_an_index_that_came_with_the_files_or_was_damaged_counts_for_nothing(tmp_path):
+    """Whatever stands in it: what is taken is what can be so."""
+    encode(tmp_path / "a.mp4", counter_frames(30), pts=[*range(20), *range(30, 40)])
+    gapped(tmp_path / "b.mkv", 60)
+    (tmp_path / "text.mp4").write_text("no video")
+    expected = json.loads(json.dumps(build_index(tmp_path)))
+    path = tmp_path / ".latentcast-index.json"
+    document = json.loads(path.read_text())
+    rng = random.Random(0)
+    for junk in (None, [], {}, -1, 0, "x", 10**30, 1.5, True, [[]], {"a": 1}, [1e300], float("nan")):
+        for _ in range(4):
+            changed = inner = json.loads(json.dumps(document))
+            while inner:
+                key = rng.choice([*inner] if isinstance(inner, dict) else range(len(inner)))
+                if not isinstance(inner[key], (dict, list)) or rng.random() < 0.3:
+                    break
+                inner = inner[key]
+            if inner:
+                inner[key] = junk
+            path.write_text(json.dumps(changed))
+            for record in build_index(tmp_path).values():
+                assert "error" in record or record["info"].keys() == expected["a.mp4"]["info"].keys()
+            VideoFolder(tmp_path, "train", 2, 16, fps=25, val_fraction=0, test_fraction=0)
+    huge = json.loads(json.dumps(document))
+    huge["files"]["a.mp4"]["info"] |= {"n_frames": 10**12, "times": None, "cuts": []}
+    for content in ("[" * 100_000, "[1]", "", json.dumps(huge)):
+        path.write_text(content)
+        assert json.loads(json.dumps(build_index(tmp_path))) == expected
 
 
 def test_a_file_that_is_gone_is_not_called_damaged(tmp_path):

@@ -6,6 +6,7 @@ import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from latentcast.config import check_counts, one_line
 from latentcast.layers.gaussian import kl_to_standard_normal, sample_moments, scale_moments
 
 from .base import (
@@ -63,6 +64,9 @@ class DiffusersTokenizer(FrameTokenizer):
     ):
         super().__init__()
         check_reconstruction_options(reconstruction_loss, lpips_weight)
+        check_counts(height=height, width=width)
+        if not isinstance(autoencoder, dict | None):
+            raise ValueError(f"autoencoder: expected a class and its sizes, found {one_line(autoencoder)}")
         if autoencoder is not None or path is None:
             self.network = _build(autoencoder or {"_class_name": "AutoencoderTiny"})
         else:
@@ -241,7 +245,11 @@ def _build(sizes):
     unknown = [name for name in sizes if name not in arguments and not name.startswith("_")]  # _: diffusers' own notes
     if unknown:
         raise ValueError(f"autoencoder: {cls.__name__} has no {', '.join(unknown)}")
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except Exception as error:  # whatever Python called it
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"autoencoder: no {cls.__name__} can be built of these sizes ({found})") from None
 
 
 def _load(path, subfolder):

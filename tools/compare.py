@@ -17,7 +17,7 @@ PUBLISHED = Path(__file__).resolve().parents[1] / "docs/results/published.yaml"
 
 def main(args):
     from latentcast.evaluation import comparison
-    from latentcast.files import replacing
+    from latentcast.files import write_text
 
     results = name_results(args.results, [comparison.read_result(path) for path in args.results], args.labels)
     (first, reference), *others = results.items()
@@ -50,8 +50,7 @@ def main(args):
     files = {}
     if args.output is not None:
         files["table"] = args.output / "comparison.md"
-        with replacing(files["table"]) as temporary:
-            temporary.write_text(text)
+        write_text(files["table"], text)
         files |= draw(results, unlike, args.output) | draw_maps(dict(zip(results, args.results)), args.output)
     means = {
         label: {metric: {key: entry[key] for key in ("mean", "ci95")} for metric, entry in result["metrics"].items()}

@@ -61,11 +61,7 @@ def open_loader(dataset, kind=Loader, num_workers=0, read_timeout=0, **kwargs):
             with it the loader (WorkerError). 0: never.
         kwargs: of DataLoader.
     """
-    context = None
-    if num_workers:
-        context = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        if context == "forkserver":
-            start_server(*modules_of(dataset))
+    context = worker_context(*modules_of(dataset)) if num_workers else None
     watched = _Watched(dataset, num_workers, read_timeout)
     workers = {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _start_worker}
     return kind(watched, **workers, **kwargs)
@@ -103,18 +99,23 @@ def modules_of(dataset):
         dataset = getattr(dataset, "dataset", None)
 
 
-def start_server(*modules):
-    """Start the server, unless it runs; it imports torch and ``modules``, once for all processes that come from it.
+def worker_context(*modules):
+    """How to start processes that work for this one: from a server, where there can be one, that has these modules.
 
-    They inherit from it that SIGINT and SIGTERM are blocked.
+    The server imports them once, when it starts. Its processes inherit that SIGINT and SIGTERM are blocked; ``kill``
+    ends them.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch.utils.data", __name__, *modules])
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.utils.data", __name__, *modules])
     resource_tracker.ensure_running()  # would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
 def _start_worker(worker):

@@ -5,16 +5,16 @@ A set is a folder with one folder of shards (see shards.py) for each split, uint
 with a manifest is complete. ``preview.png`` shows a few of its videos.
 """
 
-import concurrent.futures
+import collections
 import contextlib
 import filecmp
 import hashlib
 import logging
-import multiprocessing
 import shutil
 import signal
 import sys
 import threading
+from multiprocessing import connection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +27,7 @@ from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check,
 from . import shards
 from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
 from .benchmarks.base import Clip
-from .loading import end_with_parent
+from .loading import end_with_parent, worker_context
 from .moving_digits import MAX_SPEED, MOTIONS, MovingDigits
 from .pictures import contact_sheet
 from .video_folder import luma
@@ -111,7 +111,8 @@ def prepare(benchmark, output, *, workers=0, partial=False):
     Args:
         benchmark: a Benchmark.
         output: folder of the prepared set.
-        workers: processes that read and write beside this one, a shard at a time; 0: this one does it all.
+        workers: processes that read and write beside this one, a shard at a time; 0: this one does it all. A video
+            that one of them is lost over (a crash in native code, out of memory) is left out.
         partial: accept a set with fewer videos than published; the manifest then says ``complete: false``. A later
             run without it adds what can be read by then, and keeps the set even if more is still missing; one with it
             adds what could not be reached (no permission, a share that was not mounted), not what was damaged.
@@ -255,25 +256,14 @@ def _write_shards(benchmark, writers, workers):
     work = [(split, shard) for split, writer in writers.items() for shard in writer.pending()]
     n_videos = {(split, shard): len(writers[split].shard_videos(shard)) for split, shard in work}
     with tqdm(total=sum(n_videos.values()), desc=f"prepare {benchmark.name}", unit="video", file=sys.stderr) as bar:
-        if workers == 0 or len(work) < 2:
+        if workers == 0:
             for split, shard in work:
-                _report(_write_shard(benchmark, writers[split], split, shard, bar.update))
+                _report(_write_shard(benchmark, writers[split], split, shard, progress=bar.update))
             return
-        context = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(
-            min(workers, len(work)), context, _start_worker, (benchmark, writers)
-        )
-        try:
-            jobs = {pool.submit(_work, *item): item for item in work}
-            for job in concurrent.futures.as_completed(jobs):
-                _report(job.result())
-                bar.update(n_videos[jobs[job]])
-        except BaseException:
-            for worker in multiprocessing.active_children():  # a shard may take minutes; those begun are lost anyway
-                worker.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with contextlib.closing(_written_by_processes(benchmark, writers, work, min(workers, len(work)))) as written:
+            for item, skipped in written:
+                _report(skipped)
+                bar.update(n_videos[item])
 
 
 def _report(skipped):
@@ -281,27 +271,99 @@ def _report(skipped):
         logger.warning("skipped: %s", reason)
 
 
-_worker = {}
+def _written_by_processes(benchmark, writers, work, n_processes):
+    """Write shards in processes -> iterator of (split and number, reasons for which videos were left out).
+
+    A process that is lost over a video costs that video alone: another one writes its shard anew without it.
+    """
+    context = worker_context(__name__, type(benchmark).__module__)
+    work, lost, running = collections.deque(work), collections.defaultdict(dict), {}
+
+    def start():
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_write_as_told, args=(benchmark, writers, theirs))
+        process.start()
+        theirs.close()  # so that ours ends with the process
+        running[ours] = [process, None, None]  # the shard that it writes, the video that it reads
+        give(ours)
+
+    def give(pipe):
+        process = running[pipe][0]
+        if not work:
+            del running[pipe]
+            pipe.close()
+            process.join()
+            return
+        item = work.popleft()
+        running[pipe] = [process, item, None]
+        with contextlib.suppress(OSError):  # lost already, which shows when it is heard
+            pipe.send((*item, lost[item]))
+
+    try:
+        for _ in range(n_processes):
+            start()
+        while running:
+            for pipe in connection.wait(list(running)):
+                process, item, video = running[pipe]
+                try:
+                    kind, said = pipe.recv()
+                except (EOFError, ConnectionError):
+                    del running[pipe]
+                    process.join()
+                    status = process.exitcode
+                    why = signal.strsignal(-status) if status < 0 else f"status {status}"
+                    if video is None:
+                        raise OSError(f"a process that was to write videos of {item[0]} was lost ({why})") from None
+                    name = writers[item[0]].job["videos"][video]["name"]
+                    lost[item][video] = f"{name}: the process that read it was lost ({why}; out of memory, maybe)"
+                    work.appendleft(item)
+                    start()
+                    continue
+                if kind == "reads":
+                    running[pipe][2] = said
+                elif kind == "failed":
+                    raise said
+                else:
+                    yield item, said
+                    give(pipe)
+    finally:
+        for process, *_ in running.values():  # a shard may take minutes; those begun are lost anyway
+            process.kill()
+            process.join()
 
 
-def _start_worker(benchmark, writers):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the pool
-    # A worker that outlives a killed run would wait for ever, or write into the folder that the next run continues.
+def _write_as_told(benchmark, writers, pipe):
+    """What a process of ``_written_by_processes`` does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the main process ends it
+    # One that outlives a killed run would wait for ever, or write into the folder that the next run continues.
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _worker.update(benchmark=benchmark, writers=writers)
+    with contextlib.suppress(EOFError):
+        while True:
+            split, shard, lost = pipe.recv()
+            try:
+                skipped = _write_shard(
+                    benchmark, writers[split], split, shard, lost, lambda video: pipe.send(("reads", video))
+                )
+            except (OSError, ValueError) as error:
+                pipe.send(("failed", error))
+            except Exception as error:  # that may not pickle
+                pipe.send(("failed", RuntimeError(f"{type(error).__name__}: {error}")))
+            else:
+                pipe.send(("written", skipped))
 
 
-def _work(split, shard):
-    return _write_shard(_worker["benchmark"], _worker["writers"][split], split, shard)
+def _write_shard(benchmark, writer, split, shard, lost=(), begins=lambda video: None, progress=lambda n: None):
+    """Write one shard -> the reasons for which videos were left out
 
-
-def _write_shard(benchmark, writer, split, shard, progress=lambda n: None):
-    """Write one shard -> the reasons for which videos were left out"""
+    ``lost``: video -> reason, of those not to be read. ``begins``, ``progress``: called before and after each video."""
     with writer.open_shard(shard) as file:
         for video in writer.shard_videos(shard):
             name = writer.job["videos"][video]["name"]
+            begins(video)
             try:
+                if video in lost:
+                    raise VideoError(lost[video])
                 for part in _read(benchmark, split, name):
                     if isinstance(part, Clip):
                         if video not in file.written:
@@ -313,6 +375,7 @@ def _write_shard(benchmark, writer, split, shard, progress=lambda n: None):
             except VideoError as error:
                 file.skip(video, str(error), is_away(error))
             progress(1)
+        begins(None)
         return list(file.skipped.values())
 
 

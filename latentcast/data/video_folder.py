@@ -13,11 +13,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from ..files import replacing, shortened, user_cache
+from ..files import read_json, replacing, shortened, told, user_cache
+from ..schemas import Count, FileText, Number, Rate, Schema, Whole, check, short
 from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_flip, check_split
 from .video_reader import VideoAwayError, VideoError, VideoInfo, probe, read_clip, too_slow
 
@@ -41,6 +44,7 @@ SYSTEM_FOLDERS = {
 }
 INDEX_NAME = ".latentcast-index.json"
 INDEX_FORMAT = 3
+INDEX_MB = 4096  # of a million videos whose frames are unevenly spaced
 SLOW_START = 250  # frames: longer files that are decoded from their start are named
 SAVE_EVERY = 30  # seconds between saves of an index that is being built
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -238,7 +242,7 @@ def _parts(name, size, whole):
     parts = []
     for first, stop in pairwise([0, *whole.cuts, whole.n_frames]):
         own = tuple(t - whole.times[first] for t in whole.times[first:stop]) if whole.times else None
-        rate = (len(own) - 1) / own[-1] if own and len(own) > 1 else whole.fps
+        rate = (len(own) - 1) / own[-1] if own and own[-1] > 0 else whole.fps
         info = replace(whole, n_frames=stop - first, fps=rate, times=own, cuts=())
         parts.append(_Part(f"{name} {first}-{stop - 1}", name, size, info, whole, first))
     return parts
@@ -451,16 +455,67 @@ def _index_path(root, index_dir):
     return root / INDEX_NAME if os.access(root, os.W_OK) else user_cache() / "indices" / unique
 
 
+class _Info(Schema):
+    """VideoInfo in an index."""
+
+    n_frames: Count
+    fps: Rate
+    height: Count
+    width: Count
+    times: list[Number] | None
+    cuts: list[Count]
+    reader: Literal["decord", "pyav"]
+    keys: list[Annotated[list[int], Field(min_length=3, max_length=3)]]
+    stream: Whole
+    late: bool
+    orientation: Annotated[int, Field(ge=0, le=7)]
+    pixel_aspect: Rate
+
+    @model_validator(mode="after")
+    def _is_one(self):
+        times = self.times
+        if times is not None and (len(times) != self.n_frames or times != sorted(times) or times[0] != 0):
+            raise ValueError(f"times: expected {self.n_frames} from 0 on, found {len(times)}, {short(times)}")
+        if times is not None and times[-1] * self.fps > self.n_frames + 1:
+            raise ValueError(f"times: expected an end by fps={self.fps}, found {times[-1]}")
+        if self.cuts != sorted({*self.cuts}) or self.cuts[-1:] >= [self.n_frames]:
+            raise ValueError(f"cuts: expected numbers of frames in order, found {short(self.cuts)}")
+        return self
+
+
+class _Record(Schema):
+    """Of a file in an index."""
+
+    size: Whole
+    mtime: int
+    info: _Info = None
+    error: FileText = None
+
+    @model_validator(mode="after")
+    def _holds(self):
+        if (self.info is None) == (self.error is None):
+            raise ValueError("expected either info or error")
+        if self.info and self.info.n_frames > self.size:  # of a byte at least
+            raise ValueError(f"n_frames: expected as many as {self.size} bytes hold, found {self.info.n_frames}")
+        return self
+
+
+class _Index(Schema):
+    files: dict[FileText, _Record]
+
+
 def _load(path, found):
-    """Entries of the index on disk that still hold."""
+    """Entries of the index on disk that still hold; one that cannot be read, or came with a stranger's files and is no
+    index, counts for nothing."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, INDEX_MB)
+        if content.get("format") != INDEX_FORMAT:
+            return {}
+        check(path, _Index, content)
     except FileNotFoundError:
         return {}
-    except ValueError:
-        logger.warning("%s: not valid JSON; indexing again", path)
-        return {}
-    if content.get("format") != INDEX_FORMAT:
+    except (OSError, ValueError) as error:
+        logger.warning("%s; indexing again", told(error, path))
         return {}
     stamp = ("size", "mtime")
     return {

@@ -30,7 +30,6 @@ from PIL import Image
 logger = logging.getLogger("latentcast")
 
 CHUNK = 16  # frames held at their full size at once
-SEEK_FROM = 48  # an earlier frame is reached faster by decoding from the start than through a table of packets
 KEY_DISTANCE = 12  # packets between keyframes that are kept to seek to
 RESAMPLE = ("bilinear", "lanczos")
 SEAM = 4  # packets, from one that FFmpeg calls corrupt to where a second MPEG-TS follows on a first
@@ -38,6 +37,7 @@ FIRST_FRAMES = 16  # decoded to see whether time runs forward
 DEFAULT_RATE = 25.0  # of files that state none
 MAX_RATE = 1000.0  # frames per second; this and more is a clock's rate, not a video's
 GAP = 10.0  # seconds between two frames, and 20 times the usual step, past which time jumps; also the longest still
+HELD = 1 << 23  # bytes of packets that are kept to be decoded; larger files are read a second time
 KEPT_LOOKS = 64  # files whose packet tables are kept: 8 bytes a frame
 # Lists of other files (of which some never end), devices, and single pictures are no video files.
 NOT_VIDEOS = ("applehttp", "concat", "dash", "hls", "image2", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "tty")
@@ -49,8 +49,8 @@ STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.st
 # Errors of the machine or the moment, not of the file.
 AWAY = {
     getattr(errno, name)
-    for name in "EACCES EAGAIN EBUSY ECONNRESET EHOSTDOWN EHOSTUNREACH EINTR ELOOP EMFILE ENETDOWN ENETUNREACH ENFILE "
-    "ENODEV ENOENT ENOMEM ENOTCONN ENOTDIR ENXIO EPERM ESTALE ETIMEDOUT".split()
+    for name in "EACCES EAGAIN EBUSY ECONNRESET EHOSTDOWN EHOSTUNREACH EINTR EIO ELOOP EMFILE ENETDOWN ENETUNREACH "
+    "ENFILE ENODEV ENOENT ENOMEM ENOTCONN ENOTDIR ENXIO EPERM ESTALE ETIMEDOUT".split()
     if hasattr(errno, name)
 }
 
@@ -67,7 +67,7 @@ def is_away(error):
     """Whether an error, VideoError or not, says nothing of the file that was read: it may be fine at the next try."""
     of_the_system = isinstance(error, OSError) and not isinstance(error, VideoError)
     known = isinstance(error, (VideoAwayError, MemoryError))
-    return known or (of_the_system and error.errno in AWAY | {errno.EIO})
+    return known or (of_the_system and error.errno in AWAY)
 
 
 @dataclass(frozen=True)
@@ -336,6 +336,7 @@ def _decord_agrees(path, times, samples):
             found = reader.get_frame_timestamp(list(range(len(times))))[:, 0]
             frames = reader.get_batch(list(samples)).asnumpy()
     except VideoError:
+        _Bytes(path).close()  # else it may be for lack of descriptors, which says nothing of the file
         return False
     half_step = (times[-1] - times[0]) / max(1, len(times) - 1) / 2
     if np.abs(found - found[0] - np.array(times) + times[0]).max() > max(half_step, 1e-3):
@@ -347,6 +348,37 @@ def _decord_agrees(path, times, samples):
 # ------------------------------------------------------------------------------------------------------------ PyAV
 
 
+class _Bytes:
+    """What FFmpeg reads of a file. It takes many an error of the disk, the share or the system for the end of the file,
+    or for damage; here it is a VideoAwayError, on opening or on closing."""
+
+    def __init__(self, path):
+        self.path, self.name, self.fault = path, file_url(path), None
+        try:
+            self._file = open(path, "rb", buffering=0)
+        except OSError as error:
+            raise _away(path, error) from None
+        self.tell = self._file.tell
+
+    def close(self):
+        self._file.close()
+        if self.fault:
+            raise _away(self.path, self.fault)
+
+    def read(self, n_bytes):
+        try:
+            return self._file.read(n_bytes)
+        except OSError as error:
+            self.fault = error
+            return b""
+
+    def seek(self, offset, whence):
+        try:
+            return self._file.seek(offset, whence)
+        except OSError:  # before the start, where damage points
+            return -errno.EINVAL
+
+
 class _Video:
     """An opened file with its video stream; a context manager that turns FFmpeg's errors into VideoError.
 
@@ -354,23 +386,53 @@ class _Video:
     """
 
     def __init__(self, path, how=None, strict=False):
-        self.path, self.how = path, how
+        self.path, self.how, self.strict = path, how, strict
+        self._index, self._held = how and how.stream, None
+        self._open()
+
+    def _open(self):
+        self.bytes, self.container = _Bytes(self.path), None
         try:
             self.container = av.open(
-                file_url(path),
+                self.bytes,
                 metadata_errors="replace",  # a title in Latin-1 is no damage
                 options={"format_whitelist": _formats(), "protocol_whitelist": "file"},
             )
-        except (av.FFmpegError, ValueError) as error:
-            raise _failure(path, error, "not a readable video") from None
-        try:
-            self.stream = self.container.streams[how.stream] if how else self._choose_stream()
-        except (VideoError, IndexError):
-            self.container.close()
-            raise
+            streams = self.container.streams
+            self.stream = self._choose_stream() if self._index is None else streams[self._index]
+            self._index = self.stream.index
+        except (av.FFmpegError, ValueError, IndexError, VideoError) as error:
+            self._close()
+            if isinstance(error, VideoError):
+                raise
+            raise _failure(self.path, error, "not a readable video") from None
         self.stream.codec_context.thread_count = 1
-        if strict:
+        if self.strict:
             self.stream.codec_context.options = {"err_detect": "explode"}
+
+    def _close(self):
+        if self.container is not None:
+            self.container.close()
+        self.bytes.close()
+
+    def scan(self):
+        """What the packets say -> _Scan. They are kept, for ``restart``; those of a large file are read again."""
+        packets, held, size = [], [], 0
+        for packet in self.container.demux(self.stream):
+            size += packet.size
+            if packet.size:
+                packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+            if size <= HELD:
+                held.append(packet)
+        self._held = held if size <= HELD else None
+        return _Scan(self.container, self.stream, packets)
+
+    def restart(self, how):
+        """After ``scan``: decode from the start, as ``how`` says."""
+        self.how = how
+        if self._held is None:
+            self._close()
+            self._open()
 
     def _choose_stream(self):
         streams = [stream for stream in self.container.streams.video if not stream.disposition & STILL]
@@ -387,13 +449,16 @@ class _Video:
         return self
 
     def __exit__(self, kind, error, trace):
-        self.container.close()
+        try:
+            self._close()
+        except VideoAwayError as away:  # whatever else came of it
+            raise away from None
         if isinstance(error, av.FFmpegError):
             raise _failure(self.path, error, "damaged, FFmpeg cannot decode it") from None
 
     def packets(self):
         """Packets from the first keyframe on: what hangs on a picture before it decodes to grey, or not at all."""
-        packets = self.container.demux(self.stream)
+        packets = self.container.demux(self.stream) if self._held is None else iter(self._held)
         return dropwhile(lambda packet: packet.size and not packet.is_keyframe, packets) if self.how.late else packets
 
     def frames(self):
@@ -402,11 +467,11 @@ class _Video:
 
     def decode(self):
         """Decode all packets -> iterator of frames in the order shown; damage anywhere is a VideoError."""
-        n, size, end = 0, None, 0
+        n, size, frame = 0, None, None
         # Where two MPEG-TS follow one another FFmpeg calls a packet corrupt, or one just before it; there time jumps.
         doubt, before = 0, None  # packets until it has to
         for packet in self.packets():
-            jumps = before is not None and self._jumps(before, packet)
+            jumps = (doubt or packet.is_corrupt) and before is not None and self._jumps(before, packet)
             doubt = 0 if jumps else doubt
             if doubt == 1 or (packet.is_corrupt and self.container.format.name != "mpegts"):
                 raise VideoError(f"{self.path}: damaged or cut off after frame {n}")
@@ -418,17 +483,17 @@ class _Video:
                 size = size or (frame.height, frame.width)
                 if (frame.height, frame.width) != size:
                     raise VideoError(f"{self.path}: the frame size changes within the video")
-                end = (frame.time or 0) + (frame.duration or 0) * frame.time_base
                 n += 1
                 yield frame
         if doubt:
             raise VideoError(f"{self.path}: damaged or cut off after frame {n}")
         # A packet that is cut in two shows; a Matroska file that ends between two shows by its stated duration.
-        stated = self.container.duration / av.time_base if self.container.duration else 0
-        if "matroska" in self.container.format.name and len(self.container.streams) == 1 and n and stated > end + 1:
-            raise VideoError(f"{self.path}: cut off after {float(end):.1f} of {stated:.1f} seconds")
-        if not n:
+        if frame is None:
             raise VideoError(f"{self.path}: holds no frame that can be decoded")
+        stated = self.container.duration / av.time_base if self.container.duration else 0
+        end = float((frame.time or 0) + (frame.duration or 0) * frame.time_base)
+        if "matroska" in self.container.format.name and len(self.container.streams) == 1 and stated > end + 1:
+            raise VideoError(f"{self.path}: cut off after {end:.1f} of {stated:.1f} seconds")
 
     def _jumps(self, before, packet):
         """Whether time does between two packets, as where two MPEG-TS follow one another."""
@@ -469,72 +534,82 @@ class _Video:
 @functools.lru_cache(KEPT_LOOKS)
 def _look(path, size, mtime):
     with _Video(path) as video:
-        stream, name = video.stream, video.container.format.name
-        packets = [(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in video.container.demux(stream) if p.size]
-        alone = len(video.container.streams.video) == 1
-        codec, reorders = stream.codec_context.name, stream.codec_context.has_b_frames
-        base = float(stream.time_base)
-        aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
-        stated = float(stream.average_rate or stream.guessed_rate or 0)
-        index = stream.index
-    first_key = next((i for i, packet in enumerate(packets) if packet[2]), 0)
-    late, packets = first_key > 0, packets[first_key:]
-    shown = [pts for pts, _, _, discard in packets if not discard]
-    # AVI has no presentation times; with B-frames FFmpeg guesses them, often wrongly.
-    even = (name == "avi" and reorders) or None in shown or len(set(shown)) < len(shown)
-    # Where frames change places and these do not, they may be times of decoding.
-    least = FIRST_FRAMES if reorders and not even and shown == sorted(shown) else 1
-    first, forward = _first_frames(path, VideoInfo(0, 0, 0, 0, stream=index, late=late), least)
-    even = even or not forward
-    orientation = _orientation(first)
-    height, width = (first.width, first.height) if orientation & 4 else (first.height, first.width)
-    aspect = float(aspect) if 1 / 16 < aspect < 16 else 1.0
-    by_time = name in BY_TIME
-    begins = bool(packets) and packets[0][2] and not even and min(shown, default=0) >= packets[0][0]
-    times = sorted(shown) if name in TABLED and codec in COUNTED and begins and not late else None
-    stated = stated if 0 < stated < MAX_RATE else DEFAULT_RATE
-    decoded = times or [dts for _, dts, _, _ in packets if dts is not None]
-    steps = [(later - earlier) * base for earlier, later in pairwise(decoded)]
-    step = statistics.median([step for step in steps if step > 0] or [1 / stated])
-    gap = max(GAP, 20 * step)
-    span = sum(s if 0 < s <= gap else step for s in steps)
-    if steps and not even and all(0 < s <= gap for s in steps):
-        span = (max(shown) - min(shown)) * base * len(steps) / max(1, len(shown) - 1)
-    rate = round(len(steps) / span, 9) if span > 0 else stated
-    if even or rate >= MAX_RATE:
-        even, rate = True, stated
-    starts = () if even else _starts(packets, by_time)
-    return Look(
-        stream=index,
-        late=late,
-        orientation=orientation,
-        height=height,
-        width=width,
-        pixel_aspect=1 / aspect if orientation & 4 else aspect,
-        rate=rate,
-        step=step,
-        gap=gap,
-        even=even,
-        times=None if even or times is None else array("d", (pts * base for pts in times)),
-        keys=() if even or times is None else tuple((bisect_left(times, start[0]), *start) for start in starts),
-        starts=starts,
-        plain=name in TABLED and codec in DECORD and alone and not (late or even or orientation) and _closed(packets),
-    )
-
-
-def _first_frames(path, how, least):
-    """The first keyframe of a video, else its first frame, and whether time runs forward over ``least`` frames."""
-    with _Video(path, how) as video:
-        first, times = None, []
-        for frame in islice(video.frames(), 4 * FIRST_FRAMES):
-            times.append(frame.pts)
-            first = frame if first is None or frame.key_frame > first.key_frame else first
-            if first.key_frame and len(times) >= least:
+        scan = video.scan()
+        video.restart(scan.look())
+        for frame in video.frames():
+            if scan.saw(frame):
                 break
-    if first is None:
+    if scan.first is None:
         raise VideoError(f"{path}: holds no frame that can be decoded")
-    times = times[:least]
-    return first, None in times or times == sorted(times)
+    return scan.look()
+
+
+class _Scan:
+    """What a file's packets say, and the frames that ``saw`` is given, from the first on."""
+
+    def __init__(self, container, stream, packets):
+        self.format, self.index, self.base = container.format.name, stream.index, float(stream.time_base)
+        self.alone = len(container.streams.video) == 1
+        self.codec, reorders = stream.codec_context.name, stream.codec_context.has_b_frames
+        aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
+        self.aspect = float(aspect) if 1 / 16 < aspect < 16 else 1.0
+        stated = float(stream.average_rate or stream.guessed_rate or 0)
+        self.stated = stated if 0 < stated < MAX_RATE else DEFAULT_RATE
+        first_key = next((i for i, packet in enumerate(packets) if packet[2]), 0)
+        self.late, self.packets = first_key > 0, packets[first_key:]
+        self.shown = [pts for pts, _, _, discard in self.packets if not discard]
+        # AVI has no presentation times; with B-frames FFmpeg guesses them, often wrongly.
+        repeat = None in self.shown or len(set(self.shown)) < len(self.shown)
+        self.even = (self.format == "avi" and reorders) or repeat
+        # Where frames change places and these do not, they may be times of decoding.
+        self.least = FIRST_FRAMES if reorders and not self.even and self.shown == sorted(self.shown) else 1
+        self.first, self.times, self.n_seen = None, [], 0  # ``first``: keyframe, or frame where there is none
+
+    def saw(self, frame):
+        """Take note of the next frame -> whether enough are known."""
+        self.n_seen += 1
+        if self.first is None or (self.n_seen <= 4 * FIRST_FRAMES and frame.key_frame > self.first.key_frame):
+            self.first = frame
+        if len(self.times) < self.least:
+            self.times.append(frame.pts)
+        return self.n_seen >= (self.least if self.first.key_frame else 4 * FIRST_FRAMES)
+
+    def look(self):
+        """-> Look; before frames were seen it holds but for what only these say: orientation, size, and ``even``."""
+        even = self.even or not (None in self.times or self.times == sorted(self.times))
+        first, packets, shown = self.first, self.packets, self.shown
+        orientation = _orientation(first) if first else 0
+        height, width = (first.height, first.width) if first else (0, 0)
+        begins = bool(packets) and packets[0][2] and not even and min(shown, default=0) >= packets[0][0]
+        times = sorted(shown) if self.format in TABLED and self.codec in COUNTED and begins and not self.late else None
+        decoded = times or [dts for _, dts, _, _ in packets if dts is not None]
+        steps = [(later - earlier) * self.base for earlier, later in pairwise(decoded)]
+        step = statistics.median([step for step in steps if step > 0] or [1 / self.stated])
+        gap = max(GAP, 20 * step)
+        span = sum(s if 0 < s <= gap else step for s in steps)
+        if steps and not even and all(0 < s <= gap for s in steps):
+            span = (max(shown) - min(shown)) * self.base * len(steps) / max(1, len(shown) - 1)
+        rate = round(len(steps) / span, 9) if span > 0 else self.stated
+        if even or rate >= MAX_RATE:
+            even, rate = True, self.stated
+        starts = () if even else _starts(packets, self.format in BY_TIME)
+        plain = self.format in TABLED and self.codec in DECORD and self.alone and not (self.late or even or orientation)
+        return Look(
+            stream=self.index,
+            late=self.late,
+            orientation=orientation,
+            height=width if orientation & 4 else height,
+            width=height if orientation & 4 else width,
+            pixel_aspect=1 / self.aspect if orientation & 4 else self.aspect,
+            rate=rate,
+            step=step,
+            gap=gap,
+            even=even,
+            times=None if even or times is None else array("d", (pts * self.base for pts in times)),
+            keys=() if even or times is None else tuple((bisect_left(times, start[0]), *start) for start in starts),
+            starts=starts,
+            plain=plain and _closed(packets),
+        )
 
 
 def _orientation(frame):
@@ -659,23 +734,29 @@ def _thumbnail(picture):
 
 
 def _probe_pyav(path):
-    found = look(path)
-    seek_to, keys, seconds, samples = dict(found.starts), [], [], {}
-    with _Video(path, found, strict=True) as video:
+    with _Video(path, strict=True) as video:
+        scan = video.scan()
+        video.restart(found := scan.look())
+        seek_to, keys, seconds, samples = dict(found.starts), [], [], {}
         for n, frame in enumerate(video.decode()):
+            scan.saw(frame)
             seconds.append(frame.time)
             if frame.pts in seek_to:
                 keys.append((n, frame.pts, seek_to.pop(frame.pts)))
-            if n == 2 or (keys and n == keys[-1][0] + 2):
-                samples[n] = _thumbnail(video.shown(frame))
-    info = _info(found, seconds, tuple(keys))
-    shown = [key for key in keys if key[0] + 2 in samples]
+            if (n == 2 and found.plain) or (keys and n == keys[-1][0] + 2):
+                samples[n] = _thumbnail(frame.to_ndarray(format="rgb24"))
+    found = scan.look()
+    info = _info(found, seconds, tuple(keys) if found.starts else ())
+    shown = [key for key in info.keys if key[0] + 2 in samples]
     checked = {key[0]: key for key in (*shown[:1], *shown[len(shown) // 2 :][:1], *shown[-1:])}
     if checked:
-        with _Video(path, found) as video:
+        with _Video(path, found) as video:  # anew: one that has been read through finds more
             for number, key in checked.items():
                 frames = list(islice(video.frames_from(key), 3))
-                if len(frames) < 3 or not np.array_equal(_thumbnail(video.shown(frames[2])), samples[number + 2]):
+                same = len(frames) == 3 and np.array_equal(
+                    _thumbnail(frames[2].to_ndarray(format="rgb24")), samples[number + 2]
+                )
+                if not same:
                     return replace(info, keys=())
     compared = {number: samples[number] for number in sorted({2, *(n + 2 for n in checked)} & samples.keys())}
     if found.plain and compared and _decord_agrees(path, seconds, compared):
@@ -744,17 +825,13 @@ def _check_range(path, wanted, n_frames):
 
 def _failure(path, error, what):
     """FFmpeg's error as a VideoError: of the file, or of the moment."""
-    number = getattr(error, "errno", None)
-    if number == errno.EIO:  # a disk's, or FFmpeg's word for a file that ends early
-        try:
-            with open(path, "rb") as file:
-                while file.read(1 << 20):
-                    pass
-        except OSError as unreadable:
-            return VideoAwayError(f"{path}: cannot be read at the moment ({unreadable.strerror})")
-    if number in AWAY:
-        return VideoAwayError(f"{path}: cannot be read at the moment ({_reason(error)})")
+    if getattr(error, "errno", None) == errno.ENOMEM:
+        return _away(path, error)
     return VideoError(f"{path}: {what} ({_reason(error)})")
+
+
+def _away(path, error):
+    return VideoAwayError(f"{path}: cannot be read at the moment ({_reason(error)})")
 
 
 def _reason(error):

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from latentcast.files import read_json
 from latentcast.metrics.statistics import paired_bootstrap
 from latentcast.schemas import Count, Number, Schema, Text, Whole, check, one_line, short
+from latentcast.yaml_text import flattened
 
 from .plots import HEADINGS
 from .protocol import METRICS, without_other_splits
@@ -325,15 +326,7 @@ def _compared(result):
     described = without_other_splits(result["data"]["describe"], protocol.get("split"))
     data = described | {key: result["data"][key] for key in ("name", "n_clips")}
     digest = {"data.clips": result["data"]["sha256"]}  # of the description and which clips
-    return protocol | dict(_leaves(result["detector"], "detector")) | dict(_leaves(data, "data")) | digest
-
-
-def _leaves(value, name):
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, f"{name}.{key}")
-    else:
-        yield name, value
+    return protocol | flattened({"detector": result["detector"], "data": data}) | digest
 
 
 def _figure(where, printed, unit, content):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from latentcast.files import replacing
+from latentcast.files import printable, replacing
 
 HEADINGS = {
     "mse": "MSE ↓",
@@ -36,7 +36,7 @@ def curves(path, named, metric, inverse=False):
         title = f"1 / {metric.upper()} ↑"
     figure, (axes,) = _figure(1, xlabel="predicted frame", ylabel=title)
     for number, (label, entry) in enumerate(named.items()):
-        _curve(axes, entry, inverse, label=label, color=f"C{number % 10}")
+        _curve(axes, entry, inverse, label=_text(label), color=f"C{number % 10}")
     axes.legend()
     return _save(figure, path)
 
@@ -61,10 +61,10 @@ def ablation(path, named, metric):
         values = np.array([by_count[n]["mean"] for n in counts])
         intervals = np.array([by_count[n]["ci95"] or [value] * 2 for n, value in zip(counts, values)])
         errors = np.abs(intervals.T - values)
-        means.errorbar(counts, values, errors, marker="o", capsize=3, label=label, color=color)
+        means.errorbar(counts, values, errors, marker="o", capsize=3, label=_text(label), color=color)
         for n, style in zip(counts, ("-", "--", ":", "-.") * len(counts)):
             if by_count[n].get("per_frame"):
-                _curve(frames, by_count[n], label=f"{label}, {n}", color=color, linestyle=style)
+                _curve(frames, by_count[n], label=_text(f"{label}, {n}"), color=color, linestyle=style)
     for axes in (means, frames):
         axes.legend()
     return _save(figure, path)
@@ -89,11 +89,16 @@ def crps_maps(path, named, title=""):
     low, high = min(0, *(values.min() for values in named.values())), max(values.max() for values in named.values())
     for axes, (label, values) in zip(panels, named.items()):
         axes.set_axis_off()
-        axes.set_title(label)
+        axes.set_title(_text(label))
         image = axes.imshow(values, cmap="Blues", vmin=low, vmax=high)
     figure.colorbar(image, ax=panels, label="CRPS, of 255")
     figure.suptitle(title)
     return _save(figure, path)
+
+
+def _text(label):
+    """As matplotlib shows it: names may hold bytes that are no text, and dollars, which are no formulas."""
+    return printable(label).replace("$", r"\$")
 
 
 def _figure(n_panels, width=6, **labels):

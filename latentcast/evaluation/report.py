@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from latentcast.data.pictures import contact_sheet, side_by_side
 from latentcast.data.video_writer import write_image, write_video
-from latentcast.files import replacing, write_json
+from latentcast.files import replacing, write_json, write_text
 
 from . import plots
 from .protocol import METRICS
@@ -51,8 +51,7 @@ def write_report(evaluation, results, folder):
     if evaluation.draws:
         for kind, clips in shown_clips(evaluation).items():
             files |= write_sheet(evaluation, pictures / kind, clips, "random" if kind == "random" else "best")
-    with replacing(files["table"]) as temporary:
-        temporary.write_text(table(evaluation, results))
+    write_text(files["table"], table(evaluation, results))
     write_json(files["figures"], results)  # last: with it the evaluation is finished
     return {key: str(path) for key, path in files.items()}
 

@@ -9,6 +9,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from latentcast.config import find_target
 from latentcast.files import replacing
+from latentcast.yaml_text import flattened
 
 logger = logging.getLogger("latentcast")
 
@@ -90,7 +91,7 @@ def check_options(path, before, now, stage, same_data=False):
     others = {"tokenizer": ("prior", "n_context", "joint_training"), "prior": ("joint_training",), "joint": ()}[stage]
     if stage != "tokenizer" and None in (before.get("tokenizer"), now.get("tokenizer")):
         others += ("tokenizer",)  # taken as it stands in run_dir
-    before, now = _flat(before), _flat(now)
+    before, now = flattened(before), flattened(now)
     for name in sorted(before.keys() | now.keys()):
         if _under(name, (*ELSEWHERE, *others)) or (same_data and _under(name, ("data",))):
             continue
@@ -103,14 +104,6 @@ def check_options(path, before, now, stage, same_data=False):
                 "overwrite=true starts over, run_dir=... keeps it"
             )
         logger.info("resuming with %s=%s (it was %s)", name, new, old)
-
-
-def _flat(config, prefix=""):
-    """Nested dicts -> {"a.b": value}"""
-    flat = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _under(name, prefixes):

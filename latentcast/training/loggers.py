@@ -13,6 +13,8 @@ from urllib.parse import urlparse
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from latentcast.files import replacing, writing
+
 logger = logging.getLogger("latentcast")
 
 
@@ -32,12 +34,9 @@ class CSVMetrics(Logger):
     @rank_zero_only
     def start(self, step):
         """Keep the rows up to ``step`` (-1: none): a resumed run does the later steps again."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_metrics(self.path) if row[0] <= step] if self.path.is_file() else []
-        part = self.path.with_suffix(".part")
-        with open(part, "w", newline="") as file:
+        with replacing(self.path) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([("step", "metric", "value"), *rows])
-        os.replace(part, self.path)
 
     @rank_zero_only
     def log_hyperparams(self, params, *args, **kwargs):
@@ -45,7 +44,7 @@ class CSVMetrics(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics, step):
-        with open(self.path, "a", newline="") as file:
+        with writing(self.path), open(self.path, "a", newline="") as file:
             csv.writer(file).writerows((step, name, value) for name, value in metrics.items() if name != "epoch")
 
 
@@ -86,7 +85,8 @@ def plot_curves(path, image):
         for split, points in sorted(curves[quantity].items()):
             axes.plot(*zip(*points), label=split, marker="." if len(points) < 30 else None)
         axes.legend()
-    figure.savefig(image, dpi=100)
+    with replacing(image) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 class WandbRun(Logger):

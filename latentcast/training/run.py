@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 
 from latentcast.cli import UserError, prepare_run_dir
 from latentcast.config import instantiate, to_container
-from latentcast.files import locked, replacing
+from latentcast.files import locked, told, write_text
 from latentcast.yaml_text import dump
 
 from .callbacks import (
@@ -35,6 +35,8 @@ from .checkpoints import WholeFileIO, check_checkpoint
 from .loggers import CSVMetrics, WandbRun, plot_curves, read_metrics
 
 logger = logging.getLogger("latentcast")
+
+LEFT = ("*.ckpt", "config.json", "model_index.json", "step_*", ".*.tmp")  # what trainings leave in their folders
 
 
 @dataclass
@@ -72,6 +74,7 @@ class TrainingRun:
         check_trainer(config.trainer)
         run = cls(config, stage, prepare_run_dir(config.run_dir))
         with locked(run.run_dir, f"training ({stage})"):
+            run.check_replaced()
             # The other ranks start later and must not judge by what rank 0 has written meanwhile.
             if rank_zero_only.rank == 0 and not (config.resume or config.overwrite):
                 for found in (run.last, run.model_dir):
@@ -81,6 +84,16 @@ class TrainingRun:
                             "resume=true continues it, overwrite=true starts over, run_dir=... keeps it"
                         )
             yield run
+
+    def check_replaced(self):
+        """Refuse a ``run_dir``, which a stranger's config may name, in which others' files would be replaced."""
+        for folder in (self.training_dir, self.model_dir, self.preview_dir, self.run_dir / "pipeline"):
+            ours = (found for kind in LEFT for found in folder.glob(kind))
+            if folder.is_dir() and any(folder.iterdir()) and not any(ours):
+                raise UserError(
+                    f"{folder}: expected nothing, or what an earlier training left, for this one is to replace it; "
+                    "found other files: choose another run_dir"
+                )
 
     @property
     def training_dir(self):
@@ -184,7 +197,10 @@ class TrainingRun:
         finally:
             wandb.close()
             if curves.is_file():
-                plot_curves(curves, curves.with_name(f"{self.stage}_curves.png"))
+                try:
+                    plot_curves(curves, curves.with_name(f"{self.stage}_curves.png"))
+                except OSError as error:  # a picture; the trained model is still to be saved
+                    logger.warning("%s", told(error, curves))
         return {
             "steps": trainer.global_step,
             "val": {name.removeprefix("val/"): value for name, value in val.items() if name != "step"},
@@ -215,8 +231,7 @@ class TrainingRun:
                 shutil.rmtree(folder, ignore_errors=True)
             self.training_dir.mkdir(parents=True)
         for name in (f"config_{self.stage}.yaml", "config.yaml"):
-            with replacing(self.run_dir / name) as temporary:
-                temporary.write_text(dump(to_container(self.config)))
+            write_text(self.run_dir / name, dump(to_container(self.config)))
         csv.start(start_step)
 
 
