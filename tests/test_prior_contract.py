@@ -13,6 +13,7 @@ def prior(request):
 
 
 def sample(prior, context, n_frames, seed=0, **options):
+    options = {name: 4 for name in prior.sampler_options() if name == "n_steps"} | options  # denoising steps
     return prior.sample(context, n_frames, generator=torch.Generator().manual_seed(seed), **options)
 
 
