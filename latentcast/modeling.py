@@ -87,6 +87,20 @@ class VideoModel(ModelMixin, ConfigMixin):
         with writing(save_directory):
             super().save_pretrained(save_directory, *args, **kwargs)
 
+    def push_to_hub(self, repo_id, **kwargs):
+        """As in diffusers, with an OSError of one line where the hub cannot be reached or refuses."""
+        with pushing(repo_id):
+            return super().push_to_hub(repo_id, **kwargs)
+
+
+@contextlib.contextmanager
+def pushing(repo_id):
+    """Upload to ``repo_id`` in the block; what huggingface_hub and its network libraries raise becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"push_to_hub {repo_id}: failed ({type(error).__name__}: {one_line(error, 200)})") from error
+
 
 @contextlib.contextmanager
 def _fitting(folder):

@@ -13,16 +13,15 @@ import logging
 import multiprocessing
 import shutil
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from tqdm import tqdm
 
 from ..files import locked, read_json, replacing, told, write_json
+from ..progress import Bar
 from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
 from . import shards
 from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
@@ -254,7 +253,7 @@ def _write_shards(benchmark, writers, workers):
     """Write every pending shard, with a progress bar over videos."""
     work = [(split, shard) for split, writer in writers.items() for shard in writer.pending()]
     n_videos = {(split, shard): len(writers[split].shard_videos(shard)) for split, shard in work}
-    with tqdm(total=sum(n_videos.values()), desc=f"prepare {benchmark.name}", unit="video", file=sys.stderr) as bar:
+    with Bar(total=sum(n_videos.values()), desc=f"prepare {benchmark.name}", unit="video") as bar:
         if workers == 0 or len(work) < 2:
             for split, shard in work:
                 _report(_write_shard(benchmark, writers[split], split, shard, bar.update))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, WeightAveraging
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
@@ -32,6 +32,7 @@ from .callbacks import (
     finishing_steps,
 )
 from .checkpoints import WholeFileIO, check_checkpoint
+from .console import Console
 from .loggers import CSVMetrics, WandbRun, plot_curves, read_metrics
 
 logger = logging.getLogger("latentcast")
@@ -144,14 +145,19 @@ class TrainingRun:
         has_val = datamodule.val_set is not None and config.trainer.get("limit_val_batches") != 0
         keeps_best = has_val and config.trainer.get("enable_checkpointing") is not False
         start = Start(lambda: self._start(csv, start_step))
+        own_bar = any(isinstance(callback, ProgressBar) for callback in own["callbacks"])
+        console = Console(self.stage, not own_bar and config.trainer.get("enable_progress_bar") is not False)
         trainer = instantiate(
             config.trainer,
             logger=[csv, wandb, *(logger for logger in own["logger"] if isinstance(logger, Logger))],
             default_root_dir=str(self.run_dir),
             enable_checkpointing=keeps_best or None,
+            enable_progress_bar=own_bar,
+            enable_model_summary=bool(config.trainer.get("enable_model_summary")),
             plugins=[WholeFileIO(), *own["plugins"]],
             callbacks=[
                 start,
+                console,
                 *([average] if average else []),
                 StepSeed(config.seed),
                 ValidationInterval(config.least_steps_between_val),
