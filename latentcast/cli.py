@@ -34,8 +34,9 @@ class _NotOurs(logging.Filter):
     """Leaves out what Lightning says of itself: devices that it looked for, tips, that steps are over."""
 
     def filter(self, record):
-        chatter = record.name.startswith(("pytorch_lightning.", "lightning")) and "rank_zero" in record.name
-        return not chatter or record.levelno >= logging.WARNING
+        theirs = record.name.startswith(("pytorch_lightning", "lightning"))
+        asked_for = record.name.startswith("pytorch_lightning.callbacks")
+        return not theirs or asked_for or record.levelno >= logging.WARNING
 
 
 class UserError(Exception):

@@ -5,7 +5,7 @@ import sys
 from tqdm import tqdm
 
 EVERY = 30.0  # seconds from a plain line to the next
-PLAIN = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {remaining} left"
+PLAIN = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} {unit}s in {elapsed}, {remaining} left"
 
 
 class Bar(tqdm):

@@ -472,7 +472,7 @@ def test_codebook_usage_covers_the_whole_epoch_and_warns_by_name(tmp_path, caplo
     for index in range(2):
         used = len(set(codes[:, index].tolist()))
         figures = {
-            name: curves(run)[f"train/{name}_{index}"][-1][1] for name in ("usage", "dead_fraction", "perplexity")
+            name: curves(run)[f"train/{name}_{index + 1}"][-1][1] for name in ("usage", "dead_fraction", "perplexity")
         }
         share = torch.bincount(codes[:, index]).double() / len(codes)
         share = share[share > 0]
@@ -487,7 +487,7 @@ def test_train_tokenizer_warns_by_name_of_codebooks_that_are_hardly_used(tmp_pat
     warnings = {record.message for record in caplog.records if "codes are used (val, step 4)" in record.message}
     assert len(warnings) == n_warnings
     for index in range(n_warnings):
-        (line,) = [line for line in warnings if line.startswith(f"VQVAE: codebook {index}: only ")]
+        (line,) = [line for line in warnings if line.startswith(f"VQVAE: codebook {index + 1}: only ")]
         assert f" % of its {size} codes" in line
 
 

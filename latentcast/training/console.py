@@ -28,6 +28,7 @@ class Console(Callback):
     def __init__(self, stage, show=True):
         self.stage, self.show = stage, show
         self.bar = self.validation = None
+        self.loss, self.ended = float("nan"), False
 
     def on_train_start(self, trainer, pl_module):
         if not trainer.is_global_zero:
@@ -63,7 +64,7 @@ class Console(Callback):
         return (
             f"{self.stage}: {type(pl_module.model).__name__}, {count(n_parameters)} parameters; {steps} of "
             f"{data.batch_size * trainer.accumulate_grad_batches * trainer.world_size} clips{until}; on {where} "
-            f"({trainer.precision}); {data.describe()['type']}, {', '.join(splits)}"
+            f"({trainer.precision}); {type(data.train_set).__name__}, {', '.join(splits)}"
         )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -72,17 +73,20 @@ class Console(Callback):
         now, step = time.monotonic(), trainer.global_step
         if now - self.looked >= (EVERY if self.bar.plain else REFRESH):
             self.looked = now
-            self.say(step, now, outputs["loss"].item())
+            self.loss = outputs["loss"].item()
+            self.say(step, now)
         self.bar.update(step - self.bar.n)
 
-    def say(self, step, now, loss):
+    def say(self, step, now):
         """Put loss, pace and what is to go behind the count; announce once a run that will take long."""
-        parts, seconds, done = [f"loss {loss:.4g}"], now - self.began, step - self.first
+        parts, seconds, done = [f"loss {self.loss:.4g}"], now - self.began, step - self.first
         to_go = self.to_go(step, now)
         if done > 0:
             pace = done / seconds
             parts.append(f"{pace:.3g} steps/s" if pace >= 1 else f"{1 / pace:.3g} s/step")
-        if to_go is not None:
+        if self.ended:
+            parts.append(f"{duration(seconds)} in all")
+        elif to_go is not None:
             parts.append(f"{duration(to_go)} to go")
         self.bar.set_postfix_str(", ".join(parts), refresh=False)
         if to_go is not None and seconds >= SETTLED and not self.announced:
@@ -122,6 +126,9 @@ class Console(Callback):
             self.bar.set_description_str(self.stage, refresh=not self.bar.plain)
 
     def on_train_end(self, trainer, pl_module):
+        if self.bar is not None and trainer.global_step > self.first:
+            self.ended = True
+            self.say(trainer.global_step, time.monotonic())
         self._close()
         if trainer.is_global_zero and self.timer and self.timer.time_remaining() <= 0:
             logger.info("%s: trainer.max_time is over at step %d", self.stage, trainer.global_step)

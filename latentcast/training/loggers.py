@@ -196,7 +196,9 @@ class WandbRun(Logger):
             "job_type": self.stage,
             "tags": self.settings["tags"],
             "config": self._config,
-            "settings": wandb.Settings(console="off", quiet=mode == "offline", init_timeout=60, finish_timeout=120),
+            "settings": wandb.Settings(
+                console="off", quiet=mode == "offline", silent=mode == "offline", init_timeout=60, finish_timeout=120
+            ),
         }
         try:
             self._run = wandb.init(mode=mode, **arguments)

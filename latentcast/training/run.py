@@ -172,8 +172,8 @@ class TrainingRun:
         check_strategy(trainer)
         if checkpoint is None:
             try_out(module, datamodule)
-        # Lightning's warning about a checkpoint folder that is not empty: here it is checked above.
-        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        for message in NOT_WORTH_SAYING:
+            warnings.filterwarnings("ignore", message=message)
         try:
             with finishing_steps(trainer):
                 trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -242,6 +242,13 @@ class Start(Callback):
         self()
 
 
+NOT_WORTH_SAYING = (  # warnings of Lightning and torch
+    "Checkpoint directory .* exists and is not empty",  # that is checked here
+    r".*LeafSpec.* is deprecated",
+    "Total length of `.*` across ranks is zero",  # no val split: said when the data is opened
+    r"The '\w+_dataloader' does not have many workers",  # num_workers is a setting
+    "The number of training batches .* is smaller than the logging interval",
+)
 NOT_OURS = {  # options of the Trainer that a training which is to leave a model cannot take
     "fast_dev_run": "trainer.max_steps=1 with another run_dir tries everything out",
     "barebones": "it logs nothing and has no callbacks, which keep checkpoints and metrics",
