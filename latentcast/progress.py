@@ -15,7 +15,7 @@ class Bar(tqdm):
 
     def __init__(self, iterable=None, desc=None, total=None, **options):
         options.setdefault("file", sys.stderr)
-        options.setdefault("dynamic_ncols", True)
+        options.setdefault("nrows", 20)  # tqdm hides bars on terminals that say they have none
         self.plain = not options["file"].isatty()
         if self.plain:
             options |= {"mininterval": EVERY, "maxinterval": EVERY, "bar_format": options.pop("plain_format", PLAIN)}

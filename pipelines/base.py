@@ -1,11 +1,13 @@
 """The base class of pipelines: diffusers' DiffusionPipeline, made to load pipelines that diffusers does not know."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from huggingface_hub import snapshot_download
 from pydantic import AfterValidator, Field
 
@@ -35,6 +37,18 @@ class PipelineIndex(Schema):
     ``index_schema``."""
 
     class_name: Text = Field(alias="_class_name")
+
+
+@contextlib.contextmanager
+def _without_bars():
+    """Two components are loaded in a moment; diffusers' bar for that says nothing."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 class VideoPipeline(DiffusionPipeline):
@@ -80,7 +94,8 @@ class VideoPipeline(DiffusionPipeline):
             if component not in kwargs and isinstance(origin, list) and origin[:1] == ["latentcast"]:
                 saved_class(folder / component)
         try:
-            return super().from_pretrained(folder, use_safetensors=True, **kwargs)
+            with _without_bars():
+                return super().from_pretrained(folder, use_safetensors=True, **kwargs)
         except OSError:
             raise
         except Exception as error:  # what diffusers, and the class, make of a damaged folder
@@ -97,7 +112,9 @@ class VideoPipeline(DiffusionPipeline):
 
     def progress_bar(self, iterable=None, total=None):
         """As in diffusers (see ``set_progress_bar_config``), on a terminal; else a line now and then."""
-        return Bar(iterable, total=total, **{"desc": "sampling", **getattr(self, "_progress_bar_config", {})})
+        return Bar(
+            iterable, total=total, **{"desc": "sampling", "unit": "step", **getattr(self, "_progress_bar_config", {})}
+        )
 
     def push_to_hub(self, repo_id, **kwargs):
         """As in diffusers, with an OSError of one line where the hub cannot be reached or refuses."""

@@ -124,7 +124,9 @@ def test_a_section_can_be_overridden_from_the_command_line(configs):
     for tool in ("train_prior", "evaluate"):  # a mistake is named whichever tool runs
         message = line_of(load_config, "small", ["train_prior.sed=9"], tool=tool)
         assert message == "unknown key 'sed'; did you mean 'seed'?"
-    assert "override 'train_prior=3': expected train_prior.KEY=VALUE" in line_of(load_config, "small", ["train_prior=3"])
+    assert "override 'train_prior=3': expected train_prior.KEY=VALUE" in line_of(
+        load_config, "small", ["train_prior=3"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_an_argument_taken_from_another_key_is_called_by_that_key(configs):
     expected = "frame_size=63 (as tokenizer.height, tokenizer.width): expected multiples of the stride 4, found 63, 63"
     assert str(caught.value) == expected
     config = load_config("small", ["tokenizer=sized", "tokenizer.height=63"])
-    with pytest.raises(ValueError, match="^height, width: expected multiples of the stride 4, found 63, 64$"):
+    with pytest.raises(ValueError, match=r"^height, width: expected multiples of the stride 4, found 63, 64$"):
         instantiate(config.tokenizer)
 
 

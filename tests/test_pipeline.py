@@ -140,7 +140,7 @@ def test_options_of_each_context_go_with_its_generator():
     assert torch.equal(both[1:], pipe(frames[1:], generator=[seeded(2)], **options).frames)
     with pytest.raises(ValueError, match="motion_seed: expected a whole number of at least 0, or one for each of 2"):
         pipe(frames, generator=[seeded(1), seeded(2)], motion_seed=[1, 2, 3], n_steps=1, n_frames=1)
-    with pytest.raises(ValueError, match="num_inference_steps: .* these once, found n_steps as well"):
+    with pytest.raises(ValueError, match=r"num_inference_steps: .* these once, found n_steps as well"):
         pipe(frames, n_frames=1, n_steps=1, num_inference_steps=1)
 
 
@@ -321,10 +321,16 @@ def test_the_progress_bar_follows_the_sampler(frames, capfd):
         ({"frames": [torch.zeros(2, 1, 8, 16), "b"]}, "frames: expected a tensor of shape .*, found list"),
         ({"frames": torch.zeros(2, 2, 1, 8, 16, dtype=torch.int32)}, "frames: expected floats"),
         ({"frames": np.zeros((2, 8, 16, 1), int)}, "frames: expected floats or uint8, found int64"),
-        ({"frames": np.full((2, 8, 16, 1), -1.0)}, r"frames: expected values in \[0, 1\], found \[-1, -1\]; value_range"),
+        (
+            {"frames": np.full((2, 8, 16, 1), -1.0)},
+            r"frames: expected values in \[0, 1\], found \[-1, -1\]; value_range",
+        ),
         ({"frames": [torch.zeros(2, 1, 8, 16), torch.zeros(3, 1, 8, 16)]}, "frames: expected one shape, found"),
         ({"frames": [PIL.Image.new("RGB", (17, 8))] * 2}, r"frames: expected W = 16, found \(1, 2, 1, 8, 17\)"),
-        ({"frames": torch.linspace(0, 1, 256).view(2, 1, 8, 16)}, r"found none below 0, as in \[0, 1\]; give value_range"),
+        (
+            {"frames": torch.linspace(0, 1, 256).view(2, 1, 8, 16)},
+            r"found none below 0, as in \[0, 1\]; give value_range",
+        ),
         ({"value_range": (0, 255)}, r"value_range: expected \(-1, 1\), \(0, 1\) or None, found \(0, 255\)"),
         ({"value_range": (0, 1)}, r"frames: expected values in \[0, 1\], found \[-"),
         ({"frames": torch.full((2, 2, 1, 8, 16), 255.0)}, r"frames: expected values in \[-1, 1\]"),

@@ -305,7 +305,9 @@ def test_a_folder_of_pictures_is_told_what_makes_videos_of_them(tmp_path, names)
     (tmp_path / "walk").mkdir()
     for name in names:
         (tmp_path / "walk" / name).touch()
-    hint = r"no video files here, but 2 pictures: numbered ones become videos by tools/prepare_dataset.py folder --source "
+    hint = (
+        r"no video files here, but 2 pictures: numbered ones become videos by tools/prepare_dataset.py folder --source "
+    )
     with pytest.raises(EmptySplitError, match=hint):
         open_folder(tmp_path)
 

@@ -112,7 +112,7 @@ class Console(Callback):
             self.bar.set_description_str(f"{self.stage}, validating", refresh=not self.bar.plain)
         elif trainer.state.stage is RunningStage.VALIDATING:
             n_batches = sum(trainer.num_val_batches)
-            self.validation = Bar(desc=f"{self.stage}, final validation", total=n_batches, unit="batch")
+            self.validation = Bar(desc=f"{self.stage}, final validation", total=n_batches, unit="step")
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if self.validation is not None:
