@@ -105,7 +105,7 @@ def choose(args):
 
 def label_of(folder):
     """What to call a pipeline: its run's folder, and the pipeline's own name where it is another than "pipeline"."""
-    folder = folder.resolve()
+    folder = Path(os.path.abspath(folder))
     return folder.parent.name if folder.name == "pipeline" else f"{folder.parent.name}/{folder.name}"
 
 
