@@ -123,7 +123,10 @@ class VideoPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in diffusers, with errors that name the folder."""
-        with writing(save_directory):
+        upload = (
+            pushing(kwargs.get("repo_id", save_directory)) if kwargs.get("push_to_hub") else contextlib.nullcontext()
+        )
+        with writing(save_directory), upload:
             super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod

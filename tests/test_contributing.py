@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COPIED = "latentcast tokenizers priors pipelines configs tools tests docs/templates pyproject.toml".split()
-TRAINING = '''
+TRAINING = """
 import tiny_experiment
 from latentcast import load_model
 
@@ -31,7 +31,7 @@ def test_my_prior_trains(tmp_path, monkeypatch):  # over pixels, which need no f
     changes = {"defaults": {"tokenizer": "pixel", "prior": "my_prior"}, "tokenizer": {"levels": None}, "prior": {}}
     figures = train("train_prior", tmp_path, monkeypatch, **changes)
     assert figures["steps"] == 4 and type(load_model(figures["prior"])).__name__ == "MyPrior"
-'''
+"""
 
 
 def follow(heading, folder):
@@ -65,7 +65,12 @@ def test_a_tokenizer_and_a_prior_are_added_by_the_text_alone_and_train(tmp_path)
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *files, "tests/test_training_them.py"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-k", " or ".join(chosen)], cwd=tmp_path, capture_output=True, text=True, timeout=280, env=environment
+        [*command, "-k", " or ".join(chosen)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
     )
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
     for what in (*(f"[{name}]" for name in chosen), "test_my_tokenizer_trains", "test_my_prior_trains"):

@@ -1,5 +1,6 @@
 """VideoPredictionPipeline: shapes, sampling, output types, bad input, and saving and loading in a fresh process."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -515,12 +516,15 @@ def test_pipelines_saved_before_the_full_name_are_loaded(copy):
     assert type(VideoPipeline.from_pretrained(copy)) is VideoPredictionPipeline
 
 
-def test_push_to_hub_without_a_network_is_one_line(pipe, saved, monkeypatch):
+def test_push_to_hub_without_a_network_is_one_line(pipe, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")  # nobody listens there
-    for push in (pipe.push_to_hub, pipe.prior.push_to_hub):
-        with pytest.raises(OSError, match=r"^push_to_hub someone/videos: failed \(") as caught:
-            push("someone/videos", token="none")
-        assert "\n" not in str(caught.value)
+    to = {"repo_id": "someone/videos", "token": "none"}
+    for thing in (pipe, pipe.prior):
+        saving = functools.partial(thing.save_pretrained, str(tmp_path), push_to_hub=True, **to)
+        for push in (functools.partial(thing.push_to_hub, **to), saving):
+            with pytest.raises(OSError, match=r"^push_to_hub someone/videos: failed \(") as caught:
+                push()
+            assert "\n" not in str(caught.value)
 
 
 def test_a_name_on_the_hub_is_fetched(saved, monkeypatch):

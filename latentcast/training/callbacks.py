@@ -477,15 +477,16 @@ class PredictionPreview(Preview):
         pipeline = self.make_pipeline(pl_module.model).to(pl_module.device)
         pipeline.set_progress_bar_config(disable=True)
         context, future = self.clips[:, : self.n_context], self.clips[:, self.n_context :]
+        num_samples = 1 if pl_module.model.deterministic else self.num_samples
         predicted = pipeline(
             context,
             n_frames=future.shape[1],
-            num_samples=self.num_samples,
+            num_samples=num_samples,
             generator=torch.Generator(pl_module.device).manual_seed(self.seed),
             value_range=(-1, 1),
             **self.sampler,
         ).frames.cpu()
-        if self.num_samples > 1 and not pl_module.model.deterministic:
+        if num_samples > 1:
             self.figures = {f"preview/{name}": value for name, value in sample_diversity(predicted).items()}
         shown = [rows_of(*parts) for parts in zip(context, future, predicted)]
         rows = [(f"clip {n}\n{name}", frames) for n, clip in enumerate(shown, 1) for name, frames in clip.items()]
@@ -495,7 +496,7 @@ class PredictionPreview(Preview):
         write_image(png, labelled_sheet(rows, names, f"{type(pl_module.model).__name__}, {step}. {LEGEND}", scale))
         titles = [f"{step}, frame {name}" for name in frame_names(context.shape[1], future.shape[1], self.fps)]
         cells = [(f"clip {n}: {name}", frames) for n, clip in enumerate(shown, 1) for name, frames in clip.items()]
-        mp4, _ = write_both(path, labelled_videos(cells, titles, scale, columns=1 + self.num_samples), self.fps)
+        mp4, _ = write_both(path, labelled_videos(cells, titles, scale, columns=1 + num_samples), self.fps)
         return {"predictions": mp4, "predicted_frames": png}
 
 

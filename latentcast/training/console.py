@@ -55,7 +55,7 @@ class Console(Callback):
         data, device = trainer.datamodule, trainer.strategy.root_device
         steps = "steps without end" if self.total is None else f"{self.total} steps"
         if self.first:
-            steps = f"step {self.first} to {self.total or 'no end'}"
+            steps = f"{steps}, from step {self.first} on,"
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         where = f"{trainer.world_size} x {where}" if trainer.world_size > 1 else where
         splits = [f"{len(data.train_set.videos)} videos to train on"]
