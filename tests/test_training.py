@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from tiny import SMALL_TRANSFORMER, random_frames, tiny_tokenizer
@@ -34,7 +35,7 @@ from latentcast.modeling import fingerprint
 from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
 from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, WeightAverage
 from latentcast.training.checkpoints import check_checkpoint
-from latentcast.training.loggers import read_metrics
+from latentcast.training.loggers import plot_curves, read_metrics
 from latentcast.training.run import TrainingRun, preview_clips, replacing_folder
 
 EPOCH = N_CLIPS // 8  # steps
@@ -413,6 +414,33 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
     clips, frames = (dict(figures[f"throughput/{unit}_per_s"]) for unit in ("clips", "frames"))
     assert clips and all(frames[step] == pytest.approx(4 * clips[step]) for step in clips)
     assert (run.run_dir / "metrics/tokenizer_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_have_units_the_learning_rate_and_scales_and_nothing_is_cut_off(tmp_path, monkeypatch):
+    path = tmp_path / "run/metrics/tokenizer.csv"
+    path.parent.mkdir(parents=True)
+    rows = [(step, f"{split}/loss", 1000 / (step + 1) ** 2) for step in range(60) for split in ("train", "val")]
+    rows += [(step, "val/psnr", 20 + step / 10) for step in range(60)] + [
+        (step, "lr-AdamW", 1e-3) for step in range(60)
+    ]
+    rows += [(0, "train/grad_norm", 1.0), (0, "val/usage_1", 0.5)]
+    path.write_text("\n".join(",".join(map(str, row)) for row in [("step", "metric", "value"), *rows]))
+    drawn = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: (drawn.append(self), savefig(self, *args, **kwargs))
+    )
+    plot_curves(path, path.with_suffix(".png"))
+    (figure,) = drawn
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert list(panels) == ["loss", "psnr", "learning rate"]
+    assert panels["psnr"].get_ylabel() == "dB"
+    assert [panels[name].get_yscale() for name in panels] == ["log", "linear", "linear"]
+    assert [text.get_text() for text in panels["loss"].get_legend().get_texts()] == ["train", "val"]
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert picture.format == "PNG"
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
