@@ -284,11 +284,11 @@ def test_names_of_every_kind_give_an_output_each(folder, tool, capsys, tmp_path)
         stems = {Path(path).stem for path in result["outputs"] if Path(path).is_file()}
         assert stems == expected | {"contact_sheet"}
     assert f"out: replacing {len(result['outputs']) - 1} files and contact_sheet.png of an earlier run" in err
+    assert "in/no\\nvideo.mp4: not a readable video" in err
+    assert all(line.isprintable() for line in err.replace("\r", "\n").splitlines())
     arguments = [*arguments[:3], folder / "videos/long.mp4", *arguments[4:]]
     _, err = finished(tool, capsys, *arguments, "--n-frames", 1, "--num-samples", 1)
     assert "out: replacing contact_sheet.png of an earlier run; --output DIR keeps them" in err
-    assert "in/no\\nvideo.mp4: not a readable video" in err
-    assert all(line.isprintable() for line in err.replace("\r", "\n").splitlines())
 
 
 def test_many_futures_are_laid_out_in_rows_and_columns(folder, tool, capsys, tmp_path):
@@ -339,7 +339,7 @@ def test_odd_files_do_not_end_the_run(folder, tool, capsys, tmp_path):
     "arguments, message",
     [
         (["temperatur=1"], "unknown sampler option 'temperatur'; did you mean 'temperature'"),
-        (["hot"], "'hot': expected key=value"),
+        (["hot"], "'hot': expected an option as key=value"),
         (["top_k=[1"], "'top_k=[1': not valid YAML"),
         (["temperature=hot"], "temperature: expected a number >= 0, found 'hot'"),
         (["top_k=2.5"], "top_k: expected an integer >= 1 or None, found 2.5"),
