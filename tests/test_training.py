@@ -417,7 +417,7 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
 
 
 def test_curves_have_units_the_learning_rate_and_scales_and_nothing_is_cut_off(tmp_path, monkeypatch):
-    path = tmp_path / "run/metrics/tokenizer.csv"
+    path = tmp_path / os.fsdecode(b"caf\xe9 $x_{$") / "metrics/tokenizer.csv"  # of a run in any folder
     path.parent.mkdir(parents=True)
     rows = [(step, f"{split}/loss", 1000 / (step + 1) ** 2) for step in range(60) for split in ("train", "val")]
     rows += [(step, "val/psnr", 20 + step / 10) for step in range(60)] + [

@@ -467,7 +467,9 @@ def test_contact_sheet_places_every_frame():
 
 
 def test_a_labelled_sheet_has_its_frames_and_words_for_them():
-    rows = [(name, torch.full((3, 1, 20, 30), level)) for name, level in (("clip 1\ntruth", -0.2), ("sample", 0.6))]
+    rows = [
+        (name, torch.full((3, 1, 20, 30), level)) for name, level in (("clip 1\ntruth", -0.2), ("caf\udce9 \x07", 0.6))
+    ]
     sheet = labelled_sheet(rows, ["frame 1", "frame 2", "frame 3"], "step 500", scale=2)
     height, width = 2 * 40 + GAP, 3 * 60 + 2 * GAP
     left = sheet.shape[2] - width

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+from ..files import printable
+
 GAP = 2  # pixels between pictures
 BORDER = 2  # pixels of a coloured frame
 GIVEN, PREDICTED, TRUE = (-0.6, 0.5, -0.4), (1.0, 0.2, -0.8), (0.6, 0.6, 0.6)  # its colours, in [-1, 1]
@@ -165,12 +167,17 @@ def _font():
 
 
 def _width(text):
-    return max(int(np.ceil(_font().getlength(line))) for line in text.split("\n"))
+    return max(int(np.ceil(_font().getlength(line))) for line in _lines(text))
+
+
+def _lines(text):
+    """Names of files may hold anything; a font takes text."""
+    return [printable(line) for line in text.split("\n")]
 
 
 def _write(draw, text, x, y):
     """Write lines of text to the right of ``x``, vertically centred at ``y``."""
-    lines = text.split("\n")
+    lines = _lines(text)
     for i, line in enumerate(lines):
         centre = y + (i - (len(lines) - 1) / 2) * (FONT + 3)
         draw.text((round(x), round(centre - FONT * 0.7)), line, "black", _font())

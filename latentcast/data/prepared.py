@@ -28,7 +28,7 @@ from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
 from .benchmarks.base import Clip
 from .loading import end_with_parent
 from .moving_digits import MAX_SPEED, MOTIONS, MovingDigits
-from .pictures import contact_sheet
+from .pictures import labelled_sheet, scale_for
 from .video_folder import luma
 from .video_reader import VideoAwayError, VideoError, is_away
 from .video_writer import write_image
@@ -234,8 +234,9 @@ def _preview(root, split, n_rows=4, n_columns=8, longest=32):
     rows = []
     for video, entry in enumerate(data.videos[:n_rows]):
         frames = data.read_video(video, 0, min(entry.n_frames, longest))
-        rows.append(frames[torch.linspace(0, len(frames) - 1, n_columns).round().long()])
-    return contact_sheet(torch.stack(rows))
+        places = torch.linspace(0, len(frames) - 1, n_columns).round().long()
+        rows.append((f"{entry.name}\nframes 1 to {len(frames)}", frames[places]))
+    return labelled_sheet(rows, title=f"{split}: frames evenly spaced", scale=scale_for(frames.shape[-2], 64))
 
 
 def _contents(notes):

@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from latentcast.files import replacing
+from latentcast.files import printable, replacing
 
 logger = logging.getLogger("latentcast")
 
@@ -107,7 +107,7 @@ def plot_curves(path, image):
         if quantity != "learning rate" and min(values) > 0 and max(values) > WIDE * min(values):
             axes.set_yscale("log")
         axes.legend()
-    figure.suptitle(f"{path.parent.parent.name}: {path.stem}")
+    figure.suptitle(printable(f"{path.parent.parent.name}: {path.stem}"), parse_math=False)  # any folder's name
     with replacing(image) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
