@@ -50,7 +50,7 @@ setup(
         # decord publishes wheels for these platforms only; elsewhere PyAV reads the videos.
         'decord>=0.6; platform_machine in "x86_64 AMD64" and sys_platform != "darwin"',
         "av>=12",
-        "pillow>=10",
+        "pillow>=10.1",  # whose own font has sizes
         "numpy>=1.26",
         "safetensors>=0.4",
         "torchmetrics>=1.4",

@@ -30,6 +30,15 @@ class _OneLine(logging.Formatter):
         return printable(text) if record.name == logger.name and not record.exc_info else text
 
 
+class _NotOurs(logging.Filter):
+    """Leaves out what Lightning says of itself: devices that it looked for, tips, that steps are over."""
+
+    def filter(self, record):
+        theirs = record.name.startswith(("pytorch_lightning", "lightning"))
+        asked_for = record.name.startswith("pytorch_lightning.callbacks")
+        return not theirs or asked_for or record.levelno >= logging.WARNING
+
+
 class UserError(Exception):
     """Something the user can mend; printed as one line, without a traceback."""
 
@@ -52,6 +61,8 @@ def run_tool(main, parser, argv=None):
     args = parser.parse_intermixed_args(argv)  # key=value may stand on both sides of an option
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(message)s"))
+    if not args.debug:
+        handler.addFilter(_NotOurs())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     try:
         # Libraries that print must not spoil the last line.

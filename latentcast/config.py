@@ -1,5 +1,6 @@
 """Experiment configs: composed from YAML groups, checked for misspelt keys, built from what may stand at each place."""
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -46,7 +47,8 @@ def load_config(experiment, overrides=(), tool=None):
     overrides what it likes. A section named after a tool (``train_prior:``) is merged over the root when that tool
     runs; ``train_jointly:``, for ``train_prior.py joint=true``, on top of ``train_prior:``. Overrides come last:
     ``key.sub=value``, or ``group=name`` to swap a group's file (the experiment's own settings of that group, which were
-    about another class, are then dropped; ``group=null`` empties it).
+    about another class, are then dropped; ``group=null`` empties it). Those of a section, ``train_prior.batch_size=8``,
+    count when its tool runs, so that all tools can be given the same ones.
 
     Nothing in a file runs a program: see ``targets.py`` for what ``_target_`` may name. The override
     ``allow_targets=[package.module.Name]`` allows more; no file can. Of references, ``${key.sub}`` to another key is
@@ -101,19 +103,33 @@ def load_config(experiment, overrides=(), tool=None):
             part.pop(key, None)
     _merge(config, _to_config(body, experiment), "")
     applied = ("train_prior", tool) if tool == "train_jointly" else (tool,)
+    merged = {}  # section -> what it is merged into; those of other tools are only checked
     for name, section in sections.items():
         if section:
-            merged = config if name in applied else copy.deepcopy(config)
-            _merge(merged, _to_config(section, f"{experiment}: {name}"), "")
-            if merged is not config:  # those of other tools are only checked
-                _check(merged, experiment)
+            _merge_section(merged, config, name, applied, section, f"{experiment}: {name}")
     for key, value in settings:
         group, shown = key.partition(".")[0], f"override {short(f'{key}={value}')}"
+        if group in TOOLS:
+            section = nested(key, value)[group]
+            if not isinstance(section, dict):
+                raise ConfigError(f"{shown}: expected {group}.KEY=VALUE")
+            _merge_section(merged, config, group, applied, section, shown)
+            continue
         if group in groups and config._get_node(group)._is_none():
             raise ConfigError(f"{shown}: the experiment has no {group}; choose one by {group}=NAME")
         _merge(config, _to_config(nested(key, value), shown), "")
+    for name, other in merged.items():
+        if other is not config:
+            _check(other, f"{experiment}: {name}")
     _check(config, experiment)
     return config
+
+
+def _merge_section(merged, config, name, applied, section, source):
+    """Merge a tool's section into the config where it applies, else into a copy of it that is kept in ``merged``."""
+    if name not in merged:
+        merged[name] = config if name in applied else copy.deepcopy(config)
+    _merge(merged[name], _to_config(section, source), "")
 
 
 def load_pipeline_config(folder, data, overrides=(), **settings):
@@ -174,17 +190,45 @@ def instantiate(config, **kwargs):
         ConfigError: a target that may not stand there, arguments that it does not take, or one that it needs and did
             not get.
     """
-    place, run_dir, root = ANYWHERE, None, None
+    place, run_dir, root, sources = ANYWHERE, None, None, {}
     if isinstance(config, (DictConfig, ListConfig)):
         root = config._get_root()
         place = re.sub(r"\[\d+\]", "", config._get_full_key(None))
         if not place and (isinstance(config, ListConfig) or "_target_" in config):  # no part of an experiment
             place = ANYWHERE
-        config = to_container(config)
+        sources, config = _sources(config), to_container(config)
         run_dir = OmegaConf.select(root, "run_dir") if place else None
     allows = functools.partial(_allows, root)
     check_targets(config, place, run_dir, allows)
-    return _build(config, place, allows, kwargs)
+    try:
+        return _build(config, place, allows, kwargs)
+    except ValueError as error:
+        told = _of_its_source(error, sources, config, place)
+        if told is error:
+            raise
+        raise told from error
+
+
+def _sources(config):
+    """Arguments that a config takes from another key (``height: ${frame_size}``) -> that key."""
+    found = {}
+    for name in config if _is_mapping(config) else ():
+        node = config._get_node(name)
+        reference = REFERENCE.fullmatch(str(node._value())) if node._is_interpolation() else None
+        if reference and not reference[1].startswith(".") and reference[1] != name:
+            found[name] = reference[1]
+    return found
+
+
+def _of_its_source(error, sources, config, place):
+    """An error about such an argument, as one about the key, which is what can be changed; other errors as they are."""
+    about, _, rest = str(error).partition(": ")
+    named = about.split(", ")
+    key = sources.get(named[0])
+    if key is None or not rest or type(error) not in (ValueError, ConfigError):
+        return error
+    arguments = ", ".join(f"{place}.{name}" if place else name for name in named)
+    return type(error)(f"{key}={config[named[0]]} (as {arguments}): {rest}")
 
 
 def call(target, arguments, name, partial=False):
@@ -433,7 +477,9 @@ def _merge(config, part, prefix):
                 target = find_target(config["_target_"], prefix[:-1], functools.partial(_allows, config))
                 known, open_ended = [*_parameters(target), "_target_", "_partial_"], _takes(target, key)
             if not open_ended and key not in known:
-                raise ConfigError(f"unknown key {name!r}{nearest(key, known)}")
+                homes = _homes(config._get_root(), key)
+                hint = f"; did you mean {' or '.join(map(repr, homes))}?" if homes else nearest(key, known)
+                raise ConfigError(f"unknown key {name!r}{hint}")
             config[key] = value
         elif old and new:
             if "_target_" not in current and (not current or not own):
@@ -459,6 +505,24 @@ def _merge(config, part, prefix):
 def _may_be_null(name):
     """Whether a mapping of base.yaml may be: there is none of the kind then."""
     return name in (*_groups(), "lr_scheduler")
+
+
+def _homes(root, key):
+    """Full names of the keys called ``key`` in the groups and sections of a config: ``lr`` -> ["optimizer.lr"]."""
+    found = []
+    for name in root:
+        node = root._get_node(name)
+        if not _is_mapping(node):
+            continue
+        known = list(node)
+        with contextlib.suppress(ConfigError):
+            target = (
+                find_target(node["_target_"], name, functools.partial(_allows, root)) if "_target_" in node else None
+            )
+            known += _parameters(target) if target else []
+        if key in known:
+            found.append(f"{name}.{key}")
+    return found
 
 
 def _check_kind(name, current, value, own):

@@ -84,8 +84,25 @@ class VideoModel(ModelMixin, ConfigMixin):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in diffusers, with errors that name the folder."""
-        with writing(save_directory):
+        upload = (
+            pushing(kwargs.get("repo_id", save_directory)) if kwargs.get("push_to_hub") else contextlib.nullcontext()
+        )
+        with writing(save_directory), upload:
             super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """As in diffusers, with an OSError of one line where the hub cannot be reached or refuses."""
+        with pushing(repo_id):
+            return super().push_to_hub(repo_id, **kwargs)
+
+
+@contextlib.contextmanager
+def pushing(repo_id):
+    """Upload to ``repo_id`` in the block; what huggingface_hub and its network libraries raise becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"push_to_hub {repo_id}: failed ({type(error).__name__}: {one_line(error, 200)})") from error
 
 
 @contextlib.contextmanager

@@ -55,7 +55,8 @@ def example_psnr(pipe, clips):
     """Mean PSNR of the best of four samples over the example clips, dB; always of the same noise."""
     context, future = clips[:, : pipe.config.n_context], clips[:, pipe.config.n_context :]
     generator = torch.Generator().manual_seed(SEED)
-    frames = pipe(context, future.shape[1], num_samples=N_SAMPLES, generator=generator).frames
+    settings = {"num_samples": N_SAMPLES, "generator": generator, "value_range": (-1, 1)}
+    frames = pipe(context, future.shape[1], **settings).frames
     scores = psnr(frames.flatten(0, 1), future.repeat_interleave(N_SAMPLES, 0)).mean(1)
     return scores.unflatten(0, (len(clips), N_SAMPLES)).amax(1).mean().item()
 

@@ -1,18 +1,23 @@
 """The base class of pipelines: diffusers' DiffusionPipeline, made to load pipelines that diffusers does not know."""
 
+import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from huggingface_hub import snapshot_download
 from pydantic import AfterValidator, Field
 
 import latentcast
 from latentcast.files import writing
-from latentcast.modeling import adopt, saved_class
+from latentcast.modeling import adopt, pushing, saved_class
+from latentcast.progress import Bar
 from latentcast.schemas import Schema, Text, check, one_line, read_checked, short
 
+PUBLIC = "latentcast."  # before the class in model_index.json
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
@@ -32,6 +37,18 @@ class PipelineIndex(Schema):
     ``index_schema``."""
 
     class_name: Text = Field(alias="_class_name")
+
+
+@contextlib.contextmanager
+def _without_bars():
+    """Two components are loaded in a moment; diffusers' bar for that says nothing."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 class VideoPipeline(DiffusionPipeline):
@@ -65,7 +82,7 @@ class VideoPipeline(DiffusionPipeline):
         if not index_file.is_file():
             raise FileNotFoundError(f"pipeline {folder}: no {cls.config_name} in it")
         index = read_checked(index_file, PipelineIndex)
-        name = index["_class_name"]
+        name = index["_class_name"].removeprefix(PUBLIC)
         if name != cls.__name__:
             saved = getattr(latentcast, name) if name in latentcast._EXPORTS else None
             if not (isinstance(saved, type) and issubclass(saved, cls)):
@@ -77,7 +94,8 @@ class VideoPipeline(DiffusionPipeline):
             if component not in kwargs and isinstance(origin, list) and origin[:1] == ["latentcast"]:
                 saved_class(folder / component)
         try:
-            return super().from_pretrained(folder, use_safetensors=True, **kwargs)
+            with _without_bars():
+                return super().from_pretrained(folder, use_safetensors=True, **kwargs)
         except OSError:
             raise
         except Exception as error:  # what diffusers, and the class, make of a damaged folder
@@ -86,9 +104,29 @@ class VideoPipeline(DiffusionPipeline):
                 raise ValueError(text if str(folder) in text else f"pipeline {folder}: {text}") from error
             raise ValueError(f"pipeline {folder}: cannot be loaded ({type(error).__name__}: {text})") from error
 
+    def to_json_string(self):
+        """``model_index.json``. diffusers' own DiffusionPipeline, asked to load it, seeks the class in diffusers; its
+        error repeats what stands here, so that is the full name of the class to use."""
+        index = json.loads(super().to_json_string()) | {"_class_name": f"{PUBLIC}{type(self).__name__}"}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def progress_bar(self, iterable=None, total=None):
+        """As in diffusers (see ``set_progress_bar_config``), on a terminal; else a line now and then."""
+        return Bar(
+            iterable, total=total, **{"desc": "sampling", "unit": "step", **getattr(self, "_progress_bar_config", {})}
+        )
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """As in diffusers, with an OSError of one line where the hub cannot be reached or refuses."""
+        with pushing(repo_id):
+            return super().push_to_hub(repo_id, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in diffusers, with errors that name the folder."""
-        with writing(save_directory):
+        upload = (
+            pushing(kwargs.get("repo_id", save_directory)) if kwargs.get("push_to_hub") else contextlib.nullcontext()
+        )
+        with writing(save_directory), upload:
             super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod

@@ -15,8 +15,9 @@ from latentcast.schemas import Count, Rate
 from latentcast.tokenizers.base import check_frames
 
 from .base import Component, PipelineIndex, VideoPipeline
+from .inputs import as_frames
 
-OUTPUT_TYPES = ("pt", "np", "pil")
+OUTPUT_TYPES = ("pt", "np", "pil", "latent")
 
 
 @dataclass
@@ -24,7 +25,8 @@ class VideoPipelineOutput(BaseOutput):
     """What a pipeline returns, for B contexts with S futures each.
 
     frames: "pt": (B, S, T, C, H, W) float32 tensor in [-1, 1]; "np": (B, S, T, H, W, C) float32 array in [0, 1];
-        "pil": lists of lists of lists of images, [B][S][T].
+        "pil": lists of lists of lists of images, [B][S][T]; "latent": what the prior predicted, not decoded: codes
+        (B, S, T, h, w, n_codebooks), latents (B, S, T, D, h, w), or the frames themselves.
     """
 
     frames: torch.Tensor | np.ndarray | list
@@ -88,23 +90,31 @@ class VideoPredictionPipeline(VideoPipeline):
         output_type="pt",
         frame_times=None,
         decode_batch=256,
+        num_inference_steps=None,
+        value_range=None,
+        return_dict=True,
         **sampler,
     ):
         """Predict futures.
 
         Args:
-            frames: (B, T, C, H, W) or (T, C, H, W) float in [-1, 1], the context.
+            frames: (B, T, C, H, W) or (T, C, H, W) float in [-1, 1], the context; or uint8, arrays, PIL images and
+                lists of them, see ``as_frames``.
             n_frames: number of frames to predict; None: one for each of ``frame_times``, or 16.
             num_samples: number of futures for each context.
-            generator: torch.Generator; the same seed gives the same futures.
-            output_type: "pt", "np" or "pil".
+            generator: torch.Generator; the same seed gives the same futures. A list, one for each context: each is
+                predicted by itself, so that its futures do not depend on the rest of the batch, to the bit.
+            output_type: "pt", "np", "pil" or "latent".
             frame_times: (n_frames,) or (B, n_frames) float, in units of the context's frame interval, with its last
                 frame at 0. Only for priors over continuous time.
             decode_batch: number of frames decoded at once, which bounds the memory.
+            num_inference_steps: diffusers' name of the sampler option ``n_steps``.
+            value_range: (-1, 1) or (0, 1), of ``frames`` that are floats; None: see ``as_frames``.
+            return_dict: False gives the plain tuple (frames,).
             **sampler: options of the prior's sampler; ``prior.sampler_options()`` lists them. ``scheduler``, where the
                 prior takes one, only in a pipeline without that component.
         Returns:
-            VideoPipelineOutput
+            VideoPipelineOutput, or a tuple
         Raises:
             ValueError: wrong shape or range of frames, too short a context, or an option that is not known.
         """
@@ -115,28 +125,61 @@ class VideoPredictionPipeline(VideoPipeline):
                 raise ValueError(f"frame_times: expected numbers, found {one_line(frame_times)}") from None
         if n_frames is None:
             n_frames = 16 if frame_times is None else torch.atleast_1d(frame_times).shape[-1]
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise ValueError(f"generator: expected one torch.Generator, found {type(generator).__name__}")
-        frames = self.check_inputs(frames, n_frames, num_samples, output_type, frame_times, sampler, decode_batch)
+        if num_inference_steps is not None:
+            if "n_steps" not in self.prior.sampler_options() or "n_steps" in sampler:
+                found = (
+                    "n_steps as well" if "n_steps" in sampler else f"a {type(self.prior).__name__}, which takes none"
+                )
+                raise ValueError(f"num_inference_steps: expected a prior with n_steps, and these once, found {found}")
+            sampler["n_steps"] = num_inference_steps
+        spec = self.prior.config.latent_spec
+        frames = as_frames(
+            frames, *(spec[f"frame_{name}"] for name in ("channels", "height", "width")), value_range=value_range
+        )
+        self.check_inputs(frames, n_frames, num_samples, output_type, frame_times, sampler, decode_batch)
+        self._check_generator(generator, len(frames))
         if frame_times is not None:
             sampler["frame_times"] = frame_times
         if self.scheduler is not None:
             sampler["scheduler"] = self.scheduler
 
+        decode_batch = None if output_type == "latent" else decode_batch
         with eval_mode(self.prior, self.tokenizer):
-            context = self.encode(frames)
-            _onload(self.prior)
-            future = self.prior.sample(
-                context,
-                n_frames,
-                num_samples=num_samples,
-                generator=generator,
-                progress=self.progress_bar,
-                **sampler,
-            )
-            predicted = self.decode(future, decode_batch)
+            if isinstance(generator, (list, tuple)):
+                bar = OneBar(self.progress_bar, len(frames))
+                parts = []
+                for i, own in enumerate(generator):
+                    options = self.prior.options_of(sampler, i, len(frames), n_frames)
+                    parts.append(
+                        self._predict(frames[i : i + 1], n_frames, num_samples, own, bar, options, decode_batch)
+                    )
+                predicted = torch.cat(parts)
+            else:
+                bar = self.progress_bar
+                predicted = self._predict(frames, n_frames, num_samples, generator, bar, sampler, decode_batch)
         self.maybe_free_model_hooks()
-        return VideoPipelineOutput(frames=_convert(predicted, output_type))
+        predicted = _convert(predicted, output_type)
+        return VideoPipelineOutput(frames=predicted) if return_dict else (predicted,)
+
+    def _predict(self, frames, n_frames, num_samples, generator, progress, sampler, decode_batch):
+        """Encode, continue, and decode but for ``decode_batch`` None."""
+        context = self.encode(frames)
+        _onload(self.prior)
+        future = self.prior.sample(
+            context, n_frames, num_samples=num_samples, generator=generator, progress=progress, **sampler
+        )
+        return future if decode_batch is None else self.decode(future, decode_batch)
+
+    def _check_generator(self, generator, n_contexts):
+        several = isinstance(generator, (list, tuple))
+        for one in generator if several else [generator]:
+            if not isinstance(one, torch.Generator) and (several or one is not None):
+                raise ValueError(
+                    f"generator: expected a torch.Generator, or a list with one for each context, found "
+                    f"{'a list with ' if several else ''}{type(one).__name__}"
+                )
+        if several and len(generator) != n_contexts:
+            raise ValueError(f"generator: expected one for each of {n_contexts} contexts, found {len(generator)}")
 
     def encode(self, frames):
         """(B, T, C, H, W) in [-1, 1] -> what the prior accepts: codes, latents or the frames themselves."""
@@ -160,9 +203,7 @@ class VideoPredictionPipeline(VideoPipeline):
         return torch.cat(frames).unflatten(0, future.shape[:3])
 
     def check_inputs(self, frames, n_frames, num_samples, output_type, frame_times=None, sampler=(), decode_batch=1):
-        """Refuse what cannot be predicted from -> frames as (B, T, C, H, W)."""
-        if torch.is_tensor(frames) and frames.ndim == 4:
-            frames = frames[None]
+        """Refuse what cannot be predicted from; frames as (B, T, C, H, W)."""
         spec = self.prior.config.latent_spec
         check_frames(frames, spec["frame_channels"], spec["frame_height"], spec["frame_width"])
         check_counts(n_frames=n_frames, num_samples=num_samples, decode_batch=decode_batch)
@@ -187,7 +228,26 @@ class VideoPredictionPipeline(VideoPipeline):
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"unknown sampler option {name!r}{hint} (known: {', '.join(known) or 'none'})")
-        return frames
+
+
+class OneBar:
+    """One progress bar for the ``n`` calls of a sampler that follow one another, each as long as the first."""
+
+    def __init__(self, progress, n):
+        self.progress, self.n, self.bar, self.done = progress, n, None, 0
+
+    def __call__(self, total):
+        if self.bar is None:
+            self.bar = self.progress(total=total * self.n)
+        return self
+
+    def __enter__(self):
+        return self.bar
+
+    def __exit__(self, *exception):
+        self.done += 1
+        if self.done == self.n or exception[0] is not None:
+            self.bar.close()
 
 
 def _onload(model):
@@ -210,7 +270,7 @@ def _check_same_spec(prior_spec, tokenizer_spec):
 
 def _convert(frames, output_type):
     """(B, S, T, C, H, W) in [-1, 1] -> what ``output_type`` names."""
-    if output_type == "pt":
+    if output_type in ("pt", "latent"):
         return frames
     array = ((frames + 1) / 2).movedim(-3, -1).cpu().numpy()
     if output_type == "np":

@@ -38,6 +38,7 @@ class Prior(VideoModel):
 
     accepts = "codes"
     min_context = 1
+    deterministic = False  # True: ``sample`` draws nothing; all samples of a context are one and the same
     eval_seed = 0  # of the noise of ``forward`` in eval mode; validation gives each batch its own
     conditions: dict = {}  # noqa: RUF012  (what the prior needs of each frame or video, as in VideoDataset)
 
@@ -65,6 +66,18 @@ class Prior(VideoModel):
         """The names that ``sample`` takes beyond the common ones: what ``pipe(..., **sampler)`` may pass."""
         common = {"self", "context", "n_frames", "num_samples", "generator", "progress"}
         return sorted(set(inspect.signature(cls.sample).parameters) - common)
+
+    def options_of(self, options, index, n_contexts, n_frames):
+        """Sampler options of a batch of contexts -> those of context ``index`` when it is sampled alone.
+
+        Args:
+            options: name -> value. Values that hold one for each context are cut here: ``frame_times`` (B, n_frames);
+                subclasses do so with their own.
+        """
+        times = options.get("frame_times")
+        if times is not None and times.ndim == 2:
+            options = options | {"frame_times": times[index : index + 1]}
+        return options
 
     def check_context(self, n_context, n_total):
         """Refuse a context that is too short for the prior or leaves nothing to predict."""

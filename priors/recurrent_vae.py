@@ -212,6 +212,21 @@ class RecurrentVAE(Prior):
 
     # Sampling -----------------------------------------------------------------------------------------------------
 
+    @property
+    def deterministic(self):
+        """Whether the model has no z, and with it nothing to draw."""
+        return not self._z_dim
+
+    def options_of(self, options, index, n_contexts, n_frames):
+        """As Prior's; values in ``z_groups`` may be (B, n_frames, group_dim)."""
+        options, z_groups = super().options_of(options, index, n_contexts, n_frames), options.get("z_groups")
+        if isinstance(z_groups, Mapping):
+            fixed = self._fixed_groups(z_groups, n_contexts, n_frames)
+            each = {group: value for group, value in fixed.items() if value.ndim == 3 and len(value) > 1}
+            cut = {group: each[int(group) - 1][index : index + 1] for group in z_groups if int(group) - 1 in each}
+            options = options | {"z_groups": dict(z_groups) | cut}
+        return options
+
     @torch.no_grad()
     def sample(
         self,
@@ -252,7 +267,8 @@ class RecurrentVAE(Prior):
         B, n_context = context.shape[:2]
         self.check_context(n_context, n_context + n_frames)
         sample_batch = min(int(sample_batch), 2**31)  # torch counts no further
-        fixed = self._fixed_groups(z_groups, B, n_frames)
+        shape = (B, n_frames, self.config.group_dim)
+        fixed = {group: value.expand(shape) for group, value in self._fixed_groups(z_groups, B, n_frames).items()}
         # Nothing is drawn without z: one future is all there is.
         S = num_samples if self._z_dim else 1
         # Step by step, so that a longer future begins like a shorter one.
@@ -367,7 +383,7 @@ class RecurrentVAE(Prior):
         return torch.randn(shape, generator=generator, device=device).to(self.device)
 
     def _fixed_groups(self, z_groups, n_clips, n_frames):
-        """``z_groups`` of ``sample`` -> group, from 0 -> (B, n_frames, group_dim)."""
+        """``z_groups`` of ``sample`` -> group, from 0 -> values that fit (B, n_frames, group_dim)."""
         fixed = {}
         shape = (n_clips, n_frames, self.config.group_dim)
         z_groups = {} if z_groups is None else z_groups
@@ -392,7 +408,7 @@ class RecurrentVAE(Prior):
                     f"z_groups: group {group}: expected a number or numbers of a shape that fits "
                     f"(B, n_frames, group_dim) = {shape}, found {tuple(value.shape)}"
                 )
-            fixed[int(group) - 1] = value.expand(shape)
+            fixed[int(group) - 1] = value
         return fixed
 
 

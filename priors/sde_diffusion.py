@@ -315,6 +315,16 @@ class SDEDiffusion(Prior):
 
     # Sampling ---------------------------------------------------------------------------------------------------
 
+    def options_of(self, options, index, n_contexts, n_frames):
+        """As Prior's; ``motion_seed`` and ``image_seed`` may be lists, a seed for each context."""
+        options = super().options_of(options, index, n_contexts, n_frames)
+        lists = {name: options.get(name) for name in ("motion_seed", "image_seed")}
+        for name, seeds in lists.items():
+            if isinstance(seeds, (list, tuple)):
+                row_seeds(name, seeds, n_contexts, 1)
+                options = options | {name: seeds[index : index + 1]}
+        return options
+
     @torch.no_grad()
     def sample(
         self,

@@ -263,11 +263,26 @@ def test_damaged_and_foreign_files_are_one_clear_line(tmp_path, text, message):
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
+def test_results_of_one_name_are_called_by_their_run_folders(tmp_path):
+    """What two people made of the same experiment, two runs of one person, and two protocols of one run."""
+    paths = {}
+    for place in ("alice/runs/lvt/metrics/tiny", "bob/runs/lvt/metrics/tiny", "bob/runs/again/metrics/tiny"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        paths[place] = write(tmp_path, f"{place}.json", make_result())
+    alice, bob, again = paths.values()
+    assert list(compare(alice, bob)["results"]) == ["alice/runs/lvt", "bob/runs/lvt"]
+    assert list(compare(alice, again)["results"]) == ["lvt", "again"]
+    other = write(tmp_path, "alice/runs/lvt/metrics/other.json", make_result())
+    assert list(compare(alice, other)["results"]) == ["tiny", "other"]
+    named = write(tmp_path, "named.json", make_result("B"))
+    assert list(compare(alice, named)["results"]) == ["A", "B"]
+
+
 def test_missing_files_and_bad_labels_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.json: no such file"):
         compare(tmp_path / "absent.json")
     a, b = write(tmp_path, "a.json", make_result()), write(tmp_path, "b.json", make_result())
-    assert compare(a, b)["results"].keys() == {str(a), str(b)}  # both models are called A
+    assert compare(a, b)["results"].keys() == {"a", "b"}  # both models are called A
     assert compare(a, b, labels=["x", "y"])["results"].keys() == {"x", "y"}
     with pytest.raises(UserError, match="--labels: expected one for each of 2 results, found 1"):
         compare(a, b, labels=["x"])

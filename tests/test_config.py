@@ -111,6 +111,51 @@ def test_joint_training_takes_both_sections(configs):
     assert load_config("small", tool="train_prior").channels != 4
 
 
+def test_a_section_can_be_overridden_from_the_command_line(configs):
+    overrides = ["train_prior.seed=9", "channels=2", "train_prior.tokenizer.stride=4", "evaluate={seed: 3}"]
+    config = load_config("small", overrides, tool="train_prior")
+    assert (config.seed, config.channels, config.tokenizer.stride) == (9, 2, 4)
+    assert load_config("small", overrides, tool="evaluate").seed == 3
+    assert load_config("small", overrides).seed == 0
+    assert load_config("small", ["train_prior.seed=9"], tool="train_jointly").seed == 9
+    assert load_config("small", ["train_prior.seed=9", "seed=2"], tool="train_prior").seed == 2  # the later one counts
+    for tool in ("train_prior", "evaluate"):  # a mistake is named whichever tool runs
+        message = line_of(load_config, "small", ["train_prior.sed=9"], tool=tool)
+        assert message == "unknown key 'sed'; did you mean 'seed'?"
+    assert "override 'train_prior=3': expected train_prior.KEY=VALUE" in line_of(
+        load_config, "small", ["train_prior=3"]
+    )
+
+
+@pytest.mark.parametrize(
+    "override, home",
+    [
+        ("lr=1e-3", "'optimizer.lr'"),
+        ("weight_decay=0", "'optimizer.weight_decay'"),  # an argument that no config has set
+        ("preview.lr=1", "'optimizer.lr'"),
+        ("sampler=1", "'preview.sampler'"),
+        ("codebook_size=4", "'tokenizer.codebook_size'"),
+    ],
+)
+def test_a_key_without_its_group_is_told_where_it_belongs(configs, override, home):
+    key = override.partition("=")[0]
+    assert line_of(load_config, "small", [override]) == f"unknown key {key!r}; did you mean {home}?"
+
+
+def test_an_argument_taken_from_another_key_is_called_by_that_key(configs):
+    size = "frame_size: 64"
+    configs("base.yaml", FILES["base.yaml"].replace("seed: 0", f"seed: 0\n        {size}"))
+    configs("tokenizer/sized.yaml", "{_target_: latentcast.VQVAE, height: '${frame_size}', width: '${frame_size}'}")
+    config = load_config("small", ["tokenizer=sized", "frame_size=63"])
+    with pytest.raises(ValueError) as caught:
+        instantiate(config.tokenizer)
+    expected = "frame_size=63 (as tokenizer.height, tokenizer.width): expected multiples of the stride 4, found 63, 63"
+    assert str(caught.value) == expected
+    config = load_config("small", ["tokenizer=sized", "tokenizer.height=63"])
+    with pytest.raises(ValueError, match=r"^height, width: expected multiples of the stride 4, found 63, 64$"):
+        instantiate(config.tokenizer)
+
+
 def test_overrides_come_last_and_are_parsed_as_yaml(configs):
     overrides = [
         "seed=7",

@@ -622,6 +622,14 @@ def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path, comman
         assert json.loads((metrics / f"{name}.json").read_text())["protocol"]["seed"] == 1
 
 
+@pytest.mark.parametrize(
+    "folder, label", [("runs/a/pipeline", "a"), ("runs/a/joint", "a/joint"), ("/models/lvt/", "models/lvt")]
+)
+def test_a_pipeline_is_called_by_its_run_and_two_of_one_run_are_told_apart(folder, label, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runpy.run_path(str(TOOLS / "evaluate.py"))["label_of"](Path(folder)) == label
+
+
 def test_the_tool_in_half_precision(trained, tmp_path, command):
     folder, _ = trained
     found = {}
@@ -635,6 +643,7 @@ def test_the_tool_in_half_precision(trained, tmp_path, command):
         found[dtype] = json.loads((tmp_path / dtype / "metrics/one_digit.json").read_text())
         assert found[dtype]["model"]["dtype"] == dtype
         assert report.read_maps(tmp_path / dtype / "metrics/one_digit.json")[1] == "clip 4, predicted frame 2"
+    assert [found[dtype]["model"]["name"] for dtype in found] == list(found)  # of their run folders
     full, half = (found[dtype]["baselines"]["reconstruction"]["mse"]["mean"] for dtype in found)
     assert full != half and half == pytest.approx(full, rel=0.02)
 

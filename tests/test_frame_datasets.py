@@ -425,10 +425,16 @@ def test_folder_serves_the_frames_of_video_folder(tree, tmp_path):
         assert torch.allclose(prepared[i]["frames"], original[i]["frames"], atol=1e-6)
 
 
-def test_folder_refuses_a_mixture_of_rates(tree, tmp_path):
-    with pytest.raises(ValueError, match=r"shots/c: 10 frames a second, but 25 in b.mkv; give fps=RATE"):
-        _ = Folder(tree).fps
-    assert Folder(tree, fps=8).fps == 8
+def test_folder_brings_a_mixture_of_rates_to_the_most_common_one(tree, tmp_path, caplog):
+    mixed = Folder(tree)  # two at 25, two at 10: the lower rate, for which no frame is repeated
+    assert mixed.fps == 10 and mixed.describe()["fps"] == 10 and mixed.describe()["frame_stride"] == 1
+    said = [record.message for record in caplog.records if "different frame rates" in record.message]
+    assert len(said) == 1 and "all are read at 10 frames a second, as 2 of 4 are" in said[0]
+    assert said[0].endswith("the others: b.mkv (25), films/a.mp4 (25)")
+    assert read_counter(frames_of(mixed, "train", "films/a.mp4")) == [round(2.5 * i - 1e-3) for i in range(10)]
+    assert read_counter(frames_of(mixed, "train", "shots/d")) == list(range(150, 162))
+    assert Folder(tree, frame_stride=2).fps == 5 and Folder(tree, fps=8).fps == 8
+    assert Folder(tree, image_fps=25).describe()["fps"] is None
     (tmp_path / "broken.mp4").write_text("no video")
     shutil.copy(tree / "b.mkv", tmp_path / "fine.mkv")
     assert Folder(tmp_path).fps == pytest.approx(25)

@@ -1,18 +1,20 @@
 """VideoPredictionPipeline: shapes, sampling, output types, bad input, and saving and loading in a fresh process."""
 
+import functools
 import json
 import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.configuration_utils import register_to_config
-from tiny import random_frames, small_sde_diffusion, tiny_tokenizer
+from tiny import random_frames, small_recurrent_vae, small_sde_diffusion, tiny_tokenizer
 
 from latentcast import PixelTokenizer, Prior, VideoPredictionPipeline, VideoTransformer
 from latentcast.pipelines.base import VideoPipeline
@@ -88,6 +90,113 @@ def test_sampling_is_reproducible_and_samples_differ(pipe, frames):
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert not torch.equal(one[:, 0], one[:, 1])
+
+
+class Bars:
+    """Stands for tqdm: which bars were opened, how far they came, whether they were closed."""
+
+    def __init__(self):
+        self.opened = []
+
+    def __call__(self, iterable=None, total=None):
+        self.opened.append(self)
+        self.total, self.n, self.closed = total, 0, False
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def update(self, n=1):
+        self.n += n
+
+    def close(self):
+        self.closed = True
+
+
+def test_with_a_generator_each_contexts_futures_do_not_hang_on_the_rest_of_the_batch(pipe, frames, monkeypatch):
+    monkeypatch.setattr(pipe, "progress_bar", Bars())
+    options = {"n_frames": 3, "num_samples": 2}
+    both = pipe(frames, generator=[seeded(1), seeded(2)], **options).frames
+    assert len(pipe.progress_bar.opened) == 1 and pipe.progress_bar.closed
+    assert pipe.progress_bar.n == pipe.progress_bar.total
+    swapped = pipe(frames.flip(0), generator=(seeded(2), seeded(1)), **options).frames
+    alone = pipe(frames[1], generator=seeded(2), **options).frames
+    assert torch.equal(both[1:], alone) and torch.equal(swapped.flip(0), both)
+    again = pipe(frames, generator=[seeded(1), seeded(3)], **options).frames
+    assert torch.equal(again[0], both[0]) and not torch.equal(again[1], both[1])
+
+
+def test_options_of_each_context_go_with_its_generator():
+    tokenizer = tiny_tokenizer("continuous_pixel")
+    pipe = VideoPredictionPipeline(small_sde_diffusion().eval(), tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    frames = random_frames(tokenizer, batch=2, n_frames=2)
+    times = torch.tensor([[0.5, 1.0], [1.0, 2.0]])
+    options = {"frame_times": times, "motion_seed": [5, 6], "n_steps": 1}
+    both = pipe(frames, generator=[seeded(1), seeded(2)], **options).frames
+    options = {"frame_times": times[1:], "motion_seed": [6], "num_inference_steps": 1}
+    assert torch.equal(both[1:], pipe(frames[1:], generator=[seeded(2)], **options).frames)
+    with pytest.raises(ValueError, match="motion_seed: expected a whole number of at least 0, or one for each of 2"):
+        pipe(frames, generator=[seeded(1), seeded(2)], motion_seed=[1, 2, 3], n_steps=1, n_frames=1)
+    with pytest.raises(ValueError, match=r"num_inference_steps: .* these once, found n_steps as well"):
+        pipe(frames, n_frames=1, n_steps=1, num_inference_steps=1)
+
+
+def test_fixed_groups_of_each_context_go_with_its_generator():
+    tokenizer = PixelTokenizer(1, 8, 16, levels=None)
+    pipe = VideoPredictionPipeline(small_recurrent_vae(tokenizer.latent_spec, n_groups=2).eval(), tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    frames, values = random_frames(tokenizer, batch=2, n_frames=2), torch.randn(2, 2, 3)
+    both = pipe(frames, 2, generator=[seeded(1), seeded(2)], z_groups={1: values, 2: 0}).frames
+    alone = pipe(frames[1:], 2, generator=seeded(2), z_groups={1: values[1:], 2: 0}).frames
+    assert torch.equal(both[1:], alone)
+
+
+def test_frames_of_every_usual_kind_are_the_same_frames(pipe):
+    """uint8, arrays of both layouts, PIL images and lists of them: all as the tensor in [-1, 1] that they stand for."""
+    uint8 = torch.randint(256, (2, 2, 1, 8, 16), dtype=torch.uint8, generator=seeded())
+    expected = pipe(uint8.float() / 127.5 - 1, 2, generator=seeded(), output_type="latent").frames
+    last, unit = uint8.movedim(-3, -1).numpy(), uint8.float() / 255
+    images = [[PIL.Image.fromarray(frame[..., 0]) for frame in clip] for clip in last]
+    kinds = {
+        "uint8": uint8,
+        "list of clips": list(uint8),
+        "list of frames": [list(clip) for clip in uint8],
+        "array": last,
+        "array, channels first": uint8.numpy(),
+        "array of floats": last / 255,
+        "arrays": list(last),
+        "images": images,
+        "images in colour": [[image.convert("RGB") for image in clip] for clip in images],
+    }
+    for name, given in kinds.items():
+        assert torch.equal(pipe(given, 2, generator=seeded(), output_type="latent").frames, expected), name
+    given = pipe(unit, 2, generator=seeded(), output_type="latent", value_range=(0, 1)).frames
+    assert torch.equal(given, expected)
+    one = pipe(images[0], 2, output_type="latent").frames
+    assert one.shape[0] == 1
+    bright = torch.linspace(0, 1, 256).view(2, 1, 8, 16)
+    assert pipe(bright, 1, value_range=(-1, 1)).frames.shape[0] == 1
+
+
+def test_what_a_pipeline_gives_it_takes(pipe, frames):
+    given = {kind: pipe(frames, 2, generator=seeded(), output_type=kind).frames for kind in ("np", "pil")}
+    codes = [
+        pipe(clips, 2, generator=seeded(1), output_type="latent").frames
+        for clips in (given["np"][:, 0], [clip[0] for clip in given["pil"]])
+    ]
+    assert codes[0].shape == codes[1].shape
+
+
+def test_latents_and_plain_tuples(pipe, frames):
+    codes = pipe(frames, 2, 3, generator=seeded(), output_type="latent").frames
+    assert torch.equal(codes, pipe.prior.sample(pipe.encode(frames), 2, num_samples=3, generator=seeded()))
+    decoded = pipe(frames, 2, 3, generator=seeded(), return_dict=False)
+    assert type(decoded) is tuple and len(decoded) == 1
+    torch.testing.assert_close(decoded[0], pipe.decode(codes))
 
 
 def test_the_context_is_encoded_once_and_decoding_is_bounded(pipe, frames, monkeypatch):
@@ -209,17 +318,34 @@ def test_the_progress_bar_follows_the_sampler(frames, capfd):
         ({"frames": torch.zeros(2, 2, 3, 8, 16)}, "frames: expected C = 1"),
         ({"frames": torch.zeros(2, 2, 1, 16, 16)}, "frames: expected H = 8"),
         ({"frames": torch.zeros(1, 8, 16)}, r"frames: expected a tensor of shape \(B, T, C, H, W\)"),
-        ({"frames": np.zeros((2, 2, 1, 8, 16))}, "frames: expected a tensor"),
-        ({"frames": torch.zeros(2, 2, 1, 8, 16, dtype=torch.uint8)}, "frames: expected floats"),
+        ({"frames": "video.mp4"}, "frames: expected a tensor"),
+        ({"frames": [torch.zeros(2, 1, 8, 16), "b"]}, "frames: expected a tensor of shape .*, found list"),
+        ({"frames": torch.zeros(2, 2, 1, 8, 16, dtype=torch.int32)}, "frames: expected floats"),
+        ({"frames": np.zeros((2, 8, 16, 1), int)}, "frames: expected floats or uint8, found int64"),
+        (
+            {"frames": np.full((2, 8, 16, 1), -1.0)},
+            r"frames: expected values in \[0, 1\], found \[-1, -1\]; value_range",
+        ),
+        ({"frames": [torch.zeros(2, 1, 8, 16), torch.zeros(3, 1, 8, 16)]}, "frames: expected one shape, found"),
+        ({"frames": [PIL.Image.new("RGB", (17, 8))] * 2}, r"frames: expected W = 16, found \(1, 2, 1, 8, 17\)"),
+        (
+            {"frames": torch.linspace(0, 1, 256).view(2, 1, 8, 16)},
+            r"found none below 0, as in \[0, 1\]; give value_range",
+        ),
+        ({"value_range": (0, 255)}, r"value_range: expected \(-1, 1\), \(0, 1\) or None, found \(0, 255\)"),
+        ({"value_range": (0, 1)}, r"frames: expected values in \[0, 1\], found \[-"),
         ({"frames": torch.full((2, 2, 1, 8, 16), 255.0)}, r"frames: expected values in \[-1, 1\]"),
         ({"frames": torch.zeros(0, 2, 1, 8, 16)}, "frames: expected at least one clip, found none"),
-        ({"generator": [torch.Generator()]}, "generator: expected one torch.Generator, found list"),
+        ({"generator": [torch.Generator()]}, "generator: expected one for each of 2 contexts, found 1"),
+        ({"generator": [torch.Generator(), 3]}, "generator: expected .* one for each context, found a list with int"),
+        ({"generator": 3}, "generator: expected a torch.Generator, or a list .*, found int"),
+        ({"num_inference_steps": 3}, "num_inference_steps: expected a prior with n_steps.*found a VideoTransformer"),
         ({"frame_times": "a"}, "frame_times: expected numbers, found 'a'"),
         ({"frames": torch.zeros(2, 0, 1, 8, 16)}, "n_context: expected at least 1, found 0"),
         ({"n_frames": 0}, "n_frames: expected a whole number of at least 1, found 0"),
         ({"n_frames": 2.5}, "n_frames: expected a whole number"),
         ({"num_samples": 0}, "num_samples: expected a whole number of at least 1, found 0"),
-        ({"output_type": "latent"}, "output_type: expected one of pt, np, pil, found 'latent'"),
+        ({"output_type": "npy"}, "output_type: expected one of pt, np, pil, latent, found 'npy'"),
         ({"frame_times": [1.0, 2.0]}, "VideoTransformer predicts whole frame steps: it takes no frame_times"),
         ({"temperatur": 1.0}, "unknown sampler option 'temperatur'; did you mean 'temperature'"),
         ({"steps": 3}, r"unknown sampler option 'steps' \(known: temperature, top_k, top_p, use_cache\)"),
@@ -310,7 +436,7 @@ def test_a_saved_pipeline_works_in_a_fresh_process(pipe, frames, saved, tmp_path
 
 def test_the_index_names_public_classes(saved):
     index = json.loads((saved / "model_index.json").read_text())
-    assert index["_class_name"] == "VideoPredictionPipeline"
+    assert index["_class_name"] == "latentcast.VideoPredictionPipeline"
     assert index["prior"] == ["latentcast", "VideoTransformer"]
     assert index["tokenizer"] == ["latentcast", "VQVAE"]
 
@@ -378,6 +504,28 @@ def test_what_is_no_pipeline_is_refused(copy, tmp_path):
     assert "not valid JSON" in refused(copy)
     (copy / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     assert "expected a VideoPipeline, found 'StableDiffusionPipeline'" in refused(copy, VideoPipeline)
+
+
+def test_diffusers_own_class_names_the_one_to_use(saved, frames):
+    with pytest.raises(AttributeError, match=r"latentcast\.VideoPredictionPipeline"):
+        DiffusionPipeline.from_pretrained(saved)
+
+
+def test_pipelines_saved_before_the_full_name_are_loaded(copy):
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "VideoPredictionPipeline"}))
+    assert type(VideoPipeline.from_pretrained(copy)) is VideoPredictionPipeline
+
+
+def test_push_to_hub_without_a_network_is_one_line(pipe, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")  # nobody listens there
+    to = {"repo_id": "someone/videos", "token": "none"}
+    for thing in (pipe, pipe.prior):
+        saving = functools.partial(thing.save_pretrained, str(tmp_path), push_to_hub=True, **to)
+        for push in (functools.partial(thing.push_to_hub, **to), saving):
+            with pytest.raises(OSError, match=r"^push_to_hub someone/videos: failed \(") as caught:
+                push()
+            assert "\n" not in str(caught.value)
 
 
 def test_a_name_on_the_hub_is_fetched(saved, monkeypatch):

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import SMALL_SDE_DIFFUSION
+from tiny import SMALL_SDE_DIFFUSION, small_recurrent_vae
 from video_files import counter_frames, encode, overwrite_middle
 
 from latentcast import (
@@ -26,6 +27,7 @@ from latentcast import (
     write_video,
 )
 from latentcast.cli import run_tool
+from latentcast.data.pictures import GIVEN, LINE, PREDICTED
 from latentcast.data.video_reader import VideoError
 
 TOOL = Path(__file__).parents[1] / "tools" / "sample.py"
@@ -66,6 +68,9 @@ def folder(tmp_path_factory):
     whole = (root / "videos/long.mp4").read_bytes()
     (root / "videos/cut.avi").write_bytes(whole[: len(whole) // 2])
     (root / "videos/notes.txt").write_text("not looked at")
+    (root / "photos").mkdir()
+    for name in ("me.jpg", "you.PNG"):
+        PIL.Image.new("RGB", (8, 8)).save(root / "photos" / name)
     return root
 
 
@@ -105,6 +110,10 @@ def cells(path, row_count):
     edge = BORDER * SCALE
     starts = [i * (CELL + GAP) for i in range(row_count)]
     assert video.shape[3] - (starts[-1] + CELL) in (0, 1)  # h264 wants even sizes
+    assert video.shape[2] - (2 * LINE + CELL) in (0, 1)
+    title, names = video[:, :, :LINE], video[:, :, LINE : 2 * LINE]
+    assert (title.amin((1, 2, 3)) < 0).all() and all((names[..., s : s + CELL] < 0).any() for s in starts)  # words
+    video = video[:, :, 2 * LINE :]
     return torch.stack([video[:, :, edge : CELL - edge, s + edge : s + CELL - edge] for s in starts])
 
 
@@ -139,8 +148,10 @@ def test_a_folder_of_videos_from_the_shell(folder, tmp_path):
         torch.testing.assert_close(shown[:, :2].mean((2, 3, 4)), expected[:2].expand(4, 2), atol=0.03, rtol=0)
     cells(samples / "deep_er_brief.mp4", 3)  # no truth
     sheet = PIL.Image.open(samples / "contact_sheet.png")
-    cell = (SIZE + 2 * BORDER) * 2
-    assert sheet.size == (7 * cell + 6 * GAP, 7 * cell + 6 * GAP)  # 7 frames; 3 + 4 rows
+    side = 7 * (SIZE + 2 * BORDER) * 2 + 6 * GAP  # 7 frames; 3 + 4 rows
+    assert sheet.size[0] > side and sheet.size[1] == side + 2 * LINE
+    words = torch.tensor(np.asarray(sheet.convert("L")))[2 * LINE :, : sheet.size[0] - side] < 128
+    assert all(row.any() for row in words.any(1).split(-(-side // 7)))  # every row has its name
 
 
 def test_no_more_is_decoded_than_is_shown(folder, tool, capsys, tmp_path):
@@ -156,12 +167,12 @@ def test_no_more_is_decoded_than_is_shown(folder, tool, capsys, tmp_path):
 
 
 def test_given_frames_are_marked(folder, tool, capsys, tmp_path):
-    given, predicted = (torch.tensor(colour).view(3, 1) for colour in (tool.GIVEN, tool.PREDICTED))
+    given, predicted = (torch.tensor(colour).view(3, 1) for colour in (GIVEN, PREDICTED))
     call(
         tool, capsys, "--pipeline", folder / "run/pipeline", "--input", folder / "videos/long.mp4", "--output", tmp_path
     )
     video = read_clip(tmp_path / "long.mp4", range(2 + 16)).float() / 127.5 - 1
-    edge = video[:, :, 3, 20:100]  # inside the top border of the first sample
+    edge = video[:, :, 2 * LINE + 3, 20:100]  # inside the top border of the first sample
     torch.testing.assert_close(edge[:2], given.expand(2, 3, 80), atol=0.15, rtol=0)
     torch.testing.assert_close(edge[2:], predicted.expand(16, 3, 80), atol=0.15, rtol=0)
 
@@ -209,6 +220,45 @@ def test_twice_the_frame_rate(folder, tool, capsys, tmp_path):
     torch.testing.assert_close(truth, expected, atol=0.03, rtol=0)
 
 
+def test_a_folder_of_numbered_pictures_is_a_video(folder, tool, capsys, tmp_path):
+    """By itself and among others; at the rate of training, so that no picture is left out, or at its own."""
+    walk = tmp_path / "in/walk.v2"
+    walk.mkdir(parents=True)
+    for number in range(12):
+        PIL.Image.new("L", (48, 40), 20 * number).save(walk / f"frame{number:02d}.png")
+    common = ["--pipeline", folder / "run/pipeline", "--output", tmp_path, "--n-frames", 3, "--num-samples", 1]
+    levels = torch.arange(12) * 20 / 127.5 - 1
+    for given, options, places in ((walk, [], range(5)), (walk.parent, ["--image-fps", 20], range(0, 10, 2))):
+        result = call(tool, capsys, *common, "--input", given, *options)
+        assert result["outputs"][0] == str(tmp_path / "walk.v2.mp4") and result["skipped"] == []
+        assert probe(tmp_path / "walk.v2.mp4").fps == pytest.approx(10)
+        truth = cells(tmp_path / "walk.v2.mp4", 2)[0].mean((1, 2, 3))
+        torch.testing.assert_close(truth, levels[list(places)], atol=0.03, rtol=0)
+
+
+def test_a_gif_of_a_fast_video_can_be_watched(folder, tool, capsys, tmp_path):
+    common = ["--input", folder / "videos/long.mp4", "--output", tmp_path, "--n-frames", 4, "--num-samples", 1]
+    call(tool, capsys, "--pipeline", folder / "run/pipeline", *common, "--frame-stride", 1)
+    assert probe(tmp_path / "long.mp4").fps == pytest.approx(20)
+    with PIL.Image.open(tmp_path / "long.gif") as gif:
+        durations = []
+        for frame in range(gif.n_frames):
+            gif.seek(frame)
+            durations.append(gif.info["duration"])
+    assert durations == [100] * 5 + [1100] and gif.info["loop"] == 0
+
+
+def test_of_a_prior_that_draws_nothing_one_future_is_shown(folder, tool, capsys, tmp_path):
+    tokenizer = PixelTokenizer(1, SIZE, SIZE, levels=None)
+    prior = small_recurrent_vae(tokenizer.latent_spec, n_groups=0)
+    assert prior.deterministic
+    VideoPredictionPipeline(prior, tokenizer, n_context=2, fps=10).save_pretrained(tmp_path / "pipeline")
+    arguments = ["--pipeline", tmp_path / "pipeline", "--input", folder / "videos/long.mp4", "--n-frames", 2]
+    _, err = finished(tool, capsys, *arguments, "--num-samples", 3)
+    assert "RecurrentVAE draws nothing: one future of each video is all there is" in err
+    assert cells(tmp_path / "samples/long.mp4", 2).shape[1] == 4  # the truth and the future
+
+
 ODD_NAMES = [os.fsdecode(b"caf\xe9"), "two\nlines", "take #2", "http:x", "take: 2", "-dash", "é 日本"]
 ODD_NAMES += ["x" * 251, "ü" * 120]
 
@@ -233,21 +283,26 @@ def test_names_of_every_kind_give_an_output_each(folder, tool, capsys, tmp_path)
         assert (result["skipped"], result["failed"]) == ([str(source / "no\nvideo.mp4")], [])
         stems = {Path(path).stem for path in result["outputs"] if Path(path).is_file()}
         assert stems == expected | {"contact_sheet"}
-    assert f"out: {len(result['outputs']) - 1} files of an earlier run are replaced" in err
+    assert f"out: replacing {len(result['outputs']) - 1} files and contact_sheet.png of an earlier run" in err
     assert "in/no\\nvideo.mp4: not a readable video" in err
     assert all(line.isprintable() for line in err.replace("\r", "\n").splitlines())
+    arguments = [*arguments[:3], folder / "videos/long.mp4", *arguments[4:]]
+    _, err = finished(tool, capsys, *arguments, "--n-frames", 1, "--num-samples", 1)
+    assert "out: replacing contact_sheet.png of an earlier run; --output DIR keeps them" in err
 
 
 def test_many_futures_are_laid_out_in_rows_and_columns(folder, tool, capsys, tmp_path):
     common = ["--pipeline", folder / "run/pipeline", "--input", folder / "videos/long.mp4", "--output", tmp_path]
     assert call(tool, capsys, *common, "--n-frames", 1, "--num-samples", 256)["failed"] == []
-    cell = (SIZE + 2 * BORDER) * 3  # 17 columns would be wider than 2,048 pixels at scale 4
+    cell = (SIZE + 2 * BORDER) * 2  # 16 rows with their names would be higher than 2,048 pixels at scale 3
     for suffix in (".mp4", ".gif"):
         info = probe(tmp_path / f"long{suffix}")
-        assert info.n_frames == 3 and (info.height, info.width) == (16 * (cell + GAP) - GAP, 17 * (cell + GAP) - GAP)
+        height, width = LINE + 16 * (LINE + cell + GAP) - GAP, 17 * (cell + GAP) - GAP
+        assert info.n_frames == 3 and (info.height, info.width) == (height, width)
     with PIL.Image.open(tmp_path / "contact_sheet.png") as sheet:
-        assert sheet.size == (3 * 2 * (SIZE + 4) + 2 * GAP, 9 * 2 * (SIZE + 4) + 8 * GAP)
-    first = read_clip(tmp_path / "long.mp4", range(3)).float()[:, :, 12 : cell - 12, 12 : cell - 12]
+        assert sheet.size[1] == 2 * LINE + 9 * 2 * (SIZE + 4) + 8 * GAP
+    first = read_clip(tmp_path / "long.mp4", range(3)).float()[:, :, 2 * LINE :]
+    first = first[:, :, 12 : cell - 12, 12 : cell - 12]
     levels = torch.linspace(0, 255, 20)[: 2 * 3 : 2]
     torch.testing.assert_close(first.mean((1, 2, 3)), levels, atol=4, rtol=0)  # the truth comes first
     last = read_clip(tmp_path / "long.mp4", [0]).float()[0, :, -cell:, -cell:]
@@ -257,7 +312,7 @@ def test_many_futures_are_laid_out_in_rows_and_columns(folder, tool, capsys, tmp
 def test_what_writers_cannot_take_is_known_before_the_sampling(folder, tool, capsys, tmp_path):
     common = ["--pipeline", folder / "run/pipeline", "--input", folder / "videos/long.mp4", "--output", tmp_path / "o"]
     error = call(tool, capsys, *common, "--num-samples", 100000)
-    assert "--num-samples 100000: frames of 12006 x 12044 pixels (H x W) are too large" in error
+    assert "--num-samples 100000: frames of 17712 x 12044 pixels (H x W) are too large" in error
     assert not (tmp_path / "o").exists()
 
 
@@ -284,7 +339,7 @@ def test_odd_files_do_not_end_the_run(folder, tool, capsys, tmp_path):
     "arguments, message",
     [
         (["temperatur=1"], "unknown sampler option 'temperatur'; did you mean 'temperature'"),
-        (["hot"], "'hot': expected key=value"),
+        (["hot"], "'hot': expected an option as key=value"),
         (["top_k=[1"], "'top_k=[1': not valid YAML"),
         (["temperature=hot"], "temperature: expected a number >= 0, found 'hot'"),
         (["top_k=2.5"], "top_k: expected an integer >= 1 or None, found 2.5"),
@@ -294,6 +349,8 @@ def test_odd_files_do_not_end_the_run(folder, tool, capsys, tmp_path):
         (["--start", "-1"], "--start: expected at least 0, found -1"),
         (["--fps", "0"], "--fps: expected a rate above 0, found 0.0"),
         (["--fps", "inf"], "--fps: expected a rate above 0, found inf"),
+        (["--image-fps", "0"], "--image-fps: expected a rate above 0, found 0.0"),
+        (["--input", "{root}/photos"], "2 pictures: numbered ones become videos by tools/prepare_dataset.py folder"),
         (["top_k=2", "--seed", "1", "hotter=1"], "unknown sampler option 'hotter'"),  # on both sides of an option
         (["--device", "abacus"], "--device abacus: not available"),
         (["--pipeline", "{root}/run"], "no model_index.json"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from tiny import SMALL_TRANSFORMER, random_frames, tiny_tokenizer
@@ -36,7 +37,7 @@ from latentcast.modeling import fingerprint
 from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
 from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, WeightAverage
 from latentcast.training.checkpoints import check_checkpoint
-from latentcast.training.loggers import read_metrics
+from latentcast.training.loggers import plot_curves, read_metrics
 from latentcast.training.run import TrainingRun, preview_clips, replacing_folder
 
 EPOCH = N_CLIPS // 8  # steps
@@ -478,6 +479,33 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
     assert (run.run_dir / "metrics/tokenizer_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_curves_have_units_the_learning_rate_and_scales_and_nothing_is_cut_off(tmp_path, monkeypatch):
+    path = tmp_path / os.fsdecode(b"caf\xe9 $x_{$") / "metrics/tokenizer.csv"  # of a run in any folder
+    path.parent.mkdir(parents=True)
+    rows = [(step, f"{split}/loss", 1000 / (step + 1) ** 2) for step in range(60) for split in ("train", "val")]
+    rows += [(step, "val/psnr", 20 + step / 10) for step in range(60)] + [
+        (step, "lr-AdamW", 1e-3) for step in range(60)
+    ]
+    rows += [(0, "train/grad_norm", 1.0), (0, "val/usage_1", 0.5)]
+    path.write_text("\n".join(",".join(map(str, row)) for row in [("step", "metric", "value"), *rows]))
+    drawn = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: (drawn.append(self), savefig(self, *args, **kwargs))
+    )
+    plot_curves(path, path.with_suffix(".png"))
+    (figure,) = drawn
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert list(panels) == ["loss", "psnr", "learning rate"]
+    assert panels["psnr"].get_ylabel() == "dB"
+    assert [panels[name].get_yscale() for name in panels] == ["log", "linear", "linear"]
+    assert [text.get_text() for text in panels["loss"].get_legend().get_texts()] == ["train", "val"]
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert picture.format == "PNG"
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("every", [0, 2, EPOCH + 2])
 def test_throughput_is_logged_every_so_many_steps_also_over_short_epochs(tmp_path, every, accumulated):
@@ -535,7 +563,7 @@ def test_codebook_usage_covers_the_whole_epoch_and_warns_by_name(tmp_path, caplo
     for index in range(2):
         used = len(set(codes[:, index].tolist()))
         figures = {
-            name: curves(run)[f"train/{name}_{index}"][-1][1] for name in ("usage", "dead_fraction", "perplexity")
+            name: curves(run)[f"train/{name}_{index + 1}"][-1][1] for name in ("usage", "dead_fraction", "perplexity")
         }
         share = torch.bincount(codes[:, index]).double() / len(codes)
         share = share[share > 0]
@@ -550,7 +578,7 @@ def test_train_tokenizer_warns_by_name_of_codebooks_that_are_hardly_used(tmp_pat
     warnings = {record.message for record in caplog.records if "codes are used (val, step 4)" in record.message}
     assert len(warnings) == n_warnings
     for index in range(n_warnings):
-        (line,) = [line for line in warnings if line.startswith(f"VQVAE: codebook {index}: only ")]
+        (line,) = [line for line in warnings if line.startswith(f"VQVAE: codebook {index + 1}: only ")]
         assert f" % of its {size} codes" in line
 
 

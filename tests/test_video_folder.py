@@ -19,7 +19,7 @@ from latentcast.cli import run_tool
 from latentcast.data import video_folder as module
 from latentcast.data.base import EmptySplitError, VideoDataset
 from latentcast.data.loading import open_loader
-from latentcast.data.video_reader import VideoError
+from latentcast.data.video_reader import VideoError, neat_rate
 
 GOOD = ["a.mp4", "b.mkv", "deep/c.avi", "deep/d.webm", "deep/er/e.gif", "deep/er/f.MOV"]
 ALL_TRAIN = {"val_fraction": 0.0, "test_fraction": 0.0}
@@ -76,7 +76,7 @@ def test_index_is_built_once_and_follows_changes(video_folder, tmp_path, capsys)
     os.utime(root / "text.mp4", ns=(1, 1))
     (root / "a.mp4").unlink()
     names = {v.name: v.n_frames for v in open_folder(root).videos}
-    assert "2/2" in capsys.readouterr().err
+    assert "2 of 2 files" in capsys.readouterr().err
     assert (names["new.mp4"], names["text.mp4"]) == (9, 11) and "a.mp4" not in names
     after = json.loads(index.read_text())["files"]
     assert after["b.mkv"] == before["b.mkv"]
@@ -266,6 +266,50 @@ def test_target_rate(tmp_path):
     assert shown(dataset.read_video(1, 0, 20)) == list(range(20))
     nearest = [min(range(8), key=lambda i: abs(pts[i] - t)) for t in range(20)]
     assert shown(dataset.read_video(2, 0, 20)) == nearest
+
+
+def test_videos_of_different_rates_train_at_one(tmp_path, caplog):
+    encode(tmp_path / "a25.mp4", counter_frames(50, 64, 64), fps=25)
+    for name in ("b10.mp4", "c10.mp4"):
+        encode(tmp_path / name, counter_frames(20, 64, 64), fps=10)
+    dataset = open_folder(tmp_path, clip_length=4, size=64)
+    assert dataset.fps == 10 and [v.n_frames for v in dataset.videos] == [20, 20, 20]
+    assert dataset.describe()["fps"] == 10
+    assert shown(dataset.read_video(0, 0, 20)) == pytest.approx([2.5 * i for i in range(20)], abs=0.5)
+    said = "all are read at 10 frames a second, as 2 of 3 are; fps=RATE chooses another; the others: a25.mp4 (25)"
+    assert said in caplog.text
+    strided = open_folder(tmp_path, clip_length=4, size=64, frame_stride=2)
+    assert strided.fps == 5 and shown(strided.read_video(1, 0, 10)) == list(range(0, 20, 2))
+    (tmp_path / "a25.mp4").unlink()
+    alike = open_folder(tmp_path, clip_length=4, size=64)
+    assert alike.fps == 10 and alike.describe()["fps"] is None
+
+
+def test_the_rate_is_the_same_for_every_split(tmp_path):
+    """Whatever rates a split's own videos have."""
+    for split, rates in (("train", (10, 10, 25)), ("val", (25,)), ("test", (25, 25))):
+        (tmp_path / split).mkdir()
+        for number, fps in enumerate(rates):
+            encode(tmp_path / split / f"{number}.mp4", counter_frames(30, 64, 64), fps=fps)
+    assert {VideoFolder(tmp_path, split, 4, 64).fps for split in ("train", "val", "test")} == {25}
+
+
+def test_rates_have_no_last_digits(wide):
+    assert neat_rate(24.999999999999996) == 25 and neat_rate(30000 / 1001) == 30000 / 1001
+    assert neat_rate(29.97002997 / 3) == 10000 / 1001 and neat_rate(0.0123456) == 0.0123456
+    assert [video.fps for video in open_folder(wide, clip_length=5, size=64).videos] == [25, 25, 25]
+
+
+@pytest.mark.parametrize("names", [["0001.png", "0002.png"], ["me.jpg", "you.JPEG"]])
+def test_a_folder_of_pictures_is_told_what_makes_videos_of_them(tmp_path, names):
+    (tmp_path / "walk").mkdir()
+    for name in names:
+        (tmp_path / "walk" / name).touch()
+    hint = (
+        r"no video files here, but 2 pictures: numbered ones become videos by tools/prepare_dataset.py folder --source "
+    )
+    with pytest.raises(EmptySplitError, match=hint):
+        open_folder(tmp_path)
 
 
 def test_grey_is_luma(wide):

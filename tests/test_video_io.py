@@ -15,7 +15,22 @@ from PIL import Image
 from video_files import counter_frames, cut_off, encode, overwrite_middle, read_counter
 
 from latentcast import VideoFolder, probe, read_clip, write_video
-from latentcast.data.pictures import contact_sheet, grid_size, side_by_side
+from latentcast.data.pictures import (
+    BORDER,
+    GAP,
+    GIVEN,
+    LINE,
+    PREDICTED,
+    contact_sheet,
+    cut_name,
+    frame_names,
+    grid_size,
+    labelled_sheet,
+    labelled_size,
+    labelled_videos,
+    rows_of,
+    side_by_side,
+)
 from latentcast.data.video_folder import sampled_places, sampled_rate
 from latentcast.data.video_reader import VideoError, _look, fit_frames, iter_clip, look
 from latentcast.data.video_writer import write_image
@@ -449,6 +464,58 @@ def test_contact_sheet_places_every_frame():
         for n in range(3):
             assert torch.equal(sheet[:, 6 * r : 6 * r + 4, 7 * n : 7 * n + 5], rows[r, n])
     assert (sheet[:, 4:6] == -1).all() and (sheet[:, :, 5:7] == -1).all()
+
+
+def test_a_labelled_sheet_has_its_frames_and_words_for_them():
+    rows = [
+        (name, torch.full((3, 1, 20, 30), level)) for name, level in (("clip 1\ntruth", -0.2), ("caf\udce9 \x07", 0.6))
+    ]
+    sheet = labelled_sheet(rows, ["frame 1", "frame 2", "frame 3"], "step 500", scale=2)
+    height, width = 2 * 40 + GAP, 3 * 60 + 2 * GAP
+    left = sheet.shape[2] - width
+    assert sheet.dtype == torch.uint8 and sheet.shape[:2] == (3, 2 * LINE + height) and left > 30
+    frames = sheet[:, 2 * LINE :, left:]
+    assert torch.equal(
+        frames, contact_sheet([((row + 1) * 127.5).round().byte().expand(-1, 3, -1, -1) for _, row in rows], 2, 255)
+    )
+    dark = sheet.amin(0) < 100
+    assert dark[:LINE].any() and all(dark[LINE : 2 * LINE, left + 60 * i : left + 60 * (i + 1)].any() for i in range(3))
+    names = dark[2 * LINE :, :left]
+    assert names[:20].any() and names[20:40].any() and names[42:].any()  # two lines, and one
+    plain = labelled_sheet([("", rows[0][1])])
+    assert plain.shape == (3, 20, 3 * 30 + 2 * GAP)  # nothing to say takes no room
+
+
+def test_words_that_do_not_fit_are_left_out_and_not_written_over_each_other():
+    narrow = labelled_sheet([("", torch.zeros(12, 1, 8, 8))], [f"frame {n:+d}" for n in range(12)])
+    heads = (narrow[:, :LINE].amin(0) < 100).any(0)
+    gaps = [len(run) for run in "".join("x" if column else " " for column in heads).split("x")]
+    assert max(gaps) >= 2 * GAP and heads.any()
+    assert cut_name("a" * 40) == "a" * 12 + "..." + "a" * 9 and cut_name("a" * 24) == "a" * 24
+
+
+def test_labelled_videos_have_names_and_a_title_that_follows_the_frames():
+    videos = [(name, torch.zeros(2, 3, 20, 60, dtype=torch.uint8)) for name in ("truth", "sample 1", "sample 2")]
+    shown = labelled_videos(videos, ["frame 0", "frame +1"], scale=2, columns=2)
+    height, width = labelled_size(3, 20, 60, 2, 2)
+    assert shown.shape == (2, 3, height, width) == (2, 3, LINE + 2 * (LINE + 40) + GAP, 2 * 120 + GAP)
+    assert (shown[0, :, :LINE] != shown[1, :, :LINE]).any() and torch.equal(shown[0, :, LINE:], shown[1, :, LINE:])
+    assert (shown[:, :, LINE : 2 * LINE, :120] < 100).any() and (shown[:, :, LINE : 2 * LINE, 122:] < 100).any()
+    assert (shown[0, :, -40:, :120] == 0).all() and (shown[0, :, -40:, 122:] == 255).all()  # an empty place
+
+
+def test_given_frames_are_green_and_predicted_ones_orange():
+    context, future = torch.zeros(2, 1, 4, 6), torch.zeros(2, 3, 1, 4, 6)
+    rows = rows_of(context, future[0], future)
+    assert list(rows) == ["truth", "sample 1", "sample 2"]
+    assert list(rows_of(context, None, future)) == ["sample 1", "sample 2"]
+    corner = (torch.tensor([GIVEN, PREDICTED]) + 1) * 127.5
+    sample = rows["sample 2"]
+    assert sample.shape == (5, 3, 4 + 2 * BORDER, 6 + 2 * BORDER)
+    assert torch.equal(sample[:2, :, 0, 0], corner[0].round().byte().expand(2, 3))
+    assert torch.equal(sample[2:, :, 0, 0], corner[1].round().byte().expand(3, 3))
+    assert (sample[:, :, BORDER:-BORDER, BORDER:-BORDER] == 128).all()
+    assert frame_names(2, 2, 4.0) == ["-1 (-0.25 s)", "0", "+1 (+0.25 s)", "+2 (+0.50 s)"]
 
 
 def test_side_by_side_enlarges():

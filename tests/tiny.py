@@ -2,6 +2,7 @@
 
 import torch
 
+import latentcast  # noqa: F401  (what the line of a new model names its class by)
 from latentcast import (
     FSQVAE,
     HRVQVAE,

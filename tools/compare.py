@@ -66,17 +66,30 @@ def main(args):
 
 
 def name_results(paths, results, labels):
-    """label -> result; labels are the models' names, or the paths where those are equal."""
+    """label -> result; labels are the models' names, or where those are equal the names of their run folders."""
     if labels is not None and len(labels) != len(paths):
         raise UserError(f"--labels: expected one for each of {len(paths)} results, found {len(labels)}")
     if labels is None:
         labels = [result["model"]["name"] for result in results]
-        labels = labels if len(set(labels)) == len(labels) else [str(path) for path in paths]
+        labels = labels if len(set(labels)) == len(labels) else run_names(paths)
     taken = [*labels, *results[0]["baselines"]]
     for label in labels:
         if taken.count(label) > 1:
             raise UserError(f"{label!r} would name two columns; name the results by --labels")
     return dict(zip(labels, results))
+
+
+def run_names(paths):
+    """A name for each result out of its path: that of its run folder, and as many folders above as tell them apart."""
+    parts = [path.resolve().with_suffix("").parts for path in paths]
+    runs = [part[:-2] if part[-2] == "metrics" else part for part in parts]
+    if len(set(runs)) < len(runs):  # several results of one run
+        runs = parts
+    for n in range(1, max(map(len, runs)) + 1):
+        names = ["/".join(run[-n:]) for run in runs]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def draw(results, unlike, folder):
@@ -137,5 +150,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=user_path, metavar="DIR", help="where comparison.md and the plots go")
     parser.add_argument("--published", action="store_true", help="set published figures of the same data beside")
     parser.add_argument("--force", action="store_true", help="set results side by side that do not compare")
-    parser.add_argument("--labels", nargs="+", help="names of the results (default: the models' names)")
+    parser.add_argument(
+        "--labels", nargs="+", help="names of the results (default: the models' names, or those of the runs)"
+    )
     run_tool(main, parser)

@@ -13,8 +13,8 @@ def main(args):
     import torch
 
     from latentcast import VideoPredictionPipeline
-    from latentcast.data.pictures import contact_sheet
-    from latentcast.data.video_writer import write_image, write_video
+    from latentcast.data.pictures import LEGEND, frame_names, labelled_sheet, labelled_videos, rows_of
+    from latentcast.data.video_writer import HOLD, write_image, write_video
     from latentcast.zoo import read_examples
 
     began = time.perf_counter()
@@ -23,15 +23,15 @@ def main(args):
     n_context = pipe.config.n_context
     context, future = clips[:, :n_context], clips[:, n_context:]
     generator = torch.Generator().manual_seed(args.seed)
-    samples = pipe(context, future.shape[1], num_samples=args.num_samples, generator=generator).frames
-    given = context[:, None].expand(-1, args.num_samples, -1, -1, -1, -1)
-    shown = torch.cat(
-        [clips[:, None], torch.cat([given, samples], 2)], 1
-    )  # a column a clip: the truth, then the futures
+    settings = {"num_samples": args.num_samples, "generator": generator, "value_range": (-1, 1)}
+    samples = pipe(context, future.shape[1], **settings).frames
+    shown = [rows_of(*parts) for parts in zip(context, future, samples)]
+    names = frame_names(n_context, future.shape[1])
+    cells = [(name, clip[name]) for name in shown[0] for clip in shown]  # a column a clip: the truth, then the futures
+    video = labelled_videos(cells, [f"frame {name}" for name in names], args.scale, columns=len(shown))
     files = {name: Path(args.output) / f"demo.{name}" for name in ("gif", "png")}
-    sheets = [contact_sheet(frames, args.scale) for frames in shown.permute(2, 1, 0, 3, 4, 5)]
-    write_video(files["gif"], torch.stack(sheets), fps=5)
-    write_image(files["png"], contact_sheet(shown[0], args.scale))
+    write_video(files["gif"], video, fps=5, hold=HOLD)
+    write_image(files["png"], labelled_sheet(list(shown[0].items()), names, LEGEND, args.scale))
     files = {name: str(path) for name, path in files.items()}
     return {"files": files, "seconds": round(time.perf_counter() - began, 1)}
 

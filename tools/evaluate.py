@@ -55,7 +55,7 @@ def main(args):
             dataset,
             protocol,
             metrics_dir / f"{protocol.name}.partial",
-            label=config.name,
+            label=label_of(folder),
             weights=args.weights,
             **settings,
         )
@@ -101,6 +101,12 @@ def choose(args):
     if experiments or not args.data:
         raise UserError("--pipeline DIR goes with --data NAME and without an EXPERIMENT")
     return load_pipeline_config(args.pipeline, args.data, overrides), Path(args.pipeline)
+
+
+def label_of(folder):
+    """What to call a pipeline: its run's folder, and the pipeline's own name where it is another than "pipeline"."""
+    folder = Path(os.path.abspath(folder))
+    return folder.parent.name if folder.name == "pipeline" else f"{folder.parent.name}/{folder.name}"
 
 
 def summary(results):

@@ -37,8 +37,8 @@ def show(overrides):
 
     from latentcast import VideoPredictionPipeline
     from latentcast.config import instantiate, load_config, to_container
-    from latentcast.data.pictures import contact_sheet
-    from latentcast.data.video_writer import write_image, write_video
+    from latentcast.data.pictures import LEGEND, frame_names, labelled_sheet, labelled_videos, rows_of, scale_for
+    from latentcast.data.video_writer import write_both, write_image
     from latentcast.evaluation.comparison import read_result
     from latentcast.files import write_json
     from latentcast.metrics import psnr
@@ -63,23 +63,28 @@ def show(overrides):
         future.shape[1],
         num_samples=N_SAMPLES,
         generator=torch.Generator().manual_seed(config.seed),
+        value_range=(-1, 1),
         **to_container(config.preview.sampler),
     ).frames
     quality = torch.stack([psnr(sample, future).mean(1) for sample in samples.unbind(1)], 1)
     ordered = samples[torch.arange(N_SHOWN)[:, None], quality.argsort(1, descending=True)]
-    shown = torch.cat([future[:, None], ordered], 1)  # truth, then samples from best to worst
-    shown = torch.cat([context[:, None].expand(-1, 1 + N_SAMPLES, -1, -1, -1, -1), shown], 2)
-    video = torch.stack([contact_sheet(frames, scale=2) for frames in shown.permute(2, 1, 0, 3, 4, 5)])
-    files = {name: run_dir / "samples" / f"futures.{name}" for name in ("gif", "mp4", "png")}
-    for name in ("gif", "mp4"):
-        write_video(files[name], video, fps=5)
-    write_image(files["png"], contact_sheet(shown[:, :2].flatten(0, 1)))
+    shown = [rows_of(*parts) for parts in zip(context, future, ordered)]
+    ranks = ["truth", "best sample", *(f"sample {rank}" for rank in range(2, 1 + N_SAMPLES))]
+    scale, names = scale_for(config.frame_size, 64), frame_names(n_context, future.shape[1])
+    cells = [(rank, clip) for rank, row in zip(ranks, zip(*(clip.values() for clip in shown))) for clip in row]
+    video = labelled_videos(cells, [f"frame {name}" for name in names], scale, columns=N_SHOWN)
+    files = dict(zip(("mp4", "gif"), write_both(run_dir / "samples" / "futures", video, fps=5)))
+    files["png"] = run_dir / "samples" / "futures.png"
+    rows = [
+        (f"clip {n}\n{rank}", clip) for n, row in enumerate(shown, 1) for rank, clip in zip(ranks[:2], row.values())
+    ]
+    write_image(files["png"], labelled_sheet(rows, names, LEGEND, scale))
     with torch.no_grad():
         reconstruction = pipe.tokenizer.decode(pipe.tokenizer.encode(clips).latents)
     files["reconstructions"] = run_dir / "samples" / "reconstructions.png"
-    pairs = torch.stack([clips[:, 0], reconstruction[:, 0]], 1)  # (16, 2, C, H, W)
-    sheet = torch.cat([pairs[:8].transpose(0, 1), pairs[8:].transpose(0, 1)])
-    write_image(files["reconstructions"], contact_sheet(sheet, 2))
+    pairs = [(name, frames[:, 0]) for name, frames in (("truth", clips), ("reconstruction", reconstruction))]
+    sheet = [(name, frames[half]) for half in (slice(8), slice(8, 16)) for name, frames in pairs]
+    write_image(files["reconstructions"], labelled_sheet(sheet, title="first frames of test clips", scale=scale))
     return figures, {name: str(path) for name, path in {"figures": result, **files}.items()}
 
 

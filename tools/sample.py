@@ -1,9 +1,11 @@
 """Predict the futures of videos with a saved pipeline.
 
 Writes, for each video, NAME.mp4 and NAME.gif with the true continuation (where the video is long enough) beside the
-predicted ones, in rows and columns where they are many, and one contact_sheet.png. Given frames have a green border,
-predicted ones an orange one. Options of the prior's sampler follow as key=value, for instance temperature=0.9 top_k=50.
-With fps_multiplier=2 the videos have twice the context's rate, and given and true frames stay for two.
+predicted ones, in rows and columns where they are many, and one contact_sheet.png. All have their names; given frames
+have a green border, predicted ones an orange one. A GIF shows at most 10 frames a second, and rests before it begins
+again. A folder of numbered pictures is a video, too (see --image-fps). Options of the prior's sampler follow as
+key=value, for instance temperature=0.9 top_k=50. With fps_multiplier=2 the videos have twice the context's rate, and
+given and true frames stay for two.
 
 Files that are of no use (damaged, too short, no video) are named and skipped. What cannot be read or written at the
 moment is named, too; the status is then 1, after all others are done.
@@ -24,12 +26,11 @@ from latentcast.cli import Findings, UserError, parse_options, pick_device, prep
 
 logger = logging.getLogger("latentcast")
 
-GIVEN, PREDICTED, TRUE = (-0.6, 0.5, -0.4), (1.0, 0.2, -0.8), (0.6, 0.6, 0.6)  # colours, in [-1, 1]
-BORDER = 2  # pixels
 SMALLEST = 128  # frames are enlarged to about this many pixels
 ROW = 8  # so many videos stand beside each other in one row
 WIDEST = 2048  # pixels: larger pictures are enlarged less
 SHEET_VIDEOS, SHEET_FUTURES, SHEET_FRAMES = 8, 8, 32  # most on the contact sheet: videos, futures and frames of each
+SHEET = "contact_sheet.png"
 SHEET_PIXELS = 1 << 26  # another video must not make it larger
 
 
@@ -54,6 +55,9 @@ def make_parser():
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--fps", type=float, help="resample videos to this rate (frames per second)")
     rate.add_argument("--frame-stride", type=int, help="take every n-th frame (default: nearest to training's rate)")
+    parser.add_argument(
+        "--image-fps", type=float, help="rate at which pictures in folders were taken (default: that of training)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of the prior's sampler")
@@ -66,17 +70,19 @@ def main(args):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, found {value}")
-    if args.fps is not None and not 0 < args.fps < float("inf"):
-        raise UserError(f"--fps: expected a rate above 0, found {args.fps}")
+    for name in ("fps", "image_fps"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')}: expected a rate above 0, found {value}")
     sampler = parse_options(args.options)
     multiplier = sampler.get("fps_multiplier", 1)  # what it may be is the sampler's to say
     multiplier = multiplier if isinstance(multiplier, (int, float)) and multiplier > 0 else 1
     videos = find_videos(args.input)
     import torch  # which takes seconds, as what follows: mistakes in the arguments show before
 
-    from latentcast.data.pictures import grid_size, side_by_side
+    from latentcast.data.pictures import BORDER, frame_names, labelled_size, labelled_videos, rows_of
     from latentcast.data.video_reader import is_away
-    from latentcast.data.video_writer import check_video, write_video
+    from latentcast.data.video_writer import check_video, write_both
     from latentcast.files import error_numbers, printable, told
     from latentcast.pipelines.base import VideoPipeline
 
@@ -91,17 +97,24 @@ def main(args):
     side, enlarged = spec["frame_height"] + 2 * BORDER, max(1, round(SMALLEST / spec["frame_height"]))
     scale, columns = layout(args.num_samples + 1, side, enlarged)
     try:
-        check_video(Path("a.mp4"), *grid_size(args.num_samples + 1, side, side, scale, columns))  # GIFs may be larger
+        check_video(
+            Path("a.mp4"), *labelled_size(args.num_samples + 1, side, side, scale, columns)
+        )  # GIFs may be larger
     except ValueError as error:
         raise UserError(f"--num-samples {args.num_samples}: {str(error).partition(': ')[2]}") from None
     prepare_run_dir(output, "--output")
-    earlier = sum((output / f"{name}{suffix}").exists() for name in videos.values() for suffix in (".mp4", ".gif"))
-    if earlier:
-        logger.warning("%s: %d files of an earlier run are replaced", output, earlier)
+    written = [f"{name}{suffix}" for name in videos.values() for suffix in (".mp4", ".gif")]
+    earlier = sum((output / name).exists() for name in written)
+    replaced = [f"{earlier} files"] * (earlier > 0) + [SHEET] * (output / SHEET).exists()
+    if replaced:
+        logger.warning("%s: replacing %s of an earlier run; --output DIR keeps them", output, " and ".join(replaced))
 
+    if pipe.prior.deterministic and args.num_samples > 1:
+        logger.info("%s draws nothing: one future of each video is all there is", type(pipe.prior).__name__)
+        args.num_samples = 1
     n_context = args.n_context or pipe.config.n_context or max(5, pipe.prior.min_context)
     outputs, skipped, failed, predicting, n_predicted = [], {}, {}, 0.0, 0
-    sheet = Sheet(output / "contact_sheet.png", side, max(1, enlarged // 2))
+    sheet = Sheet(output / SHEET, side, max(1, enlarged // 2))
 
     def leave_out(where, video, error):
         where[str(video)] = told(error, video)
@@ -121,6 +134,7 @@ def main(args):
                 n_frames=args.n_frames,
                 num_samples=args.num_samples,
                 generator=torch.Generator().manual_seed(args.seed),  # each video's futures depend on it alone
+                value_range=(-1, 1),
                 **sampler,
             ).frames[0]
             futures = futures.cpu()
@@ -133,16 +147,12 @@ def main(args):
         n_predicted += args.num_samples * args.n_frames
 
         context, truth = held(context, truth, args.n_frames, multiplier)
-        given = bordered(context, GIVEN)
-        rows = [torch.cat([given, bordered(future, PREDICTED)]) for future in futures]
-        if truth is not None:
-            rows = [torch.cat([given, bordered(truth, TRUE)]), *rows]
+        rows = list(rows_of(context, truth, futures).items())
+        titles = [f"frame {title}" for title in frame_names(len(context), args.n_frames, fps * multiplier)]
         try:
-            frames = side_by_side(rows, scale, 255, min(columns, len(rows)))
-            for suffix in (".mp4", ".gif"):
-                write_video(output / f"{name}{suffix}", frames, fps * multiplier)
-                outputs.append(str(output / f"{name}{suffix}"))
-            sheet.add(rows[: SHEET_FUTURES + (truth is not None)])
+            frames = labelled_videos(rows, titles, scale, min(columns, len(rows)))
+            outputs += map(str, write_both(output / name, frames, fps * multiplier))
+            sheet.add(printable(name), rows[: SHEET_FUTURES + (truth is not None)], len(context))
         except Exception as error:
             leave_out(failed, video, error)
             if error_numbers(error) & {errno.ENOSPC, errno.EDQUOT}:  # for the others, too
@@ -166,10 +176,10 @@ def main(args):
 def layout(n, side, scale):
     """(scale, columns) for ``n`` videos of ``side`` pixels: one row where they are few, nearly a square where many, and
     less enlarged than by ``scale`` where that would be too wide."""
-    from latentcast.data.pictures import grid_size
+    from latentcast.data.pictures import labelled_size
 
     columns = n if n <= ROW else math.ceil(math.sqrt(n))
-    while scale > 1 and max(grid_size(n, side, side, scale, columns)) > WIDEST:
+    while scale > 1 and max(labelled_size(n, side, side, scale, columns)) > WIDEST:
         scale -= 1
     return scale, columns
 
@@ -189,30 +199,45 @@ class Sheet:
         self.path, self.side, self.scale = path, side, scale
         self.rows, self.n_videos, self.outputs = [], 0, []
 
-    def add(self, rows):
-        """Show a video, (T, 3, side, side) uint8 frames for the truth and each future, where there is room."""
+    def add(self, video, rows, n_context):
+        """Show a video, where there is room.
+
+        Args:
+            video: its name.
+            rows: list of (name, (T, 3, side, side) uint8 frames) of the truth and each future.
+            n_context: how many of the frames are given.
+        """
         import torch
 
-        from latentcast.data.pictures import contact_sheet, grid_size
+        from latentcast.data.pictures import LEGEND, frame_names, grid_size, labelled_sheet
         from latentcast.data.video_writer import write_image
 
-        places = torch.linspace(0, len(rows[0]) - 1, min(len(rows[0]), SHEET_FRAMES)).round().long()
-        rows = [*self.rows, *(row[places] for row in rows)]
+        n_frames = len(rows[0][1])
+        places = torch.linspace(0, n_frames - 1, min(n_frames, SHEET_FRAMES)).round().long()
+        rows = [*self.rows, *((f"{video}\n{name}", frames[places]) for name, frames in rows)]
         size = grid_size(len(rows) * len(places), self.side, self.side, self.scale, len(places))
         if self.n_videos == SHEET_VIDEOS or (self.rows and math.prod(size) > SHEET_PIXELS):
             return
         self.rows, self.n_videos = rows, self.n_videos + 1
-        write_image(self.path, contact_sheet(rows, self.scale, 255))
+        names = frame_names(n_context, n_frames - n_context)
+        write_image(self.path, labelled_sheet(rows, [names[place] for place in places], LEGEND, self.scale))
         self.outputs = [str(self.path)]
 
 
 def read_video(path, n_context, args, pipe, multiplier=1):
     """Context (n_context, C, H, W), the true frames of the time to predict (or None), and the rate of both."""
-    from latentcast.data.video_folder import load_frames, sampled_places, sampled_rate
-    from latentcast.data.video_reader import VideoError, iter_clip, probe
+    import torch
 
-    spec = pipe.prior.config.latent_spec
-    info = probe(path, backend="packets")
+    from latentcast.data.image_frames import numbered_pictures, read_pictures
+    from latentcast.data.video_folder import load_frames, sampled_places, sampled_rate, to_model
+    from latentcast.data.video_reader import DEFAULT_RATE, VideoError, VideoInfo, iter_clip, probe
+
+    spec, pictures = pipe.prior.config.latent_spec, None
+    if path.is_dir():
+        pictures = numbered_pictures(path)
+        info = VideoInfo(len(pictures), args.image_fps or pipe.config.fps or DEFAULT_RATE, 0, 0)
+    else:
+        info = probe(path, backend="packets")
     stride = args.frame_stride or (max(1, round(info.fps / pipe.config.fps)) if pipe.config.fps else 1)
     rate = (1, args.fps) if args.fps else (stride, None)
     available, fps = sampled_rate(info, *rate)
@@ -222,9 +247,13 @@ def read_video(path, n_context, args, pipe, multiplier=1):
     n_true = math.ceil(args.n_frames / multiplier)
     n_true = n_true if available >= end + n_true else 0
     places = sampled_places(info, range(args.start, end + n_true), *rate)
-    for _ in itertools.islice(iter_clip(path, chunk=1), max(places) + 1):  # names damage, which reading would conceal
-        pass
-    frames = load_frames(path, places, spec["frame_height"], spec["frame_channels"], info=info)
+    if pictures is not None:
+        chosen = read_pictures([pictures[place] for place in places], spec["frame_height"])
+        frames = to_model(torch.cat(list(chosen)), spec["frame_channels"])
+    else:
+        for _ in itertools.islice(iter_clip(path, chunk=1), max(places) + 1):  # names damage, which reading conceals
+            pass
+        frames = load_frames(path, places, spec["frame_height"], spec["frame_channels"], info=info)
     return frames[:n_context], frames[n_context:] if n_true else None, fps
 
 
@@ -241,7 +270,7 @@ def held(context, truth, n_frames, multiplier):
 
 
 def find_videos(path):
-    """Video file -> name of its outputs, for a file or all videos under a folder.
+    """Video (a file, or a folder of numbered pictures) -> name of its outputs, for a file or all below a folder.
 
     A name is the path below the folder without suffix and with "_" between its parts, shortened where it is too long.
     Where several files would have one name (on disks that do not tell A from a, too), later ones have their suffix or a
@@ -253,14 +282,17 @@ def find_videos(path):
         return {path: shortened(path.stem)}
     if not path.is_dir():
         raise UserError(f"--input {path}: no such file or folder")
-    from latentcast.data.video_folder import SUFFIXES, list_videos
+    from latentcast.data.image_frames import is_sequence
+    from latentcast.data.video_folder import list_videos, no_videos
 
-    files = list_videos(path)
+    files = list_videos(path, is_sequence)
     if not files:
-        raise UserError(f"--input {path}: no video files here; expected any of {', '.join(SUFFIXES)}")
+        raise UserError(f"--input {no_videos(path)}")
     names, taken = {}, set()
     for file in files:
-        stem, suffix = os.path.splitext(file.replace("/", "_"))
+        stem, suffix = os.path.splitext(path.resolve().name if file == "." else file.replace("/", "_"))
+        if (path / file).is_dir():
+            stem, suffix = stem + suffix, "_"
         digest = hashlib.sha256(os.fsencode(file)).hexdigest()
         for name in map(shortened, (stem, f"{stem}_{suffix[1:]}", f"{stem}-{digest[:8]}", digest)):
             folded = unicodedata.normalize("NFC", name).casefold()
@@ -269,16 +301,6 @@ def find_videos(path):
         taken.add(folded)
         names[path / file] = name
     return names
-
-
-def bordered(frames, colour):
-    """(T, C, H, W) in [-1, 1] -> (T, 3, H + 2 * BORDER, W + 2 * BORDER) uint8, in a coloured frame."""
-    import torch
-
-    height, width = (size + 2 * BORDER for size in frames.shape[2:])
-    canvas = torch.tensor(colour).view(1, 3, 1, 1).repeat(len(frames), 1, height, width)
-    canvas[:, :, BORDER:-BORDER, BORDER:-BORDER] = frames
-    return ((canvas.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ def train(config, run):
         return VideoPredictionPipeline(prior, used, n_context=config.n_context, fps=fps)
 
     # Predict one frame now: a mistake in preview.sampler must not wait for the first preview.
-    make_pipeline(prior)(clips[:1, : config.n_context], n_frames=1, num_samples=config.preview.num_samples, **sampler)
+    trial = make_pipeline(prior)
+    trial.set_progress_bar_config(disable=True)
+    settings = {"num_samples": config.preview.num_samples, "value_range": (-1, 1)}
+    trial(clips[:1, : config.n_context], n_frames=1, **settings, **sampler)
     preview = PredictionPreview(
         clips,
         run.preview_dir,

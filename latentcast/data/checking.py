@@ -5,9 +5,8 @@ import logging
 import tempfile
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..files import file_sha256, told
+from ..progress import Bar
 from . import prepared, shards
 from .base import SPLITS
 from .video_folder import build_index
@@ -61,7 +60,7 @@ def check_set(root, clip_length=1):
         counts[split] = len(reader.videos)
         if counts[split] != expected:
             problems.append(f"{root / split}: expected {expected} videos, found {counts[split]}")
-        for video in tqdm(reader.videos, f"check {split}", unit="video"):
+        for video in Bar(reader.videos, f"check {split}", unit="video"):
             name, length = f"{split}: {stored['videos'][video]['name']}", reader.length(video)
             n_frames += length
             if length < clip_length:
@@ -88,7 +87,7 @@ def check_videos(root, clip_length=1):
     problems, seen, usable, n_frames = [], {}, 0, 0
     with tempfile.TemporaryDirectory() as folder:  # an index kept from earlier would hide damage since
         index = build_index(root, folder)
-    for name, record in tqdm(sorted(index.items()), "check", unit="file"):
+    for name, record in Bar(sorted(index.items()), "check", unit="file"):
         if "error" in record:
             problems.append(f"{name}: {record['error']}")
             continue

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from latentcast.distributed import barrier, default_device, rank_and_world, rank_zero_first
 from latentcast.files import locked
+from latentcast.progress import Bar
 
 from .latent_cache import LatentCacheWriter, read_manifest
 from .loading import open_loader
@@ -119,7 +119,7 @@ def encode_dataset(
         tokenizer = tokenizer.eval().to(device)
         chunk = batch_frames if on_gpu else CPU_CHUNK
         began = time.perf_counter()
-        bar = tqdm(total=writer.n_frames(work), desc=f"encode {dataset.split}", unit="frame", disable=rank > 0)
+        bar = Bar(total=writer.n_frames(work), desc=f"encode {dataset.split}", unit="frame", disable=rank > 0)
         # Fixed algorithms: the same batch gives the same bits on every rank and in every run.
         with (
             bar,

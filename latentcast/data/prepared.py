@@ -12,7 +12,6 @@ import hashlib
 import logging
 import shutil
 import signal
-import sys
 import threading
 from multiprocessing import connection
 from pathlib import Path
@@ -20,16 +19,16 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from tqdm import tqdm
 
 from ..files import locked, read_json, replacing, told, write_json
+from ..progress import Bar
 from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
 from . import shards
 from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
 from .benchmarks.base import Clip
 from .loading import end_with_parent, worker_context
 from .moving_digits import MAX_SPEED, MOTIONS, MovingDigits
-from .pictures import contact_sheet
+from .pictures import labelled_sheet, scale_for
 from .video_folder import luma
 from .video_reader import VideoAwayError, VideoError, is_away
 from .video_writer import write_image
@@ -236,8 +235,9 @@ def _preview(root, split, n_rows=4, n_columns=8, longest=32):
     rows = []
     for video, entry in enumerate(data.videos[:n_rows]):
         frames = data.read_video(video, 0, min(entry.n_frames, longest))
-        rows.append(frames[torch.linspace(0, len(frames) - 1, n_columns).round().long()])
-    return contact_sheet(torch.stack(rows))
+        places = torch.linspace(0, len(frames) - 1, n_columns).round().long()
+        rows.append((f"{entry.name}\nframes 1 to {len(frames)}", frames[places]))
+    return labelled_sheet(rows, title=f"{split}: frames evenly spaced", scale=scale_for(frames.shape[-2], 64))
 
 
 def _contents(notes):
@@ -255,7 +255,7 @@ def _write_shards(benchmark, writers, workers):
     """Write every pending shard, with a progress bar over videos."""
     work = [(split, shard) for split, writer in writers.items() for shard in writer.pending()]
     n_videos = {(split, shard): len(writers[split].shard_videos(shard)) for split, shard in work}
-    with tqdm(total=sum(n_videos.values()), desc=f"prepare {benchmark.name}", unit="video", file=sys.stderr) as bar:
+    with Bar(total=sum(n_videos.values()), desc=f"prepare {benchmark.name}", unit="video") as bar:
         if workers == 0:
             for split, shard in work:
                 _report(_write_shard(benchmark, writers[split], split, shard, progress=bar.update))

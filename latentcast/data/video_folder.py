@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import statistics
-import sys
 import time
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -17,12 +17,12 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from tqdm import tqdm
 
 from ..files import read_json, replacing, shortened, told, user_cache
+from ..progress import Bar
 from ..schemas import Count, FileText, Number, Rate, Schema, Whole, check, short
 from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_flip, check_split
-from .video_reader import VideoAwayError, VideoError, VideoInfo, probe, read_clip, too_slow
+from .video_reader import VideoAwayError, VideoError, VideoInfo, neat_rate, probe, read_clip, too_slow
 
 try:
     import fcntl
@@ -32,6 +32,7 @@ except ImportError:  # Windows: several processes then index the same files, whi
 logger = logging.getLogger("latentcast")
 
 SUFFIXES = tuple(".mp4 .m4v .mov .avi .mkv .webm .ogv .ogg .gif .ts .mts .m2ts .mpg .mpeg .vob .wmv .3gp .flv".split())
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # Folders in which systems and network drives keep thumbnails and what was deleted. Hidden ones are left out anyway.
 SYSTEM_FOLDERS = {
     "@eadir",
@@ -47,6 +48,7 @@ INDEX_FORMAT = 3
 INDEX_MB = 4096  # of a million videos whose frames are unevenly spaced
 SLOW_START = 250  # frames: longer files that are decoded from their start are named
 SAVE_EVERY = 30  # seconds between saves of an index that is being built
+SAME_RATE = 0.01  # relative difference of frame rates that is let pass
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -68,7 +70,8 @@ class VideoFolder(VideoDataset):
         size: H = W of the frames in pixels: the central square, resized with antialiasing.
         channels: 3 (RGB) or 1 (grey, BT.601 luma).
         frame_stride: take every ``frame_stride``-th frame.
-        fps: take the frames nearest in time to this rate instead (slower videos then repeat frames).
+        fps: take the frames nearest in time to this rate instead (slower videos then repeat frames). None: as the
+            videos are; where they differ, the rate that most files have (over ``frame_stride``), which the log says.
         val_fraction, test_fraction: share of the files in these splits.
         seed: of the split and of the random windows.
         index_dir: folder for the index; default: a hidden file in ``root``, or in the user's cache if ``root`` is
@@ -114,9 +117,15 @@ class VideoFolder(VideoDataset):
         self.square_pixels = square_pixels
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self._folders = _split_folders(self.root)
-        self._files = self._choose(build_index(self.root, index_dir))
+        index = build_index(self.root, index_dir)
+        if fps is None:
+            rates = {name: record["info"]["fps"] for name, record in index.items() if "info" in record}
+            rate = rate_for_all(rates, self.root if split == "train" else None)
+            if rate is not None:
+                self.target_fps, self.frame_stride = neat_rate(rate / frame_stride), 1
+        self._files = self._choose(index)
         self._videos = [VideoEntry(part.name, *self._rate(part.info)) for part in self._files]
-        self.fps = statistics.median(entry.fps for entry in self._videos)
+        self.fps = neat_rate(statistics.median(entry.fps for entry in self._videos))
 
     @property
     def videos(self):
@@ -242,7 +251,7 @@ def _parts(name, size, whole):
     parts = []
     for first, stop in pairwise([0, *whole.cuts, whole.n_frames]):
         own = tuple(t - whole.times[first] for t in whole.times[first:stop]) if whole.times else None
-        rate = (len(own) - 1) / own[-1] if own and own[-1] > 0 else whole.fps
+        rate = neat_rate((len(own) - 1) / own[-1]) if own and own[-1] > 0 else whole.fps
         info = replace(whole, n_frames=stop - first, fps=rate, times=own, cuts=())
         parts.append(_Part(f"{name} {first}-{stop - 1}", name, size, info, whole, first))
     return parts
@@ -294,10 +303,36 @@ def luma(frames):
     return (frames.float() * torch.tensor(LUMA).view(3, 1, 1)).sum(-3, keepdim=True)
 
 
+def rate_for_all(rates, source=None):
+    """The one frame rate for videos of different ones: that of most, and of several such the lowest, as frames are then
+    left out rather than repeated. None where they agree.
+
+    Args:
+        rates: name -> frames per second.
+        source: where they lie, for the log, which says what was chosen; None: it does not.
+    """
+    ordered = sorted(rates.values())
+    if not ordered or ordered[-1] <= (1 + SAME_RATE) * ordered[0]:
+        return None
+
+    def n_alike(rate):
+        return bisect_right(ordered, (1 + SAME_RATE) * rate) - bisect_left(ordered, (1 - SAME_RATE) * rate)
+
+    chosen = max(ordered, key=n_alike)
+    others = [f"{name} ({rate:g})" for name, rate in rates.items() if abs(rate - chosen) > SAME_RATE * chosen]
+    if source is not None:
+        logger.warning(
+            "%s: videos of different frame rates: all are read at %g frames a second, as %d of %d are; fps=RATE "
+            "chooses another; the others%s",
+            *(source, chosen, len(rates) - len(others), len(rates), _listed(others)),
+        )
+    return chosen
+
+
 def sampled_rate(info, frame_stride=1, fps=None):
     """(frames, frames per second) that a file gives at a stride, or resampled to a rate."""
     if fps is None:
-        return (info.n_frames - 1) // frame_stride + 1, info.fps / frame_stride
+        return (info.n_frames - 1) // frame_stride + 1, neat_rate(info.fps / frame_stride)
     last = info.times[-1] if info.times else (info.n_frames - 1) / info.fps
     return int(last * fps + 1e-6) + 1, fps
 
@@ -317,9 +352,12 @@ def load_frames(path, places, size, channels=3, backend="auto", info=None, squar
     """The file's frames numbered ``places``, central square -> (len(places), channels, size, size) in [-1, 1].
 
     ``backend``, ``info``, ``square_pixels``: see ``read_clip``."""
-    frames = read_clip(path, places, size, backend, info, square_pixels=square_pixels).float()
-    if channels == 1:
-        frames = luma(frames)
+    return to_model(read_clip(path, places, size, backend, info, square_pixels=square_pixels), channels)
+
+
+def to_model(frames, channels=3):
+    """(T, 3, H, W) uint8 -> (T, channels, H, W) in [-1, 1]."""
+    frames = luma(frames) if channels == 1 else frames.float()
     return (frames / 127.5 - 1).clamp_(-1, 1)
 
 
@@ -335,7 +373,7 @@ def build_index(root, index_dir=None):
         raise FileNotFoundError(f"{root}: no such folder of videos")
     found = _find(root)
     if not found:
-        raise EmptySplitError(f"{root}: no video files here; expected any of {', '.join(SUFFIXES)}")
+        raise EmptySplitError(no_videos(root))
     path = _index_path(root, index_dir)
     index = _load(path, found)
     if len(index) == len(found):
@@ -347,7 +385,7 @@ def build_index(root, index_dir=None):
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             jobs = {pool.submit(_examine, root / name): name for name in missing}
             try:
-                for job in tqdm(as_completed(jobs), "indexing videos", len(jobs), unit="file", file=sys.stderr):
+                for job in Bar(as_completed(jobs), "indexing videos", len(jobs), unit="file"):
                     index[jobs[job]] = found[jobs[job]] | job.result()
                     if time.monotonic() - saved > SAVE_EVERY:
                         _save(path, index)
@@ -367,6 +405,18 @@ def _examine(path):
         return {"error": str(error).removeprefix(f"{path}: ")}
     except Exception as error:  # of one file among many; whether it lies in the file is not known
         return {"error": f"{type(error).__name__}: {error}", "away": True}
+
+
+def no_videos(root):
+    """The error about a folder without video files; where it has pictures, it says what makes videos of them."""
+    n_pictures = sum(name.lower().endswith(PICTURE_SUFFIXES) for _, names in _walk(Path(root)) for name in names)
+    hint = f"; expected any of {', '.join(SUFFIXES)}"
+    if n_pictures:
+        hint = (
+            f", but {n_pictures} pictures: numbered ones become videos by tools/prepare_dataset.py folder "
+            f"--source {root} --output DIR, and are trained on with data=folder data.root=DIR"
+        )
+    return f"{root}: no video files here{hint}"
 
 
 def list_videos(root, is_sequence=None):

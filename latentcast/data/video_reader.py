@@ -17,6 +17,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import chain, dropwhile, islice, pairwise
 from pathlib import Path
 
@@ -222,6 +223,12 @@ def iter_clip(path, size=None, frame_stride=1, fps=None, resample="bilinear", ch
             frames = islice(frames, 0, None, frame_stride)
         shown = (video.shown(frame) for _, frame in frames)
         yield from fit_pieces(shown, size, resample, chunk, found.pixel_aspect if square_pixels else 1)
+
+
+def neat_rate(rate):
+    """A frame rate without the last digits that measuring and dividing leave: 25 for 24.999999999999996."""
+    neat = float(Fraction(rate).limit_denominator(1001))
+    return neat if abs(neat - rate) < 1e-7 * rate else rate
 
 
 def too_slow(rate, fps):
@@ -687,7 +694,7 @@ def _timeline(seconds, found):
     n = len(times)
     if found.even or n < 2:
         return found.rate, None, ()
-    rate = round((n - 1) / times[-1], 9)  # else it would hang on where a clock began
+    rate = neat_rate(round((n - 1) / times[-1], 9))  # else it would hang on where a clock began
     even = all(abs(t * rate - i) < 0.5 for i, t in enumerate(times))
     return rate, None if even else tuple(round(t, 6) for t in times), tuple(cuts)
 

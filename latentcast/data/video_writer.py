@@ -18,10 +18,22 @@ logger = logging.getLogger("latentcast")
 RATES = (0.1, 240.0)  # frames per second that players cope with
 SIDES = {".mp4": 16384, ".gif": 65535}  # largest heights and widths: libx264's and the format's
 LARGEST = 139_264 * 256  # pixels a frame, in h264's highest level, 6.2
+GIF_RATE = 10.0  # frames per second of a GIF that is to be watched: clips are short, and loop
+HOLD = 1.0  # seconds for which its last picture stays longer
 LONGEST = 65535  # hundredths of a second for which a GIF can show one picture
 
 
-def write_video(path, frames, fps):
+def write_both(stem, frames, fps):
+    """Write ``stem``.mp4 at its own rate, and ``stem``.gif so that it can be watched as it loops: at ``GIF_RATE`` at
+    most, with a rest at its end -> [path, path]. Arguments and errors: see ``write_video``."""
+    stem = Path(stem)
+    files = [stem.with_name(stem.name + suffix) for suffix in (".mp4", ".gif")]
+    write_video(files[0], frames, fps)
+    write_video(files[1], frames, min(fps, GIF_RATE), HOLD)
+    return files
+
+
+def write_video(path, frames, fps, hold=0.0):
     """Write a video whose kind follows from the suffix.
 
     ``.mp4`` is h264 in yuv420p, which every browser plays; odd heights and widths gain one pixel that repeats the edge.
@@ -33,6 +45,7 @@ def write_video(path, frames, fps):
         frames: (T, C, H, W), float in [-1, 1] or uint8; C is 1 (grey) or 3 (RGB).
         fps: frames per second, fractions kept (30000/1001, say). Slower and faster ones than can be watched are written
             at the nearest of ``RATES``, which the log says.
+        hold: seconds for which the last picture of a GIF stays longer, before it begins again.
     Raises:
         ValueError: wrong shape, type, suffix or rate, or frames too large (see ``check_video``).
         OSError: the file cannot be written.
@@ -48,7 +61,7 @@ def write_video(path, frames, fps):
     if written != fps:
         logger.warning("%s: %g frames a second are written as %g", path, fps, written)
     with replacing(path) as temporary:
-        VIDEO_WRITERS[path.suffix.lower()](temporary, frames, written)
+        VIDEO_WRITERS[path.suffix.lower()](temporary, frames, written, hold)
 
 
 def check_video(path, height, width):
@@ -85,7 +98,7 @@ def to_uint8(frames, n_dims):
     return np.ascontiguousarray(frames.expand(*frames.shape[:-1], 3).numpy())
 
 
-def _write_mp4(path, frames, fps):
+def _write_mp4(path, frames, fps, hold):
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     file = io.BytesIO()  # FFmpeg would take some names for an address, and refuse others
@@ -100,9 +113,10 @@ def _write_mp4(path, frames, fps):
     path.write_bytes(file.getbuffer())
 
 
-def _write_gif(path, frames, fps):
+def _write_gif(path, frames, fps, hold):
     ends = np.round(np.arange(len(frames) + 1) * 100 / fps)
     ticks = np.maximum(np.diff(ends), 1)
+    ticks[-1] += round(100 * hold)
     new = [0, *(i for i in range(1, len(frames)) if not np.array_equal(frames[i], frames[i - 1]))]
     durations = [int(10 * min(shown, LONGEST)) for shown in np.add.reduceat(ticks, new)]  # ms
     pictures = [Image.fromarray(frames[i]) for i in new]

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import latentcast
 from latentcast.config import is_whole
@@ -29,6 +28,7 @@ from latentcast.metrics.frechet import MIN_EXTRAPOLATED
 from latentcast.metrics.statistics import ClipValues
 from latentcast.metrics.weights import find_weights
 from latentcast.modeling import eval_mode, fingerprint
+from latentcast.progress import Bar
 
 from .protocol import BEST_OF, METRICS, UNDRAWN, Protocol, without_other_splits
 
@@ -171,7 +171,7 @@ class Evaluation:
         groups = [g for g in range(rank, len(self.groups), world_size) if not self._part(g).is_file()]
         n_clips = sum(len(self.groups[g]) for g in groups)
         self.pipe.set_progress_bar_config(disable=True)
-        with tqdm(total=n_clips, desc=f"evaluate {self.protocol.name}", unit="clip", disable=rank > 0) as bar:
+        with Bar(total=n_clips, desc=f"evaluate {self.protocol.name}", unit="clip", disable=rank > 0) as bar:
             for group in groups:
                 began = time.perf_counter()
                 found = self.measure(group)
@@ -232,7 +232,9 @@ class Evaluation:
         generator = torch.Generator().manual_seed(_seed(self.protocol.seed, group))
         while sum(part.shape[1] for part in drawn) < n_samples:
             n = min(self.futures, n_samples - sum(part.shape[1] for part in drawn))
-            futures = self.pipe(context, n_predicted, num_samples=n, generator=generator, **sampler)
+            futures = self.pipe(
+                context, n_predicted, num_samples=n, generator=generator, value_range=(-1, 1), **sampler
+            )
             drawn.append(futures.frames.to(self.device))
         return torch.cat(drawn, 1)
 

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from latentcast.data.pictures import contact_sheet, side_by_side
+from latentcast.data.pictures import LEGEND, frame_names, labelled_sheet, labelled_videos, rows_of, scale_for
 from latentcast.data.video_writer import write_image, write_video
 from latentcast.files import replacing, write_json, write_text
 
@@ -90,17 +90,23 @@ def shown_clips(evaluation):
 
 def write_sheet(evaluation, stem, clips, sample):
     """``stem``.png: a row of truth above one of prediction for each clip; ``stem``.mp4: truths above predictions."""
-    rows, truths, predictions = [], [], []
+    rows, cells = [], {"truth": [], "prediction": []}
     for clip in clips:
         context, future, samples = evaluation.shown(clip)
-        pair = [torch.cat([context, frames]) for frames in (future, samples[sample])]
-        places = torch.linspace(0, len(pair[0]) - 1, min(N_COLUMNS, len(pair[0]))).round().long()
-        rows += [frames[places] for frames in pair]
-        truths.append(pair[0])
-        predictions.append(pair[1])
+        pair = dict(zip(cells, rows_of(context, future, samples[sample][None]).values()))
+        places = torch.linspace(0, len(pair["truth"]) - 1, min(N_COLUMNS, len(pair["truth"]))).round().long()
+        rows += [(f"clip {clip}\n{name}", frames[places]) for name, frames in pair.items()]
+        for name, frames in pair.items():
+            cells[name].append((f"clip {clip}: {name}", frames))
+    names = frame_names(len(context), len(future))
     files = {f"{stem.name}_sheet": stem.with_suffix(".png"), f"{stem.name}_video": stem.with_suffix(".mp4")}
-    write_image(files[f"{stem.name}_sheet"], contact_sheet(torch.stack(rows)))
-    video = torch.cat([side_by_side(truths, scale=2), side_by_side(predictions, scale=2)], -2)
+    scale, columns = scale_for(context.shape[-2]), [names[place] for place in places]
+    title = f"{evaluation.label}, {stem.name} clips by mean squared error. {LEGEND}"
+    if stem.name == "random":
+        title = f"{evaluation.label}, clips at random. {LEGEND}"
+    write_image(files[f"{stem.name}_sheet"], labelled_sheet(rows, columns, title, scale))
+    titles = [f"frame {name}" for name in names]
+    video = labelled_videos([cell for row in cells.values() for cell in row], titles, scale, columns=len(clips))
     write_video(files[f"{stem.name}_video"], video, evaluation.dataset.fps)
     return files
 

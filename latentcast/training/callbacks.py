@@ -16,8 +16,15 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import AveragedModel
 
 from latentcast.data.loading import WorkerError, waits_for
-from latentcast.data.pictures import contact_sheet, side_by_side
-from latentcast.data.video_writer import write_image, write_video
+from latentcast.data.pictures import (
+    LEGEND,
+    frame_names,
+    labelled_sheet,
+    labelled_videos,
+    rows_of,
+    scale_for,
+)
+from latentcast.data.video_writer import write_both, write_image
 from latentcast.distributed import all_reduced, rank_and_world
 from latentcast.metrics.codebook import CodebookUsage
 from latentcast.metrics.ensemble import ilpips
@@ -267,8 +274,8 @@ class ValidationInterval(Callback):
 
 
 class CodebookMonitor(Callback):
-    """Logs usage, perplexity and dead fraction of every codebook: in training over each epoch, or the short epochs that
-    share a validation, and over each validation.
+    """Logs usage, perplexity and dead fraction of every codebook, counted from 1 as the priors' bits are: in training
+    over each epoch, or the short epochs that share a validation, and over each validation.
 
     Args:
         codebook_sizes: as in ``latent_spec``.
@@ -304,16 +311,15 @@ class CodebookMonitor(Callback):
         figures = {name: values.reshape(-1) for name, values in metric.compute().items()}
         metric.reset()
         for name, values in figures.items():
-            pl_module.log_dict(
-                {f"{split}/{name}_{index}": value for index, value in enumerate(values)}, on_epoch=True, sync_dist=True
-            )
+            numbered = {f"{split}/{name}_{number}": value for number, value in enumerate(values, start=1)}
+            pl_module.log_dict(numbered, on_epoch=True, sync_dist=True)
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        for index, usage in enumerate(figures["usage"].tolist()):
+        for number, (usage, size) in enumerate(zip(figures["usage"].tolist(), metric.codebook_sizes), start=1):
             if usage < LOW_USAGE:
                 logger.warning(
                     "%s: codebook %d: only %.1f %% of its %d codes are used (%s, step %d)",
-                    *(type(pl_module.model).__name__, index, 100 * usage, metric.codebook_sizes[index]),
+                    *(type(pl_module.model).__name__, number, 100 * usage, size),
                     *(split, trainer.global_step),
                 )
 
@@ -426,17 +432,23 @@ class Preview(Callback):
 
 class ReconstructionPreview(Preview):
     """A PNG with, for each clip, a row of its frames above a row of their reconstructions; clips of a single frame
-    share one row."""
+    share one row. Rows and frames have names."""
 
     def draw(self, pl_module, path):
         model = pl_module.model
         clips = self.clips.to(pl_module.device)
-        reconstructions = model(clips.to(model.dtype)).frames
-        pairs = torch.stack([clips, reconstructions.float()], 1)  # (N, 2, T, C, H, W)
+        reconstructions = model(clips.to(model.dtype)).frames.float()
+        what = "frame"
         if clips.shape[1] == 1:
-            pairs = pairs.transpose(0, 2)
+            clips, reconstructions, what = clips.transpose(0, 1), reconstructions.transpose(0, 1), "clip"
+        rows = []
+        for number, pair in enumerate(zip(clips, reconstructions), start=1):
+            clip = f"clip {number}\n" if what == "frame" else ""
+            rows += [(f"{clip}{name}", frames) for name, frames in zip(("truth", "reconstruction"), pair)]
+        columns = [f"{what} {number}" for number in range(1, clips.shape[1] + 1)]
+        title = f"{type(model).__name__}, step {pl_module.trainer.global_step}"
         file = path.with_suffix(".png")
-        write_image(file, contact_sheet(pairs.flatten(0, 1)))
+        write_image(file, labelled_sheet(rows, columns, title, scale_for(clips.shape[-2])))
         return {"reconstructions": file}
 
 
@@ -444,7 +456,8 @@ class PredictionPreview(Preview):
     """Videos (mp4, GIF) of each clip beside futures predicted from its first frames, and a PNG with their frames.
 
     In the videos a row holds the true clip, then the samples; all show the same context first. In the PNG each of them
-    is a row of its own. How much the samples of a clip differ is logged (``sample_diversity``), if there are several.
+    is a row of its own. All have names, and the given frames green edges. How much the samples of a clip differ is
+    logged (``sample_diversity``), if there are several.
 
     Args:
         make_pipeline: prior -> VideoPredictionPipeline.
@@ -464,25 +477,27 @@ class PredictionPreview(Preview):
         pipeline = self.make_pipeline(pl_module.model).to(pl_module.device)
         pipeline.set_progress_bar_config(disable=True)
         context, future = self.clips[:, : self.n_context], self.clips[:, self.n_context :]
+        num_samples = 1 if pl_module.model.deterministic else self.num_samples
         predicted = pipeline(
             context,
             n_frames=future.shape[1],
-            num_samples=self.num_samples,
+            num_samples=num_samples,
             generator=torch.Generator(pl_module.device).manual_seed(self.seed),
+            value_range=(-1, 1),
             **self.sampler,
         ).frames.cpu()
-        if self.num_samples > 1:
+        if num_samples > 1:
             self.figures = {f"preview/{name}": value for name, value in sample_diversity(predicted).items()}
-        context = context[:, None].expand(-1, self.num_samples, -1, -1, -1, -1)
-        samples = torch.cat([context, predicted], 2)  # (N, S, T, C, H, W)
-        videos = torch.cat([self.clips[:, None], samples], 1)
-        rows = [side_by_side(list(row)) for row in videos]  # N x (T, C, H, W')
-        video = torch.stack([contact_sheet(torch.stack(frames)[:, None]) for frames in zip(*rows)])
-        files = {suffix: path.with_suffix(f".{suffix}") for suffix in ("mp4", "gif", "png")}
-        write_video(files["mp4"], video, self.fps)
-        write_video(files["gif"], video, self.fps)
-        write_image(files["png"], contact_sheet(videos.flatten(0, 1)))
-        return {"predictions": files["mp4"], "predicted_frames": files["png"]}
+        shown = [rows_of(*parts) for parts in zip(context, future, predicted)]
+        rows = [(f"clip {n}\n{name}", frames) for n, clip in enumerate(shown, 1) for name, frames in clip.items()]
+        scale, step = scale_for(self.clips.shape[-2]), f"step {pl_module.trainer.global_step}"
+        names = frame_names(context.shape[1], future.shape[1])
+        png = path.with_suffix(".png")
+        write_image(png, labelled_sheet(rows, names, f"{type(pl_module.model).__name__}, {step}. {LEGEND}", scale))
+        titles = [f"{step}, frame {name}" for name in frame_names(context.shape[1], future.shape[1], self.fps)]
+        cells = [(f"clip {n}: {name}", frames) for n, clip in enumerate(shown, 1) for name, frames in clip.items()]
+        mp4, _ = write_both(path, labelled_videos(cells, titles, scale, columns=1 + num_samples), self.fps)
+        return {"predictions": mp4, "predicted_frames": png}
 
 
 def sample_diversity(samples):

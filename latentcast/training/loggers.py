@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from latentcast.files import replacing, writing
+from latentcast.files import printable, replacing, writing
 
 logger = logging.getLogger("latentcast")
 
@@ -61,30 +61,50 @@ def read_metrics(path):
     return rows
 
 
+UNITS = {  # of what models log, by the end of its name
+    "bits_per_code": "bits a code",
+    "kl": "nats",
+    "psnr": "dB",
+    "ssim": "1: equal",
+    "lpips": "0: equal",
+    "perplexity": "codes in use",
+}
+WIDE = 30  # the largest value over the smallest from which a scale is logarithmic
+
+
 @rank_zero_only
 def plot_curves(path, image):
-    """Draw the loss curves of a metrics file as a PNG: one panel a quantity, training and validation together."""
+    """Draw the curves of a metrics file as a PNG: one panel a quantity, training and validation together, and the
+    learning rate. What spans orders of magnitude is drawn on a logarithmic scale."""
     from matplotlib.figure import Figure
 
     curves = defaultdict(lambda: defaultdict(list))
     for step, name, value in read_metrics(path):
         split, _, quantity = name.partition("/")
-        if split in ("train", "val") and math.isfinite(value):
+        if name.startswith("lr-"):
+            curves["learning rate"][name.removeprefix("lr-")].append((step, value))
+        elif split in ("train", "val") and math.isfinite(value):
             curves[quantity][split].append((step, value))
     # What the model reports, its loss first; not the gradient norm, nor figures of single codebooks.
-    quantities = sorted(q for q in curves if q not in ("loss", "grad_norm") and not q[-1].isdigit())
-    quantities = [q for q in ("loss", *quantities) if q in curves]
-    if not quantities:
+    quantities = sorted(q for q in curves if q not in ("loss", "learning rate", "grad_norm") and not q[-1].isdigit())
+    quantities = [q for q in ("loss", *quantities, "learning rate") if q in curves]
+    if quantities in ([], ["learning rate"]):
         return
     columns = min(3, len(quantities))
     rows = math.ceil(len(quantities) / columns)
-    figure = Figure(figsize=(5 * columns, 3.5 * rows))
-    figure.subplots_adjust(wspace=0.3, hspace=0.4)
+    figure = Figure(figsize=(5 * columns, 3.5 * rows), layout="constrained")
     for index, quantity in enumerate(quantities):
-        axes = figure.add_subplot(rows, columns, index + 1, title=quantity, xlabel="step")
+        unit = next((unit for end, unit in UNITS.items() if quantity == end or quantity.endswith(f"_{end}")), None)
+        axes = figure.add_subplot(
+            rows, columns, index + 1, title=quantity.replace("_", " "), xlabel="step", ylabel=unit
+        )
         for split, points in sorted(curves[quantity].items()):
             axes.plot(*zip(*points), label=split, marker="." if len(points) < 30 else None)
+        values = [value for points in curves[quantity].values() for _, value in points]
+        if quantity != "learning rate" and min(values) > 0 and max(values) > WIDE * min(values):
+            axes.set_yscale("log")
         axes.legend()
+    figure.suptitle(printable(f"{path.parent.parent.name}: {path.stem}"), parse_math=False)  # any folder's name
     with replacing(image) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
@@ -173,7 +193,9 @@ class WandbRun(Logger):
             "job_type": self.stage,
             "tags": self.settings["tags"],
             "config": self._config,
-            "settings": wandb.Settings(console="off", quiet=mode == "offline", init_timeout=60, finish_timeout=120),
+            "settings": wandb.Settings(
+                console="off", quiet=mode == "offline", silent=mode == "offline", init_timeout=60, finish_timeout=120
+            ),
         }
         try:
             self._run = wandb.init(mode=mode, **arguments)

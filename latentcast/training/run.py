@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, WeightAveraging
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
@@ -32,6 +32,7 @@ from .callbacks import (
     finishing_steps,
 )
 from .checkpoints import WholeFileIO, check_checkpoint
+from .console import Console
 from .loggers import CSVMetrics, WandbRun, plot_curves, read_metrics
 
 logger = logging.getLogger("latentcast")
@@ -157,14 +158,19 @@ class TrainingRun:
         has_val = datamodule.val_set is not None and config.trainer.get("limit_val_batches") != 0
         keeps_best = has_val and config.trainer.get("enable_checkpointing") is not False
         start = Start(lambda: self._start(csv, start_step))
+        own_bar = any(isinstance(callback, ProgressBar) for callback in own["callbacks"])
+        console = Console(self.stage, not own_bar and config.trainer.get("enable_progress_bar") is not False)
         trainer = instantiate(
             config.trainer,
             logger=[csv, wandb, *(logger for logger in own["logger"] if isinstance(logger, Logger))],
             default_root_dir=str(self.run_dir),
             enable_checkpointing=keeps_best or None,
+            enable_progress_bar=own_bar,
+            enable_model_summary=bool(config.trainer.get("enable_model_summary")),
             plugins=[WholeFileIO(), *own["plugins"]],
             callbacks=[
                 start,
+                console,
                 *([average] if average else []),
                 StepSeed(config.seed),
                 ValidationInterval(config.least_steps_between_val),
@@ -179,8 +185,8 @@ class TrainingRun:
         check_strategy(trainer)
         if checkpoint is None:
             try_out(module, datamodule)
-        # Lightning's warning about a checkpoint folder that is not empty: here it is checked above.
-        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        for message in NOT_WORTH_SAYING:
+            warnings.filterwarnings("ignore", message=message)
         try:
             with finishing_steps(trainer):
                 trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -251,6 +257,13 @@ class Start(Callback):
         self()
 
 
+NOT_WORTH_SAYING = (  # warnings of Lightning and torch
+    "Checkpoint directory .* exists and is not empty",  # that is checked here
+    r".*LeafSpec.* is deprecated",
+    "Total length of `.*` across ranks is zero",  # no val split: said when the data is opened
+    r"The '\w+_dataloader' does not have many workers",  # num_workers is a setting
+    "The number of training batches .* is smaller than the logging interval",
+)
 NOT_OURS = {  # options of the Trainer that a training which is to leave a model cannot take
     "fast_dev_run": "trainer.max_steps=1 with another run_dir tries everything out",
     "barebones": "it logs nothing and has no callbacks, which keep checkpoints and metrics",

@@ -1,5 +1,6 @@
 """Any folder tree of video files and of folders of pictures."""
 
+import contextlib
 import functools
 
 import torch
@@ -14,14 +15,13 @@ from ..video_folder import (
     check_whole,
     list_videos,
     luma,
+    rate_for_all,
     sampled_places,
     sampled_rate,
     split_of,
 )
-from ..video_reader import VideoAwayError, VideoInfo, iter_clip, look
+from ..video_reader import VideoAwayError, VideoInfo, iter_clip, look, neat_rate
 from .base import Benchmark, Clip
-
-SAME_RATE = 0.01  # relative difference of frame rates that is let pass
 
 
 class Folder(Benchmark):
@@ -38,7 +38,7 @@ class Folder(Benchmark):
         channels: 3 (RGB) or 1 (grey, BT.601 luma).
         frame_stride: take every ``frame_stride``-th frame.
         fps: take the frames nearest in time to this rate instead (slower videos then repeat frames). None: as the
-            videos are, which then must agree in their rate.
+            videos are, and where they differ as in VideoFolder.
         image_fps: rate at which the pictures in folders were taken.
         val_fraction, test_fraction: share of the videos in these splits, for "hash".
         seed: of the hash.
@@ -70,7 +70,7 @@ class Folder(Benchmark):
         check_options(channels, frame_stride, fps, val_fraction, test_fraction)
         check_rate(image_fps=image_fps)
         self.frame_size, self.channels, self.frame_stride = frame_size, channels, frame_stride
-        self.resampled_fps, self.image_fps = fps, image_fps
+        self.asked_fps, self.image_fps = fps, image_fps
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
         self.square_pixels = square_pixels
         there = [split for split in SPLITS if (self.source / split).is_dir()]
@@ -93,39 +93,39 @@ class Folder(Benchmark):
         return splits
 
     @functools.cached_property
-    def fps(self):
-        """Frames per second of the set.
-
-        Raises:
-            ValueError: videos of different rates, without ``fps`` to resample them to.
-        """
-        if self.resampled_fps is not None:
-            return float(self.resampled_fps)
-        first = None
+    def _rates(self):
+        """Video -> its own frames per second; those that cannot be read, which will be named then, are left out."""
+        rates = {}
         for name in self._names:
-            try:
-                rate = self._rate(name)
-            except Exception:  # will be named when it is read
-                continue
-            first = first or (name, rate)
-            if abs(rate - first[1]) > SAME_RATE * first[1]:
-                raise ValueError(
-                    f"{self.source / name}: {rate:g} frames a second, but {first[1]:g} in {first[0]}; give fps=RATE to "
-                    "bring all to one rate"
-                )
-        return (first[1] if first else self.image_fps) / self.frame_stride
+            with contextlib.suppress(Exception):
+                rates[name] = self._rate(name)
+        return rates
+
+    @functools.cached_property
+    def _sampling(self):
+        """(frame_stride, fps) by which frames are taken; fps is None where videos are read at their own rate."""
+        rate = None if self.asked_fps else rate_for_all(self._rates, self.source)
+        if rate is not None:
+            return 1, neat_rate(rate / self.frame_stride)
+        return self.frame_stride, self.asked_fps
+
+    @property
+    def fps(self):
+        """Frames per second of the set."""
+        stride, fps = self._sampling
+        return float(fps or neat_rate(next(iter(self._rates.values()), self.image_fps) / stride))
 
     def read(self, split, name):
         path = self.source / name
         if path.is_dir():
             paths = numbered_pictures(path)
             info = VideoInfo(len(paths), self.image_fps, 0, 0)
-            n_frames, _ = sampled_rate(info, self.frame_stride, self.resampled_fps)
-            places = sampled_places(info, range(n_frames), self.frame_stride, self.resampled_fps)
+            n_frames, _ = sampled_rate(info, *self._sampling)
+            places = sampled_places(info, range(n_frames), *self._sampling)
             frames, digest = read_pictures((paths[place] for place in places), self.frame_size), file_sha256(*paths)
         elif path.is_file():
             square = {"square_pixels": self.square_pixels}
-            frames = iter_clip(path, self.frame_size, self.frame_stride, self.resampled_fps, **square)
+            frames = iter_clip(path, self.frame_size, *self._sampling, **square)
             digest = file_sha256(path)
         else:
             raise VideoAwayError(f"{path}: no such file or folder; it was there when the videos were listed")
@@ -141,8 +141,8 @@ class Folder(Benchmark):
             "protocol": self.protocol,
             "frame_size": self.frame_size,
             "channels": self.channels,
-            "frame_stride": self.frame_stride,
-            "fps": self.resampled_fps,
+            "frame_stride": self._sampling[0],
+            "fps": self._sampling[1],
             "image_fps": self.image_fps,
             "resample": "bilinear",
         } | split

@@ -1,0 +1,39 @@
+"""Progress bars on a terminal; where stderr is a file or a queue's log, a plain line every half minute."""
+
+import sys
+
+from tqdm import tqdm
+
+EVERY = 30.0  # seconds from a plain line to the next
+PLAIN = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} {unit}s in {elapsed}, {remaining} left"
+
+
+class Bar(tqdm):
+    """A tqdm on stderr; without a terminal its state is a line of its own, in the end and every ``EVERY`` seconds."""
+
+    plain, _said = False, None
+
+    def __init__(self, iterable=None, desc=None, total=None, **options):
+        options.setdefault("file", sys.stderr)
+        options.setdefault("nrows", 20)  # tqdm hides bars on terminals that say they have none
+        self.plain = not options["file"].isatty()
+        if self.plain:
+            options |= {"mininterval": EVERY, "maxinterval": EVERY, "bar_format": options.pop("plain_format", PLAIN)}
+        options.pop("plain_format", None)
+        super().__init__(iterable, desc, total, **options)
+
+    def display(self, msg=None, pos=None):
+        if not self.plain:
+            return super().display(msg, pos)
+        text = str(self) if msg is None else msg
+        if text and text != self._said and self.n > self.initial:
+            self.fp.write(f"{text.strip()}\n")
+            self.fp.flush()
+            self._said = text
+        return False
+
+    def close(self):
+        if self.plain and not self.disable:
+            self.display()
+            self.leave = False  # tqdm would move to the next line
+        super().close()
