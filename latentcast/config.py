@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib
 import inspect
+import logging
 import re
 from numbers import Integral
 from pathlib import Path
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from latentcast.files import read_json
+from latentcast.saved import is_location, pipeline_settings, tokenizer_folder, tokenizer_settings, used_tokenizer
 from latentcast.schemas import LatentSpec, check
 from latentcast.targets import ANYWHERE, PLACES, check_targets, find_target, inner_place, nearest
 from latentcast.yaml_text import (
@@ -27,9 +29,16 @@ from latentcast.yaml_text import (
     split_overrides,
 )
 
+logger = logging.getLogger("latentcast")
+
 TOOLS = ("train_tokenizer", "encode_dataset", "train_prior", "train_jointly", "evaluate")
 ALLOW = "allow_targets"  # of the command line alone
 OPEN = "open"  # flag of mappings whose names only their reader knows: {} in base.yaml, and arguments that are mappings
+NOT_KEPT = (
+    "path",
+    "subfolder",
+    "scaling_factor",
+)  # of a trained tokenizer: where its weights came from, what is fitted
 REFERENCE = re.compile(r"\$\{(\.*[\w-]+(?:\.[\w-]+|\[\w+\])*)\}")
 
 
@@ -39,7 +48,7 @@ def config_root():
     return Path(next(iter(module.__path__)))
 
 
-def load_config(experiment, overrides=(), tool=None):
+def load_config(experiment, overrides=(), tool=None, go_on=False):
     """Compose an experiment.
 
     ``configs/base.yaml`` holds every root key. An experiment lists a file for each group under ``defaults`` and then
@@ -47,6 +56,11 @@ def load_config(experiment, overrides=(), tool=None):
     runs; ``train_jointly:``, for ``train_prior.py joint=true``, on top of ``train_prior:``. Overrides come last:
     ``key.sub=value``, or ``group=name`` to swap a group's file (the experiment's own settings of that group, which were
     about another class, are then dropped; ``group=null`` empties it).
+
+    ``tokenizer=PATH`` (or ``OWNER/NAME``, see ``saved.tokenizer_folder``) takes one that is trained already: it becomes
+    ``tokenizer_dir``. The settings that it was trained with, frame size and channels too, then go before those of the
+    files, and with ``go_on`` those of what stands in ``run_dir``, so that nobody needs to repeat them. Overrides may
+    not contradict them.
 
     Nothing in a file runs a program: see ``targets.py`` for what ``_target_`` may name. The override
     ``allow_targets=[package.module.Name]`` allows more; no file can. Of references, ``${key.sub}`` to another key is
@@ -56,11 +70,15 @@ def load_config(experiment, overrides=(), tool=None):
         experiment: a name under ``configs/experiment/``, the path of a YAML file, or what would stand in it as a dict.
         overrides: strings ``key=value``; values are YAML, or text where the key is a path or a name.
         tool: name of the tool whose section applies, or None.
+        go_on: whether the tool goes on from what an earlier one has trained: the run's tokenizer, of "evaluate" its
+            pipeline.
     Returns:
         DictConfig with references intact.
     Raises:
         ConfigError: unknown experiment, group, key or unparsable override; names the nearest known one. A target that
             may not stand where it does. References to nowhere, in a circle, or too many.
+        ValueError: overrides that contradict what was trained.
+        OSError: nothing saved at ``tokenizer_dir``.
     """
     root, groups = config_root(), _groups()
     if isinstance(experiment, dict):
@@ -70,11 +88,13 @@ def load_config(experiment, overrides=(), tool=None):
     choices = body.pop("defaults", None) or {}
     if not isinstance(choices, dict):
         raise ConfigError(f"{experiment}: expected a mapping group: name under defaults, found {short(choices)}")
-    swapped, settings, allowed = {}, [], ()
+    swapped, settings, allowed, named = {}, [], (), None
     for key, text in split_overrides(overrides):
         if key in groups:
             if choices.get(key) != text:
                 swapped[key] = None if text == "null" else text
+            elif key == "tokenizer":
+                named = text
         elif key == ALLOW:
             allowed = parse(text, f"override {ALLOW}", comments=False)
             if not isinstance(allowed, list) or not all(isinstance(path, str) for path in allowed):
@@ -89,7 +109,9 @@ def load_config(experiment, overrides=(), tool=None):
         if group not in groups:
             raise ConfigError(f"{experiment}: unknown group {group!r} under defaults{nearest(group, groups)}")
     for group, choice in (choices | swapped).items():
-        if choice is not None:
+        if _is_saved(root, group, choice):
+            config.tokenizer_dir = choice
+        elif choice is not None:
             path = _group_path(root, group, choice)
             config[group] = _to_config(_read_yaml(path), path)
     sections = {name: body.pop(name, None) or {} for name in TOOLS}
@@ -97,7 +119,7 @@ def load_config(experiment, overrides=(), tool=None):
         if not isinstance(section, dict):
             raise ConfigError(f"{experiment}: {name}: expected a mapping, found {short(section)}")
     for part in (body, *sections.values()):
-        for key in swapped:
+        for key in (*swapped, *(["tokenizer_dir"] if "tokenizer" in swapped else [])):
             part.pop(key, None)
     _merge(config, _to_config(body, experiment), "")
     applied = ("train_prior", tool) if tool == "train_jointly" else (tool,)
@@ -107,13 +129,105 @@ def load_config(experiment, overrides=(), tool=None):
             _merge(merged, _to_config(section, f"{experiment}: {name}"), "")
             if merged is not config:  # those of other tools are only checked
                 _check(merged, experiment)
+    places = [pair for pair in settings if pair[0] in ("name", "run_dir", "tokenizer_dir")]
+    _override(config, places, groups)
+    _name(config, experiment)
+    folder, trained = _find_trained(config, tool if go_on else None)
+    _take_trained(config, folder, trained)
+    if trained:
+        choice = swapped.get("tokenizer", named)
+        asked = {}
+        if _is_saved(root, "tokenizer", choice):
+            asked = tokenizer_settings(tokenizer_folder(choice)) if tool == "evaluate" else {}
+        elif choice is not None:
+            group = _read_yaml(_group_path(root, "tokenizer", choice))
+            asked = {"tokenizer": group if choice != named else {"_target_": group["_target_"]}}
+        _merge(config, _to_config(asked, f"tokenizer={choice}"), "")
+    _override(config, [pair for pair in settings if pair not in places], groups)
+    _check(config, experiment)
+    _check_trained(config, folder, trained)
+    return config
+
+
+def _override(config, settings, groups):
+    """Merge what the command line sets, (key, value) pairs, into a config."""
     for key, value in settings:
         group, shown = key.partition(".")[0], f"override {short(f'{key}={value}')}"
         if group in groups and config._get_node(group)._is_none():
             raise ConfigError(f"{shown}: the experiment has no {group}; choose one by {group}=NAME")
         _merge(config, _to_config(nested(key, value), shown), "")
-    _check(config, experiment)
-    return config
+
+
+def _find_trained(config, tool):
+    """What a config goes on from -> (its folder, its settings), (None, {}) where it begins from nothing.
+
+    ``tool``: the one whose run goes on; None: none does, and ``tokenizer_dir`` alone counts.
+    """
+    run_dir, location = (_resolved(config, key) for key in ("run_dir", "tokenizer_dir"))
+    if tool == "evaluate" and (Path(run_dir) / "pipeline" / "prior" / "config.json").is_file():
+        return Path(run_dir) / "pipeline", pipeline_settings(Path(run_dir) / "pipeline")
+    if tool is not None:
+        folder = used_tokenizer(run_dir, location)
+    else:
+        folder = None if location is None else tokenizer_folder(location)
+    return folder, {} if folder is None else tokenizer_settings(folder)
+
+
+def _take_trained(config, folder, trained):
+    """Put the settings of what was trained in the place of the files', and say where they differ."""
+    if "tokenizer" in trained:
+        target = trained["tokenizer"]["_target_"]
+        known = {"_target_", *_parameters(find_target(target, "tokenizer"))}
+        trained["tokenizer"] = {name: value for name, value in trained["tokenizer"].items() if name in known}
+    before = {name: _resolved(config, name) for name in trained}
+    changed = [
+        f"{name}={one_line(new)} (the experiment says {one_line(old)})" for name, old, new in _unlike(before, trained)
+    ]
+    if changed:
+        logger.info("%s: taken as it was trained: %s", folder, ", ".join(changed))
+    for name, value in _to_config(trained, folder).items_ex(resolve=False):
+        config[name] = value
+
+
+def _check_trained(config, folder, trained):
+    """Refuse a config that contradicts what it goes on from."""
+    for name, asked, found in _unlike({name: _resolved(config, name) for name in trained}, trained):
+        raise ConfigError(
+            f"{folder}: trained with {name}={found}, asked for {asked}; leave it out to take it as it is, train again "
+            "with overwrite=true, or use another run_dir"
+        )
+
+
+def _unlike(asked, trained):
+    """Settings whose values differ -> [(name, asked, trained)]; of unlike tokenizers the class alone."""
+    found = []
+    for name, value in trained.items():
+        if isinstance(value, dict) and isinstance(asked[name], dict):
+            inner = asked[name].get("_target_"), value["_target_"]
+            if inner[0] != inner[1]:
+                found.append((f"{name}._target_", *(str(target).rpartition(".")[2] for target in inner)))
+                continue
+            for key in value.keys() & asked[name].keys() - set(NOT_KEPT):
+                new, old = value[key], asked[name][key]
+                if isinstance(old, dict) and isinstance(new, dict):  # completed by the model
+                    new = {part: new.get(part) for part in old}
+                if new != old:
+                    found.append((f"{name}.{key}", old, new))
+        elif asked[name] is not None and asked[name] != value:
+            found.append((name, asked[name], value))
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def _resolved(config, name):
+    """A value of a config that is not checked yet, as plain Python."""
+    _measure(config._get_node(name), {})  # before anything is followed
+    value = OmegaConf.select(config, name)
+    return OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig | ListConfig) else value
+
+
+def cache_root(config):
+    """The folder of an experiment's latents cache, with one folder a split."""
+    return Path(config.run_dir, "latents") if config.cache.root is None else Path(config.cache.root)
 
 
 def load_pipeline_config(folder, data, overrides=(), **settings):
@@ -312,10 +426,14 @@ def _references(text, where):
     return keys
 
 
-def _check(config, experiment):
-    """Name a composed config, and make sure that it can be resolved and that its targets may stand where they do."""
+def _name(config, experiment):
     if config._get_node("name")._value() in (None, ""):
         config.name = Path(str(experiment)).stem
+
+
+def _check(config, experiment):
+    """Name a composed config, and make sure that it can be resolved and that its targets may stand where they do."""
+    _name(config, experiment)
     try:
         _measure(config, {})
         found = OmegaConf.to_container(config, resolve=True)
@@ -392,6 +510,14 @@ def _experiment_path(root, experiment):
             raise ConfigError(f"experiment file {path}: not found")
         return path
     return _group_path(root, "experiment", str(experiment))
+
+
+def _is_saved(root, group, choice):
+    """Whether a group's choice is no name but says where a trained tokenizer is."""
+    if group != "tokenizer" or choice is None:
+        return False
+    choice = str(choice)
+    return choice[:1] in (".", "/", "~") or (not _is_file(root / group / f"{choice}.yaml") and is_location(choice))
 
 
 def _group_path(root, group, choice):

@@ -266,6 +266,15 @@ class ValidationInterval(Callback):
             trainer.check_val_every_n_epoch = max(1, math.ceil(least / n_batches))
 
 
+class LogInterval(Callback):
+    """Makes a short run log its figures ten times at least, however large ``log_every_n_steps`` is."""
+
+    def on_train_start(self, trainer, pl_module):
+        steps = trainer.estimated_stepping_batches
+        if trainer.log_every_n_steps and math.isfinite(steps):
+            trainer.log_every_n_steps = min(trainer.log_every_n_steps, max(1, int(steps) // 10))
+
+
 class CodebookMonitor(Callback):
     """Logs usage, perplexity and dead fraction of every codebook: in training over each epoch, or the short epochs that
     share a validation, and over each validation.
