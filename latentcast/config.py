@@ -133,16 +133,10 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
     _override(config, places, groups)
     _name(config, experiment)
     folder, trained = _find_trained(config, tool if go_on else None)
-    _take_trained(config, folder, trained)
     if trained:
+        _take_trained(config, folder, trained)
         choice = swapped.get("tokenizer", named)
-        asked = {}
-        if _is_saved(root, "tokenizer", choice):
-            asked = tokenizer_settings(tokenizer_folder(choice)) if tool == "evaluate" else {}
-        elif choice is not None:
-            group = _read_yaml(_group_path(root, "tokenizer", choice))
-            asked = {"tokenizer": group if choice != named else {"_target_": group["_target_"]}}
-        _merge(config, _to_config(asked, f"tokenizer={choice}"), "")
+        _merge(config, _to_config(_asked_tokenizer(root, choice, named, tool), f"tokenizer={choice}"), "")
     _override(config, [pair for pair in settings if pair not in places], groups)
     _check(config, experiment)
     _check_trained(config, folder, trained)
@@ -171,6 +165,17 @@ def _find_trained(config, tool):
     else:
         folder = None if location is None else tokenizer_folder(location)
     return folder, {} if folder is None else tokenizer_settings(folder)
+
+
+def _asked_tokenizer(root, choice, named, tool):
+    """What the command line's ``tokenizer=CHOICE`` asks of the trained one -> settings. ``named``: the choice, if it is
+    the experiment's own, whose settings there may have been others in training."""
+    if choice is None:
+        return {}
+    if _is_saved(root, "tokenizer", choice):  # for the other tools it is the trained one
+        return tokenizer_settings(tokenizer_folder(choice)) if tool == "evaluate" else {}
+    group = _read_yaml(_group_path(root, "tokenizer", choice))
+    return {"tokenizer": {"_target_": group["_target_"]} if choice == named else group}
 
 
 def _take_trained(config, folder, trained):
@@ -220,6 +225,8 @@ def _unlike(asked, trained):
 
 def _resolved(config, name):
     """A value of a config that is not checked yet, as plain Python."""
+    if name not in config:
+        return None
     _measure(config._get_node(name), {})  # before anything is followed
     value = OmegaConf.select(config, name)
     return OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig | ListConfig) else value
@@ -517,7 +524,10 @@ def _is_saved(root, group, choice):
     if group != "tokenizer" or choice is None:
         return False
     choice = str(choice)
-    return choice[:1] in (".", "/", "~") or (not _is_file(root / group / f"{choice}.yaml") and is_location(choice))
+    named = _is_file(root / group / f"{choice}.yaml") and not (
+        choice[0] in "./~" and Path(choice).expanduser().is_dir()
+    )
+    return not named and is_location(choice)
 
 
 def _group_path(root, group, choice):
