@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import logging
+import os
 import re
 from numbers import Integral
 from pathlib import Path
@@ -525,7 +526,7 @@ def _is_saved(root, group, choice):
         return False
     choice = str(choice)
     named = _is_file(root / group / f"{choice}.yaml") and not (
-        choice[0] in "./~" and Path(choice).expanduser().is_dir()
+        choice.startswith((".", "/", "~")) and os.path.isdir(os.path.expanduser(choice))
     )
     return not named and is_location(choice)
 

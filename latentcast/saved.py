@@ -41,7 +41,7 @@ def find_folder(location, what, patterns=ALL, **options):
     Raises:
         OSError: no such folder, and nothing of that name on the Hub.
     """
-    path = Path(location).expanduser()
+    path = Path(os.path.expanduser(location))
     if path.is_dir():
         return path
     if path.exists() or str(location).startswith((".", "/", "~")) or str(location).count("/") != 1:
@@ -107,7 +107,7 @@ def used_tokenizer(run_dir, location):
 
 
 def _resolved(place):
-    return Path(place).expanduser().resolve()
+    return Path(os.path.expanduser(place)).resolve()
 
 
 def tokenizer_settings(folder):

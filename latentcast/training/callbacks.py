@@ -267,12 +267,12 @@ class ValidationInterval(Callback):
 
 
 class LogInterval(Callback):
-    """Makes a short run log its figures ten times at least, however large ``log_every_n_steps`` is."""
+    """Makes a run that is too short to log its figures twice, by ``log_every_n_steps``, do it ten times."""
 
     def on_train_start(self, trainer, pl_module):
         steps = trainer.estimated_stepping_batches
-        if trainer.log_every_n_steps and math.isfinite(steps):
-            trainer.log_every_n_steps = min(trainer.log_every_n_steps, max(1, int(steps) // 10))
+        if trainer.log_every_n_steps > steps / 2:
+            trainer.log_every_n_steps = max(1, int(steps) // 10)
 
 
 class CodebookMonitor(Callback):

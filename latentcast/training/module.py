@@ -147,7 +147,7 @@ def warmup_steps(value, schedule, n_steps):
         schedule: name of the schedule; some have no warm-up.
         n_steps: of the run, infinity where it has no end; None: not known yet.
     Raises:
-        ValueError: no such number, no fewer steps than the run has, or a fraction of a run without an end.
+        ValueError: no such number, more steps than the run has, or a fraction of a run without an end.
     """
     if not (is_whole(value, 0) or (isinstance(value, float) and 0 <= value < 1)):
         raise ValueError(
@@ -162,10 +162,10 @@ def warmup_steps(value, schedule, n_steps):
                 f"lr_scheduler.num_warmup_steps: {value} of the run, which has no end; give steps, or trainer.max_steps"
             )
         value = round(value * n_steps)
-    if value >= n_steps:
+    if value > n_steps:
         raise ValueError(
-            f"lr_scheduler.num_warmup_steps: expected fewer than the {n_steps} steps of the run, whose learning rate "
-            f"would never be reached, found {value}; below 1 it is a fraction of the run"
+            f"lr_scheduler.num_warmup_steps: expected at most the {n_steps} steps of the run, whose learning rate is "
+            f"never reached else, found {value}; below 1 it is a fraction of the run"
         )
     return value
 
