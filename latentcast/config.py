@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from latentcast.files import read_json
+from latentcast.files import MANIFEST_MB, read_json
 from latentcast.saved import is_location, pipeline_settings, tokenizer_folder, tokenizer_settings, used_tokenizer
 from latentcast.schemas import LatentSpec, check
 from latentcast.targets import ANYWHERE, PLACES, check_targets, find_target, inner_place, nearest
@@ -130,7 +130,7 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
             _merge(merged, _to_config(section, f"{experiment}: {name}"), "")
             if merged is not config:  # those of other tools are only checked
                 _check(merged, experiment)
-    places = [pair for pair in settings if pair[0] in ("name", "run_dir", "tokenizer_dir")]
+    places = [pair for pair in settings if pair[0] in ("name", "run_dir", "tokenizer_dir", "cache.root")]
     _override(config, places, groups)
     _name(config, experiment)
     folder, trained = _find_trained(config, tool if go_on else None)
@@ -138,6 +138,8 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
         _take_trained(config, folder, trained)
         choice = swapped.get("tokenizer", named)
         _merge(config, _to_config(_asked_tokenizer(root, choice, named, tool), f"tokenizer={choice}"), "")
+    if go_on and tool in ("train_prior", "train_jointly") and "data" not in swapped:
+        _take_encoded(config)
     _override(config, [pair for pair in settings if pair not in places], groups)
     _check(config, experiment)
     _check_trained(config, folder, trained)
@@ -159,6 +161,8 @@ def _find_trained(config, tool):
     ``tool``: the one whose run goes on; None: none does, and ``tokenizer_dir`` alone counts.
     """
     run_dir, location = (_resolved(config, key) for key in ("run_dir", "tokenizer_dir"))
+    if not isinstance(run_dir, str):
+        return None, {}  # refused by _check
     if tool == "evaluate" and (Path(run_dir) / "pipeline" / "prior" / "config.json").is_file():
         return Path(run_dir) / "pipeline", pipeline_settings(Path(run_dir) / "pipeline")
     if tool is not None:
@@ -193,6 +197,24 @@ def _take_trained(config, folder, trained):
         logger.info("%s: taken as it was trained: %s", folder, ", ".join(changed))
     for name, value in _to_config(trained, folder).items_ex(resolve=False):
         config[name] = value
+
+
+def _take_encoded(config):
+    """Take the settings of the data that the run's cache was made with (stride, rate, split, ...), in the place of the
+    files', and say where they differ."""
+    root, data = cache_root(config), _resolved(config, "data")
+    if data is None or not (root / "train" / "manifest.json").is_file():
+        return
+    found = read_json(root / "train" / "manifest.json", MANIFEST_MB).get("data")
+    kind = str(data.get("_target_")).rpartition(".")[2].replace("_", "")
+    if not isinstance(found, dict) or str(found.get("type")).lower() != kind.lower():
+        return
+    encoded = {name: found[name] for name in found.keys() & data.keys() if not isinstance(found[name], dict)}
+    changed = [f"data.{name}={one_line(value)}" for name, value in sorted(encoded.items()) if value != data[name]]
+    if changed:
+        logger.info("%s: taken as it was encoded: %s", root, ", ".join(changed))
+    for name, value in _to_config(encoded, root).items_ex(resolve=False):
+        config.data[name] = value
 
 
 def _check_trained(config, folder, trained):

@@ -1,6 +1,7 @@
 """What a later tool takes from an earlier one: the tokenizer, its settings, its cache; and what stands against it."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -64,6 +65,22 @@ def test_settings_of_the_tokenizer_are_not_repeated(first, caplog):
 def test_only_a_contradiction_is_an_error(first, tool, override, found):
     with pytest.raises(ConfigError, match=rf"run/(tokenizer|pipeline): trained with {found}; leave it out"):
         load_config(write_experiment(first), [override], tool, go_on=True)
+
+
+def test_settings_of_the_data_are_those_of_the_cache(first, tmp_path, caplog):
+    caplog.set_level("INFO")
+    shared = [f"tokenizer={first / 'run'}", f"cache.root={tmp_path / 'latents'}"]
+    call_tool("encode_dataset", tmp_path, *shared, "data.video_length=5", "data.speeds=[1]")
+    config = load_config(write_experiment(tmp_path), shared, "train_prior", go_on=True)
+    assert (config.data.video_length, config.data.speeds) == (5, [1])
+    assert re.search(r"latents: taken as it was encoded: .*data.speeds=\[1\], data.video_length=5", caplog.text)
+    assert call_tool("train_prior", tmp_path, *shared)["steps"] == 4
+    for overrides, message in (
+        (["data.video_length=6"], "latents/train: made with data.video_length 5, asked for 6"),
+        (["data=smmnist"], "data"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            call_tool("train_prior", tmp_path, *shared, "overwrite=true", *overrides)
 
 
 @pytest.mark.parametrize("place", ["run", "run/tokenizer", "run/pipeline"])
