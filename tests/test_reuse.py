@@ -1,6 +1,7 @@
 """What a later tool takes from an earlier one: the tokenizer, its settings, its cache; and what stands against it."""
 
 import json
+import os
 import re
 import shutil
 
@@ -83,8 +84,16 @@ def test_settings_of_the_data_are_those_of_the_cache(first, tmp_path, caplog):
             call_tool("train_prior", tmp_path, *shared, "overwrite=true", *overrides)
 
 
+def test_an_evaluation_is_not_of_another_tokenizer(first, tmp_path):
+    config = load_config(write_experiment(first), [f"tokenizer={first / 'run/tokenizer'}"], "evaluate", go_on=True)
+    assert config.frame_size == 24
+    instantiate(config.tokenizer, codebook_size=7).save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"run/pipeline: trained with tokenizer.codebook_size=12, asked for 7"):
+        load_config(write_experiment(first), [f"tokenizer={tmp_path / 'other'}"], "evaluate", go_on=True)
+
+
 @pytest.mark.parametrize("place", ["run", "run/tokenizer", "run/pipeline"])
-def test_a_second_prior_is_one_command(first, tmp_path, place):
+def test_a_second_prior_is_one_command(first, tmp_path, monkeypatch, place):
     """Also one over latents, which the tokenizer looks up by the codes of the cache."""
     reuse = [f"tokenizer={first / place}", f"cache.root={first / 'run/latents'}"]
     figures = call_tool("train_prior", tmp_path, *reuse, *(DIFFUSION if place == "run" else ()))
@@ -95,6 +104,8 @@ def test_a_second_prior_is_one_command(first, tmp_path, place):
     assert config["tokenizer_dir"] == str(first / place) and config["tokenizer"]["codebook_size"] == 12
     assert config["frame_size"] == 24 and config["cache"]["root"] == str(first / "run/latents")
     # The run's own config says it all; its pipeline serves as the next one's tokenizer.
+    monkeypatch.chdir(tmp_path)  # resumed from elsewhere, its path is another one
+    reuse[0] = f"tokenizer={os.path.relpath(first / place)}"
     again = call_tool(
         "train_prior", tmp_path, "resume=true", "trainer.max_steps=5", *reuse, *(DIFFUSION if place == "run" else ())
     )
