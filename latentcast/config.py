@@ -56,7 +56,7 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
     overrides what it likes. A section named after a tool (``train_prior:``) is merged over the root when that tool
     runs; ``train_jointly:``, for ``train_prior.py joint=true``, on top of ``train_prior:``. Overrides come last:
     ``key.sub=value``, or ``group=name`` to swap a group's file (the experiment's own settings of that group, which were
-    about another class, are then dropped; ``group=null`` empties it).
+    about another class, are then dropped, with a prior's those of its sampler; ``group=null`` empties it).
 
     ``tokenizer=PATH`` (or ``OWNER/NAME``, see ``saved.tokenizer_folder``) takes one that is trained already: it becomes
     ``tokenizer_dir``. The settings that it was trained with, frame size and channels too, then go before those of the
@@ -122,6 +122,8 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
     for part in (body, *sections.values()):
         for key in (*swapped, *(["tokenizer_dir"] if "tokenizer" in swapped else [])):
             part.pop(key, None)
+        if "prior" in swapped and isinstance(part.get("preview"), dict):
+            part["preview"].pop("sampler", None)  # options of the other prior's
     _merge(config, _to_config(body, experiment), "")
     applied = ("train_prior", tool) if tool == "train_jointly" else (tool,)
     for name, section in sections.items():
