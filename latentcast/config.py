@@ -5,6 +5,8 @@ import copy
 import functools
 import importlib
 import inspect
+import logging
+import os
 import re
 from numbers import Integral
 from pathlib import Path
@@ -12,7 +14,8 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from latentcast.files import read_json
+from latentcast.files import MANIFEST_MB, read_json
+from latentcast.saved import is_location, pipeline_settings, tokenizer_folder, tokenizer_settings, used_tokenizer
 from latentcast.schemas import LatentSpec, check
 from latentcast.targets import ANYWHERE, PLACES, check_targets, find_target, inner_place, nearest
 from latentcast.yaml_text import (
@@ -28,9 +31,17 @@ from latentcast.yaml_text import (
     split_overrides,
 )
 
+logger = logging.getLogger("latentcast")
+
 TOOLS = ("train_tokenizer", "encode_dataset", "train_prior", "train_jointly", "evaluate")
 ALLOW = "allow_targets"  # of the command line alone
 OPEN = "open"  # flag of mappings whose names only their reader knows: {} in base.yaml, and arguments that are mappings
+WHERE = ("name", "run_dir", "tokenizer_dir", "cache.root")  # keys that say where what was trained is
+NOT_KEPT = (
+    "path",
+    "subfolder",
+    "scaling_factor",
+)  # of a trained tokenizer: where its weights came from, what is fitted
 REFERENCE = re.compile(r"\$\{(\.*[\w-]+(?:\.[\w-]+|\[\w+\])*)\}")
 
 
@@ -40,15 +51,20 @@ def config_root():
     return Path(next(iter(module.__path__)))
 
 
-def load_config(experiment, overrides=(), tool=None):
+def load_config(experiment, overrides=(), tool=None, go_on=False):
     """Compose an experiment.
 
     ``configs/base.yaml`` holds every root key. An experiment lists a file for each group under ``defaults`` and then
     overrides what it likes. A section named after a tool (``train_prior:``) is merged over the root when that tool
     runs; ``train_jointly:``, for ``train_prior.py joint=true``, on top of ``train_prior:``. Overrides come last:
     ``key.sub=value``, or ``group=name`` to swap a group's file (the experiment's own settings of that group, which were
-    about another class, are then dropped; ``group=null`` empties it). Those of a section, ``train_prior.batch_size=8``,
-    count when its tool runs, so that all tools can be given the same ones.
+    about another class, are then dropped, with a prior's those of its sampler; ``group=null`` empties it). Those of a
+    section, ``train_prior.batch_size=8``, count when its tool runs, so that all tools can be given the same ones.
+
+    ``tokenizer=PATH`` (or ``OWNER/NAME``, see ``saved.tokenizer_folder``) takes one that is trained already: it becomes
+    ``tokenizer_dir``. The settings that it was trained with, frame size and channels too, then go before those of the
+    files, and with ``go_on`` those of what stands in ``run_dir``, so that nobody needs to repeat them. Overrides may
+    not contradict them.
 
     Nothing in a file runs a program: see ``targets.py`` for what ``_target_`` may name. The override
     ``allow_targets=[package.module.Name]`` allows more; no file can. Of references, ``${key.sub}`` to another key is
@@ -58,11 +74,15 @@ def load_config(experiment, overrides=(), tool=None):
         experiment: a name under ``configs/experiment/``, the path of a YAML file, or what would stand in it as a dict.
         overrides: strings ``key=value``; values are YAML, or text where the key is a path or a name.
         tool: name of the tool whose section applies, or None.
+        go_on: whether the tool goes on from what an earlier one has trained: the run's tokenizer, of "evaluate" its
+            pipeline.
     Returns:
         DictConfig with references intact.
     Raises:
         ConfigError: unknown experiment, group, key or unparsable override; names the nearest known one. A target that
             may not stand where it does. References to nowhere, in a circle, or too many.
+        ValueError: overrides that contradict what was trained.
+        OSError: nothing saved at ``tokenizer_dir``.
     """
     root, groups = config_root(), _groups()
     if isinstance(experiment, dict):
@@ -72,11 +92,13 @@ def load_config(experiment, overrides=(), tool=None):
     choices = body.pop("defaults", None) or {}
     if not isinstance(choices, dict):
         raise ConfigError(f"{experiment}: expected a mapping group: name under defaults, found {short(choices)}")
-    swapped, settings, allowed = {}, [], ()
+    swapped, settings, allowed, named = {}, [], (), None
     for key, text in split_overrides(overrides):
         if key in groups:
             if choices.get(key) != text:
                 swapped[key] = None if text == "null" else text
+            elif key == "tokenizer":
+                named = text
         elif key == ALLOW:
             allowed = parse(text, f"override {ALLOW}", comments=False)
             if not isinstance(allowed, list) or not all(isinstance(path, str) for path in allowed):
@@ -91,7 +113,9 @@ def load_config(experiment, overrides=(), tool=None):
         if group not in groups:
             raise ConfigError(f"{experiment}: unknown group {group!r} under defaults{nearest(group, groups)}")
     for group, choice in (choices | swapped).items():
-        if choice is not None:
+        if _is_saved(root, group, choice):
+            config.tokenizer_dir = choice
+        elif choice is not None:
             path = _group_path(root, group, choice)
             config[group] = _to_config(_read_yaml(path), path)
     sections = {name: body.pop(name, None) or {} for name in TOOLS}
@@ -99,14 +123,43 @@ def load_config(experiment, overrides=(), tool=None):
         if not isinstance(section, dict):
             raise ConfigError(f"{experiment}: {name}: expected a mapping, found {short(section)}")
     for part in (body, *sections.values()):
-        for key in swapped:
+        for key in (*swapped, *(["tokenizer_dir"] if "tokenizer" in swapped else [])):
             part.pop(key, None)
+        if "prior" in swapped and isinstance(part.get("preview"), dict):
+            part["preview"].pop("sampler", None)  # options of the other prior's
     _merge(config, _to_config(body, experiment), "")
     applied = ("train_prior", tool) if tool == "train_jointly" else (tool,)
     merged = {}  # section -> what it is merged into; those of other tools are only checked
     for name, section in sections.items():
         if section:
             _merge_section(merged, config, name, applied, section, f"{experiment}: {name}")
+    places = [pair for pair in settings if _in_section(pair[0], applied) in WHERE]
+    _override(config, places, groups, merged, applied)
+    _name(config, experiment)
+    folder, trained = _find_trained(config, tool if go_on else None)
+    if trained:
+        _take_trained(config, folder, trained)
+        choice = swapped.get("tokenizer", named)
+        _merge(config, _to_config(_asked_tokenizer(root, choice, named, tool), f"tokenizer={choice}"), "")
+    if go_on and tool in ("train_prior", "train_jointly") and "data" not in swapped:
+        _take_encoded(config)
+    _override(config, [pair for pair in settings if pair not in places], groups, merged, applied)
+    for name, other in merged.items():
+        if other is not config:
+            _check(other, f"{experiment}: {name}")
+    _check(config, experiment)
+    _check_trained(config, folder, trained)
+    return config
+
+
+def _in_section(key, applied):
+    """A key of the command line without the section of the tool that runs."""
+    section, _, rest = key.partition(".")
+    return rest if section in applied else key
+
+
+def _override(config, settings, groups, merged, applied):
+    """Merge what the command line sets, (key, value) pairs, into a config; see ``_merge_section``."""
     for key, value in settings:
         group, shown = key.partition(".")[0], f"override {short(f'{key}={value}')}"
         if group in TOOLS:
@@ -118,11 +171,111 @@ def load_config(experiment, overrides=(), tool=None):
         if group in groups and config._get_node(group)._is_none():
             raise ConfigError(f"{shown}: the experiment has no {group}; choose one by {group}=NAME")
         _merge(config, _to_config(nested(key, value), shown), "")
-    for name, other in merged.items():
-        if other is not config:
-            _check(other, f"{experiment}: {name}")
-    _check(config, experiment)
-    return config
+
+
+def _find_trained(config, tool):
+    """What a config goes on from -> (its folder, its settings), (None, {}) where it begins from nothing.
+
+    ``tool``: the one whose run goes on; None: none does, and ``tokenizer_dir`` alone counts.
+    """
+    run_dir, location = (_resolved(config, key) for key in ("run_dir", "tokenizer_dir"))
+    if not isinstance(run_dir, str):
+        return None, {}  # refused by _check
+    if tool == "evaluate" and (Path(run_dir) / "pipeline" / "prior" / "config.json").is_file():
+        return Path(run_dir) / "pipeline", pipeline_settings(Path(run_dir) / "pipeline")
+    if tool is not None:
+        folder = used_tokenizer(run_dir, location)
+    else:
+        folder = None if location is None else tokenizer_folder(location)
+    return folder, {} if folder is None else tokenizer_settings(folder)
+
+
+def _asked_tokenizer(root, choice, named, tool):
+    """What the command line's ``tokenizer=CHOICE`` asks of the trained one -> settings. ``named``: the choice, if it is
+    the experiment's own, whose settings there may have been others in training."""
+    if choice is None:
+        return {}
+    if _is_saved(root, "tokenizer", choice):  # for the other tools it is the trained one
+        return tokenizer_settings(tokenizer_folder(choice)) if tool == "evaluate" else {}
+    group = _read_yaml(_group_path(root, "tokenizer", choice))
+    return {"tokenizer": {"_target_": group["_target_"]} if choice == named else group}
+
+
+def _take_trained(config, folder, trained):
+    """Put the settings of what was trained in the place of the files', and say where they differ."""
+    if "tokenizer" in trained:
+        target = trained["tokenizer"]["_target_"]
+        known = {"_target_", *_parameters(find_target(target, "tokenizer"))}
+        trained["tokenizer"] = {name: value for name, value in trained["tokenizer"].items() if name in known}
+    before = {name: _resolved(config, name) for name in trained}
+    changed = [
+        f"{name}={one_line(new)} (the experiment says {one_line(old)})" for name, old, new in _unlike(before, trained)
+    ]
+    if changed:
+        logger.info("%s: taken as it was trained: %s", folder, ", ".join(changed))
+    for name, value in _to_config(trained, folder).items_ex(resolve=False):
+        config[name] = value
+
+
+def _take_encoded(config):
+    """Take the settings of the data that the run's cache was made with (stride, rate, split, ...), in the place of the
+    files', and say where they differ."""
+    root, data = cache_root(config), _resolved(config, "data")
+    if data is None or not (root / "train" / "manifest.json").is_file():
+        return
+    found = read_json(root / "train" / "manifest.json", MANIFEST_MB).get("data")
+    kind = str(data.get("_target_")).rpartition(".")[2].replace("_", "")
+    if not isinstance(found, dict) or str(found.get("type")).lower() != kind.lower():
+        return
+    encoded = {name: found[name] for name in found.keys() & data.keys() if not isinstance(found[name], dict)}
+    changed = [f"data.{name}={one_line(value)}" for name, value in sorted(encoded.items()) if value != data[name]]
+    if changed:
+        logger.info("%s: taken as it was encoded: %s", root, ", ".join(changed))
+    for name, value in _to_config(encoded, root).items_ex(resolve=False):
+        config.data[name] = value
+
+
+def _check_trained(config, folder, trained):
+    """Refuse a config that contradicts what it goes on from."""
+    for name, asked, found in _unlike({name: _resolved(config, name) for name in trained}, trained):
+        raise ConfigError(
+            f"{folder}: trained with {name}={found}, asked for {asked}; leave it out to take it as it is, train again "
+            "with overwrite=true, or use another run_dir"
+        )
+
+
+def _unlike(asked, trained):
+    """Settings whose values differ -> [(name, asked, trained)]; of unlike tokenizers the class alone."""
+    found = []
+    for name, value in trained.items():
+        if isinstance(value, dict) and isinstance(asked[name], dict):
+            inner = asked[name].get("_target_"), value["_target_"]
+            if inner[0] != inner[1]:
+                found.append((f"{name}._target_", *(str(target).rpartition(".")[2] for target in inner)))
+                continue
+            for key in value.keys() & asked[name].keys() - set(NOT_KEPT):
+                new, old = value[key], asked[name][key]
+                if isinstance(old, dict) and isinstance(new, dict):  # completed by the model
+                    new = {part: new.get(part) for part in old}
+                if new != old:
+                    found.append((f"{name}.{key}", old, new))
+        elif asked[name] is not None and asked[name] != value:
+            found.append((name, asked[name], value))
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def _resolved(config, name):
+    """A value of a config that is not checked yet, as plain Python."""
+    if name not in config:
+        return None
+    _measure(config._get_node(name), {})  # before anything is followed
+    value = OmegaConf.select(config, name)
+    return OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig | ListConfig) else value
+
+
+def cache_root(config):
+    """The folder of an experiment's latents cache, with one folder a split."""
+    return Path(config.run_dir, "latents") if config.cache.root is None else Path(config.cache.root)
 
 
 def _merge_section(merged, config, name, applied, section, source):
@@ -362,10 +515,14 @@ def _references(text, where):
     return keys
 
 
-def _check(config, experiment):
-    """Name a composed config, and make sure that it can be resolved and that its targets may stand where they do."""
+def _name(config, experiment):
     if config._get_node("name")._value() in (None, ""):
         config.name = Path(str(experiment)).stem
+
+
+def _check(config, experiment):
+    """Name a composed config, and make sure that it can be resolved and that its targets may stand where they do."""
+    _name(config, experiment)
     try:
         _measure(config, {})
         found = OmegaConf.to_container(config, resolve=True)
@@ -442,6 +599,17 @@ def _experiment_path(root, experiment):
             raise ConfigError(f"experiment file {path}: not found")
         return path
     return _group_path(root, "experiment", str(experiment))
+
+
+def _is_saved(root, group, choice):
+    """Whether a group's choice is no name but says where a trained tokenizer is."""
+    if group != "tokenizer" or choice is None:
+        return False
+    choice = str(choice)
+    named = _is_file(root / group / f"{choice}.yaml") and not (
+        choice.startswith((".", "/", "~")) and os.path.isdir(os.path.expanduser(choice))
+    )
+    return not named and is_location(choice)
 
 
 def _group_path(root, group, choice):

@@ -22,6 +22,7 @@ except ImportError:  # not on Windows
 LOCK = ".lock"
 BEAT, SILENCE = 30, 300  # seconds: a lock's owner touches it this often; untouched for so long, it has none
 TEMPORARY = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
+MANIFEST_MB = 512  # the largest manifest: of half a million videos
 DEEPEST = 50  # levels of objects and lists in a JSON file
 ABANDONED = 24 * 3600  # seconds: an older temporary file is of no process, wherever that ran
 

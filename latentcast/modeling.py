@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
@@ -17,19 +16,13 @@ from torch.nn.modules.module import (
 )
 
 import latentcast
-from latentcast.config import instantiate, to_container
+from latentcast.config import instantiate
 from latentcast.files import update_digest, writing
-from latentcast.schemas import LatentSpec, Schema, Text, one_line, read_checked, short
+from latentcast.saved import CONFIG, PRIORS, TOKENIZERS, ModelConfig, used_tokenizer
+from latentcast.schemas import one_line, read_checked, short
 
-STAGES = ("latentcast.tokenizers.", "latentcast.priors.")
+STAGES = (TOKENIZERS, PRIORS)
 LARGEST = 2**24  # of a whole number in a config: no size, step or codebook comes near
-
-
-class ModelConfig(Schema):
-    """``config.json`` of a tokenizer or prior, beside the arguments of its class."""
-
-    class_name: Text = Field(alias="_class_name")
-    latent_spec: LatentSpec | None = None
 
 
 def adopt(cls):
@@ -48,7 +41,7 @@ class VideoModel(ModelMixin, ConfigMixin):
     arguments only; ``save_pretrained(folder)`` writes ``config.json`` and safetensors weights.
     """
 
-    config_name = "config.json"
+    config_name = CONFIG
     memory_format = torch.contiguous_format  # of the weights, also after loading
 
     def __init_subclass__(cls, **kwargs):
@@ -216,37 +209,25 @@ def eval_mode(*models):
 
 
 def find_tokenizer(config, run_dir):
-    """The tokenizer of an experiment: the trained one in ``run_dir/tokenizer``, else one that has nothing to learn.
+    """The tokenizer of an experiment: a trained one (see ``saved.used_tokenizer``), else one that has nothing to learn.
 
     Args:
-        config: the experiment, whose ``tokenizer`` group is built when it needs no training (PixelTokenizer, a
-            pretrained one). With a trained one, the group must have the settings that it was trained with, or be null.
+        config: the experiment, as ``load_config`` with ``go_on`` returns it, so that its settings are those of the
+            trained one. Where none is trained, its ``tokenizer`` group is built if it needs no training
+            (PixelTokenizer, a pretrained one).
         run_dir: folder of the experiment.
     Raises:
         FileNotFoundError: the tokenizer is to be trained first.
-        ValueError: the trained one has other settings than the experiment's.
+        ValueError, OSError: see ``saved.used_tokenizer``.
     """
-    folder = Path(run_dir) / "tokenizer"
-    if (folder / VideoModel.config_name).is_file():
-        tokenizer = load_model(folder)
-        asked = {} if config.tokenizer is None else to_container(config.tokenizer)
-        for name, value in asked.items():
-            if name == "_target_":
-                found, value = type(tokenizer).__name__, value.rpartition(".")[2]
-            else:
-                found = tokenizer.config.get(name, value)
-                if name in ("path", "subfolder"):  # where its weights came from is not kept
-                    found = value
-                elif isinstance(value, dict) and isinstance(found, dict):  # completed by the model
-                    found = {key: found.get(key) for key in value}
-            if found != value and name != "scaling_factor":  # which training sets
-                raise ValueError(
-                    f"{folder}: trained with tokenizer.{name}={found}, asked for {value}; train again with "
-                    "overwrite=true, use another run_dir, or take it as it is with tokenizer=null"
-                )
-        return tokenizer
+    folder = used_tokenizer(run_dir, config.tokenizer_dir)
+    if folder is not None:
+        return load_model(folder)
     if config.tokenizer is not None:
         tokenizer = instantiate(config.tokenizer)
         if not tokenizer.needs_training:
             return tokenizer.eval()
-    raise FileNotFoundError(f"{folder}: no trained tokenizer here; run tools/train_tokenizer.py first")
+    raise FileNotFoundError(
+        f"{Path(run_dir) / 'tokenizer'}: no trained tokenizer here; run tools/train_tokenizer.py first, or give one by "
+        "tokenizer=PATH"
+    )

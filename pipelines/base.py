@@ -2,23 +2,20 @@
 
 import contextlib
 import json
-import os
-from pathlib import Path
 from typing import Annotated, Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from huggingface_hub import snapshot_download
 from pydantic import AfterValidator, Field
 
 import latentcast
 from latentcast.files import writing
 from latentcast.modeling import adopt, pushing, saved_class
 from latentcast.progress import Bar
+from latentcast.saved import HUB_OPTIONS, download, find_folder
 from latentcast.schemas import Schema, Text, check, one_line, read_checked, short
 
 PUBLIC = "latentcast."  # before the class in model_index.json
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
 def _is_component(found):
@@ -71,13 +68,8 @@ class VideoPipeline(DiffusionPipeline):
             OSError: no such folder, no ``model_index.json``, or a component without weights or with damaged ones.
             ValueError: the folder holds another kind of pipeline.
         """
-        if os.path.isdir(path):
-            folder = Path(path)
-        elif Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
-            raise NotADirectoryError(f"pipeline {path}: not a folder")
-        else:
-            folder = Path(cls.download(str(path), **kwargs))
-            kwargs = {key: value for key, value in kwargs.items() if key not in HUB_OPTIONS}
+        folder = find_folder(path, "pipeline", **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        kwargs = {key: value for key, value in kwargs.items() if key not in HUB_OPTIONS}
         index_file = folder / cls.config_name
         if not index_file.is_file():
             raise FileNotFoundError(f"pipeline {folder}: no {cls.config_name} in it")
@@ -132,9 +124,4 @@ class VideoPipeline(DiffusionPipeline):
     @classmethod
     def download(cls, pretrained_model_name, **kwargs):
         """Fetch ``owner/name`` from the hub -> folder. (diffusers refuses components of packages it does not know.)"""
-        options = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
-        try:
-            return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **options)
-        except (OSError, ValueError) as error:  # what huggingface_hub and its network libraries raise
-            reason = str(error).strip().splitlines()[0]
-            raise OSError(f"pipeline {pretrained_model_name}: not a folder, and not on the hub ({reason})") from None
+        return download(pretrained_model_name, "pipeline", **kwargs)

@@ -479,3 +479,11 @@ def test_every_experiment_is_built(experiment, video_folder, tmp_path, monkeypat
     assert trainer.max_steps == config.trainer.max_steps
     clip = instantiate(config.data)(split="train")[0]["frames"]
     assert clip.shape == (config.clip_length, config.channels, config.frame_size, config.frame_size)
+
+
+def test_another_prior_drops_the_options_of_its_sampler():
+    assert "temperature" in load_config("quickstart", tool="train_prior").preview.sampler
+    config = load_config("quickstart", ["prior=residual_diffusion", "preview.num_samples=3"], tool="train_prior")
+    assert config.preview.sampler == {} and config.preview.num_samples == 3
+    config = load_config("quickstart", ["prior=residual_diffusion", "preview.sampler={n_steps: 4}"], tool="train_prior")
+    assert config.preview.sampler == {"n_steps": 4}

@@ -6,12 +6,11 @@ import shutil
 import diffusers
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_latent_cache import Noise
 from tiny import SMALL_DIFFUSERS, random_frames, small_diffusers
 
-from latentcast import DiffusersTokenizer, LatentCacheDataset, load_model
+from latentcast import DiffusersTokenizer, LatentCacheDataset, load_config, load_model
 from latentcast.data.encoding import encode_dataset
 from latentcast.modeling import find_tokenizer
 
@@ -194,12 +193,12 @@ def test_a_trained_one_is_found_by_the_settings_it_was_made_with(tmp_path, by):
     else:
         settings = {"autoencoder": {"_class_name": "AutoencoderTiny", "latent_channels": 3}}
     DiffusersTokenizer(**settings, **SIZES).save_pretrained(tmp_path / "tokenizer")
-    asked = {"_target_": "latentcast.DiffusersTokenizer"} | settings | SIZES
-    found = find_tokenizer(OmegaConf.create({"tokenizer": asked}), tmp_path)
-    assert isinstance(found, DiffusersTokenizer)
-    asked["autoencoder"] = {"_class_name": "AutoencoderTiny", "latent_channels": 5}
+    experiment = {"name": "x", "run_dir": str(tmp_path), "defaults": {"tokenizer": "diffusers"}}
+    asked = [f"tokenizer.path={settings['path']}"] if by == "path" else ["tokenizer.autoencoder.latent_channels=3"]
+    config = load_config(experiment, asked, go_on=True, tool="encode_dataset")
+    assert isinstance(find_tokenizer(config, tmp_path), DiffusersTokenizer) and config.frame_size == 16
     with pytest.raises(ValueError, match=r"trained with tokenizer.autoencoder=.*, asked for .*5"):
-        find_tokenizer(OmegaConf.create({"tokenizer": asked}), tmp_path)
+        load_config(experiment, ["tokenizer.autoencoder.latent_channels=5"], go_on=True, tool="encode_dataset")
 
 
 # What cannot be loaded

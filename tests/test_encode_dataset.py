@@ -141,10 +141,10 @@ def test_another_tokenizer_or_size_is_refused(encoded, tmp_path):
     first = load_model(folder / "run" / "tokenizer")
     with pytest.raises(ValueError, match=f"made with tokenizer {fingerprint(first)}, asked for {fingerprint(other)}"):
         call_tool("encode_dataset", tmp_path, *SHARDS)
-    with pytest.raises(ValueError, match=r"run/tokenizer: trained with tokenizer.height=16, asked for 64"):
+    with pytest.raises(ValueError, match=r"run/tokenizer: trained with frame_size=16, asked for 64; leave it out"):
         call_tool("encode_dataset", tmp_path, *SHARDS, "frame_size=64")
     with pytest.raises(ValueError, match=r"\(C, H, W\) = \(1, 16, 16\), the data set serves \(1, 64, 64\)"):
-        call_tool("encode_dataset", tmp_path, *SHARDS, "frame_size=64", "tokenizer=null")
+        call_tool("encode_dataset", tmp_path, *SHARDS, "data.size=64")
     with pytest.raises(ValueError, match=r"made with data.video_length 6, asked for 7"):
         call_tool("encode_dataset", folder, *SHARDS, "data.video_length=7")
     assert contents(folder / "run" / "latents") == before
@@ -157,7 +157,10 @@ def test_an_untrained_tokenizer_is_one_line(tmp_path, monkeypatch, capsys):
         runpy.run_path(str(TOOLS / "encode_dataset.py"), run_name="__main__")
     out, err = capsys.readouterr()
     assert (exit.value.code, out) == (1, "")
-    assert err == f"error: {tmp_path}/run/tokenizer: no trained tokenizer here; run tools/train_tokenizer.py first\n"
+    assert err == (
+        f"error: {tmp_path}/run/tokenizer: no trained tokenizer here; run tools/train_tokenizer.py first, or give one "
+        "by tokenizer=PATH\n"
+    )
 
 
 def test_a_folder_of_videos_without_a_val_split(tmp_path, video_folder, caplog):

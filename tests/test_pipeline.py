@@ -535,7 +535,7 @@ def test_a_name_on_the_hub_is_fetched(saved, monkeypatch):
         asked.update(options, name=name)
         return str(saved)
 
-    monkeypatch.setattr("latentcast.pipelines.base.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     loaded = VideoPredictionPipeline.from_pretrained("someone/videos", revision="v1", dtype=torch.float32)
     assert type(loaded.prior) is VideoTransformer
     assert asked == {"name": "someone/videos", "revision": "v1", "allow_patterns": ["*.json", "*.safetensors"]}
@@ -543,5 +543,5 @@ def test_a_name_on_the_hub_is_fetched(saved, monkeypatch):
     def unreachable(name, **options):
         raise OSError("offline\nand more")
 
-    monkeypatch.setattr("latentcast.pipelines.base.snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     assert refused("someone/videos") == "pipeline someone/videos: not a folder, and not on the hub (offline)"

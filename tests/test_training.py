@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from skimage.metrics import structural_similarity
 from tiny import SMALL_TRANSFORMER, random_frames, tiny_tokenizer
 from tiny_experiment import N_CLIPS, call_tool, tiny_config
 from torch import nn
@@ -32,7 +33,7 @@ from latentcast import (
     probe,
 )
 from latentcast.cli import UserError
-from latentcast.config import to_container
+from latentcast.config import config_root, to_container
 from latentcast.modeling import fingerprint
 from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
 from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, WeightAverage
@@ -504,6 +505,66 @@ def test_curves_have_units_the_learning_rate_and_scales_and_nothing_is_cut_off(t
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant_with_warmup"])
+def test_a_warm_up_is_a_fraction_of_the_run_or_so_many_steps(tmp_path, schedule):
+    for steps, value, expected in (
+        (8, 0.5, [0, 0.0025, 0.005, 0.0075, 0.01]),
+        (8, 2, [0, 0.005, 0.01]),
+        (4, 0.5, [0, 0.005, 0.01]),
+    ):
+        options = [f"trainer.max_steps={steps}", f"lr_scheduler.num_warmup_steps={value}", "overwrite=true"]
+        _, _, run = fit(tiny_config(tmp_path, *options, f"lr_scheduler.name={schedule}", "optimizer.lr=.01"))
+        rates = [rate for _, rate in curves(run)["lr-AdamW"]]
+        assert len(rates) == steps and rates[: len(expected)] == pytest.approx(expected)
+
+
+def test_a_warm_up_that_ends_after_the_run_is_refused_and_costs_nothing(tmp_path):
+    _, _, run = fit(tiny_config(tmp_path))
+    before = run.last.read_bytes()
+    options = ["lr_scheduler.name=cosine", "overwrite=true"]
+    for value, message in {
+        "5": "expected at most the 4 steps of the run, .*, found 5; below 1 it is a fraction",
+        "1.5": "expected a whole number of steps, or a fraction of the run below 1, found 1.5",
+        "-1": "expected a whole number of steps, or a fraction .*, found -1",
+        "true": "expected a number, found True",
+    }.items():
+        with pytest.raises(ValueError, match=f"^lr_scheduler.num_warmup_steps: {message}"):
+            fit(tiny_config(tmp_path, *options, f"lr_scheduler.num_warmup_steps={value}"))
+    with pytest.raises(ValueError, match=r"0.5 of the run, which has no end; give steps, or trainer.max_steps"):
+        endless = ["trainer.max_steps=-1", "trainer.max_epochs=-1", "lr_scheduler.name=constant_with_warmup"]
+        fit(tiny_config(tmp_path, *options, *endless, "lr_scheduler.num_warmup_steps=0.5"))
+    assert run.last.read_bytes() == before
+
+
+def test_no_experiment_warms_up_past_a_short_run():
+    """But for those with the steps that were published."""
+    for path in (config_root() / "experiment").rglob("*.yaml"):
+        for tool in ("train_tokenizer", "train_prior"):
+            config = load_config(path, tool=tool)
+            published = path.stem.startswith("stdiff_") and config.trainer and config.trainer.max_steps == -1
+            assert published or config.lr_scheduler.num_warmup_steps < 1, path
+
+
+def test_a_short_run_logs_its_loss_and_stage_one_says_how_good_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENTCAST_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found, module, run = fit(tiny_config(tmp_path, "trainer.log_every_n_steps=50", "trainer.max_steps=20"))
+    figures = curves(run)
+    assert [step for step, _ in figures["train/loss"]] == list(range(1, 20, 2))
+    assert found["val"].keys() >= {"loss", "psnr", "ssim"} and "lpips" not in found["val"]  # no weights at hand
+    data = instantiate(tiny_config(tmp_path).data)(split="val")
+    clips = torch.stack([data[i]["frames"] for i in range(8)])
+    with torch.no_grad():
+        reconstruction = module.model.eval()(clips).frames
+    error = (clips - reconstruction).square().mean((2, 3, 4)) / 4
+    assert found["val"]["psnr"] == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-3)
+    options = {"data_range": 1, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    pairs = zip(*((frames.flatten(0, 2).numpy() + 1) / 2 for frames in (clips, reconstruction)))
+    expected = [structural_similarity(*pair, **options) for pair in pairs]
+    assert found["val"]["ssim"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert dict(figures["val/psnr"])[19] == pytest.approx(found["val"]["psnr"], abs=1e-3)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

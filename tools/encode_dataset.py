@@ -1,10 +1,11 @@
 """Between the stages: encode a data set with the trained tokenizer into ``run_dir/latents/{train,val,test}``.
 
+What is stored follows from the experiment's prior, unless ``cache.store`` says it.
+
 Continues what an earlier run left. Several GPUs: ``torchrun --nproc-per-node N tools/encode_dataset.py EXPERIMENT``.
 """
 
 import logging
-from pathlib import Path
 
 from latentcast.cli import UserError, experiment_parser, prepare_run_dir, run_tool
 
@@ -12,10 +13,12 @@ logger = logging.getLogger("latentcast")
 
 
 def main(args):
-    from latentcast.config import load_config
+    from latentcast.config import cache_root, instantiate, load_config
 
-    config = load_config(args.experiment, args.overrides, tool="encode_dataset")
-    from latentcast.data.encoding import encode_dataset  # which takes seconds: mistakes in the config show before
+    config = load_config(args.experiment, args.overrides, tool="encode_dataset", go_on=True)
+    from latentcast.data.base import match_conditions  # which takes seconds: mistakes in the config show before
+    from latentcast.data.encoding import encode_dataset
+    from latentcast.data.latent_cache import choose_store
     from latentcast.distributed import process_group, rank_zero_first
     from latentcast.modeling import find_tokenizer
 
@@ -23,15 +26,25 @@ def main(args):
         return verify(config)
     run_dir = prepare_run_dir(config.run_dir)
     tokenizer = find_tokenizer(config, run_dir)
-    options = {name: value for name, value in config.cache.items() if name not in ("splits", "sample_posterior")}
+    spec = tokenizer.latent_spec
+    prior = None if config.prior is None else instantiate(config.prior, latent_spec=spec)
+    if spec["kind"] == "pixels":
+        logger.warning(
+            "%s: tools/train_prior.py takes pixels from the videos and needs no cache", type(tokenizer).__name__
+        )
+    not_its = ("root", "splits", "sample_posterior")
+    options = {name: value for name, value in config.cache.items() if name not in not_its}
     figures = {}
     with process_group():
         for split in config.cache.splits:
             with rank_zero_first():  # a data set may write an index or download when it is built
                 dataset = open_split(config, split)
             if dataset is not None:
-                root = run_dir / "latents" / split
+                root = cache_root(config) / split
                 loading = {"num_workers": config.num_workers, "read_timeout": config.read_timeout}
+                if prior is not None and prior.accepts != "pixels":
+                    match_conditions(prior.conditions, type(prior).__name__, dataset.conditions, "the data set")
+                    options["store"] = choose_store(config.cache.store, prior, tokenizer, root, config.cache.overwrite)
                 figures[split] = encode_dataset(dataset, tokenizer, root, **loading, **options)
     return {"splits": figures}
 
@@ -54,9 +67,10 @@ def open_split(config, split):
 
 def verify(config):
     """Compare every shard of the splits that are encoded with its checksum."""
+    from latentcast.config import cache_root
     from latentcast.data.latent_cache import verify_cache
 
-    root = Path(config.run_dir) / "latents"
+    root = cache_root(config)
     splits = [split for split in config.cache.splits if (root / split).is_dir()]
     if not splits:
         raise UserError(f"{root}: no latents cache here; run tools/encode_dataset.py")

@@ -96,7 +96,7 @@ def choose(args):
             raise UserError(f"expected one EXPERIMENT (or --pipeline DIR --data NAME), found {len(experiments)}")
         if args.data:
             overrides.append(f"data={args.data}")
-        config = load_config(experiments[0], overrides, tool="evaluate")
+        config = load_config(experiments[0], overrides, tool="evaluate", go_on=True)
         return config, Path(config.run_dir) / "pipeline"
     if experiments or not args.data:
         raise UserError("--pipeline DIR goes with --data NAME and without an EXPERIMENT")

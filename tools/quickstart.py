@@ -43,7 +43,7 @@ def show(overrides):
     from latentcast.files import write_json
     from latentcast.metrics import psnr
 
-    config = load_config(EXPERIMENT, overrides, tool="evaluate")
+    config = load_config(EXPERIMENT, overrides, tool="evaluate", go_on=True)
     run_dir = Path(config.run_dir)
     results = read_result(run_dir / "metrics" / f"{config.protocol.name}.json")
     metrics = results["metrics"]

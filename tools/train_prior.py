@@ -9,9 +9,9 @@ from latentcast.cli import experiment_parser, run_tool
 def main(args):
     from latentcast.config import load_config
 
-    config = load_config(args.experiment, args.overrides, tool="train_prior")
+    config = load_config(args.experiment, args.overrides, tool="train_prior", go_on=True)
     if config.joint:
-        config = load_config(args.experiment, args.overrides, tool="train_jointly")
+        config = load_config(args.experiment, args.overrides, tool="train_jointly", go_on=True)
     from latentcast.training.run import TrainingRun  # which takes seconds: mistakes in the config show before
 
     with TrainingRun.open(config, "joint" if config.joint else "prior") as run:
@@ -40,7 +40,7 @@ def train(config, run):
     videos = VideoDataModule(
         instantiate(config.data), config.batch_size, config.num_workers, config.seed, config.read_timeout
     )
-    data = videos if over_frames else open_cache(config, run.run_dir, tokenizer, prior, videos)
+    data = videos if over_frames else open_cache(config, tokenizer, prior, videos)
     match_conditions(prior.conditions, type(prior).__name__, data.train_set.conditions, "the data set")
     clips, fps = preview_clips(videos, config.preview.n_clips)
     sampler = to_container(config.preview.sampler)
@@ -76,7 +76,7 @@ def train(config, run):
             start_from(prior, run.run_dir / "prior")
         module = JointModule(prior, tokenizer, **settings, **to_container(config.joint_training))
     else:
-        module = PriorModule(prior, **settings, tokenizer=tokenizer if over_frames else None)
+        module = PriorModule(prior, **settings, tokenizer=tokenizer)
     figures = run.fit(module, data, [preview, CollapseMonitor()])
     pipeline_dir = run.run_dir / "pipeline"
     if module.trainer.is_global_zero:
@@ -90,15 +90,19 @@ def train(config, run):
     return figures | {name: str(path) for name, path in saved.items()}
 
 
-def open_cache(config, run_dir, tokenizer, prior, videos):
+def open_cache(config, tokenizer, prior, videos):
     """The latents cache, made sure to be what the tokenizer gives for the experiment's videos."""
     from latentcast.cli import UserError
+    from latentcast.config import cache_root
     from latentcast.data.datamodules import LatentDataModule
+    from latentcast.data.latent_cache import SERVING
     from latentcast.modeling import fingerprint
 
-    root = run_dir / "latents"
+    root = cache_root(config)
     if not (root / "train").is_dir():
-        raise UserError(f"{root / 'train'}: no latents cache here; run tools/encode_dataset.py first")
+        raise UserError(
+            f"{root / 'train'}: no latents cache here; run tools/encode_dataset.py first, or give one: cache.root=PATH"
+        )
     expect = {"tokenizer_fingerprint": fingerprint(tokenizer), "latent_spec": tokenizer.latent_spec}
     data = LatentDataModule(
         root,
@@ -113,10 +117,10 @@ def open_cache(config, run_dir, tokenizer, prior, videos):
     for cached, source in ((data.train_set, videos.train_set), (data.val_set, videos.val_set)):
         if cached is not None and source is not None:
             cached.expect(data=source.describe())
-            if cached.space != prior.accepts:
+            if cached.manifest["store"] not in SERVING[prior.accepts]:
                 raise UserError(
                     f"{cached.root}: it holds {cached.space}, and {type(prior).__name__} takes "
-                    f"{prior.accepts}; encode again with cache.store={prior.accepts} cache.overwrite=true"
+                    f"{prior.accepts}; encode again with cache.overwrite=true, or elsewhere by cache.root=PATH"
                 )
     return data
 

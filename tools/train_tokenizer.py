@@ -1,4 +1,7 @@
-"""Stage one: train a frame tokenizer and save it in ``run_dir/tokenizer``."""
+"""Stage one: train a frame tokenizer and save it in ``run_dir/tokenizer``.
+
+With ``tokenizer=PATH``: go on with the weights of one that is trained already.
+"""
 
 from latentcast.cli import UserError, experiment_parser, run_tool
 
@@ -20,12 +23,17 @@ def train(config, run):
 
     from latentcast.config import instantiate, to_container
     from latentcast.data.datamodules import VideoDataModule
+    from latentcast.modeling import load_model
+    from latentcast.saved import tokenizer_folder
     from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview
     from latentcast.training.run import preview_clips
     from latentcast.training.tokenizer_module import TokenizerModule
 
     seed_everything(config.seed)
-    tokenizer = instantiate(config.tokenizer)
+    if config.tokenizer_dir is None:
+        tokenizer = instantiate(config.tokenizer)
+    else:
+        tokenizer = load_model(tokenizer_folder(config.tokenizer_dir)).train()
     if next(tokenizer.parameters(), None) is None:
         raise UserError(f"{type(tokenizer).__name__} has nothing to learn; go on with tools/train_prior.py")
     data = VideoDataModule(

@@ -45,8 +45,10 @@ KIND = shards.Kind(
     version=2,
     job=CacheJob,
     tool="tools/encode_dataset.py",
-    replace="set cache.overwrite=true to replace it, or use another run_dir",
+    replace="set cache.overwrite=true to replace it, or use another run_dir or cache.root",
 )
+# What a prior accepts -> what a cache may store for it, the best first. Codes are looked up in the codebooks.
+SERVING = {"codes": ("codes",), "latents": ("posterior", "latents", "codes")}
 STORES = ("auto", "codes", "latents", "posterior")
 LATENT_DTYPES = ("float32", "bfloat16", "float16")
 # A shard is what a killed run may lose and what ranks take turns at; each is a file that training holds open.
@@ -265,6 +267,34 @@ def read_manifest(root):
 def verify_cache(root):
     """Compare every shard of a finished cache with its checksum; returns the number of shards, raises ValueError."""
     return shards.verify(root, KIND)
+
+
+def choose_store(store, prior, tokenizer, root, overwrite=False):
+    """What a cache in ``root`` is to store for a prior -> "codes", "latents" or "posterior".
+
+    Args:
+        store: what is asked for. "auto": what the cache that stands there stores, if that serves the prior; else what
+            the prior accepts, latents as posteriors where the tokenizer has them.
+        prior, tokenizer: the models; the prior is over codes or latents.
+        overwrite: a cache that stands there does not count.
+    Raises:
+        ValueError: ``store`` does not serve the prior, or the tokenizer cannot.
+    """
+    serving, name = SERVING[prior.accepts], type(prior).__name__
+    if prior.accepts == "codes" and not tokenizer.is_discrete:
+        raise ValueError(
+            f"prior: {name} takes codes, {type(tokenizer).__name__} has none; choose another by prior=NAME"
+        )
+    if store in serving or store not in STORES:
+        return store
+    if store != "auto":
+        raise ValueError(
+            f"cache.store: {name} takes {prior.accepts}; expected auto or {' or '.join(serving)}, found {store}"
+        )
+    standing = None if overwrite else shards.standing_job(Path(root), KIND)
+    if standing is not None and standing.get("store") in serving:
+        return standing["store"]
+    return serving[0] if prior.accepts == "codes" or tokenizer.has_posterior else "latents"
 
 
 def _layout(latent_spec, store, dtype):

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from ..files import file_sha256, read_json, temporary_path, write_json, writing
+from ..files import MANIFEST_MB, file_sha256, read_json, temporary_path, write_json, writing
 from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, read_checked, short
 from .base import EmptySplitError, VideoEntry
 
@@ -42,7 +42,6 @@ UNKNOWN_LENGTH = 10**10  # frames that room is kept for in a header when a video
 OPEN_FILES = 256  # mapped by one reader at a time
 KEPT = "; finished shards are kept, a re-run resumes"
 ALIGNMENT = 8  # bytes; mapped tensors of any type start at multiples of their items
-MANIFEST_MB = 512  # of half a million videos
 
 Shape = Annotated[list[Count], Field(max_length=8)]
 DType = Literal[tuple(DTYPES)]

@@ -273,6 +273,15 @@ class ValidationInterval(Callback):
             trainer.check_val_every_n_epoch = max(1, math.ceil(least / n_batches))
 
 
+class LogInterval(Callback):
+    """Makes a run that is too short to log its figures twice, by ``log_every_n_steps``, do it ten times."""
+
+    def on_train_start(self, trainer, pl_module):
+        steps = trainer.estimated_stepping_batches
+        if trainer.log_every_n_steps > steps / 2:
+            trainer.log_every_n_steps = max(1, int(steps) // 10)
+
+
 class CodebookMonitor(Callback):
     """Logs usage, perplexity and dead fraction of every codebook, counted from 1 as the priors' bits are: in training
     over each epoch, or the short epochs that share a validation, and over each validation.

@@ -89,6 +89,8 @@ def check_options(path, before, now, stage, same_data=False):
     if not before or not now:
         return
     others = {"tokenizer": ("prior", "n_context", "joint_training"), "prior": ("joint_training",), "joint": ()}[stage]
+    if stage != "tokenizer":
+        others += ("tokenizer_dir",)  # the same one may lie elsewhere; its identity is compared
     if stage != "tokenizer" and None in (before.get("tokenizer"), now.get("tokenizer")):
         others += ("tokenizer",)  # taken as it stands in run_dir
     before, now = flattened(before), flattened(now)

@@ -9,7 +9,10 @@ import pytorch_lightning as pl
 import torch
 from diffusers.optimization import get_scheduler
 
+from latentcast.config import is_whole, one_line
 from latentcast.modeling import eval_mode
+
+WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules
 
 
 class TrainingModule(pl.LightningModule):
@@ -18,7 +21,8 @@ class TrainingModule(pl.LightningModule):
     Args:
         model: a FrameTokenizer or a Prior.
         optimizer: callable, parameters -> torch optimizer (``instantiate`` of a config with ``_partial_: true``).
-        lr_scheduler: arguments of ``diffusers.optimization.get_scheduler``; stepped once an optimizer step.
+        lr_scheduler: arguments of ``diffusers.optimization.get_scheduler``; stepped once an optimizer step. Of a
+            ``num_warmup_steps`` below 1 the warm-up is that fraction of the run.
         config: the experiment as plain Python (JSON-able), kept in checkpoints and sent to the loggers.
     """
 
@@ -32,7 +36,7 @@ class TrainingModule(pl.LightningModule):
         self.save_hyperparameters(config or {})
         self._loss = None  # summed over the batches of one optimizer step
         self._batch = None  # the last of them
-        self._build_optimizer(1)  # so that a mistake in the settings shows now
+        self._build_optimizer()  # so that a mistake in the settings shows now
 
     def compute(self, batch):
         """batch -> the model's output, which has ``loss`` and ``logs``."""
@@ -51,11 +55,15 @@ class TrainingModule(pl.LightningModule):
         """One batch -> the same dict."""
         output = self.compute(batch)
         size = next(iter(batch.values())).shape[0]
-        figures = {"loss": output.loss, **output.logs}
+        figures = {"loss": output.loss, **output.logs, **self.quality(batch, output)}
         self.log_dict({f"val/{name}": value for name, value in figures.items()}, batch_size=size, sync_dist=True)
         # Lightning logs under the step of this name: that of the last training step, after the end of the run too.
         self.log("step", float(self.trainer.global_step - 1), batch_size=size, sync_dist=True)
         return {"loss": output.loss, "codes": output.get("codes")}
+
+    def quality(self, batch, output):
+        """Figures of what a validation's batch has come to, beside the model's own: name -> number."""
+        return {}
 
     def on_before_optimizer_step(self, optimizer):
         """Log the gradient norm; stop before a loss or gradient that is not finite reaches the weights."""
@@ -100,7 +108,7 @@ class TrainingModule(pl.LightningModule):
 
     def configure_optimizers(self):
         steps = self.trainer.estimated_stepping_batches
-        return self._build_optimizer(None if math.isinf(steps) else int(steps))
+        return self._build_optimizer(steps if math.isinf(steps) else int(steps))
 
     def on_train_start(self):
         """A resumed run takes learning rate, schedule and weight decay of its own config; Lightning has restored those
@@ -118,12 +126,48 @@ class TrainingModule(pl.LightningModule):
                 group["lr"] = rate
             scheduler._last_lr = rates
 
-    def _build_optimizer(self, n_steps):
+    def _build_optimizer(self, n_steps=None):
+        """``n_steps``: of the run, infinity where it has no end; None: not known yet, nothing is trained by it."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = get_scheduler(optimizer=optimizer, num_training_steps=n_steps, **self.lr_scheduler)
+        options = dict(self.lr_scheduler)
+        if "num_warmup_steps" in options:
+            options["num_warmup_steps"] = warmup_steps(options["num_warmup_steps"], options.get("name"), n_steps)
+        length = 1 if n_steps is None else None if math.isinf(n_steps) else n_steps
+        scheduler = get_scheduler(optimizer=optimizer, num_training_steps=length, **options)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def warmup_steps(value, schedule, n_steps):
+    """The number of steps in which the learning rate rises.
+
+    Args:
+        value: ``lr_scheduler.num_warmup_steps``: steps, or below 1 a fraction of the run.
+        schedule: name of the schedule; some have no warm-up.
+        n_steps: of the run, infinity where it has no end; None: not known yet.
+    Raises:
+        ValueError: no such number, more steps than the run has, or a fraction of a run without an end.
+    """
+    if not (is_whole(value, 0) or (isinstance(value, float) and 0 <= value < 1)):
+        raise ValueError(
+            "lr_scheduler.num_warmup_steps: expected a whole number of steps, or a fraction of the run below 1, found "
+            f"{one_line(value)}"
+        )
+    if schedule in WITHOUT_WARMUP or n_steps is None:
+        return 0
+    if not is_whole(value):
+        if math.isinf(n_steps):
+            raise ValueError(
+                f"lr_scheduler.num_warmup_steps: {value} of the run, which has no end; give steps, or trainer.max_steps"
+            )
+        value = round(value * n_steps)
+    if value > n_steps:
+        raise ValueError(
+            f"lr_scheduler.num_warmup_steps: expected at most the {n_steps} steps of the run, whose learning rate is "
+            f"never reached else, found {value}; below 1 it is a fraction of the run"
+        )
+    return value
 
 
 def _tensors(output):

@@ -17,8 +17,8 @@ class PriorModule(TrainingModule):
     Args:
         model, optimizer, lr_scheduler, config: see TrainingModule.
         n_context: context frames, which the loss skips.
-        tokenizer: turns batches of frames into codes or latents as they come; not trained, not saved. For
-            PixelTokenizer, whose codes are not worth a cache.
+        tokenizer: turns what batches hold into what the prior accepts, as they come: frames, which for PixelTokenizer
+            are not worth a cache, into codes or latents, and a cache's codes into latents. Not trained, not saved.
     """
 
     stage = "prior"
@@ -26,7 +26,7 @@ class PriorModule(TrainingModule):
     def __init__(self, model, optimizer, lr_scheduler=None, n_context=1, tokenizer=None, config=None):
         super().__init__(model, optimizer, lr_scheduler, config)
         self.n_context = n_context
-        self._encode = tokenizer.encode if tokenizer is not None else None  # a method: not one of the submodules
+        self._tokenizer = [tokenizer]  # in a list: not one of the submodules
 
     def on_fit_start(self):
         """Let the prior look at some clips before it is trained, the same on every rank; a resumed one has done so."""
@@ -54,7 +54,12 @@ class PriorModule(TrainingModule):
         kind = self.model.accepts
         if kind == "pixels":
             return batch["frames"]
-        if self._encode is None:
+        if kind in batch:
             return batch[kind]
+        (tokenizer,) = self._tokenizer
         with torch.no_grad():
-            return self._encode(batch["frames"])[kind]
+            if "frames" in batch:
+                return tokenizer.encode(batch["frames"])[kind]
+            codes = batch["codes"]
+            with torch.autocast(codes.device.type, enabled=False):  # the latents that a cache would hold
+                return tokenizer.to(codes.device).codes_to_latents(codes)

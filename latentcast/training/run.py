@@ -25,6 +25,7 @@ from latentcast.yaml_text import dump
 
 from .callbacks import (
     LastCheckpoint,
+    LogInterval,
     StepSeed,
     Throughput,
     ValidationInterval,
@@ -174,6 +175,7 @@ class TrainingRun:
                 *([average] if average else []),
                 StepSeed(config.seed),
                 ValidationInterval(config.least_steps_between_val),
+                LogInterval(),
                 Throughput(),
                 LearningRateMonitor("step"),
                 *callbacks,
