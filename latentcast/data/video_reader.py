@@ -228,7 +228,7 @@ def iter_clip(path, size=None, frame_stride=1, fps=None, resample="bilinear", ch
 def neat_rate(rate):
     """A frame rate without the last digits that measuring and dividing leave: 25 for 24.999999999999996."""
     neat = float(Fraction(rate).limit_denominator(1001))
-    return neat if abs(neat - rate) < 1e-7 * rate else rate
+    return neat if abs(neat - rate) < 1e-7 * rate else round(rate, 9)
 
 
 def too_slow(rate, fps):
@@ -596,7 +596,7 @@ class _Scan:
         span = sum(s if 0 < s <= gap else step for s in steps)
         if steps and not even and all(0 < s <= gap for s in steps):
             span = (max(shown) - min(shown)) * self.base * len(steps) / max(1, len(shown) - 1)
-        rate = round(len(steps) / span, 9) if span > 0 else self.stated
+        rate = neat_rate(len(steps) / span) if span > 0 else self.stated
         if even or rate >= MAX_RATE:
             even, rate = True, self.stated
         starts = () if even else _starts(packets, self.format in BY_TIME)
@@ -694,7 +694,7 @@ def _timeline(seconds, found):
     n = len(times)
     if found.even or n < 2:
         return found.rate, None, ()
-    rate = neat_rate(round((n - 1) / times[-1], 9))  # else it would hang on where a clock began
+    rate = neat_rate((n - 1) / times[-1])  # else it would hang on where a clock began
     even = all(abs(t * rate - i) < 0.5 for i, t in enumerate(times))
     return rate, None if even else tuple(round(t, 6) for t in times), tuple(cuts)
 
