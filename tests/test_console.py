@@ -21,7 +21,9 @@ RUN = (
 )
 
 
-def test_a_tool_says_what_runs_how_far_it_is_and_nothing_else(tmp_path):
+def test_a_tool_says_what_runs_how_far_it_is_and_nothing_else(tmp_path, monkeypatch):
+    for folder in ("LATENTCAST_WEIGHTS", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(folder, str(tmp_path / "none"))  # frames are too small for LPIPS, which is said
     status, _, err = run_tool("train_tokenizer", tmp_path, BAR, "wandb.mode=offline")
     assert status == 0
     expected = [
