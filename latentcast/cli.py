@@ -31,10 +31,10 @@ class _OneLine(logging.Formatter):
 
 
 class _NotOurs(logging.Filter):
-    """Leaves out what Lightning says of itself: devices that it looked for, tips, that steps are over."""
+    """Leaves out what libraries say of themselves: devices that Lightning looked for, tips, matplotlib's fonts."""
 
     def filter(self, record):
-        theirs = record.name.startswith(("pytorch_lightning", "lightning"))
+        theirs = record.name.startswith(("pytorch_lightning", "lightning", "matplotlib"))
         asked_for = record.name.startswith("pytorch_lightning.callbacks")
         return not theirs or asked_for or record.levelno >= logging.WARNING
 

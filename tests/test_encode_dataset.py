@@ -53,7 +53,11 @@ def encoded(tmp_path_factory):
 
 def test_encode_disk_decode_equals_forward(encoded):
     folder, figures, err = encoded
-    assert "5 of 5 shards to write, 144 frames as uint8 codes, 576 B" in err and "free" in err and "48 of 48 frames in" in err
+    assert (
+        "5 of 5 shards to write, 144 frames as uint8 codes, 576 B" in err
+        and "free" in err
+        and "48 of 48 frames in" in err
+    )
     tokenizer = load_model(folder / "run" / "tokenizer")
     n_videos = {"train": N_CLIPS, "val": 8, "test": 8}
     assert figures["splits"].keys() == n_videos.keys()
