@@ -2,9 +2,11 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import runpy
 import sys
+from multiprocessing import forkserver
 
 # Before torch is loaded, and for the processes that tests start too, whatever the environment says: on tiny tensors,
 # threads that wait for each other are ten times slower than one, and pytest-xdist keeps all cores busy already.
@@ -14,14 +16,16 @@ import pytest
 from tiny_experiment import TOOLS
 from video_files import counter_frames, cut_off, encode
 
-from latentcast.data.loading import worker_context
-
 
 @pytest.fixture(scope="session", autouse=True)
 def fork_server():
-    """In a run of many files: what the processes of loaders and ranks need is imported once, not by each of them."""
+    """In a run of many files: what the processes of loaders and ranks need is imported once, not by each of them.
+
+    Not by ``loading.worker_context``, whose processes do not hear the SIGTERM by which pools end theirs."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        worker_context("latentcast.training.run", "latentcast.zoo", "torch._dynamo", "sklearn.cluster", "pytest")
+        modules = ("latentcast.training.run", "latentcast.zoo", "torch._dynamo", "sklearn.cluster", "pytest")
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
