@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -193,21 +194,22 @@ class Trainer:
         say(f"{self.run.name}: {tool}.py {' '.join(arguments)}")
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "league.log", "a") as log:
-            child = psutil.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            seconds = 0.0
+            child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            process, noted = psutil.Process(child.pid), time.monotonic()
             try:
-                while child.poll() is None:
-                    seconds = max(seconds, cpu_seconds(child))
-                    if count:
-                        count(seconds)
-                    try:
-                        child.wait(SAVED_EVERY)
-                    except psutil.TimeoutExpired:
-                        continue
+                while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
+                    if count and time.monotonic() - noted >= SAVED_EVERY:
+                        count(cpu_seconds(process))
+                        noted = time.monotonic()
+                    time.sleep(0.2)
             except BaseException:
                 child.terminate()  # the tool saves its step
                 child.wait()
                 raise
+        _, status, usage = ended
+        child.returncode, seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+        if count:
+            count(seconds)
         if child.returncode:
             raise SystemExit(
                 f"{self.run.name}: {tool}.py ended with {child.returncode}; see {self.folder / 'league.log'}"
