@@ -119,6 +119,21 @@ class FrameTokenizer(VideoModel):
         ``frame_channels``, ``frame_height``, ``frame_width`` of the frames they stand for."""
         raise NotImplementedError
 
+    def spec_of(self, channels, height, width, codebook_sizes=(), **others):
+        """``latent_spec`` of latents of that size; ``others`` takes the place of what follows from the config."""
+        config = self.config
+        return {
+            "kind": "discrete" if codebook_sizes else "continuous",
+            "channels": channels,
+            "height": height,
+            "width": width,
+            "codebook_sizes": list(codebook_sizes),
+            "scaling_factor": config.get("scaling_factor", 1.0),
+            "frame_channels": config.get("in_channels"),
+            "frame_height": config.height,
+            "frame_width": config.width,
+        } | others
+
     @property
     def is_discrete(self):
         return len(self.latent_spec["codebook_sizes"]) > 0

@@ -96,18 +96,14 @@ class DiffusersTokenizer(FrameTokenizer):
 
     @property
     def latent_spec(self):
-        config, inner = self.config, self.network.config
-        return {
-            "kind": "discrete" if self._codebook is not None else "continuous",
-            "channels": self._codebook.embedding_dim if self._codebook is not None else inner.latent_channels,
-            "height": config.height // self._stride,
-            "width": config.width // self._stride,
-            "codebook_sizes": [] if self._codebook is None else [self._codebook.num_embeddings],
-            "scaling_factor": config.scaling_factor,
-            "frame_channels": inner.in_channels,
-            "frame_height": config.height,
-            "frame_width": config.width,
-        }
+        config, inner, codebook = self.config, self.network.config, self._codebook
+        return self.spec_of(
+            inner.latent_channels if codebook is None else codebook.embedding_dim,
+            config.height // self._stride,
+            config.width // self._stride,
+            [] if codebook is None else [codebook.num_embeddings],
+            frame_channels=inner.in_channels,
+        )
 
     def encode(self, frames):
         """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput; AutoencoderKL's latents are the means."""

@@ -72,17 +72,7 @@ class KLVAE(FrameTokenizer):
     @property
     def latent_spec(self):
         config = self.config
-        return {
-            "kind": "continuous",
-            "channels": config.latent_channels,
-            "height": config.height // self._stride,
-            "width": config.width // self._stride,
-            "codebook_sizes": [],
-            "scaling_factor": config.scaling_factor,
-            "frame_channels": config.in_channels,
-            "frame_height": config.height,
-            "frame_width": config.width,
-        }
+        return self.spec_of(config.latent_channels, config.height // self._stride, config.width // self._stride)
 
     def encode(self, frames):
         """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput: ``latents`` are the means, ``posterior`` both moments."""

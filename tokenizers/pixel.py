@@ -56,18 +56,9 @@ class PixelTokenizer(FrameTokenizer):
 
     @property
     def latent_spec(self):
-        channels, height, width = self.config.in_channels, self.config.height, self.config.width
-        return {
-            "kind": "pixels",
-            "channels": channels,
-            "height": height,
-            "width": width,
-            "codebook_sizes": [self.config.levels] * channels if self.config.levels else [],
-            "scaling_factor": 1.0,
-            "frame_channels": channels,
-            "frame_height": height,
-            "frame_width": width,
-        }
+        channels, levels = self.config.in_channels, self.config.levels
+        sizes = [levels] * channels if levels else []
+        return self.spec_of(channels, self.config.height, self.config.width, sizes, kind="pixels")
 
     def encode(self, frames):
         """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput; codes are (B, T, H, W, C), latents the frames, snapped."""

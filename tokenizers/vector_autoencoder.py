@@ -56,18 +56,7 @@ class VectorAutoencoder(FrameTokenizer):
 
     @property
     def latent_spec(self):
-        config = self.config
-        return {
-            "kind": "continuous",
-            "channels": config.embedding_dim,
-            "height": 1,
-            "width": 1,
-            "codebook_sizes": [],
-            "scaling_factor": config.scaling_factor,
-            "frame_channels": config.in_channels,
-            "frame_height": config.height,
-            "frame_width": config.width,
-        }
+        return self.spec_of(self.config.embedding_dim, 1, 1)
 
     def encode(self, frames):
         """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput with latents (B, T, D, 1, 1)."""

@@ -86,17 +86,8 @@ class ConvolutionalVQ(FrameTokenizer):
     @property
     def latent_spec(self):
         config = self.config
-        return {
-            "kind": "discrete",
-            "channels": config.embedding_dim,
-            "height": config.height // config.stride,
-            "width": config.width // config.stride,
-            "codebook_sizes": self.codebook_sizes,
-            "scaling_factor": config.scaling_factor,
-            "frame_channels": config.in_channels,
-            "frame_height": config.height,
-            "frame_width": config.width,
-        }
+        grid = config.height // config.stride, config.width // config.stride
+        return self.spec_of(config.embedding_dim, *grid, self.codebook_sizes)
 
     def encode(self, frames):
         """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput. Never changes the codebooks, in training mode neither."""

@@ -43,17 +43,7 @@ class MyTokenizer(FrameTokenizer):
     @property
     def latent_spec(self):
         config = self.config
-        return {
-            "kind": "continuous",
-            "channels": config.latent_channels,
-            "height": config.height // config.patch,
-            "width": config.width // config.patch,
-            "codebook_sizes": [],
-            "scaling_factor": config.scaling_factor,
-            "frame_channels": config.in_channels,
-            "frame_height": config.height,
-            "frame_width": config.width,
-        }
+        return self.spec_of(config.latent_channels, config.height // config.patch, config.width // config.patch)
 
     def encode(self, frames):
         """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput."""
