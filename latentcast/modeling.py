@@ -34,7 +34,32 @@ def adopt(cls):
         cls.__module__ = "latentcast"
 
 
-class VideoModel(ModelMixin, ConfigMixin):
+class SavedClearly:
+    """Before a class of diffusers that is saved or uploaded: its errors are one line that names the place."""
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in diffusers, with errors that name the folder."""
+        pushed = kwargs.get("push_to_hub")
+        upload = _pushing(kwargs.get("repo_id", save_directory)) if pushed else contextlib.nullcontext()
+        with writing(save_directory), upload:
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """As in diffusers, with an OSError of one line where the hub cannot be reached or refuses."""
+        with _pushing(repo_id):
+            return super().push_to_hub(repo_id, **kwargs)
+
+
+@contextlib.contextmanager
+def _pushing(repo_id):
+    """Upload to ``repo_id`` in the block; what huggingface_hub and its network libraries raise becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"push_to_hub {repo_id}: failed ({type(error).__name__}: {one_line(error, 200)})") from error
+
+
+class VideoModel(SavedClearly, ModelMixin, ConfigMixin):
     """A torch module that saves and loads like a diffusers model.
 
     Subclasses decorate ``__init__`` with ``diffusers.configuration_utils.register_to_config`` and take JSON-able
@@ -74,28 +99,6 @@ class VideoModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"expected the config of a {cls.__name__}, found one it cannot be built of ({found})"
             ) from error
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in diffusers, with errors that name the folder."""
-        upload = (
-            pushing(kwargs.get("repo_id", save_directory)) if kwargs.get("push_to_hub") else contextlib.nullcontext()
-        )
-        with writing(save_directory), upload:
-            super().save_pretrained(save_directory, *args, **kwargs)
-
-    def push_to_hub(self, repo_id, **kwargs):
-        """As in diffusers, with an OSError of one line where the hub cannot be reached or refuses."""
-        with pushing(repo_id):
-            return super().push_to_hub(repo_id, **kwargs)
-
-
-@contextlib.contextmanager
-def pushing(repo_id):
-    """Upload to ``repo_id`` in the block; what huggingface_hub and its network libraries raise becomes one line."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(f"push_to_hub {repo_id}: failed ({type(error).__name__}: {one_line(error, 200)})") from error
 
 
 @contextlib.contextmanager

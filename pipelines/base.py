@@ -9,8 +9,7 @@ from diffusers.utils import logging
 from pydantic import AfterValidator, Field
 
 import latentcast
-from latentcast.files import writing
-from latentcast.modeling import adopt, pushing, saved_class
+from latentcast.modeling import SavedClearly, adopt, saved_class
 from latentcast.progress import Bar
 from latentcast.saved import HUB_OPTIONS, download, find_folder
 from latentcast.schemas import Schema, Text, check, one_line, read_checked, short
@@ -48,7 +47,7 @@ def _without_bars():
             logging.enable_progress_bar()
 
 
-class VideoPipeline(DiffusionPipeline):
+class VideoPipeline(SavedClearly, DiffusionPipeline):
     """Saves, loads and moves as diffusers users expect; ``from_pretrained`` picks the class that was saved."""
 
     index_schema = PipelineIndex
@@ -107,19 +106,6 @@ class VideoPipeline(DiffusionPipeline):
         return Bar(
             iterable, total=total, **{"desc": "sampling", "unit": "step", **getattr(self, "_progress_bar_config", {})}
         )
-
-    def push_to_hub(self, repo_id, **kwargs):
-        """As in diffusers, with an OSError of one line where the hub cannot be reached or refuses."""
-        with pushing(repo_id):
-            return super().push_to_hub(repo_id, **kwargs)
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in diffusers, with errors that name the folder."""
-        upload = (
-            pushing(kwargs.get("repo_id", save_directory)) if kwargs.get("push_to_hub") else contextlib.nullcontext()
-        )
-        with writing(save_directory), upload:
-            super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def download(cls, pretrained_model_name, **kwargs):
