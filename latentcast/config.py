@@ -37,11 +37,7 @@ TOOLS = ("train_tokenizer", "encode_dataset", "train_prior", "train_jointly", "e
 ALLOW = "allow_targets"  # of the command line alone
 OPEN = "open"  # flag of mappings whose names only their reader knows: {} in base.yaml, and arguments that are mappings
 WHERE = ("name", "run_dir", "tokenizer_dir", "cache.root")  # keys that say where what was trained is
-NOT_KEPT = (
-    "path",
-    "subfolder",
-    "scaling_factor",
-)  # of a trained tokenizer: where its weights came from, what is fitted
+NOT_KEPT = ("path", "subfolder")  # of a trained tokenizer: where its weights came from
 REFERENCE = re.compile(r"\$\{(\.*[\w-]+(?:\.[\w-]+|\[\w+\])*)\}")
 
 

@@ -34,11 +34,11 @@ class Loader(DataLoader):
             except StopIteration:
                 return
             except Exception as error:
-                lost, until = self.dataset.lost(), time.monotonic() + SECONDS_TO_END
-                if isinstance(error, (ConnectionError, EOFError)):  # the batch was in the memory of a worker that ends
-                    while lost is None and time.monotonic() < until:
-                        time.sleep(0.1)
-                        lost = self.dataset.lost()
+                # The batch may have been in the memory of a worker that is about to end.
+                wait = SECONDS_TO_END if isinstance(error, (ConnectionError, EOFError)) else 0
+                until = time.monotonic() + wait
+                while (lost := self.dataset.lost()) is None and time.monotonic() < until:
+                    time.sleep(0.1)
                 if lost is None:
                     raise
                 end_workers()
