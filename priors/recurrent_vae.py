@@ -159,13 +159,13 @@ class RecurrentVAE(Prior):
 
         # Frame t has the features of the frame before it, and after the context those of the last observed one.
         n_shown = T - 1 if self.config.last_frame_skip else n_context
-        source = torch.arange(T - 1, device=clip.device).clamp(max=n_shown - 1)
-        memories = []
-        for join, level in zip(self.joins, features):
-            observed = level.unflatten(0, (B, T))[:, :n_shown].flatten(0, 1)
-            memory = join.memory(observed)
-            memories.append(memory.map(lambda x: x.unflatten(0, (B, n_shown))[:, source].flatten(0, 1)))
-        frames = self.decoder(predicted.flatten(0, 1), memories, lambda i, own, memory: self.joins[i](own, memory))
+        decoder = SteadyDecoder(self.decoder)
+        observed = [level.unflatten(0, (B, T))[:, :n_shown].flatten(0, 1) for level in features]
+        memories = [
+            memory.map(lambda x: last_repeated(x.unflatten(0, (B, n_shown)), T - 1).flatten(0, 1))
+            for memory in self._remember(decoder, observed)
+        ]
+        frames = self._decode(decoder, predicted.flatten(0, 1), memories)
         frames = frames.float().unflatten(0, (B, T - 1))
 
         scale = 0.5 if self.over_pixels else 1.0  # from [-1, 1] to the [0, 1] for which beta was published
@@ -305,16 +305,12 @@ class RecurrentVAE(Prior):
             *_, prior_state = self.prior(h[:, :-1], self._given(z))
             _, predictor_state = self.predictor(torch.cat([h[:, :-1], z], -1))
         last = h[:, -1:]
-
-        def join(level, own):
-            return torch.cat([own, *self.joins[level].aligned(own, memories[level])], 1)
-
         for t in range(n_frames):
             values = {j: value[:, t : t + 1] for j, value in fixed.items()}
             choose = self._drawn(noise[:, known + t : known + t + 1], values)
             z, _, _, prior_state = self.prior(last, choose, prior_state)
             predicted, predictor_state = self.predictor(torch.cat([last, z.to(last.dtype)], -1), predictor_state)
-            frame = decoder(predicted[:, 0], [memory.features for memory in memories], join)
+            frame = self._decode(decoder, predicted[:, 0], memories)
             yield frame
             if t + 1 < n_frames:
                 h, features = self.encoder(frame.to(self.dtype))
@@ -325,8 +321,7 @@ class RecurrentVAE(Prior):
     def _encode_context(self, context, decoder, chunk):
         """context (B, n_context, ...) -> h (B, n_context, dim), and of each level the Memory of the last frames.
 
-        In chunks; the features of earlier frames, which nobody needs, are not kept. In place of the features the
-        memories hold their share in the level's first convolution (``SteadyDecoder``).
+        In chunks; the features of earlier frames, which nobody needs, are not kept.
         """
         frames = context.to(self.dtype)
         earlier = [self.encoder(part)[0] for part in frames[:, :-1].flatten(0, 1).split(chunk) if len(part)]
@@ -341,9 +336,18 @@ class RecurrentVAE(Prior):
         return h, [Memory.cat(parts) for parts in zip(*memories)]
 
     def _remember(self, decoder, features):
-        """The features of some frames at each level -> Memories with their shares, see ``_encode_context``."""
+        """The features of some frames at each level -> Memories, which hold in place of the features their share in the
+        level's first convolution (``SteadyDecoder``): computed once a frame, for all that are predicted from it."""
         found = [join.memory(level) for join, level in zip(self.joins, features)]
         return [memory._replace(features=decoder.share(i, memory.features)) for i, memory in enumerate(found)]
+
+    def _decode(self, decoder, predicted, memories):
+        """What the frame predictor says of R frames, (R, dim), and a Memory of R rows at each level -> the frames."""
+
+        def join(level, own):
+            return torch.cat([own, *self.joins[level].aligned(own, memories[level])], 1)
+
+        return decoder(predicted, [memory.features for memory in memories], join)
 
     @torch.no_grad()
     def infer(self, clip, *, generator=None):
@@ -428,6 +432,12 @@ def by_batch_statistics(model):
     finally:
         for norm in norms:
             norm.training, norm.track_running_stats = False, True
+
+
+def last_repeated(x, n):
+    """x (B, m, ...) -> (B, n, ...): the last of the m entries stands for those that lack."""
+    lacking = n - x.shape[1]
+    return torch.cat([x, x[:, -1:].expand(-1, lacking, *x.shape[2:])], 1) if lacking else x
 
 
 def draw(j, mean, logvar, noise=None):

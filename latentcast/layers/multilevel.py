@@ -67,20 +67,21 @@ class MultilevelDecoder(nn.Module):
 
 
 class SteadyDecoder:
-    """A decoder that is called many times with the same features, as those of the last observed frame.
+    """A decoder of many frames with the same features, as those of the last observed frame.
 
     A level begins with a convolution of its own map and the joined ones. It is linear, so the share of the first joined
     map, the features, is computed once and then added.
 
     Args:
-        decoder: a MultilevelDecoder that takes features at all levels. Its weights as they are now are used.
+        decoder: a MultilevelDecoder that takes features at all levels. Its weights as they are now are used, and
+            gradients reach them.
     """
 
     def __init__(self, decoder):
         self.head, self.levels = decoder.head, []
         for level, (n, *_) in zip(decoder.levels, decoder.level_shapes):
             first, axis = level[0], 0 if isinstance(level[0], nn.ConvTranspose2d) else 1
-            own, features, others = first.weight.detach().tensor_split((n, 2 * n), axis)
+            own, features, others = first.weight.tensor_split((n, 2 * n), axis)
             self.levels.append((first, torch.cat([own, others], axis), features.clone(), level[1:]))
 
     def share(self, level, features):
