@@ -1,6 +1,7 @@
 """Loaders: where their workers come from, and what happens when one never comes back."""
 
 import importlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -143,3 +144,18 @@ def test_workers_may_use_threads_after_the_main_process_has(tmp_path):
     command = [sys.executable, str(tmp_path / "threads.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "2\n", done.stderr
+
+
+def leave_a_loader_open(kept=[]):  # noqa: B006 - it lives as long as its process
+    batches = iter(open_loader(range(1000), num_workers=1))
+    kept.append(batches)
+    next(batches)
+
+
+def test_a_process_that_multiprocessing_started_ends_with_a_loader_open():
+    process = multiprocessing.get_context("spawn").Process(target=leave_a_loader_open)
+    process.start()
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0

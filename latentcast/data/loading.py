@@ -1,13 +1,12 @@
 """Loaders of batches: their processes start where no thread has run, and what one does not come back from is named."""
 
-import atexit
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -62,6 +61,8 @@ def open_loader(dataset, kind=Loader, num_workers=0, read_timeout=0, **kwargs):
         kwargs: of DataLoader.
     """
     context = worker_context(*modules_of(dataset)) if num_workers else None
+    # At the process's end, before multiprocessing waits for them; "atexit" does not reach processes that it started.
+    util.Finalize(None, end_workers, exitpriority=0)
     watched = _Watched(dataset, num_workers, read_timeout)
     workers = {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _start_worker}
     return kind(watched, **workers, **kwargs)
@@ -78,9 +79,6 @@ def end_workers():
     for process in multiprocessing.active_children():
         if process.pid in pids:
             process.kill()
-
-
-atexit.register(end_workers)  # before multiprocessing waits for them
 
 
 @contextlib.contextmanager
