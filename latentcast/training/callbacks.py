@@ -154,7 +154,8 @@ class LastCheckpoint(Callback):
     A step is saved when all that comes with it is done, its figures logged, its validation and pictures made: that is
     when the next batch is there, which a resumed run reads again. Whatever ends a run, the metrics file then holds
     every row up to the checkpoint. A validation that a stop breaks off is made again by the resumed run. The file is
-    replaced as a whole, so a ``kill -9`` leaves the one before. An error leaves it as it is, but for that of a loader.
+    replaced as a whole, so a ``kill -9`` leaves the one before. An error leaves it as it is, but for that of a loader
+    in a process alone: of several ranks one has it, and the others, who take part in saving, wait for its gradients.
     """
 
     def __init__(self, path, every_n_steps):
@@ -181,7 +182,8 @@ class LastCheckpoint(Callback):
         self._save(trainer)
 
     def on_exception(self, trainer, pl_module, exception):
-        if isinstance(exception, (SIGTERMException, WorkerError)):  # no step is at hand
+        alone = isinstance(exception, WorkerError) and trainer.world_size == 1
+        if isinstance(exception, SIGTERMException) or alone:  # no step is at hand
             self._broken_off = trainer.validating
             self._save(trainer)
 
