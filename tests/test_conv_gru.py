@@ -29,14 +29,18 @@ def test_with_one_channel_it_is_torchs_gru_in_every_pixel():
 def test_it_follows_its_equations_at_every_step():
     torch.manual_seed(1)
     cell = ConvGRUCell(2, 3, kernel_size=5)
-    state, h = None, torch.zeros(2, 3, 6, 7)
-    for x in torch.randn(4, 2, 2, 6, 7):
+    state, h, hs = None, torch.zeros(2, 3, 6, 7), []
+    xs = torch.randn(4, 2, 2, 6, 7)
+    for x in xs:
         gates = F.conv2d(torch.cat([x, h], 1), cell.gates.weight, cell.gates.bias, padding=2)
         z, r = 1 / (1 + torch.exp(-gates[:, :3])), 1 / (1 + torch.exp(-gates[:, 3:]))
         c = torch.tanh(F.conv2d(torch.cat([x, r * h], 1), cell.candidate.weight, cell.candidate.bias, padding=2))
         h = (1 - z) * h + z * c
         state = cell(x, state)
         torch.testing.assert_close(state, h)
+        hs.append(h)
+    torch.testing.assert_close(cell(xs.flatten(0, 1), None, 4), torch.cat(hs))
+    torch.testing.assert_close(cell(xs[2:].flatten(0, 1), hs[1], 2), torch.cat(hs[2:]))
 
 
 def test_the_update_gate_holds_or_replaces_the_state():

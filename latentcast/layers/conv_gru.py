@@ -1,6 +1,7 @@
 """The convolutional gated recurrent unit."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -24,18 +25,29 @@ class ConvGRUCell(nn.Module):
         self.gates = nn.Conv2d(both, 2 * hidden_channels, kernel_size, padding=kernel_size // 2)
         self.candidate = nn.Conv2d(both, hidden_channels, kernel_size, padding=kernel_size // 2)
 
-    def forward(self, x, state=None):
-        """One step.
+    def forward(self, x, state=None, n_steps=1):
+        """One step or several, whose inputs are convolved at once.
 
         Args:
-            x: (N, C, H, W).
+            x: (n_steps * N, C, H, W), time before batch.
             state: (N, hidden_channels, H, W), or None for zeros.
         Returns:
-            the new state, of the same shape.
+            the state after each step, (n_steps * N, hidden_channels, H, W).
         """
-        if state is None:
-            state = x.new_zeros(len(x), self.hidden_channels, *x.shape[2:])
-        update, reset = self.gates(torch.cat([x, state], 1)).sigmoid().chunk(2, 1)
-        candidate = self.candidate(torch.cat([x, reset * state], 1)).tanh()
-        # Under autocast a state may be more precise than what a convolution gives.
-        return torch.lerp(state, candidate.to(state.dtype), update.to(state.dtype))
+        # A convolution of both is one over the input plus one over the state: W x + U h.
+        layers, n = (self.gates, self.candidate), x.shape[1]
+        (gates_x, gates_h), (candidate_x, candidate_h) = (layer.weight.tensor_split((n,), 1) for layer in layers)
+        bias, padding = torch.cat([layer.bias for layer in layers]), self.gates.padding
+        inputs = F.conv2d(x, torch.cat([gates_x, candidate_x]), bias, padding=padding)
+        states = []
+        for z_r, c in zip(*(part.chunk(n_steps) for part in inputs.tensor_split((2 * self.hidden_channels,), 1))):
+            # Under autocast a state may be more precise than what a convolution gives.
+            if state is None:  # zeros add nothing
+                z, _ = z_r.sigmoid().chunk(2, 1)
+                state = z.to(x.dtype) * c.tanh().to(x.dtype)
+            else:
+                z, r = (z_r + F.conv2d(state, gates_h, padding=padding)).sigmoid().chunk(2, 1)
+                c = (c + F.conv2d(r * state, candidate_h, padding=padding)).tanh()
+                state = torch.lerp(state, c.to(state.dtype), z.to(state.dtype))
+            states.append(state)
+        return torch.cat(states)

@@ -82,11 +82,7 @@ class RecurrentLevel(nn.Module):
         self.down = None if last else halve(out_channels)
 
     def forward(self, x, n_frames, state):
-        features, states = self.block(x), []
-        for feature in features.chunk(n_frames):
-            state = self.gru(feature, state)
-            states.append(state)
-        states = torch.cat(states)
+        states = self.gru(self.block(x), state, n_frames)
         return states, None if self.down is None else self.down(states)
 
 
