@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -751,6 +752,15 @@ def test_options_of_the_trainer_that_cannot_be_honoured_are_refused_and_cost_not
     with pytest.raises((UserError, ValueError), match=message):
         fit(tiny_config(tmp_path, "overwrite=true", *(f"trainer.{override}" for override in overrides)))
     assert earlier.read_text() == "of an earlier training" and not list((tmp_path / "run").glob("*.yaml"))
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="says what the processor has")
+def test_the_precision_is_what_the_hardware_computes_fast_in_where_it_is_left_to_it(tmp_path):
+    options = ["trainer.precision=auto", "trainer.max_steps=1", "trainer.accelerator=cpu"]
+    _, module, run = fit(tiny_config(tmp_path, *options))
+    native = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    assert module.trainer.precision == ("bf16-mixed" if native else "32-true")
+    assert load_config(run.run_dir / "config.yaml").trainer.precision == "auto"  # for it may go on elsewhere
 
 
 def test_options_of_the_trainer_that_change_the_batches(tmp_path):

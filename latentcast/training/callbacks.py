@@ -97,12 +97,14 @@ class _Average(AveragedModel):
     def __init__(self, model, decay, device):
         super().__init__(model, device)
         self.decay = decay
+        saved = model.state_dict().keys()
+        self._averaged_buffers = [name for name, _ in model.named_buffers() if name in saved]  # the others are constants
 
     @torch.no_grad()
     def update_parameters(self, model):
         n = int(self.n_averaged)
         averages, currents = [], []
-        for average, current in zip(_state(self.module), _state(model)):
+        for average, current in zip(self._state(self.module), self._state(model)):
             if average.is_floating_point():
                 averages.append(average)
                 currents.append(current.to(average.dtype))  # weights may be half, the average is not
@@ -111,12 +113,9 @@ class _Average(AveragedModel):
         torch._foreach_lerp_(averages, currents, 1 - min(self.decay, (1 + n) / (10 + n)))
         self.n_averaged += 1
 
-
-def _state(module):
-    """Parameters and those buffers that are saved: the others are constants."""
-    saved = module.state_dict().keys()
-    yield from (parameter.data for parameter in module.parameters())
-    yield from (buffer for name, buffer in module.named_buffers() if name in saved)
+    def _state(self, module):
+        yield from (parameter.data for parameter in module.parameters())
+        yield from map(module.get_buffer, self._averaged_buffers)
 
 
 def find_average(trainer):

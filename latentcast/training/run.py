@@ -163,6 +163,7 @@ class TrainingRun:
         console = Console(self.stage, not own_bar and config.trainer.get("enable_progress_bar") is not False)
         trainer = instantiate(
             config.trainer,
+            precision=precision_here(config.trainer),
             logger=[csv, wandb, *(logger for logger in own["logger"] if isinstance(logger, Logger))],
             default_root_dir=str(self.run_dir),
             enable_checkpointing=keeps_best or None,
@@ -282,6 +283,19 @@ def check_trainer(options):
     for name in NOT_ZERO:
         if options.get(name) == 0:
             raise UserError(f"trainer.{name}: expected anything but 0")
+
+
+def precision_here(options):
+    """``precision`` of the Trainer's options; "auto" is bf16-mixed where the hardware computes in bfloat16, else fp32:
+    processors that must emulate it are several times slower so."""
+    precision = options.get("precision", "32-true")
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available() and options.get("accelerator", "auto") in ("auto", "gpu", "cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
+    return "bf16-mixed" if native else "32-true"
 
 
 def check_strategy(trainer):
