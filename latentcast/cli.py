@@ -54,16 +54,18 @@ class Findings(UserError):
 def run_tool(main, parser, argv=None):
     """Parse the command line, run ``main(args) -> dict``, and leave through the exit status.
 
-    Logs and progress bars go to stderr; the last line on stdout is ``main``'s result as one JSON object. Status 0:
-    done; 1: an error, as one clear line (``--debug`` adds the traceback); 2: usage; 130: interrupted.
+    Logs and progress bars go to stderr; the last line on stdout is ``main``'s result as one JSON object, its numbers
+    ``rounded``. Status 0: done; 1: an error, as one clear line (``--debug`` adds the traceback); 2: usage; 130:
+    interrupted.
     """
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and all that is logged")
     args = parser.parse_intermixed_args(argv)  # key=value may stand on both sides of an option
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(message)s"))
     if not args.debug:
         handler.addFilter(_NotOurs())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logger.setLevel(logging.DEBUG if args.debug else logging.NOTSET)
     try:
         # Libraries that print must not spoil the last line.
         with ending_when_asked(), contextlib.redirect_stdout(sys.stderr):
@@ -80,10 +82,29 @@ def run_tool(main, parser, argv=None):
             message = message.splitlines()[-1].partition(": ")[2]
         print(f"error: {kind}{printable(' '.join(message.split()))}", file=sys.stderr)
         if isinstance(error, Findings):
-            print(json.dumps(error.figures), flush=True)
+            print(json.dumps(rounded(error.figures)), flush=True)
         raise SystemExit(1) from None
-    if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0:  # torchrun's, Lightning's
-        print(json.dumps(result), flush=True)
+    if _first_rank():
+        print(json.dumps(rounded(result)), flush=True)
+
+
+def announce(config):
+    """Say that the settings are fine, before libraries are loaded, which takes seconds."""
+    if _first_rank():
+        logger.info("%s: loading; all goes to %s", config.name, config.run_dir)
+
+
+def _first_rank():
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0  # torchrun's, Lightning's
+
+
+def rounded(figures, digits=6):
+    """JSON-able figures with so many digits of the numbers that are not whole: what is printed is to be read."""
+    if isinstance(figures, dict):
+        return {name: rounded(value, digits) for name, value in figures.items()}
+    if isinstance(figures, (list, tuple)):
+        return [rounded(value, digits) for value in figures]
+    return float(f"{figures:.{digits}g}") if isinstance(figures, float) else figures
 
 
 GRACE = 10  # seconds in which a tool that was asked to end may do so by itself

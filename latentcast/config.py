@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import importlib
-import inspect
 import logging
 import os
 import re
@@ -17,7 +16,17 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from latentcast.files import MANIFEST_MB, read_json
 from latentcast.saved import is_location, pipeline_settings, tokenizer_folder, tokenizer_settings, used_tokenizer
 from latentcast.schemas import LatentSpec, check
-from latentcast.targets import ANYWHERE, PLACES, check_targets, find_target, inner_place, nearest
+from latentcast.targets import (
+    ANYWHERE,
+    PLACES,
+    arguments_of,
+    check_targets,
+    find_target,
+    inner_place,
+    nearest,
+    parameters_of,
+    takes_any,
+)
 from latentcast.yaml_text import (
     MAX_DEPTH,
     MAX_SIZE,
@@ -54,8 +63,9 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
     overrides what it likes. A section named after a tool (``train_prior:``) is merged over the root when that tool
     runs; ``train_jointly:``, for ``train_prior.py joint=true``, on top of ``train_prior:``. Overrides come last:
     ``key.sub=value``, or ``group=name`` to swap a group's file (the experiment's own settings of that group, which were
-    about another class, are then dropped, with a prior's those of its sampler; ``group=null`` empties it). Those of a
-    section, ``train_prior.batch_size=8``, count when its tool runs, so that all tools can be given the same ones.
+    about another class, are then dropped, with a prior's those of its sampler; ``group=null`` empties it). What an
+    experiment says under ``when: {group: {name: ...}}``, keys and sections, counts where that file is chosen. Overrides
+    of a section, ``train_prior.batch_size=8``, count when its tool runs, so that all tools can be given the same ones.
 
     ``tokenizer=PATH`` (or ``OWNER/NAME``, see ``saved.tokenizer_folder``) takes one that is trained already: it becomes
     ``tokenizer_dir``. The settings that it was trained with, frame size and channels too, then go before those of the
@@ -114,21 +124,23 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
         elif choice is not None:
             path = _group_path(root, group, choice)
             config[group] = _to_config(_read_yaml(path), path)
-    sections = {name: body.pop(name, None) or {} for name in TOOLS}
-    for name, section in sections.items():
-        if not isinstance(section, dict):
-            raise ConfigError(f"{experiment}: {name}: expected a mapping, found {short(section)}")
+    chosen = _chosen(root, body.pop("when", None), choices | swapped, experiment)
+    sections = _pop_sections(body, experiment)
     for part in (body, *sections.values()):
         for key in (*swapped, *(["tokenizer_dir"] if "tokenizer" in swapped else [])):
             part.pop(key, None)
         if "prior" in swapped and isinstance(part.get("preview"), dict):
             part["preview"].pop("sampler", None)  # options of the other prior's
-    _merge(config, _to_config(body, experiment), "")
+    found = [(experiment, body, sections)]
+    found += [(place, part, _pop_sections(part, place)) for place, part in chosen.items()]
+    for place, part, _ in found:
+        _merge(config, _to_config(part, place), "")
     applied = ("train_prior", tool) if tool == "train_jointly" else (tool,)
     merged = {}  # section -> what it is merged into; those of other tools are only checked
-    for name, section in sections.items():
-        if section:
-            _merge_section(merged, config, name, applied, section, f"{experiment}: {name}")
+    for name in TOOLS:
+        for place, _, parts in found:
+            if parts[name]:
+                _merge_section(merged, config, name, applied, parts[name], f"{place}: {name}")
     places = [pair for pair in settings if _in_section(pair[0], applied) in WHERE]
     _override(config, places, groups, merged, applied)
     _name(config, experiment)
@@ -146,6 +158,33 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
     _check(config, experiment)
     _check_trained(config, folder, trained)
     return config
+
+
+def _pop_sections(body, place):
+    """Take the tools' sections out of what an experiment says -> tool -> its section."""
+    sections = {name: body.pop(name, None) or {} for name in TOOLS}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"{place}: {name}: expected a mapping, found {short(section)}")
+    return sections
+
+
+def _chosen(root, when, choices, experiment):
+    """Of ``when: {group: {name: settings}}`` the settings for the groups' chosen files, by what errors call them."""
+    found = {}
+    for group, names in (when or {}).items() if isinstance(when, dict | None) else [("", when)]:
+        place = f"{experiment}: when" + (f".{group}" if group else "")
+        if not isinstance(names, dict):
+            raise ConfigError(f"{place}: expected a mapping, found {short(names)}")
+        if group not in _groups():
+            raise ConfigError(f"{experiment}: when: unknown group {group!r}{nearest(group, _groups())}")
+        for name, settings in names.items():
+            _group_path(root, group, name)
+            if not isinstance(settings, dict):
+                raise ConfigError(f"{place}.{name}: expected a mapping, found {short(settings)}")
+            if choices.get(group) == name:
+                found[f"{place}.{name}"] = settings
+    return found
 
 
 def _in_section(key, applied):
@@ -201,7 +240,7 @@ def _take_trained(config, folder, trained):
     """Put the settings of what was trained in the place of the files', and say where they differ."""
     if "tokenizer" in trained:
         target = trained["tokenizer"]["_target_"]
-        known = {"_target_", *_parameters(find_target(target, "tokenizer"))}
+        known = {"_target_", *arguments_of(target, "tokenizer")[0]}
         trained["tokenizer"] = {name: value for name, value in trained["tokenizer"].items() if name in known}
     before = {name: _resolved(config, name) for name in trained}
     changed = [
@@ -269,6 +308,20 @@ def _resolved(config, name):
     return OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig | ListConfig) else value
 
 
+def check_data(config):
+    """Refuse a data set whose folder is not given or not there, before what takes seconds is loaded.
+
+    Raises:
+        ConfigError: no folder is given. FileNotFoundError: there is none.
+    """
+    data = to_container(config.data) or {}
+    root = data.get("root")
+    if isinstance(root, str) and not os.path.isdir(os.path.expanduser(root)):
+        if str(data["_target_"]).startswith("latentcast.VideoFolder"):
+            raise FileNotFoundError(f"data.root {root}: no such folder of videos")
+        instantiate(config.data)(split="train")  # says what makes it
+
+
 def cache_root(config):
     """The folder of an experiment's latents cache, with one folder a split."""
     return Path(config.run_dir, "latents") if config.cache.root is None else Path(config.cache.root)
@@ -296,12 +349,15 @@ def load_pipeline_config(folder, data, overrides=(), **settings):
         raise ConfigError(f"{folder}: no saved pipeline here")
     spec = check(f"{model}: latent_spec", LatentSpec, read_json(model).get("latent_spec"))
     run_dir = Path(folder).resolve().parent
+    index = Path(folder) / "model_index.json"
+    n_context = read_json(index).get("n_context") if index.is_file() else None
     experiment = {
         "name": run_dir.name,
         "run_dir": str(run_dir),
         "defaults": {"data": data},
         "frame_size": spec["frame_height"],
         "channels": spec["frame_channels"],
+        **({"n_context": n_context} if is_whole(n_context, 1) else {}),
         **settings,
     }
     return load_config(experiment, overrides, tool="evaluate")
@@ -349,10 +405,28 @@ def instantiate(config, **kwargs):
         run_dir = OmegaConf.select(root, "run_dir") if place else None
     allows = functools.partial(_allows, root)
     check_targets(config, place, run_dir, allows)
+    with _naming_keys(sources, config, place):
+        built = _build(config, place, allows, kwargs)
+    if isinstance(built, functools.partial):
+        built = _Later(built)
+        built.about = sources, config, place
+    return built
+
+
+class _Later(functools.partial):
+    """What a config with ``_partial_`` builds: errors of the call name the config's keys, too."""
+
+    def __call__(self, *args, **kwargs):
+        with _naming_keys(*self.about):
+            return super().__call__(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _naming_keys(sources, config, place):
     try:
-        return _build(config, place, allows, kwargs)
+        yield
     except ValueError as error:
-        told = _of_its_source(error, sources, config, place)
+        told = _of_its_key(error, sources, config, place)
         if told is error:
             raise
         raise told from error
@@ -364,19 +438,25 @@ def _sources(config):
     for name in config if _is_mapping(config) else ():
         node = config._get_node(name)
         reference = REFERENCE.fullmatch(str(node._value())) if node._is_interpolation() else None
-        if reference and not reference[1].startswith(".") and reference[1] != name:
+        if reference and not reference[1].startswith("."):
             found[name] = reference[1]
     return found
 
 
-def _of_its_source(error, sources, config, place):
-    """An error about such an argument, as one about the key, which is what can be changed; other errors as they are."""
+def _of_its_key(error, sources, config, place):
+    """An error about arguments as one about the keys of the config that change them; other errors as they are."""
     about, _, rest = str(error).partition(": ")
     named = about.split(", ")
-    key = sources.get(named[0])
-    if key is None or not rest or type(error) not in (ValueError, ConfigError):
+    if not rest or type(error) not in (ValueError, ConfigError) or not isinstance(config, dict):
+        return error
+    if place in (None, ANYWHERE) or not {*named} <= config.keys():
         return error
     arguments = ", ".join(f"{place}.{name}" if place else name for name in named)
+    key = sources.get(named[0])
+    if key == about:
+        return error
+    if key is None:
+        return type(error)(f"{arguments}: {rest}")
     return type(error)(f"{key}={config[named[0]]} (as {arguments}): {rest}")
 
 
@@ -386,12 +466,12 @@ def call(target, arguments, name, partial=False):
     Raises:
         ConfigError: arguments that it does not take or cannot use, or one that it needs and did not get.
     """
-    unknown = [argument for argument in arguments if not _takes(target, argument)]
+    unknown = [] if takes_any(target) else [key for key in arguments if key not in parameters_of(target)]
     if unknown:
-        raise ConfigError(f"{name}: unknown argument {unknown[0]!r}{nearest(unknown[0], _parameters(target))}")
+        raise ConfigError(f"{name}: unknown argument {unknown[0]!r}{nearest(unknown[0], parameters_of(target))}")
     if partial:
         return functools.partial(target, **arguments)
-    missing = [argument for argument in _parameters(target, required=True) if argument not in arguments]
+    missing = [argument for argument in parameters_of(target, required=True) if argument not in arguments]
     if missing:
         raise ConfigError(f"{name}: missing argument {missing[0]!r}")
     try:
@@ -436,22 +516,6 @@ def to_container(config):
         raise ConfigError(f"{error.full_key}: a value must be given ({error.full_key}=...)") from None
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
-
-
-def _parameters(target, required=False):
-    """Names of the arguments that a class or function takes, or of those that it cannot do without."""
-    return [
-        name
-        for name, parameter in inspect.signature(target).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and not (required and parameter.default is not parameter.empty)
-    ]
-
-
-def _takes(target, name):
-    return name in _parameters(target) or any(
-        parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(target).parameters.values()
-    )
 
 
 def _groups():
@@ -638,11 +702,11 @@ def _merge(config, part, prefix):
         if current is None:
             known, open_ended = list(config), config._get_flag(OPEN)
             if not own:
-                target = find_target(config["_target_"], prefix[:-1], functools.partial(_allows, config))
-                known, open_ended = [*_parameters(target), "_target_", "_partial_"], _takes(target, key)
+                known, open_ended = arguments_of(config["_target_"], prefix[:-1], functools.partial(_allows, config))
+                known = [*known, "_target_", "_partial_"]
             if not open_ended and key not in known:
                 homes = _homes(config._get_root(), key)
-                hint = f"; did you mean {' or '.join(map(repr, homes))}?" if homes else nearest(key, known)
+                hint = f"; did you mean {' or '.join(map(repr, homes))}?" if homes else nearest(key, known, prefix)
                 raise ConfigError(f"unknown key {name!r}{hint}")
             config[key] = value
         elif old and new:
@@ -680,10 +744,8 @@ def _homes(root, key):
             continue
         known = list(node)
         with contextlib.suppress(ConfigError):
-            target = (
-                find_target(node["_target_"], name, functools.partial(_allows, root)) if "_target_" in node else None
-            )
-            known += _parameters(target) if target else []
+            if "_target_" in node:
+                known += arguments_of(node["_target_"], name, functools.partial(_allows, root))[0]
         if key in known:
             found.append(f"{name}.{key}")
     return found

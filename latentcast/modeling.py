@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 import latentcast
 from latentcast.config import instantiate
 from latentcast.files import update_digest, writing
-from latentcast.saved import CONFIG, PRIORS, TOKENIZERS, ModelConfig, used_tokenizer
+from latentcast.saved import CONFIG, MODELS, PRIORS, TOKENIZERS, ModelConfig, used_tokenizer, where_instead
 from latentcast.schemas import one_line, read_checked, short
 
 STAGES = (TOKENIZERS, PRIORS)
@@ -77,7 +77,7 @@ class VideoModel(SavedClearly, ModelMixin, ConfigMixin):
     def from_pretrained(cls, path, **kwargs):
         """As in diffusers, except that weights which do not fill the model are an error, not a random start."""
         want_info = kwargs.pop("output_loading_info", False)
-        with _fitting(Path(path, kwargs.get("subfolder") or "")):
+        with _fitting(Path(path, kwargs.get("subfolder") or ""), cls):
             model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
         if info["missing_keys"]:
             raise ValueError(
@@ -102,9 +102,11 @@ class VideoModel(SavedClearly, ModelMixin, ConfigMixin):
 
 
 @contextlib.contextmanager
-def _fitting(folder):
+def _fitting(folder, cls):
     """Load what a folder holds: errors name its config, which may not ask for more than its weights hold."""
     config = folder / VideoModel.config_name
+    if folder.is_dir() and not config.is_file():
+        raise _no_config(folder, lambda path: read_checked(path, ModelConfig)["_class_name"] == cls.__name__)
     if not config.is_file():  # on the hub, or not there
         yield
         return
@@ -135,6 +137,12 @@ def _fitting(folder):
             hook.remove()
 
 
+def _no_config(folder, fits=lambda path: True):
+    name = VideoModel.config_name
+    hint = where_instead(folder, name, MODELS, fits)
+    return FileNotFoundError(f"{folder}: no {name} here; expected a folder written by save_pretrained{hint}")
+
+
 def _check_numbers(where, value, name=""):
     if isinstance(value, (dict, list)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
@@ -163,7 +171,7 @@ def saved_class(path):
     folder = Path(path)
     config = folder / VideoModel.config_name
     if not config.is_file():
-        raise FileNotFoundError(f"{folder}: no {config.name} here; expected a folder written by save_pretrained")
+        raise _no_config(folder)
     name = read_checked(config, ModelConfig)["_class_name"]
     if not latentcast._EXPORTS.get(name, "").startswith(STAGES):
         known = ", ".join(sorted(known_models()))

@@ -1,10 +1,12 @@
 """Progress bars on a terminal; where stderr is a file or a queue's log, a plain line every half minute."""
 
+import os
 import sys
 
 from tqdm import tqdm
 
 EVERY = 30.0  # seconds from a plain line to the next
+WIDTH = 80  # columns of a terminal that does not know its own
 PLAIN = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} {unit}s in {elapsed}, {remaining} left"
 
 
@@ -17,6 +19,8 @@ class Bar(tqdm):
         options.setdefault("file", sys.stderr)
         options.setdefault("nrows", 20)  # tqdm hides bars on terminals that say they have none
         self.plain = not options["file"].isatty()
+        if not self.plain:
+            options.setdefault("ncols", (_width(options["file"]) or WIDTH) - 1)
         if self.plain:
             options |= {"mininterval": EVERY, "maxinterval": EVERY, "bar_format": options.pop("plain_format", PLAIN)}
         options.pop("plain_format", None)
@@ -37,3 +41,11 @@ class Bar(tqdm):
             self.display()
             self.leave = False  # tqdm would move to the next line
         super().close()
+
+
+def _width(terminal):
+    """Columns of a terminal; 0: not known."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns
+    except (OSError, ValueError):  # ValueError: a file without a descriptor
+        return 0

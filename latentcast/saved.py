@@ -9,8 +9,9 @@ import latentcast
 from latentcast.schemas import LatentSpec, Schema, Text, read_checked, short
 from latentcast.yaml_text import parse
 
-CONFIG = "config.json"
+CONFIG, INDEX = "config.json", "model_index.json"  # of a model, of a pipeline
 TOKENIZERS, PRIORS = "latentcast.tokenizers.", "latentcast.priors."  # modules
+MODELS = ("tokenizer", "prior", "pipeline/tokenizer", "pipeline/prior", "joint/tokenizer", "joint/prior")  # in a run's
 PLACES = ("", "tokenizer/", "pipeline/tokenizer/")  # of a tokenizer in its own folder, that of a run or of a pipeline
 ALL = ("*.json", "*.safetensors")  # files of models and pipelines
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -57,6 +58,26 @@ def download(name, what, patterns=ALL, **options):
     except (OSError, ValueError) as error:  # what huggingface_hub and its network libraries raise
         reason = str(error).strip().splitlines()[0]
         raise OSError(f"{what} {name}: not a folder, and not on the hub ({reason})") from None
+
+
+def where_instead(folder, file, places, fits=lambda path: True):
+    """The end of an error about a folder without ``file``: where in it, a run's or a pipeline's, one is.
+
+    Args:
+        folder: a path. file: a name. places: folders below it.
+        fits: says of a file whether it is one that was asked for.
+    """
+    found = [folder / place for place in places if (folder / place / file).is_file() and fits(folder / place / file)]
+    return f"; try {' or '.join(map(str, found))}" if found else ""
+
+
+def pipeline_folder(location, **options):
+    """The folder of a saved pipeline; see ``find_folder``. Raises OSError where there is none."""
+    folder = find_folder(location, "pipeline", **options)
+    if not (folder / INDEX).is_file():
+        hint = where_instead(folder, INDEX, ("pipeline", "joint"))
+        raise FileNotFoundError(f"pipeline {folder}: no {INDEX} in it{hint}")
+    return folder
 
 
 def tokenizer_folder(location):

@@ -5,8 +5,11 @@ PLACES says for each place which names of which public modules may stand there. 
 outside of ``run_dir`` when a tool uses it.
 """
 
+import ast
 import difflib
+import functools
 import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -14,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import latentcast
 from latentcast.yaml_text import ConfigError, short
 
 
@@ -170,6 +174,58 @@ def find_target(path, place=ANYWHERE, allows=lambda path: False):
     raise _refused(path, place, kinds)
 
 
+def parameters_of(target, required=False):
+    """Names of the arguments that a class or function takes, or of those that it cannot do without."""
+    return [
+        name
+        for name, parameter in inspect.signature(target).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and not (required and parameter.default is not parameter.empty)
+    ]
+
+
+def takes_any(target):
+    """Whether it takes arguments of other names, too."""
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(target).parameters.values())
+
+
+def arguments_of(path, place=ANYWHERE, allows=lambda path: False):
+    """What ``find_target(path, place, allows)`` takes -> (names, whether others too). Where the source says it plainly
+    nothing is imported, which would take seconds: what may not stand there is then refused when it is built."""
+    if isinstance(path, str) and not allows(path) and any(kind.may_be(path) for kind in _kinds(place)):
+        names = _written_parameters(path)
+        if names is not None:
+            return names, False
+    target = find_target(path, place, allows)
+    return parameters_of(target), takes_any(target)
+
+
+@functools.cache
+def _written_parameters(path):
+    """``parameters_of`` a class or function that is not imported yet, from its source; None where that is not plain."""
+    module, _, name = path.rpartition(".")
+    file = {"pytorch_lightning.Trainer": "trainer/trainer.py"}.get(path)
+    if module == "torch.optim":
+        file = f"optim/{name.lower()}.py"
+    try:
+        if module == "latentcast":
+            source = Path(importlib.util.find_spec(latentcast._EXPORTS[name]).origin)
+        elif file is None or module in sys.modules:
+            return None
+        else:
+            source = Path(importlib.util.find_spec(module.partition(".")[0]).origin).parent / file
+        body = ast.parse(source.read_bytes()).body
+    except (KeyError, AttributeError, ImportError, OSError, SyntaxError):
+        return None
+    found = next((node for node in body if getattr(node, "name", None) == name), None)
+    if isinstance(found, ast.ClassDef):
+        found = next((node for node in found.body if getattr(node, "name", None) == "__init__"), None)
+    if not isinstance(found, ast.FunctionDef) or found.args.kwarg or found.args.vararg:
+        return None
+    names = [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
+    return names[1:] if found.name == "__init__" else names
+
+
 def check_targets(value, place, run_dir, allows):
     """Refuse what may not stand where it stands, by name, before anything is imported or built.
 
@@ -219,11 +275,11 @@ def import_name(path):
         raise ConfigError(f"{short(path)}: cannot be imported ({error})") from None
 
 
-def nearest(name, known):
-    """The end of an error about a name: the known one that is like it, or all."""
+def nearest(name, known, prefix=""):
+    """The end of an error about a name: the known one that is like it, ``prefix`` before it, or all."""
     known = sorted(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    return f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
 def _kinds(place):

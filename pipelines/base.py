@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 import latentcast
 from latentcast.modeling import SavedClearly, adopt, saved_class
 from latentcast.progress import Bar
-from latentcast.saved import HUB_OPTIONS, download, find_folder
+from latentcast.saved import HUB_OPTIONS, INDEX, download, pipeline_folder
 from latentcast.schemas import Schema, Text, check, one_line, read_checked, short
 
 PUBLIC = "latentcast."  # before the class in model_index.json
@@ -67,11 +67,9 @@ class VideoPipeline(SavedClearly, DiffusionPipeline):
             OSError: no such folder, no ``model_index.json``, or a component without weights or with damaged ones.
             ValueError: the folder holds another kind of pipeline.
         """
-        folder = find_folder(path, "pipeline", **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        folder = pipeline_folder(path, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
         kwargs = {key: value for key, value in kwargs.items() if key not in HUB_OPTIONS}
-        index_file = folder / cls.config_name
-        if not index_file.is_file():
-            raise FileNotFoundError(f"pipeline {folder}: no {cls.config_name} in it")
+        index_file = folder / INDEX
         index = read_checked(index_file, PipelineIndex)
         name = index["_class_name"].removeprefix(PUBLIC)
         if name != cls.__name__:

@@ -1,6 +1,9 @@
 """Composition of experiments, their errors, building from them; and every YAML under configs/."""
 
 import functools
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -11,12 +14,14 @@ from diffusers.optimization import get_scheduler
 from noise_benchmark import Noise
 from omegaconf import OmegaConf
 
+import latentcast
 from latentcast import PixelTokenizer
 from latentcast import config as config_module
 from latentcast.cli import UserError, parse_options
 from latentcast.config import TOOLS, ConfigError, config_root, instantiate, load_config, to_container
 from latentcast.data.prepared import prepare
-from latentcast.targets import find_target
+from latentcast.modeling import known_models
+from latentcast.targets import _written_parameters, find_target, parameters_of
 from latentcast.yaml_text import dump
 
 TOOLS_DIR = Path(__file__).parents[1] / "tools"
@@ -152,7 +157,9 @@ def test_an_argument_taken_from_another_key_is_called_by_that_key(configs):
     expected = "frame_size=63 (as tokenizer.height, tokenizer.width): expected multiples of the stride 4, found 63, 63"
     assert str(caught.value) == expected
     config = load_config("small", ["tokenizer=sized", "tokenizer.height=63"])
-    with pytest.raises(ValueError, match=r"^height, width: expected multiples of the stride 4, found 63, 64$"):
+    with pytest.raises(
+        ValueError, match=r"^tokenizer.height, tokenizer.width: expected multiples of the stride 4, found 63, 64$"
+    ):
         instantiate(config.tokenizer)
 
 
@@ -309,8 +316,8 @@ def test_another_class_keeps_the_place_but_not_the_arguments(configs):
     "overrides, expected",
     [
         (["sed=1"], "unknown key 'sed'; did you mean 'seed'?"),
-        (["tokenizer.codebook_siz=1"], "unknown key 'tokenizer.codebook_siz'; did you mean 'codebook_size'?"),
-        (["optimizer.weight_decai=1"], "unknown key 'optimizer.weight_decai'; did you mean 'weight_decay'?"),
+        (["tokenizer.codebook_siz=1"], "unknown key 'tokenizer.codebook_siz'; did you mean 'tokenizer.codebook_size'?"),
+        (["optimizer.weight_decai=1"], "unknown key 'optimizer.weight_decai'; did you mean 'optimizer.weight_decay'?"),
         (["tokenizer=vqva"], "tokenizer: no config named 'vqva'; did you mean 'vqvae'?"),
         (["data.root=x"], "override 'data.root=x': the experiment has no data; choose one by data=NAME"),
         (["seed"], "override 'seed': expected key=value"),
@@ -445,7 +452,7 @@ def test_the_experiments_that_others_rely_on_are_there():
 def test_every_group_file_fits_its_class(group, name, tmp_path):
     (tmp_path / "only.yaml").write_text(f"defaults: {{{group}: {name}}}")
     config = load_config(tmp_path / "only.yaml")[group]
-    known = [*config_module._parameters(find_target(config._target_, group)), "_target_", "_partial_"]
+    known = [*parameters_of(find_target(config._target_, group)), "_target_", "_partial_"]
     assert [key for key in config if key not in known] == []
 
 
@@ -482,6 +489,79 @@ def test_every_experiment_is_built(experiment, video_folder, tmp_path, monkeypat
     assert trainer.max_steps == config.trainer.max_steps
     clip = instantiate(config.data)(split="train")[0]["frames"]
     assert clip.shape == (config.clip_length, config.channels, config.frame_size, config.frame_size)
+
+
+@pytest.mark.parametrize("name", ["residual_diffusion", "st_pixelcnn", "sde_diffusion", "recurrent_vae"])
+def test_the_preset_for_small_machines_has_sizes_for_every_prior(name):
+    config = load_config("video_folder_small", [f"prior={name}", "data.root=x"], tool="train_prior")
+    prior = instantiate(config.prior, latent_spec=instantiate(config.tokenizer).latent_spec)
+    prior.check_context(config.n_context, config.clip_length)
+    assert sum(weights.numel() for weights in prior.parameters()) < 5e6
+
+
+def test_what_an_experiment_says_of_a_choice_counts_where_it_is_chosen(configs):
+    experiment = {
+        "name": "mine",
+        "defaults": {"tokenizer": "vqvae"},
+        "channels": 1,
+        "tokenizer": {"codebook_size": 16},
+        "train_prior": {"seed": 1, "channels": 2},
+        "when": {
+            "tokenizer": {
+                "fsq": {"tokenizer": {"n_codebooks": 2}, "channels": 3, "train_prior": {"seed": 2}},
+                "vqvae": {"tokenizer": {"codebook_size": 32}},
+            }
+        },
+    }
+    own, other = load_config(experiment), load_config(experiment, ["tokenizer=fsq"], tool="train_prior")
+    assert (own.tokenizer.codebook_size, own.channels) == (32, 1)
+    assert (other.tokenizer.n_codebooks, other.tokenizer.stride, other.seed, other.channels) == (2, 8, 2, 2)
+    assert "when" not in own and load_config(experiment, ["tokenizer=fsq"]).channels == 3
+    assert load_config(experiment, ["tokenizer=fsq", "tokenizer.n_codebooks=9"]).tokenizer.n_codebooks == 9
+    for when, message in (
+        (3, "mine: when: expected a mapping, found 3"),
+        ({"tokenizers": {}}, "mine: when: unknown group 'tokenizers'; did you mean 'tokenizer'?"),
+        ({"tokenizer": {"fsk": {}}}, "tokenizer: no config named 'fsk'; did you mean 'fsq'?"),
+        ({"tokenizer": {"vqvae": 1}}, "mine: when.tokenizer.vqvae: expected a mapping, found 1"),
+        ({"tokenizer": {"vqvae": {"sed": 1}}}, "unknown key 'sed'; did you mean 'seed'?"),
+        (
+            {"tokenizer": {"vqvae": {"evaluate": 1}}},
+            "mine: when.tokenizer.vqvae: evaluate: expected a mapping, found 1",
+        ),
+    ):
+        assert line_of(load_config, experiment | {"when": when}) == message
+
+
+def test_what_the_source_says_of_arguments_is_what_python_says(monkeypatch):
+    models = known_models()
+    others = ["pytorch_lightning.Trainer", "torch.optim.AdamW", "torch.optim.Adam"]
+    classes = {path: find_target(path) for path in [*(f"latentcast.{name}" for name in models), *others]}
+    classes["latentcast.VideoFolder"] = latentcast.VideoFolder
+    for module in ("pytorch_lightning", "torch.optim"):
+        monkeypatch.delitem(sys.modules, module)
+    read = {path: _written_parameters.__wrapped__(path) for path in classes}
+    monkeypatch.undo()
+    for path, names in read.items():
+        assert names is None or names == parameters_of(classes[path]), path
+    assert {*others, "latentcast.VideoFolder", "latentcast.VQVAE"} <= {path for path in read if read[path]}
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["data.rot=x"], "unknown key 'data.rot'; did you mean 'data.root'?"),
+        (["data.root=x", "trainer.max_stps=3"], "unknown key 'trainer.max_stps'; did you mean 'trainer.max_steps'?"),
+        (["data.root=x", "lr=3"], "unknown key 'lr'; did you mean 'optimizer.lr'?"),
+        (["data.root=nowhere"], "data.root nowhere: no such folder of videos"),
+        ([], "data.root: a value must be given (data.root=...)"),
+    ],
+)
+@pytest.mark.parametrize("tool", ["train_tokenizer", "encode_dataset"])
+def test_mistakes_show_before_what_takes_seconds_is_loaded(tmp_path, tool, overrides, message):
+    command = [sys.executable, "-X", "importtime", str(TOOLS_DIR / f"{tool}.py"), "video_folder_small", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"error: {message}"
+    assert not re.search(r"\| +(torch|diffusers|pytorch_lightning|av)$", done.stderr, re.MULTILINE)
 
 
 def test_another_prior_drops_the_options_of_its_sampler():

@@ -1,15 +1,19 @@
 """What a training says on stderr: one line what runs, then a bar or plain lines; and nothing of other libraries."""
 
+import argparse
+import fcntl
 import io
 import logging
 import os
 import re
+import struct
+import termios
 
 import pytest
 from test_training import fit
 from tiny_experiment import run_tool, tiny_config
 
-from latentcast import progress
+from latentcast import cli, progress
 from latentcast.progress import Bar
 from latentcast.training import console
 from latentcast.training.console import duration
@@ -26,29 +30,42 @@ def test_a_tool_says_what_runs_how_far_it_is_and_nothing_else(tmp_path, monkeypa
     status, _, err = run_tool("train_tokenizer", tmp_path, BAR, "wandb.mode=offline")
     assert status == 0
     expected = [
+        f"tiny: loading; all goes to {tmp_path / 'run'}",
         r"no LPIPS of the reconstructions: .*",  # no weights at hand, or the frames are too small
         RUN,
-        r"tokenizer: 4 of 4 steps \(100%\), loss [\d.]+, [\d.]+ (steps/s|s/step), \d+ s in all",
+        r"tokenizer: 4 of 4 steps \(100%\), loss [\d.]+, \d+ s in all, [\d.]+ (steps/s|s/step)",
         r"tokenizer, final validation: 100%, 1 of 1 steps in \d\d:\d\d, 00:00 left",
     ]
     lines = err.splitlines()
-    assert len(lines) == 4 and all(map(re.fullmatch, expected, lines)), err
+    assert len(lines) == 5 and all(map(re.fullmatch, expected, lines)), err
 
 
 def test_a_run_that_will_take_long_is_announced_in_hours(tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.setattr(console, "SETTLED", 0)
+    monkeypatch.setattr(console, "WARM", 0)
     monkeypatch.setattr(console, "LONG", 0)
     monkeypatch.setattr(console, "EVERY", 0)
     monkeypatch.setattr(progress, "EVERY", 0)
     with caplog.at_level(logging.INFO, "latentcast"):
         fit(tiny_config(tmp_path, BAR))
     (line,) = [record.message for record in caplog.records if "at this pace" in record.message]
-    assert re.fullmatch(r"tokenizer: at this pace 3 steps take \d+ s more; trainer.max_time=DD:HH:MM:SS or .*", line)
+    assert re.fullmatch(r"tokenizer: at this pace 2 steps take \d+ s more; trainer.max_time=DD:HH:MM:SS or .*", line)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tokenizer")]
     steps = [
         re.match(r"tokenizer(?:, validating)?: (\d) of 4 steps \(\d+%\), loss [\d.]+, .* to go", line) for line in lines
     ]
-    assert [int(found[1]) for found in steps if found] == [1, 2, 3, 4]
+    assert [int(found[1]) for found in steps if found] == [2, 3, 4]  # the first step tells nothing
+
+
+def test_the_first_step_is_left_out_of_what_is_foretold():
+    said = console.Console("tokenizer")
+    said.first, said.began, said.total, said.timer = 0, 0.0, 102, None
+    said.warm = None
+    assert said.to_go(0, 5.0) is None
+    said.warm = 1, 60.0  # which takes a minute
+    assert said.to_go(1, 60.0) is None and said.to_go(2, 60.5) is None  # too little to tell
+    assert said.to_go(2, 90.0) == pytest.approx(100 * 30.0)
+    assert said.to_go(52, 70.0) == pytest.approx(50 * 10 / 51)
 
 
 def test_the_time_that_a_run_may_take_is_said(tmp_path, caplog):
@@ -81,6 +98,21 @@ def test_a_bar_is_a_plain_line_without_a_terminal(monkeypatch):
     assert Bar(range(3), disable=True, file=file) is not None
 
 
+@pytest.mark.parametrize("columns, longest", [(0, progress.WIDTH), (40, 40)])
+def test_a_bar_fits_its_terminal_also_one_of_unknown_width(columns, longest):
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 0, columns, 0, 0))
+    with open(theirs, "w") as terminal:
+        for _ in Bar(range(3), "d" * 20, unit="frame", file=terminal):
+            pass
+        shown = ""
+        while "3/3" not in shown:
+            shown += os.read(ours, 4096).decode()
+    os.close(ours)
+    widths = [len(line) for line in re.split(r"[\r\n]+", shown)]
+    assert longest - 2 <= max(widths) < longest
+
+
 def test_a_bar_on_a_terminal_moves_in_its_place():
     ours, theirs = os.openpty()
     with open(theirs, "w") as terminal:
@@ -91,3 +123,10 @@ def test_a_bar_on_a_terminal_moves_in_its_place():
             shown += os.read(ours, 4096).decode()
     os.close(ours)
     assert "\rencode: 100%|" in shown
+
+
+def test_printed_figures_can_be_read(capsys):
+    figures = {"loss": 0.123456789, "val": [1e-9 / 3, 12345678], "at": (1.5, None, True, "x")}
+    cli.run_tool(lambda _: figures, argparse.ArgumentParser(), [])
+    printed = '{"loss": 0.123457, "val": [3.33333e-10, 12345678], "at": [1.5, null, true, "x"]}'
+    assert capsys.readouterr().out == printed + "\n"

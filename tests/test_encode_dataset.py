@@ -154,7 +154,7 @@ def test_another_tokenizer_or_size_is_refused(encoded, tmp_path):
     assert contents(folder / "run" / "latents") == before
 
 
-def test_an_untrained_tokenizer_is_one_line(tmp_path, monkeypatch, capsys):
+def test_an_untrained_tokenizer_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setattr(sys, "argv", ["encode_dataset.py", str(write_experiment(tmp_path))])
     with pytest.raises(SystemExit) as exit:
@@ -162,6 +162,7 @@ def test_an_untrained_tokenizer_is_one_line(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert (exit.value.code, out) == (1, "")
     assert err == (
+        f"tiny: loading; all goes to {tmp_path}/run\n"
         f"error: {tmp_path}/run/tokenizer: no trained tokenizer here; run tools/train_tokenizer.py first, or give one "
         "by tokenizer=PATH\n"
     )

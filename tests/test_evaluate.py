@@ -693,7 +693,7 @@ def test_mistakes_are_one_line(trained, tmp_path, command):
         ([experiment], "protocol: choose one by protocol=NAME"),
         ([experiment, "protocol=one_digit", "--weights", str(tmp_path / "no")], "no: no such folder"),
         ([experiment, "protocol=nothing"], "protocol: no config named 'nothing'"),
-        ([experiment, "protocol=one_digit", "protocol.n_sample=2"], "did you mean 'n_samples'"),
+        ([experiment, "protocol=one_digit", "protocol.n_sample=2"], "did you mean 'protocol.n_samples'"),
         ([], "expected one EXPERIMENT"),
         (["--pipeline", str(tmp_path), "--data", "flow", "protocol=one_digit"], "no saved pipeline here"),
         (

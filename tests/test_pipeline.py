@@ -16,7 +16,8 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.configuration_utils import register_to_config
 from tiny import random_frames, small_recurrent_vae, small_sde_diffusion, tiny_tokenizer
 
-from latentcast import PixelTokenizer, Prior, VideoPredictionPipeline, VideoTransformer
+from latentcast import VQVAE, PixelTokenizer, Prior, VideoPredictionPipeline, VideoTransformer, load_model
+from latentcast.config import load_pipeline_config
 from latentcast.pipelines.base import VideoPipeline
 
 
@@ -393,6 +394,7 @@ def test_models_that_do_not_belong_together_are_refused():
 FRESH = """
 import sys, torch
 from latentcast import VideoPredictionPipeline
+from latentcast.config import load_pipeline_config
 from latentcast.pipelines.base import VideoPipeline
 folder, frames_file = sys.argv[1:]
 frames, expected = torch.load(frames_file, weights_only=True)
@@ -545,3 +547,29 @@ def test_a_name_on_the_hub_is_fetched(saved, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     assert refused("someone/videos") == "pipeline someone/videos: not a folder, and not on the hub (offline)"
+
+
+def test_a_runs_folder_is_told_where_its_models_are(tmp_path):
+    tokenizer = tiny_tokenizer("vqvae")
+    VideoPredictionPipeline(transformer(tokenizer.latent_spec), tokenizer, n_context=2).save_pretrained(
+        tmp_path / "pipeline"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    both = f"{tmp_path / 'tokenizer'} or {tmp_path / 'pipeline/tokenizer'}"
+    for load, hint in (
+        (VideoPredictionPipeline.from_pretrained, f"no model_index.json in it; try {tmp_path / 'pipeline'}"),
+        (VQVAE.from_pretrained, f"no config.json here; .*; try {both}"),
+        (VideoTransformer.from_pretrained, f"no config.json here; .*; try {tmp_path / 'pipeline/prior'}"),
+        (load_model, f"no config.json here; .*; try {both} or {tmp_path / 'pipeline/prior'}"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"{hint}$"):
+            load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"written by save_pretrained$"):
+        VQVAE.from_pretrained(tmp_path.parent)
+
+
+def test_a_protocol_that_follows_the_training_follows_a_pipeline(tmp_path):
+    tokenizer = tiny_tokenizer("vqvae")
+    VideoPredictionPipeline(transformer(tokenizer.latent_spec), tokenizer, n_context=3).save_pretrained(tmp_path / "p")
+    config = load_pipeline_config(tmp_path / "p", "video_folder", ["protocol=video_folder", "data.root=x"])
+    assert (config.protocol.n_context, config.protocol.frame_size) == (3, tokenizer.latent_spec["frame_height"])

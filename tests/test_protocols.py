@@ -51,7 +51,9 @@ def protocol(name):
 
 
 def test_every_file_is_tested_here():
-    assert {path.stem for path in (config_root() / "protocol").glob("*.yaml")} - {"one_digit"} == (PAPERS | OURS).keys()
+    assert {path.stem for path in (config_root() / "protocol").glob("*.yaml")} - {"one_digit", "video_folder"} == (
+        PAPERS | OURS
+    ).keys()
 
 
 @pytest.mark.parametrize("name", PAPERS | OURS)
@@ -105,3 +107,12 @@ def test_protocol_fits_the_set_that_its_command_prepares(name):
 
 def test_quickstarts_own_protocol_loads():
     assert protocol("one_digit").data is None
+
+
+@pytest.mark.parametrize("experiment, size, n_context", [("video_folder_small", 32, 4), ("video_folder", 64, 5)])
+def test_protocol_for_ones_own_videos_follows_the_experiment(experiment, size, n_context):
+    config = load_config(experiment, ["protocol=video_folder", "data.root=x"], tool="evaluate")
+    found = instantiate(config.protocol)
+    assert (found.frame_size, found.n_context, found.data) == (size, n_context, None)
+    assert found.n_frames <= config.clip_length  # of what the training needs there is enough
+    assert not {"lpips", "ilpips", "fvd"} & {*found.metrics}  # nothing is to be fetched

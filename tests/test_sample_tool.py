@@ -368,3 +368,23 @@ def test_bad_input_is_one_line_and_status_1(folder, tool, capsys, tmp_path, argu
     error = call(tool, capsys, *common, *(argument.format(root=folder) for argument in arguments))
     assert message.format(root=folder) in error
     assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_what_the_contact_sheet_leaves_out_is_said(folder, tool, capsys, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        encode(tmp_path / f"in/{name}.mp4", counter_frames(8, 32, 32), fps=10)
+    common = ["--pipeline", folder / "run/pipeline", "--input", tmp_path / "in", "--n-frames", 2, "--num-samples", 1]
+    _, err = finished(tool, capsys, *common, "--output", tmp_path / "all")
+    assert "leaves out" not in err and err.startswith(f"loading {folder / 'run/pipeline'}\n")
+    monkeypatch.setattr(tool, "SHEET_VIDEOS", 2)
+    _, err = finished(tool, capsys, *common, "--output", tmp_path / "two")
+    sheet = tmp_path / "two/contact_sheet.png"
+    assert f"{sheet} shows the first 2 videos and leaves out 1; each has its own mp4 and GIF" in err
+    heights = [PIL.Image.open(tmp_path / name / "contact_sheet.png").size[1] - 2 * LINE for name in ("all", "two")]
+    assert heights[0] > 1.4 * heights[1]
+
+
+def test_a_runs_folder_in_the_place_of_its_pipeline_is_named_at_once(folder, tool, capsys):
+    error = call(tool, capsys, "--pipeline", folder / "run", "--input", folder / "videos")
+    assert error == f"error: pipeline {folder / 'run'}: no model_index.json in it; try {folder / 'run/pipeline'}"

@@ -21,6 +21,7 @@ from skimage.metrics import structural_similarity
 from tiny import SMALL_TRANSFORMER, random_frames, tiny_tokenizer
 from tiny_experiment import N_CLIPS, call_tool, tiny_config
 from torch import nn
+from video_files import counter_frames, encode
 
 from latentcast import (
     MovingDigits,
@@ -38,7 +39,8 @@ from latentcast.config import to_container
 from latentcast.data.pictures import GAP, scale_for
 from latentcast.modeling import fingerprint
 from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
-from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, WeightAverage
+from latentcast.training import callbacks
+from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, ShownClips, WeightAverage
 from latentcast.training.checkpoints import check_checkpoint
 from latentcast.training.loggers import plot_curves, read_metrics
 from latentcast.training.run import TrainingRun, preview_clips, replacing_folder
@@ -181,7 +183,7 @@ CHAIN = [
 def chain(config, stop=None):
     """5 batches an epoch; validations of two batches after steps 3, 6 and 9, pictures after 4, 8 and 11."""
     run, module, data = build(config, "tokenizer")
-    pictures = Pictures(preview_clips(data, 2)[0], run.preview_dir, config.preview.every_n_steps)
+    pictures = Pictures(preview_clips(data, 2), run.preview_dir, config.preview.every_n_steps)
     pictures.before = stop.count if hasattr(stop, "draw") else lambda trainer: None
     run.fit(module, data, [CodebookMonitor([16]), pictures, *([stop] if stop else [])])
     return run, module
@@ -412,8 +414,9 @@ def test_previews_do_not_change_the_training(tmp_path):
 def test_reconstruction_grid_shows_each_frame_above_its_reconstruction(tmp_path, clip_length, n_rows, n_columns):
     config = tiny_config(tmp_path, f"clip_length={clip_length}", "trainer.max_steps=1")
     run, module, data = build(config, "tokenizer")
-    clips, _ = preview_clips(data, 2)
-    run.fit(module, data, [ReconstructionPreview(clips, run.preview_dir, 0)])
+    shown = preview_clips(data, 2)
+    clips = shown.frames
+    run.fit(module, data, [ReconstructionPreview(shown, run.preview_dir, 0)])
     picture = torch.from_numpy(np.array(Image.open(run.preview_dir / "step_0000001.png").convert("L"))) / 127.5 - 1
     scale = scale_for(16)
     side, step = scale * 16, scale * 16 + GAP
@@ -425,6 +428,37 @@ def test_reconstruction_grid_shows_each_frame_above_its_reconstruction(tmp_path,
         row = picture[bottom - side : bottom][scale // 2 :: scale]
         places = row.unfold(1, side, 1)[..., scale // 2 :: scale]  # (16, places, 16)
         assert (places - frame[:, None]).abs().mean((0, 2)).min() < 0.01  # 8 bits
+
+
+def drawn(monkeypatch, module, name):
+    """What ``module.name`` is given from now on: a list of its positional arguments."""
+    given, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: given.append(args) or function(*args, **kwargs))
+    return given
+
+
+@pytest.mark.parametrize("second, title", [("val", "held-out clips"), ("b", "TRAINING clips, as none are held out")])
+def test_previews_say_which_clips_they_show_and_of_which_videos(tmp_path, monkeypatch, second, title):
+    for folder in ("train", second):
+        (tmp_path / "clips" / folder).mkdir(parents=True)
+        for number in range(2):
+            encode(tmp_path / "clips" / folder / f"{number}.mp4", counter_frames(12, 16, 16))
+    data = ["data=video_folder", f"data.root={tmp_path / 'clips'}", "data.val_fraction=0", "data.test_fraction=0"]
+    sheets = drawn(monkeypatch, callbacks, "labelled_sheet")
+    videos = drawn(monkeypatch, callbacks, "labelled_videos")
+    pixels = [option for option in PIXEL_PRIOR if not option.startswith("data.")]
+    call_tool("train_prior", tmp_path, *pixels, *data, "n_context=2")
+    (rows, _, said, _), (cells, titles, *_) = sheets[0], videos[0]
+    assert said.startswith(f"VideoTransformer, step 4: {title}. ")
+    assert titles[0].startswith(f"{title.split()[0]}, step 4: -1 ")
+    names = [f"{second}/0.mp4", f"{second}/1.mp4"]  # two videos, though the first has three clips
+    assert [name.split("\n")[0] for name, _ in rows] == [name for name in names for _ in range(3)]
+    assert [name for name, _ in cells][:2] == [f"truth: {names[0]}", "sample 1"]
+
+
+def test_clips_of_one_video_are_numbered():
+    shown = ShownClips(torch.zeros(3, 1, 1, 8, 8), 10, ["a", "b", "a"])
+    assert shown.names == ["a #1", "b", "a #2"]
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_weights_or_checkpoint(tmp_path):
@@ -505,6 +539,7 @@ def test_curves_have_units_the_learning_rate_and_scales_and_nothing_is_cut_off(t
     panels = {axes.get_title(): axes for axes in figure.axes}
     assert list(panels) == ["loss", "psnr", "learning rate"]
     assert panels["psnr"].get_ylabel() == "dB"
+    assert all(tick == int(tick) for axes in figure.axes for tick in axes.get_xticks())  # steps
     assert [panels[name].get_yscale() for name in panels] == ["log", "linear", "linear"]
     assert [text.get_text() for text in panels["loss"].get_legend().get_texts()] == ["train", "val"]
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
@@ -633,8 +668,8 @@ def test_codebook_usage_covers_the_whole_epoch_and_warns_by_name(tmp_path, caplo
 @pytest.mark.parametrize("size, n_warnings", [(2048, 2), (8, 0)])  # a validation sees 128 positions
 def test_train_tokenizer_warns_by_name_of_codebooks_that_are_hardly_used(tmp_path, caplog, size, n_warnings):
     call_tool("train_tokenizer", tmp_path, "tokenizer.n_codebooks=2", f"tokenizer.codebook_size={size}")
-    warnings = {record.message for record in caplog.records if "codes are used (val, step 4)" in record.message}
-    assert len(warnings) == n_warnings
+    warnings = [record.message for record in caplog.records if "codes are used (val, step" in record.message]
+    assert len(warnings) == n_warnings  # once, though there are several validations
     for index in range(n_warnings):
         (line,) = [line for line in warnings if line.startswith(f"VQVAE: codebook {index + 1}: only ")]
         assert f" % of its {size} codes" in line
@@ -813,8 +848,8 @@ def test_prior_over_pixel_codes_needs_no_cache_and_draws_its_futures(tmp_path):
     dataset = instantiate(tiny_config(tmp_path, *PIXEL_PRIOR).data)(split="val")
     assert isinstance(dataset, MovingDigits)
     assert info.fps == pytest.approx(dataset.fps) and info.n_frames == 4
-    clips, fps = preview_clips(VideoDataModule(instantiate(tiny_config(tmp_path, *PIXEL_PRIOR).data), 4), 2)
-    assert fps == dataset.fps and torch.equal(clips[1], dataset[1]["frames"])
+    shown = preview_clips(VideoDataModule(instantiate(tiny_config(tmp_path, *PIXEL_PRIOR).data), 4), 2)
+    assert shown.fps == dataset.fps and torch.equal(shown.frames[1], dataset[1]["frames"])
 
 
 class Revivals(pl.Callback):

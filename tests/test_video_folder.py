@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import time
 
@@ -19,6 +20,7 @@ from latentcast.cli import run_tool
 from latentcast.data import video_folder as module
 from latentcast.data.base import EmptySplitError, VideoDataset
 from latentcast.data.loading import open_loader
+from latentcast.data.video_folder import splits_of
 from latentcast.data.video_reader import VideoError, neat_rate
 
 GOOD = ["a.mp4", "b.mkv", "deep/c.avi", "deep/d.webm", "deep/er/e.gif", "deep/er/f.MOV"]
@@ -46,15 +48,21 @@ def shown(frames):
     return read_counter(frames.repeat(1, 3 // frames.shape[1], 1, 1))
 
 
-def test_finds_every_kind_and_names_what_it_skips(video_folder, caplog, capsys):
-    caplog.set_level(logging.INFO, "latentcast")
+def test_finds_every_kind_and_names_what_it_skips(video_folder, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG, "latentcast")
+    video_folder = fresh_copy(video_folder, tmp_path / "videos")
     dataset = open_folder(video_folder)
     assert isinstance(dataset, VideoDataset)
     assert [(v.name, v.n_frames) for v in dataset.videos] == list(zip(GOOD, (24, 26, 28, 30, 32, 34)))
     assert all(v.fps == pytest.approx(25) for v in dataset.videos) and dataset.fps == pytest.approx(25)
-    assert "skipped 2 damaged: cut.mp4 (not a readable video" in caplog.text and "text.mp4 (" in caplog.text
-    assert "skipped 1 shorter than clip_length=8 at frame_stride=1: short.mp4 (5 frames)" in caplog.text
-    assert "notes.txt" not in caplog.text and "6 of 9 files" in caplog.text
+    assert "left out 2 damaged: cut.mp4 (not a readable video" in caplog.text and "text.mp4 (" in caplog.text
+    counts = "left out 2 damaged; 1 shorter than clip_length=8 (5 frames): short.mp4 (5)"
+    assert "notes.txt" not in caplog.text and f"train: 6 of 9 files; {counts}" in caplog.text
+    caplog.clear()
+    open_folder(video_folder)  # what is a matter of the files is said once, what is one of the settings again
+    assert [record.message for record in caplog.records if record.levelno > logging.DEBUG] == [
+        f"{video_folder}: train: 6 of 9 files; {counts}"
+    ]
     assert len(dataset) == 3 + 3 + 3 + 3 + 4 + 4
     for item in dataset:
         assert item["frames"].shape == (8, 3, 48, 48) and item["frames"].dtype == torch.float32
@@ -136,6 +144,46 @@ def test_split_is_a_partition_that_added_files_do_not_move(tmp_path):
     assert all(before[split] <= after for split, after in splits().items())
 
 
+@pytest.mark.parametrize("n_videos", range(3, 12))
+def test_few_videos_have_one_at_least_in_each_split_that_has_a_share(n_videos):
+    moved = 0
+    for seed in range(30):
+        names = [f"{seed} {number}" for number in range(n_videos)]
+        splits = splits_of(names, 0.1, 0.1)
+        assert {*splits.values()} == {"train", "val", "test"}
+        assert {*splits_of(names, 0.1, 0).values()} == {"train", "val"} and {*splits_of(names, 0, 0).values()} == {
+            "train"
+        }
+        more = splits_of([*names, "one more"], 0.1, 0.1)
+        moved += sum(more[name] != split for name, split in splits.items())
+        # None that was trained on is held out later.
+        assert all(more[name] == "train" for name, split in splits.items() if split == "train")
+    assert moved < 30
+    assert {*splits_of(names[:2], 0.1, 0.1).values()} == {"train"}
+
+
+def test_what_helps_an_empty_split_does(tmp_path):
+    for name, n_frames in (("a.mp4", 12), ("b.mp4", 12), ("c.mp4", 4), ("d.mp4", 4)):
+        encode(tmp_path / name, counter_frames(n_frames))
+    for seed in range(100):
+        arguments = {"clip_length": 8, "val_fraction": 0.1, "seed": seed}
+        try:
+            open_folder(tmp_path, "val", **arguments)
+        except EmptySplitError as error:  # the one file there is too short
+            message = str(error)
+            share = re.search(
+                r"shorter clips \(clip_length=4 at most\) or data\.val_fraction=(0\.\d+) or folders", message
+            )
+            assert share and "1 shorter than clip_length=8 (4 frames): " in message
+            split = open_folder(tmp_path, "val", **arguments | {"val_fraction": float(share[1])})
+            assert (
+                len(split.videos) == 1 and open_folder(tmp_path, **arguments | {"val_fraction": float(share[1])}).videos
+            )
+            break
+    else:
+        pytest.fail("no empty split was met")
+
+
 def test_folders_named_after_splits_are_the_splits(tmp_path):
     for i, split in enumerate(("train", "val", "test")):
         (tmp_path / split).mkdir()
@@ -161,7 +209,9 @@ def test_a_split_without_a_folder_takes_its_share_of_train(tmp_path, missing):
     assert names("train") | names(missing) == {f"train/{i:02d}.mp4" for i in range(20)}
     assert not names("train") & names(missing)
     assert len(names("train", **{f"{missing}_fraction": 0.0})) == 20
-    with pytest.raises(EmptySplitError, match=f"raise {missing}_fraction"):
+    with pytest.raises(
+        EmptySplitError, match=f"What helps: data.{missing}_fraction=0.01 or folders train and {missing}"
+    ):
         names(missing, **{f"{missing}_fraction": 0.0})
 
 
@@ -195,8 +245,10 @@ def test_no_usable_video_is_an_error_that_counts(video_folder, tmp_path):
         open_folder(video_folder, clip_length=100)
     message = str(caught.value)
     assert "'train': of 9 files, 2 damaged: cut.mp4 (not a" in message and "7 shorter than clip_length=100" in message
-    assert "f.MOV (34 frames)" in message and "\n" not in message
-    with pytest.raises(EmptySplitError, match="9 in other splits; raise val_fraction"):
+    assert "f.MOV (34), " in message and "\n" not in message
+    assert message.endswith("0 in other splits. What helps: shorter clips (clip_length=34 at most) or more files")
+    assert "7 shorter than clip_length=100 (5 to 34 frames): " in message
+    with pytest.raises(EmptySplitError, match=r"9 in other splits\. What helps: data\.val_fraction=0\.01 or folders"):
         open_folder(video_folder, "val")
     with pytest.raises(EmptySplitError, match=r"no video files here; expected any of \.mp4"):
         open_folder(tmp_path)
@@ -220,6 +272,27 @@ def test_no_usable_video_is_an_error_that_counts(video_folder, tmp_path):
 def test_bad_arguments(wide, arguments, message):
     with pytest.raises(ValueError, match=message):
         open_folder(wide, **arguments)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.fps=-1", r"^data\.fps: expected a rate above 0"),
+        ("data.val_fraction=2", r"^data\.val_fraction, data\.test_fraction: not shares"),
+        ("frame_size=0", r"^frame_size=0 \(as data\.size\): expected at least 1"),
+        ("clip_length=0", r"^clip_length: expected at least 1"),
+    ],
+)
+def test_errors_name_the_keys_of_the_config(wide, override, message):
+    config = load_config("video_folder", [f"data.root={wide}", override])
+    with pytest.raises(ValueError, match=message):
+        instantiate(config.data)(split="train")
+
+
+def test_clips_to_show_are_of_as_many_videos_as_can_be(wide):
+    dataset = open_folder(wide, clip_length=10, size=64)  # 2, 4 and 6 clips
+    assert dataset.spread(2) == [0, 2] and dataset.spread(5) == [0, 2, 6, 1, 3]
+    assert sorted(dataset.spread(99)) == list(range(12))
 
 
 def test_windows_are_random_in_train_and_fixed_elsewhere(wide):
@@ -276,7 +349,7 @@ def test_videos_of_different_rates_train_at_one(tmp_path, caplog):
     assert dataset.fps == 10 and [v.n_frames for v in dataset.videos] == [20, 20, 20]
     assert dataset.describe()["fps"] == 10
     assert shown(dataset.read_video(0, 0, 20)) == pytest.approx([2.5 * i for i in range(20)], abs=0.5)
-    said = "all are read at 10 frames a second, as 2 of 3 are; fps=RATE chooses another; the others: a25.mp4 (25)"
+    said = "all are read at 10 frames a second, as 2 of 3 are; data.fps=RATE chooses another; the others: a25.mp4 (25)"
     assert said in caplog.text
     strided = open_folder(tmp_path, clip_length=4, size=64, frame_stride=2)
     assert strided.fps == 5 and shown(strided.read_video(1, 0, 10)) == list(range(0, 20, 2))

@@ -7,15 +7,17 @@ Continues what an earlier run left. Several GPUs: ``torchrun --nproc-per-node N 
 
 import logging
 
-from latentcast.cli import UserError, experiment_parser, prepare_run_dir, run_tool
+from latentcast.cli import UserError, announce, experiment_parser, prepare_run_dir, run_tool
 
 logger = logging.getLogger("latentcast")
 
 
 def main(args):
-    from latentcast.config import cache_root, instantiate, load_config
+    from latentcast.config import cache_root, check_data, instantiate, load_config
 
     config = load_config(args.experiment, args.overrides, tool="encode_dataset", go_on=True)
+    check_data(config)
+    announce(config)
     from latentcast.data.base import match_conditions  # which takes seconds: mistakes in the config show before
     from latentcast.data.encoding import encode_dataset
     from latentcast.data.latent_cache import choose_store

@@ -13,14 +13,26 @@ import os
 import time
 from pathlib import Path
 
-from latentcast.cli import UserError, pick_device, prepare_run_dir, run_tool, user_path
+from latentcast.cli import UserError, announce, pick_device, prepare_run_dir, run_tool, user_path
 
 logger = logging.getLogger("latentcast")
 
 
 def main(args):
+    from latentcast.config import check_data
+
     began = time.perf_counter()
     config, folder = choose(args)
+    if config.protocol is None:
+        raise UserError("protocol: choose one by protocol=NAME (see configs/protocol)")
+    if config.data is None:
+        raise UserError("data: choose a data set by data=NAME")
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder}: no pipeline here; run tools/train_prior.py first, or give --pipeline DIR")
+    if args.weights is not None and not Path(args.weights).is_dir():
+        raise UserError(f"--weights {args.weights}: no such folder")
+    check_data(config)
+    announce(config)
     import torch  # which takes seconds, as what follows: mistakes in the config show before
 
     from latentcast.config import instantiate, to_container
@@ -31,14 +43,6 @@ def main(args):
     from latentcast.evaluation.report import write_report
     from latentcast.pipelines.base import VideoPipeline
 
-    if config.protocol is None:
-        raise UserError("protocol: choose one by protocol=NAME (see configs/protocol)")
-    if config.data is None:
-        raise UserError("data: choose a data set by data=NAME")
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder}: no pipeline here; run tools/train_prior.py first, or give --pipeline DIR")
-    if args.weights is not None and not Path(args.weights).is_dir():
-        raise UserError(f"--weights {args.weights}: no such folder")
     protocol = instantiate(config.protocol)
     with process_group():
         device = pick_device(args.device) if args.device else default_device()

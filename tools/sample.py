@@ -29,7 +29,7 @@ logger = logging.getLogger("latentcast")
 SMALLEST = 128  # frames are enlarged to about this many pixels
 ROW = 8  # so many videos stand beside each other in one row
 WIDEST = 2048  # pixels: larger pictures are enlarged less
-SHEET_VIDEOS, SHEET_FUTURES, SHEET_FRAMES = 8, 8, 32  # most on the contact sheet: videos, futures and frames of each
+SHEET_VIDEOS, SHEET_FUTURES, SHEET_FRAMES = 16, 8, 32  # most on the contact sheet: videos, futures and frames of each
 SHEET = "contact_sheet.png"
 SHEET_PIXELS = 1 << 26  # another video must not make it larger
 
@@ -77,6 +77,12 @@ def main(args):
     sampler = parse_options(args.options)
     multiplier = sampler.get("fps_multiplier", 1)  # what it may be is the sampler's to say
     multiplier = multiplier if isinstance(multiplier, (int, float)) and multiplier > 0 else 1
+    from latentcast.saved import pipeline_folder
+
+    if not args.input.exists():
+        raise UserError(f"--input {args.input}: no such file or folder")
+    folder = pipeline_folder(args.pipeline)
+    logger.info("loading %s", args.pipeline)
     videos = find_videos(args.input)
     import torch  # which takes seconds, as what follows: mistakes in the arguments show before
 
@@ -86,7 +92,7 @@ def main(args):
     from latentcast.files import error_numbers, printable, told
     from latentcast.pipelines.base import VideoPipeline
 
-    pipe = VideoPipeline.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype))
+    pipe = VideoPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
     pipe.to(pick_device(args.device))
     output = args.output or (Path(args.pipeline).parent if Path(args.pipeline).is_dir() else Path()) / "samples"
     if output.resolve() == (args.input if args.input.is_dir() else args.input.parent).resolve():
@@ -157,6 +163,13 @@ def main(args):
             leave_out(failed, video, error)
             if error_numbers(error) & {errno.ENOSPC, errno.EDQUOT}:  # for the others, too
                 break
+    if outputs:
+        logger.info("%s: futures of %d videos", output, len(outputs) // 2)
+    if sheet.n_left_out:
+        logger.info(
+            "%s shows the first %d videos and leaves out %d; each has its own mp4 and GIF",
+            *(sheet.path, sheet.n_videos, sheet.n_left_out),
+        )
     figures = {
         "outputs": outputs + sheet.outputs,
         "skipped": list(skipped),
@@ -193,11 +206,12 @@ class Sheet:
         scale: to enlarge them by.
     Attributes:
         outputs: [path] once it is written.
+        n_videos, n_left_out: how many it shows, and for how many there was no room.
     """
 
     def __init__(self, path, side, scale):
         self.path, self.side, self.scale = path, side, scale
-        self.rows, self.n_videos, self.outputs = [], 0, []
+        self.rows, self.n_videos, self.n_left_out, self.outputs = [], 0, 0, []
 
     def add(self, video, rows, n_context):
         """Show a video, where there is room.
@@ -217,6 +231,7 @@ class Sheet:
         rows = [*self.rows, *((f"{video}\n{name}", frames[places]) for name, frames in rows)]
         size = grid_size(len(rows) * len(places), self.side, self.side, self.scale, len(places))
         if self.n_videos == SHEET_VIDEOS or (self.rows and math.prod(size) > SHEET_PIXELS):
+            self.n_left_out += 1
             return
         self.rows, self.n_videos = rows, self.n_videos + 1
         names = frame_names(n_context, n_frames - n_context)
@@ -229,7 +244,7 @@ def read_video(path, n_context, args, pipe, multiplier=1):
     import torch
 
     from latentcast.data.image_frames import numbered_pictures, read_pictures
-    from latentcast.data.video_folder import load_frames, sampled_places, sampled_rate, to_model
+    from latentcast.data.video_folder import sampled_places, sampled_rate, to_model
     from latentcast.data.video_reader import DEFAULT_RATE, VideoError, VideoInfo, iter_clip, probe
 
     spec, pictures = pipe.prior.config.latent_spec, None
@@ -251,9 +266,15 @@ def read_video(path, n_context, args, pipe, multiplier=1):
         chosen = read_pictures([pictures[place] for place in places], spec["frame_height"])
         frames = to_model(torch.cat(list(chosen)), spec["frame_channels"])
     else:
-        for _ in itertools.islice(iter_clip(path, chunk=1), max(places) + 1):  # names damage, which reading conceals
-            pass
-        frames = load_frames(path, places, spec["frame_height"], spec["frame_channels"], info=info)
+        kept, n_decoded = {}, 0
+        # From the start, so that damage is named, which reading single frames conceals.
+        for frame in itertools.islice(iter_clip(path, spec["frame_height"], chunk=1), max(places) + 1):
+            if n_decoded in places:
+                kept[n_decoded] = frame
+            n_decoded += 1
+        if n_decoded <= max(places):
+            raise VideoError(f"{path}: {max(places) + 1} frames are needed, {n_decoded} can be decoded")
+        frames = to_model(torch.cat([kept[place] for place in places]), spec["frame_channels"])
     return frames[:n_context], frames[n_context:] if n_true else None, fps
 
 
@@ -280,8 +301,6 @@ def find_videos(path):
 
     if path.is_file():
         return {path: shortened(path.stem)}
-    if not path.is_dir():
-        raise UserError(f"--input {path}: no such file or folder")
     from latentcast.data.image_frames import is_sequence
     from latentcast.data.video_folder import list_videos, no_videos
 

@@ -3,15 +3,17 @@
 With ``joint=true``: go on with prior and decoder together, over the videos themselves.
 """
 
-from latentcast.cli import experiment_parser, run_tool
+from latentcast.cli import announce, experiment_parser, run_tool
 
 
 def main(args):
-    from latentcast.config import load_config
+    from latentcast.config import check_data, load_config
 
     config = load_config(args.experiment, args.overrides, tool="train_prior", go_on=True)
     if config.joint:
         config = load_config(args.experiment, args.overrides, tool="train_jointly", go_on=True)
+    check_data(config)
+    announce(config)
     from latentcast.training.run import TrainingRun  # which takes seconds: mistakes in the config show before
 
     with TrainingRun.open(config, "joint" if config.joint else "prior") as run:
@@ -40,27 +42,26 @@ def train(config, run):
     videos = VideoDataModule(
         instantiate(config.data), config.batch_size, config.num_workers, config.seed, config.read_timeout
     )
+    shown = preview_clips(videos, config.preview.n_clips)
     data = videos if over_frames else open_cache(config, tokenizer, prior, videos)
     match_conditions(prior.conditions, type(prior).__name__, data.train_set.conditions, "the data set")
-    clips, fps = preview_clips(videos, config.preview.n_clips)
     sampler = to_container(config.preview.sampler)
 
     def make_pipeline(prior):
         used = None if prior.accepts == "pixels" else tokenizer
-        return VideoPredictionPipeline(prior, used, n_context=config.n_context, fps=fps)
+        return VideoPredictionPipeline(prior, used, n_context=config.n_context, fps=shown.fps)
 
     # Predict one frame now: a mistake in preview.sampler must not wait for the first preview.
     trial = make_pipeline(prior)
     trial.set_progress_bar_config(disable=True)
     settings = {"num_samples": config.preview.num_samples, "value_range": (-1, 1)}
-    trial(clips[:1, : config.n_context], n_frames=1, **settings, **sampler)
+    trial(shown.frames[:1, : config.n_context], n_frames=1, **settings, **sampler)
     preview = PredictionPreview(
-        clips,
+        shown,
         run.preview_dir,
         config.preview.every_n_steps,
         make_pipeline,
         config.n_context,
-        fps,
         config.preview.num_samples,
         sampler,
         config.seed,
@@ -113,6 +114,7 @@ def open_cache(config, tokenizer, prior, videos):
         sample_posterior=config.cache.sample_posterior,
         expect=expect,
         read_timeout=config.read_timeout,
+        has_val=videos.val_set is not None,
     )
     for cached, source in ((data.train_set, videos.train_set), (data.val_set, videos.val_set)):
         if cached is not None and source is not None:

@@ -3,13 +3,15 @@
 With ``tokenizer=PATH``: go on with the weights of one that is trained already.
 """
 
-from latentcast.cli import UserError, experiment_parser, run_tool
+from latentcast.cli import UserError, announce, experiment_parser, run_tool
 
 
 def main(args):
-    from latentcast.config import load_config
+    from latentcast.config import check_data, load_config
 
     config = load_config(args.experiment, args.overrides, tool="train_tokenizer")
+    check_data(config)
+    announce(config)
     from latentcast.training.run import TrainingRun  # which takes seconds: mistakes in the config show before
 
     with TrainingRun.open(config, "tokenizer") as run:
@@ -39,8 +41,8 @@ def train(config, run):
     data = VideoDataModule(
         instantiate(config.data), config.batch_size, config.num_workers, config.seed, config.read_timeout
     )
-    clips, _ = preview_clips(data, config.preview.n_clips)
-    callbacks = [ReconstructionPreview(clips, run.preview_dir, config.preview.every_n_steps)]
+    shown = preview_clips(data, config.preview.n_clips)
+    callbacks = [ReconstructionPreview(shown, run.preview_dir, config.preview.every_n_steps)]
     if tokenizer.is_discrete:
         callbacks.append(CodebookMonitor(tokenizer.latent_spec["codebook_sizes"]))
     module = TokenizerModule(

@@ -95,6 +95,11 @@ class VideoDataset(Dataset):
             frames = frames.flip([axis for axis in FLIPS[self.flip] if chance.random() < 0.5])
         return {"frames": frames, "conditions": conditions}
 
+    def spread(self, n):
+        """Numbers of ``n`` clips, or of all there are, of as many videos as can be: the first of each, then the second
+        of each, and so on."""
+        return self._windows.spread(n)
+
     def item_name(self, index):
         """What ``dataset[index]`` reads, for messages."""
         video, start, stop = self._windows.place(index, self.epoch)
@@ -132,6 +137,13 @@ class ClipWindows:
 
     def __len__(self):
         return self._ends[-1] if self._ends else 0
+
+    def spread(self, n):
+        """See VideoDataset."""
+        spans = list(itertools.pairwise([0, *self._ends]))
+        turns = range(max((stop - start for start, stop in spans), default=0))
+        clips = (start + turn for turn in turns for start, stop in spans if start + turn < stop)
+        return list(itertools.islice(clips, n))
 
     def place(self, index, epoch):
         """Clip number ``index`` -> (video, start, stop)"""

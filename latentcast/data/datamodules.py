@@ -178,6 +178,7 @@ class LatentDataModule(_ClipDataModule):
         clip_length, stride, sample_posterior: see LatentCacheDataset.
         batch_size, num_workers, seed, read_timeout: as for VideoDataModule; ``seed`` also sets the random windows.
         expect: keyword arguments for ``LatentCacheDataset.expect``, checked on every split.
+        has_val: whether there are videos in the val split; without ``val/`` it is then logged that it is left out.
     """
 
     def __init__(
@@ -191,10 +192,11 @@ class LatentDataModule(_ClipDataModule):
         sample_posterior=True,
         expect=None,
         read_timeout=0,
+        has_val=True,
     ):
         super().__init__(batch_size, num_workers, seed, read_timeout)
         self.cache_root, self.clip_length, self.stride = Path(cache_root), clip_length, stride
-        self.sample_posterior, self.expect = sample_posterior, expect or {}
+        self.sample_posterior, self.expect, self.has_val = sample_posterior, expect or {}, has_val
 
     def describe(self):
         manifest = self.train_set.manifest
@@ -203,7 +205,8 @@ class LatentDataModule(_ClipDataModule):
     def open_split(self, split):
         folder = self.cache_root / split
         if split == "val" and not folder.is_dir():
-            logger.warning("no validation: %s: no such folder", folder)
+            if self.has_val:
+                logger.warning("no validation: %s: no such folder; tools/encode_dataset.py makes it", folder)
             return None
         dataset = LatentCacheDataset(
             folder,

@@ -47,21 +47,25 @@ INDEX_NAME = ".latentcast-index.json"
 INDEX_FORMAT = 3
 INDEX_MB = 4096  # of a million videos whose frames are unevenly spaced
 SLOW_START = 250  # frames: longer files that are decoded from their start are named
+DAMAGED, AWAY, SHORT = "damaged", "not readable now", "too short"  # why files are left out
 SAVE_EVERY = 30  # seconds between saves of an index that is being built
 SAME_RATE = 0.01  # relative difference of frame rates that is let pass
+FEWEST = 3  # videos that can be divided into splits
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class VideoFolder(VideoDataset):
     """Clips and whole videos of every video file under a folder: see ``list_videos``.
 
-    A file's split follows from a hash of its path below ``root``, so adding files moves no other file. Where ``root``
-    holds a folder ``val`` or ``test`` beside ``train``, these are the splits and other files are left out; of ``val``
-    and ``test`` the one without a folder takes its share of the files in ``train``, by the hash.
+    A file's split follows from a hash of its path below ``root``, so adding files moves no other file (but see
+    ``splits_of`` about few files). Where ``root`` holds a folder ``val`` or ``test`` beside ``train``, these are the
+    splits and other files are left out; of ``val`` and ``test`` the one without a folder takes its share of the files
+    in ``train``, by the hash.
 
     The first use decodes each file once, with a progress bar, and keeps what it found in an index; later uses look only
-    at new and changed files. Damaged and too short files are named in the log, counted and left out. Where time jumps
-    within a file by more than a still would last, it becomes several videos: no clip crosses the jump.
+    at new and changed files. Damaged and too short files are counted and left out. What is odd about the files is said
+    when it is found, and by later uses at the level DEBUG. Where time jumps within a file by more than a still would
+    last, it becomes several videos: no clip crosses the jump.
 
     Args:
         root: the folder.
@@ -72,7 +76,8 @@ class VideoFolder(VideoDataset):
         frame_stride: take every ``frame_stride``-th frame.
         fps: take the frames nearest in time to this rate instead (slower videos then repeat frames). None: as the
             videos are; where they differ, the rate that most files have (over ``frame_stride``), which the log says.
-        val_fraction, test_fraction: share of the files in these splits.
+        val_fraction, test_fraction: share of the files in these splits; of three files or more each split with a share
+            has one at least.
         seed: of the split and of the random windows.
         index_dir: folder for the index; default: a hidden file in ``root``, or in the user's cache if ``root`` is
             read-only.
@@ -117,12 +122,14 @@ class VideoFolder(VideoDataset):
         self.square_pixels = square_pixels
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self._folders = _split_folders(self.root)
-        index = build_index(self.root, index_dir)
+        index, changed = update_index(self.root, index_dir)
+        news = logging.WARNING if changed else logging.DEBUG
         if fps is None:
             rates = {name: record["info"]["fps"] for name, record in index.items() if "info" in record}
-            rate = rate_for_all(rates, self.root if split == "train" else None)
+            rate = rate_for_all(rates, self.root, "data.fps", news)
             if rate is not None:
                 self.target_fps, self.frame_stride = neat_rate(rate / frame_stride), 1
+        self._tell(index, news)
         self._files = self._choose(index)
         self._videos = [VideoEntry(part.name, *self._rate(part.info)) for part in self._files]
         self.fps = neat_rate(statistics.median(entry.fps for entry in self._videos))
@@ -160,74 +167,117 @@ class VideoFolder(VideoDataset):
     def _rate(self, info):
         return sampled_rate(info, self.frame_stride, self.target_fps)
 
-    def _split_of(self, name):
-        folder = name.partition("/")[0]
-        if self._folders and folder != "train":
-            return folder
-        fractions = {"val": self.val_fraction, "test": self.test_fraction}
-        return split_of(
-            name, *(0 if split in self._folders else share for split, share in fractions.items()), self.seed
-        )
+    def _splits(self, names, **shares):
+        """File -> its split, the folder's name for one that is in none; ``shares``: in the place of the split's own."""
+        shares = {"val": self.val_fraction, "test": self.test_fraction} | shares
+        if not self._folders:
+            return splits_of(names, **shares, seed=self.seed)
+        folders = {name: name.partition("/")[0] for name in names}
+        shares |= dict.fromkeys(self._folders[1:], 0)
+        return folders | splits_of([name for name in names if folders[name] == "train"], **shares, seed=self.seed)
+
+    def _tell(self, index, level):
+        """Log what is odd about the files, whatever their split."""
+        if not logger.isEnabledFor(level):
+            return
+        infos = {name: VideoInfo(**record["info"]) for name, record in sorted(index.items()) if "info" in record}
+        broken = [f"{name} ({record['error']})" for name, record in sorted(index.items()) if _is_damaged(record)]
+        oblong = [f"{name} ({info.pixel_aspect:.3f} : 1)" for name, info in infos.items() if info.pixel_aspect != 1]
+        unindexed = [
+            name
+            for name, info in infos.items()
+            if len(info.keys) == 0 and info.reader == "pyav" and info.n_frames > SLOW_START
+        ]
+        if broken:
+            logger.log(level, "%s: left out %d damaged%s", self.root, len(broken), _listed(broken))
+        for name, info in infos.items():
+            if info.cuts:
+                cuts = _listed(list(map(str, info.cuts)))[2:]
+                logger.log(level, "%s: %s: time jumps before frame %s", self.root, name, cuts)
+        if oblong:
+            done = "stretched" if self.square_pixels else "kept as they are; data.square_pixels=true stretches them"
+            logger.log(level, "%s: %d videos have oblong pixels, %s%s", self.root, len(oblong), done, _listed(oblong))
+        if unindexed:
+            logger.log(
+                min(level, logging.INFO),
+                "%s: no way to find single frames exactly, decoded from the start%s",
+                *(self.root, _listed(unindexed)),
+            )
+
+    def _judge(self, name, record):
+        """The parts of a file that are long enough, and why -> name -> what is the matter, of those that are not."""
+        if "error" in record:
+            return [], {DAMAGED if _is_damaged(record) else AWAY: {name: record["error"]}}
+        whole = VideoInfo(**record["info"])
+        if self.target_fps and too_slow(whole.fps, self.target_fps):
+            return [], {f"too slow for data.fps={self.target_fps:g}": {name: f"{1 / whole.fps:.0f} s a frame"}}
+        parts, short = [], {}
+        for part in _parts(name, record["size"], whole):
+            n_frames, _ = self._rate(part.info)
+            if n_frames < self.clip_length:
+                short[part.name] = n_frames
+            else:
+                parts.append(part)
+        return parts, {SHORT: short}
 
     def _choose(self, index):
         """The usable files of this split, as ``_Part`` s."""
-        usable, damaged, away, short, still, oblong, slow, elsewhere = [], [], [], [], [], [], 0, 0
-        for name, record in sorted(index.items()):
-            if self._split_of(name) != self.split:
-                elsewhere += 1
-                continue
-            if "error" in record:
-                (away if "away" in record else damaged).append(f"{name} ({record['error']})")
-                continue
-            whole = VideoInfo(**record["info"])
-            if self.target_fps and too_slow(whole.fps, self.target_fps):
-                still.append(f"{name} ({1 / whole.fps:.0f} s a frame)")
-                continue
-            if len(whole.keys) == 0 and whole.reader == "pyav" and whole.n_frames > SLOW_START:
-                logger.info("%s: %s: no way to find single frames exactly; decoded from its start", self.root, name)
-            if whole.cuts:
-                logger.warning(
-                    "%s: %s: time jumps before frame %s", self.root, name, _listed(list(map(str, whole.cuts)))[2:]
-                )
-            if whole.pixel_aspect != 1:
-                oblong.append(f"{name} ({whole.pixel_aspect:.3f} : 1)")
-            slow += self.target_fps is not None and whole.fps < 0.99 * self.target_fps
-            for part in _parts(name, record["size"], whole):
-                n_frames, _ = self._rate(part.info)
-                if n_frames < self.clip_length:
-                    short.append(f"{part.name} ({n_frames} frames)")
-                else:
-                    usable.append(part)
-        rate = f"fps={self.target_fps:g}" if self.target_fps else f"frame_stride={self.frame_stride}"
-        lost = {
-            "damaged": damaged,
-            "not readable now": away,
-            f"shorter than clip_length={self.clip_length} at {rate}": short,
-            f"too slow for {rate}": still,
-        }
+        splits, usable, lost = self._splits(sorted(index)), [], {DAMAGED: {}, AWAY: {}, SHORT: {}}
+        own = [name for name, split in splits.items() if split == self.split]
+        for name in own:
+            parts, why = self._judge(name, index[name])
+            usable += parts
+            for reason, names in why.items():
+                lost.setdefault(reason, {}).update(names)
+        lost = {reason: names for reason, names in lost.items() if names}
         if not usable:
-            counts = [f"{len(names)} {reason}{_listed(names)}" for reason, names in lost.items() if names]
-            counts.append(f"{elsewhere} in other splits")
-            advice = f"raise {self.split}_fraction"
-            if self.split in ("train", *self._folders):
-                advice = "add files"
+            counts = [self._counted(reason, names) for reason, names in lost.items()]
+            counts.append(f"{len(index) - len(own)} in other splits")
             raise EmptySplitError(
-                f"{self.root}: no usable video in split {self.split!r}: of {len(index)} files, {', '.join(counts)}; "
-                f"{advice} or ask for shorter clips"
+                f"{self.root}: no usable video in split {self.split!r}: of {len(index)} files, {'; '.join(counts)}. "
+                f"What helps: {' or '.join(self._advice(index, lost.get(SHORT)))}"
             )
-        for reason, names in lost.items():
-            if names:
-                logger.warning("%s: %s: skipped %d %s%s", self.root, self.split, len(names), reason, _listed(names))
-        if oblong:
-            done = "stretched" if self.square_pixels else "kept as they are; square_pixels=true stretches them"
-            logger.warning("%s: %d videos have oblong pixels, %s%s", self.root, len(oblong), done, _listed(oblong))
+        rate = f" at {self.target_fps:g} frames a second" if self.target_fps else ""
+        slow = {part.file for part in usable if self.target_fps and part.whole.fps < 0.99 * self.target_fps}
         if slow:
-            logger.warning(
-                "%s: %d videos are slower than fps=%g: their frames repeat", self.root, slow, self.target_fps
-            )
+            rate += f" ({len(slow)} are slower: their frames repeat)"
+        damaged = lost.pop(DAMAGED, {})  # which _tell has named
+        counts = [f"{len(damaged)} {DAMAGED}"] if damaged else []
+        counts += [self._counted(reason, names) for reason, names in lost.items()]
         n_files = len({part.file for part in usable})
-        logger.info("%s: %s: %d of %d files", self.root, self.split, n_files, len(index))
+        logger.log(
+            logging.WARNING if lost else logging.INFO,
+            "%s: %s: %d of %d files%s%s",
+            *(self.root, self.split, n_files, len(index), rate),
+            f"; left out {'; '.join(counts)}" if counts else "",
+        )
         return usable
+
+    def _counted(self, reason, names):
+        """How many are left out for a reason, and which."""
+        listed = _listed([f"{name} ({what})" for name, what in names.items()])
+        if reason == SHORT:
+            stride = f" at data.frame_stride={self.frame_stride}" if self.frame_stride > 1 else ""
+            found = " to ".join(map(str, sorted({min(names.values()), max(names.values())})))
+            reason = f"shorter than clip_length={self.clip_length}{stride} ({found} frames)"
+        return f"{len(names)} {reason}{listed}"
+
+    def _advice(self, index, short):
+        """What can be done about a split without a usable video."""
+        advice = [f"shorter clips (clip_length={max(short.values())} at most)"] if short else []
+        if self.split in ("train", *self._folders):
+            return [*advice, "more files"]
+        usable = [name for name in index if self._judge(name, index[name])[0]]
+        for share in (percent / 100 for percent in range(1, 100)):
+            splits = self._splits(index, **{self.split: share})
+            if {"train", self.split} <= {splits[name] for name in usable}:
+                advice.append(f"data.{self.split}_fraction={share:g}")
+                break
+        return [*advice, f"folders train and {self.split} with videos in {self.root}"]
+
+
+def _is_damaged(record):
+    return "error" in record and "away" not in record
 
 
 @dataclass(frozen=True)
@@ -289,13 +339,25 @@ def check_options(channels, frame_stride, fps, val_fraction, test_fraction):
         raise ValueError(f"val_fraction, test_fraction: not shares of one whole: {val_fraction}, {test_fraction}")
 
 
-def split_of(name, val_fraction, test_fraction, seed=0):
-    """The split of a video from a hash of its name, so that adding videos moves no other."""
-    digest = hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
-    if place < test_fraction:
-        return "test"
-    return "val" if place < test_fraction + val_fraction else "train"
+def splits_of(names, val, test, seed=0):
+    """Video -> its split, from a hash of its name, so that adding videos moves no other; ``val``, ``test``: shares.
+
+    Of three videos or more, a split with a share has one at least: where the hash gives it none it borrows one of
+    train, until a video is added that the hash gives it. So adding videos never moves one out of train.
+    """
+    places, splits = {}, {}
+    for name in names:
+        digest = hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest()
+        place = places[name] = int.from_bytes(digest[:8], "big") / 2**64
+        splits[name] = "test" if place < test else "val" if place < test + val else "train"
+    if len(splits) < FEWEST:
+        return splits
+    train = sorted((name for name in splits if splits[name] == "train"), key=places.get)
+    held_out = {*splits.values()}
+    for split, share, end in (("val", val, 0), ("test", test, -1)):
+        if share > 0 and split not in held_out and len(train) > 1:
+            splits[train.pop(end)] = split
+    return splits
 
 
 def luma(frames):
@@ -303,13 +365,13 @@ def luma(frames):
     return (frames.float() * torch.tensor(LUMA).view(3, 1, 1)).sum(-3, keepdim=True)
 
 
-def rate_for_all(rates, source=None):
+def rate_for_all(rates, source, option="fps", level=logging.WARNING):
     """The one frame rate for videos of different ones: that of most, and of several such the lowest, as frames are then
     left out rather than repeated. None where they agree.
 
     Args:
         rates: name -> frames per second.
-        source: where they lie, for the log, which says what was chosen; None: it does not.
+        source: where they lie; option: what chooses another rate; level: for the log, which says what was chosen.
     """
     ordered = sorted(rates.values())
     if not ordered or ordered[-1] <= (1 + SAME_RATE) * ordered[0]:
@@ -320,12 +382,12 @@ def rate_for_all(rates, source=None):
 
     chosen = max(ordered, key=n_alike)
     others = [f"{name} ({rate:g})" for name, rate in rates.items() if abs(rate - chosen) > SAME_RATE * chosen]
-    if source is not None:
-        logger.warning(
-            "%s: videos of different frame rates: all are read at %g frames a second, as %d of %d are; fps=RATE "
-            "chooses another; the others%s",
-            *(source, chosen, len(rates) - len(others), len(rates), _listed(others)),
-        )
+    logger.log(
+        level,
+        "%s: videos of different frame rates: all are read at %g frames a second, as %d of %d are; %s=RATE chooses "
+        "another; the others%s",
+        *(source, chosen, len(rates) - len(others), len(rates), option, _listed(others)),
+    )
     return chosen
 
 
@@ -368,16 +430,29 @@ def build_index(root, index_dir=None):
         path below root -> {"size", "mtime", and "info": fields of VideoInfo, or "error": why it cannot be read, with
         "away" where that is no property of the file: it is not kept on disk, and the file is tried again next time}.
     """
+    return update_index(root, index_dir)[0]
+
+
+def update_index(root, index_dir=None):
+    """``build_index``, and whether there were files to look at."""
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder of videos")
-    found = _find(root)
+    names, remarks = _listing(root)
+    found = {}
+    for name in names:
+        with contextlib.suppress(OSError):  # gone since
+            status = (root / name).stat()
+            found[name] = {"size": status.st_size, "mtime": status.st_mtime_ns}
     if not found:
+        _log(remarks)
         raise EmptySplitError(no_videos(root))
     path = _index_path(root, index_dir)
     index = _load(path, found)
-    if len(index) == len(found):
-        return index
+    known = len(index) == len(found)
+    _log(remarks, said=known)
+    if known:
+        return index, False
     with _locked(path):  # another rank may have done the work meanwhile
         index = _load(path, found)
         missing = [name for name in found if name not in index]
@@ -393,7 +468,7 @@ def build_index(root, index_dir=None):
             finally:
                 pool.shutdown(cancel_futures=True)
                 _save(path, index)
-    return index
+    return index, bool(missing)
 
 
 def _examine(path):
@@ -433,7 +508,19 @@ def list_videos(root, is_sequence=None):
     Returns:
         paths below ``root`` with "/" between folders, sorted.
     """
-    root, found, left_out, broken = Path(root), [], Counter(), []
+    found, remarks = _listing(Path(root), is_sequence)
+    _log(remarks)
+    return found
+
+
+def _log(remarks, said=False):
+    for level, *message in remarks:
+        logger.log(logging.DEBUG if said else level, *message)
+
+
+def _listing(root, is_sequence=None):
+    """What ``list_videos`` returns, and (level, format, values ...) of what is to be said of the others."""
+    found, left_out, broken, remarks = [], Counter(), [], []
     for folder, names in _walk(root):
         where = folder.relative_to(root)
         videos = [name for name in names if name.lower().endswith(SUFFIXES)]
@@ -447,10 +534,11 @@ def list_videos(root, is_sequence=None):
     if left_out:
         kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.most_common(20))
         more = f" and {len(left_out) - 20} more kinds" if len(left_out) > 20 else ""
-        logger.info("%s: left out by suffix: %s%s", root, kinds, more)
+        remarks.append((logging.INFO, "%s: left out by suffix: %s%s", root, kinds, more))
     if broken:
-        logger.warning("%s: left out %d that lead to no file%s", root, len(broken), _listed(sorted(broken)))
-    return sorted(found)
+        names = _listed(sorted(broken))
+        remarks.append((logging.WARNING, "%s: left out %d that lead to no file%s", root, len(broken), names))
+    return sorted(found), remarks
 
 
 def _walk(root):
@@ -486,15 +574,6 @@ def _is_folder(entry):
         return entry.is_dir()
     except OSError:  # a link that leads to itself, or to where we may not look
         return False
-
-
-def _find(root):
-    found = {}
-    for name in list_videos(root):
-        with contextlib.suppress(OSError):  # gone since
-            status = (root / name).stat()
-            found[name] = {"size": status.st_size, "mtime": status.st_mtime_ns}
-    return found
 
 
 def _index_path(root, index_dir):

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -285,13 +286,15 @@ class LogInterval(Callback):
 
 class CodebookMonitor(Callback):
     """Logs usage, perplexity and dead fraction of every codebook, counted from 1 as the priors' bits are: in training
-    over each epoch, or the short epochs that share a validation, and over each validation.
+    over each epoch, or the short epochs that share a validation, and over each validation. A codebook that is hardly
+    used is warned about when that begins.
 
     Args:
         codebook_sizes: as in ``latent_spec``.
     """
 
     def __init__(self, codebook_sizes):
+        self._low = set()  # (split, number) of codebooks that are hardly used
         self.train, self.val = CodebookUsage(codebook_sizes), CodebookUsage(codebook_sizes)
 
     def state_dict(self):
@@ -326,7 +329,9 @@ class CodebookMonitor(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         for number, (usage, size) in enumerate(zip(figures["usage"].tolist(), metric.codebook_sizes), start=1):
-            if usage < LOW_USAGE:
+            known = (split, number) in self._low
+            (self._low.add if usage < LOW_USAGE else self._low.discard)((split, number))
+            if usage < LOW_USAGE and not known:
                 logger.warning(
                     "%s: codebook %d: only %.1f %% of its %d codes are used (%s, step %d)",
                     *(type(pl_module.model).__name__, number, 100 * usage, size),
@@ -335,7 +340,7 @@ class CodebookMonitor(Callback):
 
 
 class CollapseMonitor(Callback):
-    """Warns, after each validation, of groups of latent variables that say nothing: posterior collapse.
+    """Warns of groups of latent variables that say nothing, posterior collapse, when a validation finds them first.
 
     Reads ``active_units_group_1`` ... from what the model logs, the numbers of a group whose KL is not almost zero;
     models without such groups are left alone.
@@ -343,11 +348,18 @@ class CollapseMonitor(Callback):
 
     prefix = "val/active_units_group_"
 
+    def __init__(self):
+        self._collapsed = set()
+
     def on_validation_end(self, trainer, pl_module):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         for name, units in trainer.callback_metrics.items():
-            if name.startswith(self.prefix) and units == 0:
+            if not name.startswith(self.prefix):
+                continue
+            known = name in self._collapsed
+            (self._collapsed.add if units == 0 else self._collapsed.discard)(name)
+            if units == 0 and not known:
                 logger.warning(
                     "posterior collapse: no unit of latent group %s of %s is active, so it tells the decoder nothing "
                     "(step %d); a smaller beta may help",
@@ -388,19 +400,38 @@ class Throughput(Callback):
             self._restart()
 
 
+@dataclass
+class ShownClips:
+    """What previews show: ``frames`` (N, T, C, H, W) in [-1, 1], their rate, the names of their videos, and whether, as
+    there are no others, these are trained on."""
+
+    frames: torch.Tensor
+    fps: float
+    videos: list
+    trained_on: bool = False
+
+    @property
+    def names(self):
+        """A name for each clip: that of its video, with a number where there are several of one."""
+        return [
+            video if self.videos.count(video) == 1 else f"{video} #{self.videos[: n + 1].count(video)}"
+            for n, video in enumerate(self.videos)
+        ]
+
+
 class Preview(Callback):
     """Makes pictures of the same clips every so many steps and at the end, with the averaged weights.
 
     ``figures``, name -> number, are logged after each time.
 
     Args:
-        clips: (N, T, C, H, W) in [-1, 1].
+        shown: ShownClips.
         folder: the pictures are called ``step_0000500.png`` and so on.
         every_n_steps: 0 makes them at the end only.
     """
 
-    def __init__(self, clips, folder, every_n_steps):
-        self.clips, self.folder, self.every_n_steps = clips, Path(folder), every_n_steps
+    def __init__(self, shown, folder, every_n_steps):
+        self.shown, self.folder, self.every_n_steps = shown, Path(folder), every_n_steps
         self.figures = {}
         self._made_step = None
 
@@ -439,6 +470,11 @@ class Preview(Callback):
         """Write pictures called ``path`` plus a suffix -> name for the logger -> file."""
         raise NotImplementedError
 
+    def title(self, pl_module):
+        """What and when, in one line."""
+        clips = "TRAINING clips, as none are held out" if self.shown.trained_on else "held-out clips"
+        return f"{type(pl_module.model).__name__}, step {pl_module.trainer.global_step}: {clips}"
+
 
 class ReconstructionPreview(Preview):
     """A PNG with, for each clip, a row of its frames above a row of their reconstructions; clips of a single frame
@@ -446,19 +482,18 @@ class ReconstructionPreview(Preview):
 
     def draw(self, pl_module, path):
         model = pl_module.model
-        clips = self.clips.to(pl_module.device)
+        clips = self.shown.frames.to(pl_module.device)
         reconstructions = model(clips.to(model.dtype)).frames.float()
-        what = "frame"
+        names, what = self.shown.names, "frame"
         if clips.shape[1] == 1:
-            clips, reconstructions, what = clips.transpose(0, 1), reconstructions.transpose(0, 1), "clip"
+            clips, reconstructions = clips.transpose(0, 1), reconstructions.transpose(0, 1)
+            names, what = [""], "clip"
         rows = []
-        for number, pair in enumerate(zip(clips, reconstructions), start=1):
-            clip = f"clip {number}\n" if what == "frame" else ""
-            rows += [(f"{clip}{name}", frames) for name, frames in zip(("truth", "reconstruction"), pair)]
+        for name, pair in zip(names, zip(clips, reconstructions)):
+            rows += [(f"{name}\n{kind}".strip(), frames) for kind, frames in zip(("truth", "reconstruction"), pair)]
         columns = [f"{what} {number}" for number in range(1, clips.shape[1] + 1)]
-        title = f"{type(model).__name__}, step {pl_module.trainer.global_step}"
         file = path.with_suffix(".png")
-        write_image(file, labelled_sheet(rows, columns, title, scale_for(clips.shape[-2])))
+        write_image(file, labelled_sheet(rows, columns, self.title(pl_module), scale_for(clips.shape[-2])))
         return {"reconstructions": file}
 
 
@@ -472,21 +507,21 @@ class PredictionPreview(Preview):
     Args:
         make_pipeline: prior -> VideoPredictionPipeline.
         n_context: frames of the clip that are given.
-        fps: frame rate of the clips.
         num_samples: futures a clip.
         sampler: options of the prior's sampler.
         seed: of the samples, the same each time so that pictures can be compared.
     """
 
-    def __init__(self, clips, folder, every_n_steps, make_pipeline, n_context, fps, num_samples, sampler, seed):
-        super().__init__(clips, folder, every_n_steps)
-        self.make_pipeline, self.n_context, self.fps = make_pipeline, n_context, fps
+    def __init__(self, shown, folder, every_n_steps, make_pipeline, n_context, num_samples, sampler, seed):
+        super().__init__(shown, folder, every_n_steps)
+        self.make_pipeline, self.n_context = make_pipeline, n_context
         self.num_samples, self.sampler, self.seed = num_samples, sampler, seed
 
     def draw(self, pl_module, path):
         pipeline = self.make_pipeline(pl_module.model).to(pl_module.device)
         pipeline.set_progress_bar_config(disable=True)
-        context, future = self.clips[:, : self.n_context], self.clips[:, self.n_context :]
+        clips, fps = self.shown.frames, self.shown.fps
+        context, future = clips[:, : self.n_context], clips[:, self.n_context :]
         num_samples = 1 if pl_module.model.deterministic else self.num_samples
         predicted = pipeline(
             context,
@@ -499,14 +534,23 @@ class PredictionPreview(Preview):
         if num_samples > 1:
             self.figures = {f"preview/{name}": value for name, value in sample_diversity(predicted).items()}
         shown = [rows_of(*parts) for parts in zip(context, future, predicted)]
-        rows = [(f"clip {n}\n{name}", frames) for n, clip in enumerate(shown, 1) for name, frames in clip.items()]
-        scale, step = scale_for(self.clips.shape[-2]), f"step {pl_module.trainer.global_step}"
+        rows = [
+            (f"{clip}\n{kind}", frames)
+            for clip, kinds in zip(self.shown.names, shown)
+            for kind, frames in kinds.items()
+        ]
+        scale, title = scale_for(clips.shape[-2]), self.title(pl_module)
         names = frame_names(context.shape[1], future.shape[1])
         png = path.with_suffix(".png")
-        write_image(png, labelled_sheet(rows, names, f"{type(pl_module.model).__name__}, {step}. {LEGEND}", scale))
-        titles = [f"{step}, frame {name}" for name in frame_names(context.shape[1], future.shape[1], self.fps)]
-        cells = [(f"clip {n}: {name}", frames) for n, clip in enumerate(shown, 1) for name, frames in clip.items()]
-        mp4, _ = write_both(path, labelled_videos(cells, titles, scale, columns=1 + num_samples), self.fps)
+        write_image(png, labelled_sheet(rows, names, f"{title}. {LEGEND}", scale))
+        brief = f"{'TRAINING' if self.shown.trained_on else 'held-out'}, step {pl_module.trainer.global_step}"
+        titles = [f"{brief}: {name}" for name in frame_names(context.shape[1], future.shape[1], fps)]
+        cells = [
+            (f"{kind}: {clip}" if kind == "truth" else kind, frames)
+            for clip, kinds in zip(self.shown.names, shown)
+            for kind, frames in kinds.items()
+        ]
+        mp4, _ = write_both(path, labelled_videos(cells, titles, scale, columns=1 + num_samples), fps)
         return {"predictions": mp4, "predicted_frames": png}
 
 

@@ -13,7 +13,8 @@ from latentcast.progress import EVERY, Bar
 logger = logging.getLogger("latentcast")
 
 REFRESH = 0.5  # seconds between looks at the loss, for which a GPU is waited
-SETTLED = 60.0  # seconds after which the pace is known
+WARM = 3.0  # seconds after the first step, which is slow, from which on an end is foretold
+SETTLED = 60.0  # seconds after which it is right
 LONG = 3600.0  # seconds: runs longer than that are announced
 
 
@@ -38,6 +39,7 @@ class Console(Callback):
         self.total = int(steps) if math.isfinite(steps) else None
         self.timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)
         self.first, self.began, self.looked, self.announced = trainer.global_step, time.monotonic(), 0.0, False
+        self.warm = None  # step and time when the first one of this run has been made
         logger.info("%s", self.describe(trainer, pl_module))
         if self.show:
             count = "{n_fmt} of {total_fmt} steps" if self.total else "{n_fmt} steps"
@@ -71,6 +73,8 @@ class Console(Callback):
         if self.bar is None:
             return
         now, step = time.monotonic(), trainer.global_step
+        if self.warm is None and step > self.first:
+            self.warm = step, now
         if now - self.looked >= (EVERY if self.bar.plain else REFRESH):
             self.looked = now
             self.loss = outputs["loss"].item()
@@ -79,30 +83,38 @@ class Console(Callback):
 
     def say(self, step, now):
         """Put loss, pace and what is to go behind the count; announce once a run that will take long."""
-        parts, seconds, done = [f"loss {self.loss:.4g}"], now - self.began, step - self.first
-        to_go = self.to_go(step, now)
-        if done > 0:
-            pace = done / seconds
-            parts.append(f"{pace:.3g} steps/s" if pace >= 1 else f"{1 / pace:.3g} s/step")
+        parts, seconds = [f"loss {self.loss:.4g}"], now - self.began
+        to_go, pace = self.to_go(step, now), self.pace(step, now)
         if self.ended:
             parts.append(f"{duration(seconds)} in all")
+            pace = pace or seconds / (step - self.first)
         elif to_go is not None:
             parts.append(f"{duration(to_go)} to go")
+        if pace:
+            parts.append(f"{1 / pace:.3g} steps/s" if pace <= 1 else f"{pace:.3g} s/step")
         self.bar.set_postfix_str(", ".join(parts), refresh=False)
         if to_go is not None and seconds >= SETTLED and not self.announced:
             self.announced = True
             if to_go >= LONG and not self.timer:
                 logger.info(
                     "%s: at this pace %d steps take %s more; trainer.max_time=DD:HH:MM:SS or a lower trainer.max_steps "
-                    "end it earlier, and ctrl-C with resume=true continues it later",
-                    *(self.stage, self.total - step, duration(to_go)),
+                    "end it earlier, ctrl-C with resume=true continues it later, and steps of a smaller network "
+                    "(%s.KEY=VALUE) or batch_size take less time",
+                    *(self.stage, self.total - step, duration(to_go), "prior" if self.stage == "joint" else self.stage),
                 )
 
+    def pace(self, step, now):
+        """Seconds a step, validations and pictures counted as they were so far; the first step, in which much is done
+        once, is left out. None: not known yet."""
+        if self.warm is None or step <= self.warm[0] or now - self.warm[1] < WARM:
+            return None
+        return (now - self.warm[1]) / (step - self.warm[0])
+
     def to_go(self, step, now):
-        """Seconds to the end of the run, validations and pictures counted as they were so far; None: not known."""
-        found = [self.timer.time_remaining()] if self.timer else []
-        if self.total and step > self.first:
-            found.append((now - self.began) * (self.total - step) / (step - self.first))
+        """Seconds to the end of the run; None: not known."""
+        found, pace = [self.timer.time_remaining()] if self.timer else [], self.pace(step, now)
+        if self.total and pace is not None:
+            found.append(pace * (self.total - step))
         return min(found, default=None)
 
     def on_validation_start(self, trainer, pl_module):

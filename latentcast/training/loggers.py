@@ -77,6 +77,7 @@ def plot_curves(path, image):
     """Draw the curves of a metrics file as a PNG: one panel a quantity, training and validation together, and the
     learning rate. What spans orders of magnitude is drawn on a logarithmic scale."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     curves = defaultdict(lambda: defaultdict(list))
     for step, name, value in read_metrics(path):
@@ -98,6 +99,7 @@ def plot_curves(path, image):
         axes = figure.add_subplot(
             rows, columns, index + 1, title=quantity.replace("_", " "), xlabel="step", ylabel=unit
         )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for split, points in sorted(curves[quantity].items()):
             axes.plot(*zip(*points), label=split, marker="." if len(points) < 30 else None)
         values = [value for points in curves[quantity].values() for _, value in points]

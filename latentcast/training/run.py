@@ -26,6 +26,7 @@ from latentcast.yaml_text import dump
 from .callbacks import (
     LastCheckpoint,
     LogInterval,
+    ShownClips,
     StepSeed,
     Throughput,
     ValidationInterval,
@@ -324,11 +325,19 @@ def try_out(module, datamodule):
 
 
 def preview_clips(data, n_clips):
-    """The first clips of the val split (of the train split, where there is no val) -> ((N, T, C, H, W), their fps)."""
+    """Clips to show -> ShownClips: of the val split, of the train split where there is no val, and of as many videos as
+    can be."""
     if n_clips < 1:
         raise UserError(f"preview.n_clips: expected at least 1, found {n_clips}")
-    dataset = data.val_set or data.train_set
-    return torch.stack([dataset[index]["frames"] for index in range(min(n_clips, len(dataset)))]), dataset.fps
+    train, val = data.train_set, data.val_set  # opened, and so told of, in this order
+    dataset = val or train
+    chosen = dataset.spread(n_clips)
+    return ShownClips(
+        torch.stack([dataset[index]["frames"] for index in chosen]),
+        dataset.fps,
+        [dataset.videos[dataset.video_of(index)].name for index in chosen],
+        trained_on=val is None,
+    )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ..video_folder import (
     rate_for_all,
     sampled_places,
     sampled_rate,
-    split_of,
+    splits_of,
 )
 from ..video_reader import VideoAwayError, VideoInfo, iter_clip, look, neat_rate
 from .base import Benchmark, Clip
@@ -32,8 +32,8 @@ class Folder(Benchmark):
     Args:
         source: the folder.
         protocol: "folders": the splits are the folders ``train``, ``val`` and ``test`` below ``source``; "hash": a
-            video's split follows from a hash of its path below ``source``, as in VideoFolder, so that adding videos
-            moves no other. None: "folders" where all three are there, "hash" where none is.
+            video's split follows from a hash of its path below ``source``, as in VideoFolder. None: "folders" where all
+            three are there, "hash" where none is.
         frame_size: H = W of the frames, pixels.
         channels: 3 (RGB) or 1 (grey, BT.601 luma).
         frame_stride: take every ``frame_stride``-th frame.
@@ -84,13 +84,11 @@ class Folder(Benchmark):
             )
 
     def videos(self):
-        splits = {split: [] for split in SPLITS}
-        for name in self._names:
-            if self.protocol == "hash":
-                splits[split_of(name, self.val_fraction, self.test_fraction, self.seed)].append(name)
-            elif name.partition("/")[0] in SPLITS:
-                splits[name.partition("/")[0]].append(name)
-        return splits
+        if self.protocol == "hash":
+            chosen = splits_of(self._names, self.val_fraction, self.test_fraction, self.seed)
+        else:
+            chosen = {name: name.partition("/")[0] for name in self._names}
+        return {split: [name for name in self._names if chosen[name] == split] for split in SPLITS}
 
     @functools.cached_property
     def _rates(self):
