@@ -98,8 +98,8 @@ class _Average(AveragedModel):
     def __init__(self, model, decay, device):
         super().__init__(model, device)
         self.decay = decay
-        saved = model.state_dict().keys()
-        self._averaged_buffers = [name for name, _ in model.named_buffers() if name in saved]  # the others are constants
+        saved = model.state_dict().keys()  # buffers that are not are constants
+        self._averaged_buffers = [name for name, _ in model.named_buffers() if name in saved]
 
     @torch.no_grad()
     def update_parameters(self, model):
