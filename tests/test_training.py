@@ -1,5 +1,6 @@
 """The training loop: resuming, averaging, stopping, what is logged and drawn."""
 
+import logging
 import math
 import os
 import resource
@@ -888,3 +889,32 @@ def test_a_prior_looks_at_the_codes_before_it_is_trained_and_a_resumed_one_does_
         counts += torch.bincount(module._clip({"frames": data.train_set[index]["frames"][None]}).flatten(), minlength=4)
     rank = module.model.head.logits[0].rank
     assert rank.tolist() != [0, 1, 2, 3] and counts.argsort(descending=True)[rank].tolist() == [0, 1, 2, 3]
+
+
+def compiler_that_breaks(graph, inputs):
+    raise RuntimeError("no such machine\nand more")
+
+
+def test_models_are_compiled_and_one_that_breaks_the_compiler_is_trained_as_it_is(tmp_path, caplog):
+    torch._dynamo.register_backend(compiler_that_breaks, "breaks")
+    caplog.set_level(logging.INFO, "latentcast")
+    said, weights = [], []
+    for backend in ("null", "eager", "breaks"):
+        torch._dynamo.reset()
+        options = ["trainer.max_steps=2", f"compile={backend}", "overwrite=true"]
+        _, module, _ = fit(tiny_config(tmp_path, *options))
+        compiled = module.model._compiled_call_impl is not None and torch._dynamo.utils.counters["frames"]["ok"] > 0
+        said.append((compiled, [line for line in caplog.messages if line.startswith("compile")]))
+        weights.append(module.model.state_dict())
+        caplog.clear()
+        torch._dynamo.utils.counters.clear()
+    assert said[:2] == [(False, []), (True, ["compile: VQVAE is compiled"])]
+    (compiled, (message,)) = said[2]
+    expected = (
+        "compile: VQVAE is trained uncompiled, torch.compile failed: backend='breaks' raised: RuntimeError: no such"
+    )
+    assert not compiled and message.startswith(expected)
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0])
+    with pytest.raises(UserError, match="compile: expected true, false or one of .*eager.*, found 'nothere'"):
+        fit(tiny_config(tmp_path, "compile=nothere", "overwrite=true"))

@@ -16,7 +16,7 @@ logger = logging.getLogger("latentcast")
 # Options of which a resumed run takes its own value, for they are about how it goes on or about what it does besides.
 APPLIED = (
     *("batch_size", "num_workers", "read_timeout", "optimizer.lr", "optimizer.weight_decay", "lr_scheduler", "trainer"),
-    *("ema_decay", "checkpoint_every_n_steps", "least_steps_between_val", "final_weights"),
+    *("ema_decay", "compile", "checkpoint_every_n_steps", "least_steps_between_val", "final_weights"),
 )
 ELSEWHERE = ("name", "run_dir", "resume", "overwrite", "preview", "wandb", "cache", "evaluation", "protocol", "joint")
 

@@ -34,6 +34,7 @@ from .callbacks import (
     finishing_steps,
 )
 from .checkpoints import WholeFileIO, check_checkpoint
+from .compiling import compile_model
 from .console import Console
 from .loggers import CSVMetrics, WandbRun, plot_curves, read_metrics
 
@@ -189,6 +190,8 @@ class TrainingRun:
         check_strategy(trainer)
         if checkpoint is None:
             try_out(module, datamodule)
+        if config.compile:
+            compile_model(module, datamodule, trainer, config.compile)
         for message in NOT_WORTH_SAYING:
             warnings.filterwarnings("ignore", message=message)
         try:
