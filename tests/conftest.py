@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+from collections import Counter
 from multiprocessing import forkserver
 
 # Before torch is loaded, and for the processes that tests start too, whatever the environment says: on tiny tensors,
@@ -26,6 +27,23 @@ def fork_server():
         modules = ("latentcast.training.run", "latentcast.zoo", "torch._dynamo", "sklearn.cluster", "pytest")
         multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
         forkserver.ensure_running()
+
+
+LONGEST = [  # files, from the longest; of the others those of most tests take longest
+    *("test_training", "test_evaluate", "test_train_tools", "test_joint_training", "test_league"),
+    *("test_residual_diffusion", "test_packaging", "test_encode_dataset", "test_contributing", "test_console"),
+]
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist's own order begins with the files of most tests
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, else one worker is left alone with one of them in the end."""
+    sizes = Counter(item.path for item in items)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path.stem, len(places)), -sizes[item.path]))
 
 
 @pytest.fixture(scope="session")

@@ -273,7 +273,7 @@ def test_codebook_usage_over_ranks_and_after_a_stop_inside_an_epoch(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(count_on_rank, (port, tmp_path), nprocs=2, start_method="spawn")
+    torch.multiprocessing.start_processes(count_on_rank, (port, tmp_path), nprocs=2, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     counts = torch.bincount(torch.cat([codes for codes, _ in ranks]).flatten(), minlength=64).double()
     share = counts[counts > 0] / counts.sum()
