@@ -20,12 +20,13 @@ from video_files import counter_frames, cut_off, encode
 
 @pytest.fixture(scope="session", autouse=True)
 def fork_server():
-    """In a run of many files: what the processes of loaders and ranks need is imported once, not by each of them.
+    """In a run of many files: what loaders, ranks and tools need as processes is imported once, not by each.
 
     Not by ``loading.worker_context``, whose processes do not hear the SIGTERM by which pools end theirs."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        modules = ("latentcast.training.run", "latentcast.zoo", "torch._dynamo", "sklearn.cluster", "pytest")
-        multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+        modules = ["latentcast.training.run", "latentcast.zoo", "torch._dynamo", "sklearn.cluster", "pytest"]
+        modules += ["latentcast.evaluation.evaluator", "matplotlib.backends.backend_agg", "sklearn.datasets"]
+        multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
         forkserver.ensure_running()
 
 
