@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+from collections import Counter
 from multiprocessing import forkserver
 
 # Before torch is loaded, and for the processes that tests start too, whatever the environment says: on tiny tensors,
@@ -19,13 +20,31 @@ from video_files import counter_frames, cut_off, encode
 
 @pytest.fixture(scope="session", autouse=True)
 def fork_server():
-    """In a run of many files: what the processes of loaders and ranks need is imported once, not by each of them.
+    """In a run of many files: what loaders, ranks and tools need as processes is imported once, not by each.
 
     Not by ``loading.worker_context``, whose processes do not hear the SIGTERM by which pools end theirs."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        modules = ("latentcast.training.run", "latentcast.zoo", "torch._dynamo", "sklearn.cluster", "pytest")
-        multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+        modules = ["latentcast.training.run", "latentcast.zoo", "torch._dynamo", "sklearn.cluster", "pytest"]
+        modules += ["latentcast.evaluation.evaluator", "matplotlib.backends.backend_agg", "sklearn.datasets"]
+        multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
         forkserver.ensure_running()
+
+
+LONGEST = [  # files, from the longest; of the others those of most tests take longest
+    *("test_training", "test_evaluate", "test_train_tools", "test_joint_training", "test_league"),
+    *("test_residual_diffusion", "test_packaging", "test_encode_dataset", "test_contributing", "test_console"),
+]
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist's own order begins with the files of most tests
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, else one worker is left alone with one of them in the end."""
+    sizes = Counter(item.path for item in items)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path.stem, len(places)), -sizes[item.path]))
 
 
 @pytest.fixture(scope="session")

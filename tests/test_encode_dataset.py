@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -118,9 +117,9 @@ def test_kill_and_resume(tmp_path):
     root = tmp_path / "run" / "latents" / "train"
     process = start_tool("encode_dataset", tmp_path, *overrides)
     while not (root / "shard-00002.json").exists():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.read()
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     finished = {path: path.stat().st_mtime_ns for path in root.glob("*.safetensors")}
     assert 3 <= len(finished) < 400 and not (root / "manifest.json").exists()

@@ -6,7 +6,6 @@ import json
 import re
 import resource
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from metric_files import save_scripted
 from noise_benchmark import Noise
 from tiny import SMALL_RECURRENT_VAE, SMALL_SDE_DIFFUSION, SMALL_VQVAE
-from tiny_experiment import TOOLS, call_tool, write_experiment
+from tiny_experiment import TOOLS, call_tool, run_ranks, write_experiment
 
 from latentcast import (
     VQVAE,
@@ -574,14 +573,6 @@ TINY += ["protocol.frame_size=16", "protocol.n_samples=2", "protocol.best_of=[1]
 TINY += ["protocol.metrics=[mse,psnr,ssim,crps]", "data.video_length=6"]
 
 
-def evaluate_by_two(*arguments):
-    """-> (exit status, stderr) of two processes under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [sys.executable, *launcher, str(TOOLS / "evaluate.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    return done.returncode, done.stderr
-
-
 def comparable(path):
     return {k: v for k, v in json.loads(Path(path).read_text()).items() if k not in ("seconds", "hardware", "model")}
 
@@ -603,8 +594,8 @@ def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path, comman
 
     arguments = ["--pipeline", str(folder / "run/pipeline"), "--data", "moving_digits", *TINY]
     arguments += [f"run_dir={tmp_path}", "data.n_heldout_videos=8", "data.digit_size=12", "preview.sampler={}"]
-    status, err = evaluate_by_two(*arguments)
-    assert status == 0, err
+    (status, _, err), (other, *_) = run_ranks("evaluate", tmp_path, *arguments)
+    assert status == other == 0, err
     assert comparable(tmp_path / "metrics/one_digit.json") == comparable(metrics / "one_digit.json")
 
     _, _, err = command("evaluate", write_experiment(folder), *TINY)

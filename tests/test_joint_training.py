@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from tiny import TINY_TOKENIZERS, random_frames, tiny_prior, tiny_tokenizer
-from tiny_experiment import TOOLS, call_tool, run_tool, tiny_config
+from tiny_experiment import TOOLS, call_tool, run_ranks, run_tool, tiny_config, write_experiment
 
 from latentcast import (
     VQVAE,
@@ -495,8 +495,10 @@ def test_two_processes_train_together(encoded, tmp_path):
     borrow(encoded, tmp_path, "tokenizer")
     two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=2", "batch_size=4"]
     bridge = "joint_training.bridge=straight_through"
-    status, figures, err = run_tool("train_prior", tmp_path, *HR_VQVAE, *JOINT, *two, bridge)
-    assert status == 0, err
+    (status, figures, err), (other, *_) = run_ranks(
+        "train_prior", tmp_path, write_experiment(tmp_path), *HR_VQVAE, *JOINT, *two, bridge
+    )
+    assert status == other == 0, err
     assert figures["steps"] == 2 and "no trained prior here, joint training starts with a new one" in err
     VideoPredictionPipeline.from_pretrained(figures["pipeline"])
 

@@ -1,13 +1,11 @@
 """The league of small systems: its table, budgets, going on after a stop, and what it writes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from tiny_experiment import EXPERIMENT
+from tiny_experiment import EXPERIMENT, Started, finished
 
 from latentcast import load_config
 
@@ -52,9 +50,8 @@ def write_table(folder):
 
 
 def start(folder, *options):
-    command = [sys.executable, str(BENCHMARKS / "league.py"), "--table", str(folder / "table.yaml")]
-    command += ["--root", str(folder / "runs"), "--output", str(folder / "league.md"), *options]
-    return subprocess.run(command, cwd=folder, timeout=240, capture_output=True, text=True)
+    options = "--table", folder / "table.yaml", "--root", folder / "runs", "--output", folder / "league.md", *options
+    return finished(Started(BENCHMARKS / "league.py", *options, cwd=folder))
 
 
 def test_a_budget_becomes_steps_by_what_a_step_costs(league, tmp_path, monkeypatch):
@@ -76,9 +73,9 @@ def test_a_run_goes_on_from_its_notes_and_is_rendered(tmp_path):
     state = tmp_path / "runs" / "tiny" / "league.json"
     state.parent.mkdir(parents=True)
     state.write_text(json.dumps({"prior": {"max_steps": 6, "cpu_seconds": 100.0}}))
-    process = start(tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout.splitlines()[-1])["output"].endswith("league.md")
+    status, figures, err = start(tmp_path)  # the tools are new interpreters, as in the league's own use
+    assert status == 0, err
+    assert figures["output"].endswith("league.md")
     after = json.loads(state.read_text())
     assert after["prior"]["done"] and after["prior"]["max_steps"] == 6 and 101 < after["prior"]["cpu_seconds"] < 200
     text = (tmp_path / "league.md").read_text()
@@ -87,8 +84,8 @@ def test_a_run_goes_on_from_its_notes_and_is_rendered(tmp_path):
     assert after["cost"]["calls_a_frame"] == 1 and after["cost"]["parameters"] > 1000
 
     (tmp_path / "league.md").unlink()
-    process = start(tmp_path, "--only", "tiny")  # all is done: it is rendered, nothing is trained
-    assert process.returncode == 0 and "train_prior" not in process.stderr
+    status, _, err = start(tmp_path, "--only", "tiny")  # all is done: it is rendered, nothing is trained
+    assert status == 0 and "train_prior" not in err
     assert (tmp_path / "league.md").read_text() == text
 
 

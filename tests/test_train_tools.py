@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from tiny_experiment import call_tool, run_tool, start_tool, write_experiment
+from tiny_experiment import call_tool, run_ranks, start_tool, write_experiment
 
 from latentcast import VideoPredictionPipeline, load_config, load_model
 from latentcast.cli import UserError
@@ -179,7 +179,7 @@ def test_two_processes_train_together(tmp_path):
     (line,) = out.splitlines()  # one process speaks for both
     assert json.loads(line)["steps"] == 2
     call_tool("encode_dataset", tmp_path)
-    status, figures, err = run_tool("train_prior", tmp_path, *two)
-    assert status == 0, err
-    assert figures["steps"] == 2
+    (status, figures, err), (other, nothing, _) = run_ranks("train_prior", tmp_path, write_experiment(tmp_path), *two)
+    assert status == other == 0, err
+    assert figures["steps"] == 2 and nothing is None
     VideoPredictionPipeline.from_pretrained(figures["pipeline"])

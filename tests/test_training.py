@@ -1,5 +1,6 @@
 """The training loop: resuming, averaging, stopping, what is logged and drawn."""
 
+import itertools
 import logging
 import math
 import os
@@ -276,7 +277,7 @@ def test_codebook_usage_over_ranks_and_after_a_stop_inside_an_epoch(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(count_on_rank, (port, tmp_path), nprocs=2, start_method="spawn")
+    torch.multiprocessing.start_processes(count_on_rank, (port, tmp_path), nprocs=2, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     counts = torch.bincount(torch.cat([codes for codes, _ in ranks]).flatten(), minlength=64).double()
     share = counts[counts > 0] / counts.sum()
@@ -529,6 +530,8 @@ def test_curves_have_units_the_learning_rate_and_scales_and_nothing_is_cut_off(t
         (step, "lr-AdamW", 1e-3) for step in range(60)
     ]
     rows += [(0, "train/grad_norm", 1.0), (0, "val/usage_1", 0.5)]
+    rows += [(step * 10**5, "val/kl", -0.00012 - step / 10**7) for step in range(60)]  # the widest that ticks get
+    rows += [(step, "val/bits_per_code", 654321 - 20000 * step) for step in range(60)]
     path.write_text("\n".join(",".join(map(str, row)) for row in [("step", "metric", "value"), *rows]))
     drawn = []
     savefig = Figure.savefig
@@ -538,13 +541,20 @@ def test_curves_have_units_the_learning_rate_and_scales_and_nothing_is_cut_off(t
     plot_curves(path, path.with_suffix(".png"))
     (figure,) = drawn
     panels = {axes.get_title(): axes for axes in figure.axes}
-    assert list(panels) == ["loss", "psnr", "learning rate"]
+    assert list(panels) == ["loss", "bits per code", "kl", "psnr", "learning rate"]
     assert panels["psnr"].get_ylabel() == "dB"
     assert all(tick == int(tick) for axes in figure.axes for tick in axes.get_xticks())  # steps
-    assert [panels[name].get_yscale() for name in panels] == ["log", "linear", "linear"]
+    assert [panels[name].get_yscale() for name in panels] == ["log", *["linear"] * 4]
     assert [text.get_text() for text in panels["loss"].get_legend().get_texts()] == ["train", "val"]
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    around = [axes.get_tightbbox() for axes in figure.axes] + [figure.texts[0].get_window_extent()]
+    for one, other in itertools.combinations(around, 2):
+        assert not one.overlaps(other)
+    for name in ("bits per code", "kl"):
+        axis = panels[name].yaxis
+        ticks = [tick.label1.get_window_extent().x0 for tick in axis.get_major_ticks() if tick.label1.get_text()]
+        assert axis.label.get_window_extent().x1 < min(ticks)
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.format == "PNG"
 
@@ -916,5 +926,5 @@ def test_models_are_compiled_and_one_that_breaks_the_compiler_is_trained_as_it_i
     assert not compiled and message.startswith(expected)
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0])
-    with pytest.raises(UserError, match="compile: expected true, false or one of .*eager.*, found 'nothere'"):
+    with pytest.raises(UserError, match=r"compile: expected true, false or one of .*eager.*, found 'nothere'"):
         fit(tiny_config(tmp_path, "compile=nothere", "overwrite=true"))

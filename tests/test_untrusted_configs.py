@@ -4,7 +4,6 @@ import inspect
 import itertools
 import os
 import shutil
-import subprocess
 import sys
 import time
 
@@ -14,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.plugins.environments import ClusterEnvironment
-from tiny_experiment import EXPERIMENT, TOOLS, call_tool, write_experiment
+from tiny_experiment import EXPERIMENT, TOOLS, Started, call_tool, write_experiment
 
 import latentcast
 from latentcast.cli import UserError
@@ -216,11 +215,11 @@ def test_instantiate_refuses_hostile_targets_of_any_config(name, tmp_path):
 def test_the_tools_refuse_a_hostile_config_in_one_line(tool, place, tmp_path):
     canary = tmp_path / "canary"
     experiment = write(tmp_path, PLACED[place](hostile_targets(canary)["program"]))
-    command = [sys.executable, str(TOOLS / f"{tool}.py"), str(experiment), f"run_dir={tmp_path}/run"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and done.stdout == ""
-    assert [line for line in done.stderr.splitlines() if "_target_" in line and line.startswith("error: ")]
-    assert "Traceback" not in done.stderr
+    process = Started(TOOLS / f"{tool}.py", experiment, f"run_dir={tmp_path}/run", cwd=tmp_path)
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 1 and out == ""
+    assert [line for line in err.splitlines() if "_target_" in line and line.startswith("error: ")]
+    assert "Traceback" not in err
     assert not canary.exists() and not (tmp_path / "run").exists()
 
 

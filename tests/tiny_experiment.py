@@ -1,14 +1,20 @@
 """A tiny experiment on real classes, and ways to run the training tools on it."""
 
 import argparse
+import atexit
 import json
+import multiprocessing
 import os
 import runpy
-import subprocess
+import signal
+import socket
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import yaml
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from latentcast import load_config
 
@@ -73,20 +79,87 @@ def call_tool(tool, folder, *overrides):
 
 
 def start_tool(tool, folder, *overrides):
-    """Start a tool as a process of its own -> Popen."""
-    return subprocess.Popen(
-        [sys.executable, str(TOOLS / f"{tool}.py"), str(write_experiment(folder)), *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        start_new_session=True,  # a process group of its own, as a terminal gives it
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    """Start a tool as a process of its own -> Started."""
+    return Started(TOOLS / f"{tool}.py", write_experiment(folder), *overrides, cwd=folder)
 
 
 def run_tool(tool, folder, *overrides):
     """Run a tool as a process of its own -> (exit status, figures or None, stderr)."""
-    process = start_tool(tool, folder, *overrides)
+    return finished(start_tool(tool, folder, *overrides))
+
+
+def finished(process):
+    """-> (exit status, figures or None, stderr)."""
     out, err = process.communicate(timeout=150)
     return process.returncode, json.loads(out.splitlines()[-1]) if out.strip() else None, err
+
+
+def run_ranks(tool, folder, *arguments, n=2):
+    """Run a tool in ``folder`` by ``n`` processes, to each of which torchrun's variables say what it is
+    -> [(exit status, figures or None, stderr)]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+    job |= {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "GROUP_RANK": 0}
+    script = TOOLS / f"{tool}.py"
+    ranks = [Started(script, *arguments, cwd=folder, RANK=rank, LOCAL_RANK=rank, **job) for rank in range(n)]
+    return [finished(rank) for rank in ranks]
+
+
+class Started:
+    """A script that runs as a process of its own, in a process group of its own as a terminal gives it; by the methods
+    of Popen.
+
+    It is a fork of the server that has imported torch and Lightning, which take a new interpreter many seconds; not for
+    what depends on when that happens, such as what is said on the way."""
+
+    def __init__(self, script, *arguments, cwd, **environment):
+        self.outputs = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]
+        names = [file.name for file in self.outputs]
+        environment = os.environ | {name: str(value) for name, value in environment.items()}
+        what = [str(script), *map(str, arguments)], str(cwd), dict(environment), names
+        self.process = multiprocessing.get_context("forkserver").Process(target=_become, args=what)
+        self.process.start()
+        self.pid = self.process.pid
+
+    returncode = property(lambda self: self.process.exitcode)
+
+    def poll(self):
+        return self.returncode
+
+    def kill(self):
+        self.process.kill()
+
+    def communicate(self, timeout=None):
+        self.process.join(timeout)
+        if self.returncode is None:
+            self.kill()
+            raise TimeoutError(f"not ended within {timeout} s:\n{self.read()}")
+        return self.read()
+
+    def read(self):
+        """-> [stdout, stderr] so far."""
+        return [Path(file.name).read_text() for file in self.outputs]
+
+
+def _become(argv, cwd, environment, outputs):
+    """Make this process, of the fork server, the one that a shell would have started, up to its end."""
+    os.setsid()
+    for number, path in enumerate(outputs, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see loading.worker_context
+    multiprocessing.set_start_method(None, force=True)
+    rank_zero_only.rank = int(environment.get("RANK", 0))  # Lightning looks when it is imported
+    sys.argv = argv
+    sys.path.insert(0, os.path.dirname(argv[0]))
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()

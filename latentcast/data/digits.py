@@ -1,5 +1,6 @@
 """Images of handwritten digits: those that scikit-learn brings, and MNIST from its IDX files."""
 
+import functools
 import gzip
 import hashlib
 import random
@@ -31,16 +32,21 @@ def sklearn_digits(split, size):
 
     A tenth of them each is val and test.
     """
-    from sklearn.datasets import load_digits
-
-    images = torch.from_numpy(load_digits().images).float()[:, None] / 16
-    images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)[:, 0]
+    images = F.interpolate(_sklearn_images(), size=(size, size), mode="bilinear", align_corners=False)[:, 0]
     images = (((images - 0.15) / 0.6).clamp(0, 1) * 255).round().to(torch.uint8)
     order = list(range(len(images)))
     random.Random("sklearn digits").shuffle(order)  # fixed, so that no seed ever mixes the splits
     held_out = len(order) // 10
     test, val, train = order[:held_out], order[held_out : 2 * held_out], order[2 * held_out :]
     return images[dict(zip(SPLITS, (train, val, test)))[split]]
+
+
+@functools.cache  # half a MB, which comes as a packed table of text
+def _sklearn_images():
+    """(1797, 1, 8, 8) in [0, 1]."""
+    from sklearn.datasets import load_digits
+
+    return torch.from_numpy(load_digits().images).float()[:, None] / 16
 
 
 def mnist_digits(split, size, folder=None, url=MNIST_URL):

@@ -70,6 +70,8 @@ UNITS = {  # of what models log, by the end of its name
     "perplexity": "codes in use",
 }
 WIDE = 30  # the largest value over the smallest from which a scale is logarithmic
+PANEL, TITLE = (5, 3.5), 0.4  # inches: a panel with all around it; the title above them all
+AROUND = {"left": 1.2, "right": 0.15, "bottom": 0.6, "top": 0.4}  # inches that a panel's labels take at most
 
 
 @rank_zero_only
@@ -93,20 +95,28 @@ def plot_curves(path, image):
         return
     columns = min(3, len(quantities))
     rows = math.ceil(len(quantities) / columns)
-    figure = Figure(figsize=(5 * columns, 3.5 * rows), layout="constrained")
+    # All places are given: measuring the texts to lay them out takes longer than a short training.
+    width, height = PANEL[0] * columns, PANEL[1] * rows + TITLE
+    figure = Figure(figsize=(width, height))
+    inner = PANEL[0] - AROUND["left"] - AROUND["right"], PANEL[1] - AROUND["bottom"] - AROUND["top"]
     for index, quantity in enumerate(quantities):
         unit = next((unit for end, unit in UNITS.items() if quantity == end or quantity.endswith(f"_{end}")), None)
-        axes = figure.add_subplot(
-            rows, columns, index + 1, title=quantity.replace("_", " "), xlabel="step", ylabel=unit
-        )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        row, column = divmod(index, columns)
+        left, bottom = column * PANEL[0] + AROUND["left"], (rows - row - 1) * PANEL[1] + AROUND["bottom"]
+        box = (left / width, bottom / height, inner[0] / width, inner[1] / height)
+        axes = figure.add_axes(box, xlabel="step", ylabel=unit)
+        axes.set_title(quantity.replace("_", " "), y=1)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_label_coords(0.5, (0.15 - AROUND["bottom"]) / inner[1])
+        axes.yaxis.set_label_coords((0.2 - AROUND["left"]) / inner[0], 0.5)
         for split, points in sorted(curves[quantity].items()):
             axes.plot(*zip(*points), label=split, marker="." if len(points) < 30 else None)
         values = [value for points in curves[quantity].values() for _, value in points]
         if quantity != "learning rate" and min(values) > 0 and max(values) > WIDE * min(values):
             axes.set_yscale("log")
         axes.legend()
-    figure.suptitle(printable(f"{path.parent.parent.name}: {path.stem}"), parse_math=False)  # any folder's name
+    name = printable(f"{path.parent.parent.name}: {path.stem}")  # any folder's
+    figure.suptitle(name, y=1 - TITLE / 2 / height, va="center", parse_math=False)
     with replacing(image) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
