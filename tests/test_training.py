@@ -1,5 +1,6 @@
 """The training loop: resuming, averaging, stopping, what is logged and drawn."""
 
+import functools
 import itertools
 import logging
 import math
@@ -8,6 +9,7 @@ import resource
 import shutil
 import signal
 import socket
+import time
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -519,6 +521,7 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
     assert all(math.isfinite(value) and value > 0 for _, value in figures["train/grad_norm"])
     clips, frames = (dict(figures[f"throughput/{unit}_per_s"]) for unit in ("clips", "frames"))
     assert clips and all(frames[step] == pytest.approx(4 * clips[step]) for step in clips)
+    assert [step for step, share in figures["throughput/data_wait"] if 0 < share < 1] == list(clips)
     assert (run.run_dir / "metrics/tokenizer_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -608,6 +611,20 @@ def test_a_short_run_logs_its_loss_and_stage_one_says_how_good_it_is(tmp_path, m
     expected = [structural_similarity(*pair, **options) for pair in pairs]
     assert found["val"]["ssim"] == pytest.approx(np.mean(expected), abs=1e-4)
     assert dict(figures["val/psnr"])[19] == pytest.approx(found["val"]["psnr"], abs=1e-3)
+
+
+class SlowDigits(MovingDigits):
+    def __getitem__(self, index):
+        time.sleep(0.1)
+        return super().__getitem__(index)
+
+
+def test_the_share_of_time_that_training_waits_for_data_is_logged(tmp_path):
+    run, module, data = build(tiny_config(tmp_path), "tokenizer")
+    data.dataset = functools.partial(SlowDigits, **data.dataset.keywords)
+    run.fit(module, data)
+    shares = [share for _, share in curves(run)["throughput/data_wait"]]
+    assert len(shares) == 4 and all(0.5 < share < 1 for share in shares)  # of a step, .8 s are read
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

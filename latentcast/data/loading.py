@@ -22,11 +22,17 @@ class WorkerError(OSError):
 
 
 class Loader(DataLoader):
-    """A DataLoader that says what its workers read when one is lost; made by ``open_loader``."""
+    """A DataLoader that says what its workers read when one is lost; made by ``open_loader``.
+
+    ``waited``: seconds in which somebody waited for its batches.
+    """
+
+    waited = 0.0
 
     def __iter__(self):
         batches = super().__iter__()
         while True:
+            began = time.perf_counter()
             try:
                 with _waiting_for(self.dataset):
                     batch = next(batches)
@@ -42,6 +48,7 @@ class Loader(DataLoader):
                     raise
                 end_workers()
                 raise WorkerError(lost) from None
+            self.waited += time.perf_counter() - began
             yield batch
 
 

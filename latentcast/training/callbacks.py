@@ -368,19 +368,23 @@ class CollapseMonitor(Callback):
 
 
 class Throughput(Callback):
-    """Logs how much is trained on a second: clips, frames, and codes where a batch has them.
+    """Logs how much is trained on a second: clips, frames, and codes where a batch has them; and the share of the time
+    in which training waited for a batch.
 
     The time that validation and previews take is left out."""
 
     def on_train_start(self, trainer, pl_module):
         self._step = trainer.global_step
-        self._restart()
+        self._restart(trainer)
 
     def on_validation_end(self, trainer, pl_module):
-        self._restart()
+        self._restart(trainer)
 
-    def _restart(self):
-        self._since, self._seen = time.perf_counter(), {}
+    def _restart(self, trainer):
+        self._since, self._seen, self._waited = time.perf_counter(), {}, self._waiting(trainer)
+
+    def _waiting(self, trainer):
+        return getattr(trainer.train_dataloader, "waited", 0.0)
 
     def leave_out(self, seconds):
         """Do not count that many seconds that have just passed."""
@@ -397,7 +401,8 @@ class Throughput(Callback):
         if stepped and trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             seconds = time.perf_counter() - self._since
             pl_module.log_dict({f"throughput/{unit}_per_s": count / seconds for unit, count in self._seen.items()})
-            self._restart()
+            pl_module.log("throughput/data_wait", (self._waiting(trainer) - self._waited) / seconds)
+            self._restart(trainer)
 
 
 @dataclass
