@@ -54,9 +54,8 @@ class Findings(UserError):
 def run_tool(main, parser, argv=None):
     """Parse the command line, run ``main(args) -> dict``, and leave through the exit status.
 
-    Logs and progress bars go to stderr; the last line on stdout is ``main``'s result as one JSON object, its numbers
-    ``rounded``. Status 0: done; 1: an error, as one clear line (``--debug`` adds the traceback); 2: usage; 130:
-    interrupted.
+    Logs and progress bars go to stderr; the last line on stdout is ``main``'s result as one JSON object. Status 0:
+    done; 1: an error, as one clear line (``--debug`` adds the traceback); 2: usage; 130: interrupted.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and all that is logged")
     args = parser.parse_intermixed_args(argv)  # key=value may stand on both sides of an option
@@ -82,10 +81,10 @@ def run_tool(main, parser, argv=None):
             message = message.splitlines()[-1].partition(": ")[2]
         print(f"error: {kind}{printable(' '.join(message.split()))}", file=sys.stderr)
         if isinstance(error, Findings):
-            print(json.dumps(rounded(error.figures)), flush=True)
+            print(json.dumps(error.figures), flush=True)
         raise SystemExit(1) from None
     if _first_rank():
-        print(json.dumps(rounded(result)), flush=True)
+        print(json.dumps(result), flush=True)
 
 
 def announce(config):
@@ -96,15 +95,6 @@ def announce(config):
 
 def _first_rank():
     return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0  # torchrun's, Lightning's
-
-
-def rounded(figures, digits=6):
-    """JSON-able figures with so many digits of the numbers that are not whole: what is printed is to be read."""
-    if isinstance(figures, dict):
-        return {name: rounded(value, digits) for name, value in figures.items()}
-    if isinstance(figures, (list, tuple)):
-        return [rounded(value, digits) for value in figures]
-    return float(f"{figures:.{digits}g}") if isinstance(figures, float) else figures
 
 
 GRACE = 10  # seconds in which a tool that was asked to end may do so by itself

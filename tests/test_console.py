@@ -1,6 +1,5 @@
 """What a training says on stderr: one line what runs, then a bar or plain lines; and nothing of other libraries."""
 
-import argparse
 import fcntl
 import io
 import logging
@@ -15,7 +14,7 @@ import pytest
 from test_training import fit
 from tiny_experiment import TOOLS, tiny_config, write_experiment
 
-from latentcast import cli, progress
+from latentcast import progress
 from latentcast.progress import Bar
 from latentcast.training import console
 from latentcast.training.console import duration
@@ -127,10 +126,3 @@ def test_a_bar_on_a_terminal_moves_in_its_place():
             shown += os.read(ours, 4096).decode()
     os.close(ours)
     assert "\rencode: 100%|" in shown
-
-
-def test_printed_figures_can_be_read(capsys):
-    figures = {"loss": 0.123456789, "val": [1e-9 / 3, 12345678], "at": (1.5, None, True, "x")}
-    cli.run_tool(lambda _: figures, argparse.ArgumentParser(), [])
-    printed = '{"loss": 0.123457, "val": [3.33333e-10, 12345678], "at": [1.5, null, true, "x"]}'
-    assert capsys.readouterr().out == printed + "\n"
