@@ -194,7 +194,10 @@ def _take(path, folder):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InUseError(_refusal(folder, _holder(file))) from None
+                until = time.monotonic() + 2
+                while not (holder := _holder(file)) and time.monotonic() < until:  # who has it is about to say so
+                    time.sleep(0.02)
+                raise InUseError(_refusal(folder, holder)) from None
             except (AttributeError, OSError):  # no fcntl; a file system without locks
                 supported = False
             with contextlib.suppress(FileNotFoundError):
@@ -221,6 +224,7 @@ def _refusal(folder, holder):
 def _holder(file):
     """What the lock says; empty where its owner has not written it yet, or died before."""
     with contextlib.suppress(OSError, ValueError):
+        file.seek(0)
         found = json.load(file)
         if isinstance(found, dict) and found.keys() >= {"pid", "host", "kernel", "machine", "what", "since"}:
             return found
