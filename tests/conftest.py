@@ -14,7 +14,7 @@ from multiprocessing import forkserver
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-from tiny_experiment import TOOLS
+from tiny_experiment import TOOLS, Started
 from video_files import counter_frames, cut_off, encode
 
 
@@ -28,6 +28,13 @@ def fork_server():
         modules += ["latentcast.evaluation.evaluator", "matplotlib.backends.backend_agg", "sklearn.datasets"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
         forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    """What a test started does not outlive it, also where it fails."""
+    yield
+    Started.end_all()
 
 
 LONGEST = [  # files, from the longest; of the others those of most tests take longest

@@ -91,5 +91,5 @@ def test_a_run_goes_on_from_its_notes_and_is_rendered(tmp_path):
 
 def test_unknown_runs_are_refused(tmp_path):
     write_table(tmp_path)
-    process = start(tmp_path, "--only", "tini")
-    assert process.returncode == 1 and "--only: expected some of tiny, found tini" in process.stderr
+    status, _, err = start(tmp_path, "--only", "tini")
+    assert status == 1 and "--only: expected some of tiny, found tini" in err

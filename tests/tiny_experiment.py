@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import contextlib
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -114,6 +116,8 @@ class Started:
     It is a fork of the server that has imported torch and Lightning, which take a new interpreter many seconds; not for
     what depends on when that happens, such as what is said on the way."""
 
+    running: ClassVar = []  # of the test; those that it leaves are ended after it
+
     def __init__(self, script, *arguments, cwd, **environment):
         self.outputs = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]
         names = [file.name for file in self.outputs]
@@ -122,6 +126,7 @@ class Started:
         self.process = multiprocessing.get_context("forkserver").Process(target=_become, args=what)
         self.process.start()
         self.pid = self.process.pid
+        self.running.append(self)
 
     returncode = property(lambda self: self.process.exitcode)
 
@@ -137,6 +142,14 @@ class Started:
             self.kill()
             raise TimeoutError(f"not ended within {timeout} s:\n{self.read()}")
         return self.read()
+
+    @classmethod
+    def end_all(cls):
+        while cls.running:
+            process = cls.running.pop()
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     def read(self):
         """-> [stdout, stderr] so far."""
