@@ -4,6 +4,7 @@ import inspect
 
 import diffusers
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from latentcast.config import check_counts, one_line
 
@@ -110,15 +111,25 @@ def denoise(predict, noise, scheduler, n_steps, generator=None, clamp=None, on_s
     scheduler.set_timesteps(n_steps)  # its tables stay on the CPU: no step waits for a GPU
     if hasattr(scheduler, "set_begin_index"):  # else one whose first two times round to the same step skips one
         scheduler.set_begin_index(0)
-    noisy = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    takes = inspect.signature(scheduler.step).parameters
+    noisy = {"generator": generator} if "generator" in takes else {}
     x = noise.float() * scheduler.init_noise_sigma
-    seen = scheduler.timesteps.to(x.device)
-    for t, t_seen, alpha_bar in zip(scheduler.timesteps, seen, _noise_levels(scheduler).to(x)):
+    # All that goes to the device goes there at once, and no step waits for it.
+    seen = scheduler.timesteps.to(x.device, non_blocking=True)
+    fresh = [noisy] * n_steps
+    if "variance_noise" in takes and scheduler.config.get("algorithm_type", "").startswith("sde-"):
+        source = generator[0] if isinstance(generator, list) else generator
+        device = x.device if source is None else source.device
+        added = torch.stack([randn_tensor(x.shape, generator, device, torch.float32) for _ in seen])
+        fresh = [{"variance_noise": step} for step in added.to(x.device, non_blocking=True)]
+    for t, t_seen, alpha_bar, new in zip(
+        scheduler.timesteps, seen, _noise_levels(scheduler).to(x, non_blocking=True), fresh
+    ):
         scaled = scheduler.scale_model_input(x, t)
         output = predict(scaled, t_seen.expand(len(x))).float()
         if clamp is not None:
             output = _clamped(output, scaled, alpha_bar, scheduler.config.prediction_type, clamp)
-        x = scheduler.step(output, t, x, **noisy).prev_sample
+        x = scheduler.step(output, t, x, **new).prev_sample
         if on_step is not None:
             on_step()
     return x
