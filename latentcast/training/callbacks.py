@@ -97,7 +97,7 @@ class _Average(AveragedModel):
     def __init__(self, model, decay, device):
         super().__init__(model, device)
         self.decay = decay
-        self.n_averaged = self.n_averaged.cpu()  # the host counts, and need not ask a GPU
+        self.n_averaged = torch.zeros((), dtype=torch.long)  # the host counts, and need not ask a GPU
 
     @torch.no_grad()
     def update_parameters(self, model):
