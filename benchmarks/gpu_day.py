@@ -27,7 +27,15 @@ import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentcast import PixelTokenizer, RecurrentVAE, ResidualDiffusion, SDEDiffusion, STPixelCNN, VideoTransformer
+from latentcast import (
+    DiffusersTokenizer,
+    PixelTokenizer,
+    RecurrentVAE,
+    ResidualDiffusion,
+    SDEDiffusion,
+    STPixelCNN,
+    VideoTransformer,
+)
 from latentcast.files import write_json, write_text
 from latentcast.priors import st_pixelcnn, video_transformer
 from latentcast.tokenizers.base import trusted
@@ -35,7 +43,7 @@ from latentcast.tokenizers.base import trusted
 ROOT = Path(__file__).parents[1]
 TESTS_SECONDS = 60
 SPEED_SHARE = 0.4  # of the time, where something is trained afterwards
-ENDING = 40  # seconds for what a training does before its first and after its last step
+ENDING = 50  # seconds for what a training does before its first and after its last step
 LARGEST = 1024  # batch; more is not tried
 LEAST_LEFT = 5  # seconds: no measurement begins with less
 CODES = {"kind": "discrete", "channels": 256, "height": 16, "width": 16, "codebook_sizes": [512] * 4}
@@ -151,13 +159,13 @@ class Skipped(Exception):
 def run(arguments, log, limit):
     """Run a program, its output into the file ``log``, for ``limit`` seconds at most -> (status, output).
 
-    One that is at work then gets SIGTERM, and 15 seconds later SIGKILL.
+    One that is at work then gets SIGTERM 5 seconds before, and then SIGKILL.
     """
     with open(log, "w") as file:
         process = subprocess.Popen(
             arguments, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=child_environment()
         )
-        for number, patience in ((signal.SIGTERM, max(limit - 15, 1)), (signal.SIGKILL, min(15, limit)), (0, None)):
+        for number, patience in ((signal.SIGTERM, max(limit - 5, 1)), (signal.SIGKILL, 5), (0, None)):
             try:
                 process.wait(patience)
                 break
@@ -377,7 +385,8 @@ def tokenizer_classes():
 def encoding(make, size, device, tiny):
     """Frames a second in 16-frame clips, and how many codes are the same with TF32."""
     torch.manual_seed(0)
-    model = make(3, size, size) if "autoencoder" in str(make) else make(in_channels=3, height=size, width=size)
+    channels = {} if getattr(make, "func", make) is DiffusersTokenizer else {"in_channels": 3}
+    model = make(height=size, width=size, **channels)
     model = model.to(device).eval()
     n_clips = 1 if tiny or device == "cpu" else 64 if size < 128 else 8
     frames = torch.rand(n_clips, 16, 3, size, size, device=device) * 2 - 1
