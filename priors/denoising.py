@@ -4,6 +4,7 @@ import inspect
 
 import diffusers
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from latentcast.config import check_counts, one_line
 
@@ -110,10 +111,18 @@ def denoise(predict, noise, scheduler, n_steps, generator=None, clamp=None, on_s
     scheduler.set_timesteps(n_steps)  # its tables stay on the CPU: no step waits for a GPU
     if hasattr(scheduler, "set_begin_index"):  # else one whose first two times round to the same step skips one
         scheduler.set_begin_index(0)
-    noisy = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    takes = inspect.signature(scheduler.step).parameters
+    noisy = {"generator": generator} if "generator" in takes else {}
+    # Drawn here, as the scheduler would draw it, which would wait until a GPU has it.
+    stochastic = "variance_noise" in takes and scheduler.config.get("algorithm_type", "").startswith("sde-")
+    source = generator[0] if isinstance(generator, list) else generator
     x = noise.float() * scheduler.init_noise_sigma
-    seen = scheduler.timesteps.to(x.device)
-    for t, t_seen, alpha_bar in zip(scheduler.timesteps, seen, _noise_levels(scheduler).to(x)):
+    seen = scheduler.timesteps.to(x.device, non_blocking=True)
+    alpha_bars = _noise_levels(scheduler).to(x, non_blocking=True)
+    for t, t_seen, alpha_bar in zip(scheduler.timesteps, seen, alpha_bars):
+        if stochastic:
+            fresh = randn_tensor(x.shape, generator, x.device if source is None else source.device, torch.float32)
+            noisy = {"variance_noise": fresh.to(x.device, non_blocking=True)}
         scaled = scheduler.scale_model_input(x, t)
         output = predict(scaled, t_seen.expand(len(x))).float()
         if clamp is not None:

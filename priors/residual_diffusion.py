@@ -351,7 +351,7 @@ class ResidualDiffusion(Prior):
         generator = None if self.training else torch.Generator().manual_seed(self.eval_seed)
         n = self._draw_steps(n_clips, n_frames - n_context, generator)
         noise = randn_tensor(y.shape, generator, y.device, y.dtype)
-        alpha_bar = self.alpha_bars.to(y)[n].view(-1, 1, 1, 1)
+        alpha_bar = self.alpha_bars.to(y, non_blocking=True)[n].view(-1, 1, 1, 1)
         y_n, wanted = noised(y, noise, alpha_bar, "epsilon")  # Eq. 10
         predicted = self.denoiser(y_n.to(self.dtype), n, self.denoiser.conditions(memory["context"]))
         distance = F.mse_loss if self.config.noise_loss == "l2" else F.l1_loss
@@ -433,12 +433,13 @@ class ResidualDiffusion(Prior):
         futures = []
         with (progress or no_progress)(total=len(chunks) * n_frames * n_steps) as bar:
             for chunk in chunks:
-                clips, owner = (chunk // num_samples).unique(return_inverse=True)
+                rows = (chunk // num_samples).unique(return_inverse=True)
+                clips, owner = (index.to(context.device, non_blocking=True) for index in rows)
                 memory = None
                 for frame in context[clips].to(self.dtype).unbind(1):  # one by one: flat memory for any length
                     memory = self.observe(frame, memory=memory)
-                memory = _rows(memory, owner.to(context.device))
-                generators = [torch.Generator().manual_seed(seeds[row]) for row in chunk]
+                memory = _rows(memory, owner)
+                generators = [torch.Generator().manual_seed(seeds[row]) for row in chunk.tolist()]
                 futures.append(self._continue(memory, n_frames, generators, bar, **options))
         return torch.cat(futures).unflatten(0, (n_clips, num_samples)).to(context.dtype)
 
@@ -449,7 +450,7 @@ class ResidualDiffusion(Prior):
         future = []
         for t in range(n_frames):
             mu, sigma = self.predict_frame(memory)
-            noise = randn_tensor(shape, generators, self.device, torch.float32)
+            noise = randn_tensor(shape, generators, "cpu", torch.float32).to(self.device, non_blocking=True)
             y = denoise(
                 self._noise_predictor(memory["context"], use_cache),
                 noise,

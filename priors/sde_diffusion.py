@@ -262,11 +262,11 @@ class SDEDiffusion(Prior):
         config, batch, device = self.config, len(clip), clip.device
         n_future = clip.shape[1] - n_context
         if self.training:
-            steps = torch.rand(batch, n_future, device=device).argsort(1)[:, : config.n_sampled_frames]
-            steps = steps.sort(1).values + 1  # line 7
+            steps = torch.rand(batch, n_future).argsort(1)[:, : config.n_sampled_frames]  # on the CPU, where the solver
+            steps = steps.sort(1).values + 1  # line 7                                      wants to know the times
             seeds, source = None, {"device": device}
         else:
-            steps = torch.arange(1, n_future + 1, device=device).expand(batch, -1)
+            steps = torch.arange(1, n_future + 1).expand(batch, -1)
             seeds = [(self.eval_seed, row) for row in range(batch)]
             source = {"generator": torch.Generator().manual_seed(self.eval_seed)}
 
@@ -287,11 +287,12 @@ class SDEDiffusion(Prior):
         if config.previous_frame == "sampled":
             before = torch.cat([torch.zeros_like(steps[:, :1]), steps[:, :-1]], 1)
         rows = torch.arange(batch, device=device)[:, None]
-        x_0, previous = (precise(clip[rows, n_context - 1 + index]).flatten(0, 1) for index in (steps, before))
+        shown = (n_context - 1 + index.to(device, non_blocking=True) for index in (steps, before))
+        x_0, previous = (precise(clip[rows, index]).flatten(0, 1) for index in shown)
 
         times = torch.randint(config.n_diffusion_steps, (len(x_0),), **source).to(device)  # line 11
         noise = torch.randn(x_0.shape, **source).to(x_0)
-        alpha_bar = self.alpha_bars.to(x_0)[times].view(-1, 1, 1, 1)
+        alpha_bar = self.alpha_bars.to(x_0, non_blocking=True)[times].view(-1, 1, 1, 1)
         x_l, target = noised(x_0, noise, alpha_bar, config.prediction_type)  # line 12, gamma_l^2 = alpha_bar
         noisy = torch.cat([x_l, previous], 1).to(self.dtype)
         error = precise(self.unet(noisy, times, feature.to(self.dtype))) - target
@@ -417,7 +418,9 @@ class SDEDiffusion(Prior):
 
                     previous = denoise(
                         predict,
-                        torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(context.device),
+                        torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(
+                            context.device, non_blocking=True
+                        ),
                         make_scheduler(scheduler, self.schedule),
                         n_steps,
                         generator=noises,

@@ -445,9 +445,14 @@ class VideoTransformer(Prior):
         self.check_context(n_context, clip.shape[1])
 
     def _predicted_slices(self, n_context):
-        """Indices of the slices that hold at least one code to predict."""
-        all_slices = torch.arange(len(self.slice_pixels), device=self.slice_pixels.device)
-        return all_slices[(self._times(all_slices) >= n_context).any(1)]
+        """Indices of the slices that hold a code to predict: the last ones, since slices are in order of time."""
+        n_slices = len(self.slice_pixels)
+        known = sum(self._frames_of(index)[-1] < n_context for index in range(n_slices))
+        return torch.arange(known, n_slices, device=self.slice_pixels.device)
+
+    def _frames_of(self, index):
+        """The frames that a slice has positions in, as many in each; known without a look at the device."""
+        return range(index // math.prod(self.subscale[1:]), self.grid[0], self.subscale[0])
 
     def forward(self, clip, n_context):
         """Mean cross-entropy of the codes after the context, in nats a code.
@@ -553,9 +558,10 @@ class VideoTransformer(Prior):
         """
         plan = []
         for index in range(len(self.slice_pixels)):
-            times = self._times(index)
-            start = int((times < known).sum())  # the known positions lead: raster order is time-major
-            if start < len(times) and not (self.single_frame and index >= known + new):
+            frames, n_positions = self._frames_of(index), self.slice_pixels.shape[1]
+            # The known positions lead: raster order is time-major.
+            start = sum(frame < known for frame in frames) * n_positions // len(frames)
+            if start < n_positions and not (self.single_frame and index >= known + new):
                 plan.append((index, start))
         return plan
 
@@ -571,8 +577,8 @@ class VideoTransformer(Prior):
         rows = (rows + self.first_row).flatten(1, 3)
         for order, (index, start) in enumerate(plan):
             share = num_shared if order == 0 else 1
-            slice_id = torch.tensor([index], device=known.device)
-            memory = self._encode(rows[::share], slice_id.expand(n_rows // share)).repeat_interleave(share, 0)
+            slice_ids = torch.full((n_rows // share,), index, device=known.device)
+            memory = self._encode(rows[::share], slice_ids).repeat_interleave(share, 0)
             own = rows[:, self.slice_pixels[index]]
             shape = (own.shape[1], n_rows, len(self.codebook_sizes))
             source = generator.device if generator is not None else known.device

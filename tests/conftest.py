@@ -95,6 +95,16 @@ def command(monkeypatch, capsys):
     logging.root.setLevel(level)
 
 
+def pytest_runtest_setup(item):
+    """Tests marked ``gpu`` are skipped where there is none: the one place that says so."""
+    for marker in item.iter_markers("gpu"):
+        import torch  # here: not every test needs it
+
+        needed, found = marker.args[0] if marker.args else 1, torch.cuda.device_count()
+        if found < needed:
+            pytest.skip(f"needs {needed} CUDA device(s), found {found}")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
     """What a test logged travels from pytest-xdist's workers as UTF-8, where a file name of other bytes ends them."""

@@ -239,7 +239,7 @@ def test_bad_videos_are_one_line(scripted):
             model(videos)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 def test_a_gpu_gives_the_same_logits(i3d):
     videos = moving_squares(3, n_frames=16)
     expected = i3d(videos)

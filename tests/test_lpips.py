@@ -153,7 +153,7 @@ def test_an_unknown_network_and_absent_weights_are_one_line(tmp_path, monkeypatc
         LPIPS("vgg")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 def test_a_gpu_gives_the_same_distances(model):
     x, y = random_videos(2, 3, 3, 64, 64), random_videos(2, 3, 3, 64, 64, seed=1)
     on_gpu = LPIPS(model.net).cuda()(x.cuda(), y.cuda())

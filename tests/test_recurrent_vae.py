@@ -549,7 +549,7 @@ def test_half_precision(name):
     assert sampled.dtype == torch.bfloat16 and sampled.isfinite().all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", [name for name in TINY_PRIORS if name.startswith(("recurrent", "svg"))])
 def test_cuda_samples_as_the_cpu_does(name):
     prior = tiny_prior(name)

@@ -523,7 +523,7 @@ def test_a_gru_keeps_its_state_precise_under_autocast():
     torch.testing.assert_close(state, exact, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 def test_cuda_samples_are_those_of_the_cpu():
     model, context = tiny(), random_pixels(n_frames=2)
     expected = sample(model, context, 2, num_samples=2, n_steps=5)

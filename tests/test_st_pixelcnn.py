@@ -379,7 +379,7 @@ def test_a_step_needs_no_host_synchronisation():
             state._step()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("layers, attention", FORMS)
 def test_cuda_graph_samples_equal_uncached(layers, attention):
     model = tiny(layers=layers, attention=attention).cuda()

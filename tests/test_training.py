@@ -326,7 +326,7 @@ def test_the_average_lives_on_the_device_of_the_training(tmp_path):
             raise AssertionError("stopped before")
 
         def on_fit_start(self):
-            parts = self, average._average_model
+            parts = self, average._average_model.module
             self.devices = {tensor.device.type for part in parts for tensor in part.state_dict().values()}
             raise InterruptedError
 

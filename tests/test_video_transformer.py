@@ -426,7 +426,7 @@ def test_bad_input_is_named():
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("subscale", SUBSCALES)
 def test_cuda_graph_samples_equal_uncached(subscale):
     model = tiny(subscale).double().cuda()  # convolutions in fp32 may be TF32, matrix products are not
@@ -438,7 +438,7 @@ def test_cuda_graph_samples_equal_uncached(subscale):
     assert torch.equal(*samples)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(2)
 def test_cuda_graphs_are_recorded_on_the_models_device():
     context, found = random_codes(frames=1), []
     for device in ("cuda:0", "cuda:1"):

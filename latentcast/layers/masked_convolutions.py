@@ -24,6 +24,7 @@ class CausalConv3d(nn.Conv3d):
         visible = [offset < (0, 0, 0) or (mask == "B" and offset == (0, 0, 0)) for offset in offsets]
         self.taps = [offset for offset, seen in zip(offsets, visible) if seen]
         self.register_buffer("mask", torch.tensor(visible).view(1, 1, *self.kernel_size), persistent=False)
+        self.register_buffer("visible", torch.tensor(visible).nonzero()[:, 0], persistent=False)
 
     def forward(self, x):
         pt, ph, pw = (size // 2 for size in self.kernel_size)
@@ -48,7 +49,7 @@ class CausalConv3d(nn.Conv3d):
 
     def tap_weight(self):
         """The visible taps as one matrix (n_taps * in_channels, out_channels), for computing single positions."""
-        visible = self.weight.flatten(2)[:, :, self.mask.flatten()]  # (out, in, taps)
+        visible = self.weight.flatten(2).index_select(2, self.visible)  # (out, in, taps)
         return visible.permute(2, 1, 0).flatten(0, 1)
 
 

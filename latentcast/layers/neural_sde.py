@@ -79,8 +79,10 @@ class NeuralSDE(nn.Module):
         self._check(states.detach(), grid)
 
         rows = torch.arange(n, device=start.device)[:, None]
-        below, above = (states[torch.searchsorted(grid, index).to(start.device), rows] for index in (low, high))
-        weight = (position - low).to(start.device, states.dtype)[..., None]
+        below, above = (
+            states[torch.searchsorted(grid, index).to(start.device, non_blocking=True), rows] for index in (low, high)
+        )
+        weight = (position - low).to(start.device, states.dtype, non_blocking=True)[..., None]
         states = torch.lerp(below, above, weight).unflatten(2, shape).movedim(-1, 2)
         return states if control is None else (states, kl)
 
@@ -202,8 +204,8 @@ class SeededBrownian(torchsde.BaseBrownian):
             ]
         rows = [interval(ta, tb, return_U) for interval in self._intervals]
         if return_U:
-            return tuple(torch.cat(parts).to(self.device) for parts in zip(*rows))
-        return torch.cat(rows).to(self.device)
+            return tuple(torch.cat(parts).to(self.device, non_blocking=True) for parts in zip(*rows))
+        return torch.cat(rows).to(self.device, non_blocking=True)
 
     def __repr__(self):
         return f"{type(self).__name__}({len(self.seeds)} paths)"

@@ -1,6 +1,15 @@
-"""Perplexity of a histogram."""
+"""Histograms of codes, and their perplexity."""
 
 import torch
+
+
+def histogram(codes, size, counted=None):
+    """How often each of ``size`` codes occurs in ``codes`` (N,) int64 -> (size,) int64; only where ``counted`` (N,).
+
+    ``torch.bincount`` would make the host wait for a GPU, to see the least and the largest of them.
+    """
+    ones = torch.ones_like(codes) if counted is None else counted.to(codes.dtype)
+    return codes.new_zeros(size).scatter_add_(0, codes, ones)
 
 
 def perplexity(counts):

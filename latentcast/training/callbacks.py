@@ -100,6 +100,7 @@ class _Average(AveragedModel):
         self.decay = decay
         saved = model.state_dict().keys()  # buffers that are not are constants
         self._averaged_buffers = [name for name, _ in model.named_buffers() if name in saved]
+        self.n_averaged = torch.zeros((), dtype=torch.long)  # the host counts, and need not ask a GPU
 
     @torch.no_grad()
     def update_parameters(self, model):

@@ -11,6 +11,7 @@ from diffusers.optimization import get_scheduler
 
 from latentcast.config import is_whole, one_line
 from latentcast.modeling import eval_mode
+from latentcast.tokenizers.base import trusted
 
 WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules
 
@@ -44,10 +45,12 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         """One batch -> the dict that callbacks see: ``loss``, and ``codes`` where the model gives some."""
-        output = self.compute(batch)
+        with trusted():
+            output = self.compute(batch)
         self._batch = batch
         self._loss = output.loss.detach() + (0 if self._loss is None else self._loss)
-        self.log("train/loss", output.loss, prog_bar=True)
+        # For a progress bar Lightning waits for the loss in every step.
+        self.log("train/loss", output.loss, prog_bar=self.trainer.progress_bar_callback is not None)
         self.log_dict({f"train/{name}": value for name, value in output.logs.items()})
         return {"loss": output.loss, "codes": output.get("codes")}
 

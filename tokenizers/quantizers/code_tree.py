@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentcast.metrics.perplexity import perplexity
+from latentcast.metrics.perplexity import histogram, perplexity
 
 from .ema_codebook import EMACodebook
 from .sliced import QuantizerOutput
@@ -62,7 +62,7 @@ class CodeTree(nn.Module):
             for i in range(n_layers)
         )
         if tree and n_layers > 1:
-            self._start_over_below(0, torch.arange(codebook_size))
+            self._start_over_below(0, torch.ones(codebook_size, dtype=torch.bool))
 
     @torch.no_grad()
     def nearest(self, vectors):
@@ -125,7 +125,7 @@ class CodeTree(nn.Module):
                 parents, column = rows // self.codebook_size, rows % self.codebook_size
                 self._start_over_below(i, layer.update(xi, column, parents))
         codes = torch.stack([rows for _, _, rows in steps], -1) % self.codebook_size
-        histograms = [torch.bincount(column, minlength=self.codebook_size) for column in codes.unbind(-1)]
+        histograms = [histogram(column, self.codebook_size) for column in codes.unbind(-1)]
         latents = e_C.detach() + (z - z.detach())  # exact values, straight-through gradient
         return ResidualQuantizerOutput(
             latents=latents.unflatten(0, vectors.shape[:-1]),
@@ -152,8 +152,10 @@ class CodeTree(nn.Module):
             if self.tree:
                 parents = rows
 
-    def _start_over_below(self, i, rows):
-        """Take back all that hangs below the codes in these rows of layer i."""
-        for layer in self.layers[i + 1 :] if self.tree and len(rows) else []:
+    def _start_over_below(self, i, chosen):
+        """Take back all that hangs below the ``chosen`` codes (bool) of layer i."""
+        below = self.layers[i + 1 :] if self.tree else []
+        rows = chosen.nonzero()[:, 0] if len(below) else ()  # without a tree the host need not wait for a GPU
+        for layer in below if len(rows) else []:
             layer.clear(rows)
             rows = layer._rows(rows).flatten()

@@ -7,6 +7,7 @@ from torch import nn
 
 from latentcast.config import check_counts
 from latentcast.distributed import rank_and_world
+from latentcast.metrics.perplexity import histogram
 
 from ..base import mix_rows
 
@@ -91,6 +92,7 @@ class EMACodebook(KeepsDtype):
         self.dead_code_threshold = dead_code_threshold
         self.learned = learned
         self.revives = True
+        self._placed = False  # True: all codes are known to be, so that the host need not ask the device
         n_codes = self.n_parents * codebook_size
         uniform = init == "uniform"
         codebook = torch.randn(n_codes, dim)
@@ -171,25 +173,30 @@ class EMACodebook(KeepsDtype):
             vectors: (N, dim) of this rank's batch; N may differ between ranks.
             parents: (N,) int64, the parent of each.
         Returns:
-            the rows that were placed, the same on every rank.
+            which codes were placed, (P * K,) bool, the same on every rank.
         """
-        if self.initialized.all():
-            return torch.empty(0, dtype=torch.int64, device=vectors.device)
-        vectors, _, slots, ids, visits = self._route(vectors, parents, ~self.initialized)
+        placed = torch.zeros(len(self.codebook), dtype=torch.bool, device=vectors.device)
+        self._placed = self._placed or bool(self.initialized.all())
+        if self._placed:
+            return placed
+        vectors, slots, ids, visits = self._route(vectors, parents, ~self.initialized)
         K, rows = self.codebook_size, self._rows(ids)
-        if len(ids) == 0:
-            return rows.flatten()
+        if not visits.any():
+            return placed
         drawn, n_drawn = self._draw(vectors, slots, len(ids))
         # With fewer vectors than codes, some codes repeat a vector.
         repeated = torch.arange(K, device=rows.device) % n_drawn[:, None]
         self.codebook[rows] = drawn.gather(1, repeated[..., None].expand_as(drawn))
         for _ in range(self.kmeans_iters):
-            counts, sums = self._statistics(vectors, slots, self.nearest(vectors, ids[slots]), len(ids))
+            counts, sums = self._statistics(
+                vectors, slots, self.nearest(vectors, ids[slots.clamp(max=len(ids) - 1)]), len(ids)
+            )
             means = sums / counts[..., None].clamp(min=1)
             self.codebook[rows] = torch.where(counts[..., None] > 0, means, self.codebook[rows])
         self._set_counts(rows, (visits.float() / K)[:, None].expand_as(rows))
         self.initialized.view(-1)[ids] = True
-        return rows.flatten()
+        placed[rows] = True
+        return placed
 
     @torch.no_grad()
     def update(self, vectors, codes, parents=None):
@@ -200,30 +207,35 @@ class EMACodebook(KeepsDtype):
             codes: (N,) int64 in [0, K), the code of each.
             parents: (N,) int64, the parent of each.
         Returns:
-            the rows that were revived, the same on every rank.
+            which codes were revived, (P * K,) bool, the same on every rank. With one parent the host never waits for a
+            GPU to know.
         """
-        vectors, codes, slots, ids, _ = self._route(vectors, parents, self.initialized, codes)
-        K, rows = self.codebook_size, self._rows(ids)
+        vectors, slots, ids, visits = self._route(vectors, parents, self.initialized)
+        K, rows, seen = self.codebook_size, self._rows(ids), visits[:, None] > 0
         counts, sums = self._statistics(vectors, slots, codes, len(ids))
-        sizes = self.cluster_size[rows].lerp_(counts, 1 - self.decay)
+        before = self.cluster_size[rows]
+        sizes = torch.where(seen, before.lerp(counts, 1 - self.decay), before)
         self.cluster_size[rows] = sizes
         totals = sizes.sum(-1, keepdim=True)
         if not self.learned:
-            self.cluster_sum[rows] = self.cluster_sum[rows].lerp_(sums, 1 - self.decay)
+            before, codebook = self.cluster_sum[rows], self.codebook[rows]
+            moved = before.lerp(sums, 1 - self.decay)
             smoothed = (sizes + self.eps) / (totals + K * self.eps) * totals
-            self.codebook[rows] = self.cluster_sum[rows] / smoothed[..., None]
-        dead = (sizes < self.dead_code_threshold * totals / K) & self.revives
-        if not dead.any():
-            return rows[dead]
+            self.cluster_sum[rows] = torch.where(seen[..., None], moved, before)
+            self.codebook[rows] = torch.where(seen[..., None], moved / smoothed[..., None], codebook)
+        revived = torch.zeros(len(self.codebook), dtype=torch.bool, device=rows.device)
+        dead = (sizes < self.dead_code_threshold * totals / K) & seen
+        if not self.revives or not self.dead_code_threshold or (dead.device.type == "cpu" and not dead.any()):
+            return revived
         drawn, n_drawn = self._draw(vectors, slots, len(ids))
         # Where a parent has a vector for each of its codes, code c takes the c-th. Where it has fewer, its first dead
         # codes take them, and the others wait for a later batch: two codes on one vector would not both live.
         turn = torch.where(n_drawn[:, None] == K, torch.arange(K, device=rows.device), dead.cumsum(-1) - 1)
         dead &= turn < n_drawn[:, None]
-        slot = dead.nonzero()[:, 0]
-        revived = rows[dead]
-        self.codebook[revived] = drawn[slot, turn[dead]]
-        self._set_counts(revived, (totals / K)[slot, 0])
+        fresh = drawn.gather(1, turn.clamp(min=0)[..., None].expand_as(drawn))
+        self.codebook[rows] = torch.where(dead[..., None], fresh, self.codebook[rows])
+        self._set_counts(rows, torch.where(dead, totals / K, sizes), dead)
+        revived[rows] = dead
         return revived
 
     @torch.no_grad()
@@ -235,40 +247,52 @@ class EMACodebook(KeepsDtype):
         if not self.learned:
             self.cluster_sum[rows] = 0
         self.initialized.view(-1)[ids] = False
+        self._placed = False
 
-    def _set_counts(self, rows, sizes):
-        """Start the moving averages of codes as if each had been chosen ``sizes`` times a batch so far."""
+    def _load_from_state_dict(self, *args):
+        self._placed = False
+        super()._load_from_state_dict(*args)
+
+    def _set_counts(self, rows, sizes, chosen=None):
+        """Start the moving averages of the ``chosen`` codes (None: all) in ``rows`` as if each had been chosen
+        ``sizes`` times a batch so far."""
         self.cluster_size[rows] = sizes
         if not self.learned:
-            self.cluster_sum[rows] = self.codebook[rows] * sizes[..., None]
+            sums = self.codebook[rows] * sizes[..., None]
+            self.cluster_sum[rows] = (
+                sums if chosen is None else torch.where(chosen[..., None], sums, self.cluster_sum[rows])
+            )
 
     def _rows(self, ids):
         """Rows of the codes of some parents: (A,) -> (A, K)."""
         return ids[:, None] * self.codebook_size + torch.arange(self.codebook_size, device=ids.device)
 
-    def _route(self, vectors, parents, wanted, codes=None):
+    def _route(self, vectors, parents, wanted):
         """What this batch brings to the parents in ``wanted`` (P,) bool, without vectors that overflowed under fp16.
 
+        Of several parents the host waits for a GPU to know which are visited; of one it does not.
+
         Returns:
-            vectors (N', dim) fp32 and their codes (or None); slots (N',), for each vector the place of its parent in
-            ids; ids (A,), the wanted parents that some rank visits; visits (A,), their vectors on all ranks.
+            vectors (N, dim) fp32; slots (N,), for each vector the place of its parent in ids, or A where it does not
+            count; ids (A,), the wanted parents that some rank visits, or the only one there is; visits (A,), their
+            vectors on all ranks.
         """
         if parents is None:
             parents = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
         keep = vectors.isfinite().all(-1) & wanted.view(-1)[parents]
-        vectors, parents = vectors[keep].float(), parents[keep]
-        visits = _sum_over_ranks(torch.bincount(parents, minlength=self.n_parents))
-        ids = visits.nonzero()[:, 0]
+        vectors = torch.where(keep[:, None], vectors, 0).float()
+        visits = _sum_over_ranks(histogram(parents, self.n_parents, keep))
+        ids = torch.arange(1, device=parents.device) if self.n_parents == 1 else visits.nonzero()[:, 0]
         slot_of = torch.zeros_like(visits)
         slot_of[ids] = torch.arange(len(ids), device=ids.device)
-        return vectors, None if codes is None else codes[keep], slot_of[parents], ids, visits[ids]
+        return vectors, torch.where(keep, slot_of[parents], len(ids)), ids, visits[ids]
 
     def _statistics(self, vectors, slots, codes, n_slots):
         """For each code of A parents, the number (A, K) and the sum (A, K, dim) of its vectors on all ranks."""
+        K = self.codebook_size
         packed = torch.cat([vectors, vectors.new_ones(len(vectors), 1)], -1)
-        sums = vectors.new_zeros(n_slots * self.codebook_size, packed.shape[-1])
-        sums = _sum_over_ranks(sums.index_add_(0, slots * self.codebook_size + codes, packed))
-        sums = sums.unflatten(0, (n_slots, self.codebook_size))
+        sums = vectors.new_zeros((n_slots + 1) * K, packed.shape[-1]).index_add_(0, slots * K + codes, packed)
+        sums = _sum_over_ranks(sums[: n_slots * K]).unflatten(0, (n_slots, K))
         return sums[..., -1], sums[..., :-1]
 
     def _draw(self, vectors, slots, n_slots):
@@ -281,7 +305,7 @@ class EMACodebook(KeepsDtype):
         order = torch.randperm(len(vectors), device=device)
         order = order[slots[order].argsort(stable=True)]  # shuffled within each parent
         slots = slots[order]
-        counts = torch.bincount(slots, minlength=n_slots)
+        counts = histogram(slots, n_slots + 1)
         turn = torch.arange(len(order), device=device) - (counts.cumsum(0) - counts)[slots]
         # Ranks take turns. A vector's place is the number of vectors before it: of each rank those with a lower turn,
         # and of lower ranks the one with the same turn.
@@ -289,10 +313,11 @@ class EMACodebook(KeepsDtype):
         ranks = torch.arange(n_ranks, device=device)[:, None]
         counts = _sum_over_ranks(torch.where(ranks == rank, counts, 0))
         places = torch.minimum(counts[:, slots], turn + (ranks < rank)).sum(0)
-        taken = places < K
-        drawn = vectors.new_zeros(n_slots, K, vectors.shape[-1])
-        drawn[slots[taken], places[taken]] = vectors[order[taken]]
-        return _sum_over_ranks(drawn), counts.sum(0).clamp(max=K)
+        taken = (places < K) & (slots < n_slots)
+        drawn = vectors.new_zeros(n_slots * K + 1, vectors.shape[-1])
+        drawn.index_copy_(0, torch.where(taken, slots * K + places, n_slots * K), vectors[order])
+        drawn = _sum_over_ranks(drawn[:-1]).unflatten(0, (n_slots, K))
+        return drawn, counts.sum(0)[:n_slots].clamp(max=K)
 
 
 def _at_once(device, per_thread, on_gpu):

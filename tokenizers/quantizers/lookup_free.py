@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from vector_quantize_pytorch import FSQ, LFQ
 
 from latentcast.distributed import rank_and_world
-from latentcast.metrics.perplexity import perplexity
+from latentcast.metrics.perplexity import histogram, perplexity
 
 from ..base import mix_rows
 from .ema_codebook import KeepsDtype
@@ -66,7 +66,7 @@ class _LookupFreeQuantizer(nn.Module):
     def forward(self, vectors):
         """Quantise encoder outputs (..., D) -> LookupFreeOutput."""
         latents, codes, loss = self._run(vectors)
-        histograms = [torch.bincount(c, minlength=n) for c, n in zip(codes.flatten(0, -2).T, self.codebook_sizes)]
+        histograms = [histogram(c, n) for c, n in zip(codes.flatten(0, -2).T, self.codebook_sizes)]
         return LookupFreeOutput(latents=latents, codes=codes, loss=loss, perplexity=perplexity(torch.stack(histograms)))
 
     def _run(self, vectors):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from latentcast.metrics.perplexity import perplexity
+from latentcast.metrics.perplexity import histogram, perplexity
 
 from .ema_codebook import EMACodebook
 
@@ -77,7 +77,7 @@ class SlicedQuantizer(nn.Module):
         if self.training:
             for (codebook, part), column in zip(self._parts(vectors.detach()), columns):
                 codebook.update(part, column)
-        histograms = [torch.bincount(column, minlength=self.codebook_size) for column in columns]
+        histograms = [histogram(column, self.codebook_size) for column in columns]
         return QuantizerOutput(
             latents=quantized + (vectors - vectors.detach()),  # exact values, straight-through gradient
             codes=codes,

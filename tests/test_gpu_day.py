@@ -1,0 +1,74 @@
+"""The benchmark for a GPU that is there for minutes: what a cut leaves, and that it keeps to its time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def gpu_day(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_day
+
+    return gpu_day
+
+
+def read(folder):
+    return json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
+
+
+def test_a_row_has_figures_or_the_first_line_of_an_error(gpu_day, tmp_path):
+    report = gpu_day.Report(tmp_path, "cpu", 1, True)
+    with report.row("training step", "lvt", mode="fp32") as row:
+        row["seconds"] = 0.123456
+    with report.row("training step", "rvd", mode="fp32"):
+        raise RuntimeError("out of memory\nmore lines")
+    content, table = read(tmp_path)
+    assert [row.get("seconds") for row in content["rows"]] == [0.123456, None]
+    assert content["rows"][1]["error"] == "RuntimeError: out of memory" and not content["finished"]
+    assert "| lvt | fp32 | 0.1235 |  |" in table and "what comes after this" in table
+
+
+def test_it_keeps_to_its_time(gpu_day, tmp_path, monkeypatch):
+    report = gpu_day.Report(tmp_path, "cpu", 1, True)
+    monkeypatch.setattr(gpu_day, "LEAST_LEFT", 0.1)
+    report.part_ends = time.monotonic() + 0.5
+    with report.row("sampling", "long"):
+        time.sleep(20)
+    with pytest.raises(gpu_day.Skipped), report.row("sampling", "next", mode="bf16"):
+        raise AssertionError("no time is left for it")
+    content, table = read(tmp_path)
+    assert content["rows"][0]["error"].startswith("TimeoutError") and content["rows"][0]["took"] < 10
+    assert content["not_measured"] == ["sampling next bf16"] and "Not measured: sampling next bf16" in table
+
+    status, _ = gpu_day.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", 2)
+    assert status == -signal.SIGTERM
+
+
+def test_what_a_cut_leaves_is_whole(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu_day.py"), "--device", "cpu", "--minutes", "1", "--parts", "speed"]
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--output", str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    rows = 0
+    for line in process.stderr:
+        rows += line.startswith("part ")
+        if rows == 8:
+            break
+    process.kill()
+    process.wait()
+    content, table = read(tmp_path)
+    assert len(content["rows"]) >= 8 and not content["finished"] and content["tiny"]
+    assert not any("error" in row for row in content["rows"])
+    steps = [row for row in content["rows"] if row["part"] == "training step"]
+    assert steps and all(row["seconds"] > 0 and 0 < row["TFLOP/s"] for row in steps)
+    assert all(f"| {row['name']} | {row['mode']} |" in table for row in steps) and "tiny models" in table
