@@ -6,7 +6,7 @@
 what is finished is not done again, and what was stopped or killed goes on. A budget counts the process's CPU time (user
 and system, of one thread), not the time on the clock, so that a busy machine does not shorten it: a short run first
 measures what a step costs, and the number of steps that fit is kept, so that learning rates fall to the end.
-``--render`` trains none. ``key=value`` go to every tool, after the run's own.
+``--render`` trains none. ``key=value`` go to every tool but ``evaluate.py``, after the run's own.
 """
 
 import argparse
@@ -161,7 +161,7 @@ class Trainer:
         if (self.folder / "metrics" / f"{run.table}.json").is_file():
             return
         arguments = ["--pipeline", str(self.folder / "pipeline"), "--data", run.data, f"protocol={run.table}"]
-        self._run("evaluate", [*arguments, f"run_dir={self.folder}", *run.evaluate, *self.overrides])
+        self._run("evaluate", [*arguments, f"run_dir={self.folder}", *run.evaluate])
         self._note("cost", **self._cost())
 
     def _cost(self):
@@ -322,7 +322,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every tool")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the tools that train")
     parser.add_argument("--only", help="comma-separated names of runs")
     parser.add_argument("--workers", type=int, default=1, help="runs that train at once (default: 1)")
     parser.add_argument("--render", action="store_true", help="train none: write the tables of what is finished")
