@@ -67,9 +67,11 @@ def open_loader(dataset, kind=Loader, num_workers=0, read_timeout=0, **kwargs):
             with it the loader (WorkerError). 0: never.
         kwargs: of DataLoader.
     """
-    context = worker_context(*modules_of(dataset)) if num_workers else None
-    # At the process's end, before multiprocessing waits for them; "atexit" does not reach processes that it started.
-    util.Finalize(None, end_workers, exitpriority=0)
+    context = None
+    if num_workers:
+        context = worker_context(*modules_of(dataset))
+        # At the process's end, before multiprocessing waits for them; processes that it started have no "atexit".
+        util.Finalize(None, end_workers, exitpriority=0)
     watched = _Watched(dataset, num_workers, read_timeout)
     workers = {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _start_worker}
     return kind(watched, **workers, **kwargs)
