@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see latentcast/cli.py
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 FOLDER = str(Path(__file__).parent)
 if FOLDER in sys.path:  # last: transformers imports HuggingFace's ``tokenizers``, not the benchmark of that name
@@ -78,6 +79,20 @@ def compare(first, second, device="cpu", rounds=15):
     pairs = torch.tensor([[seconds(function, device) for function in (first, second)] for _ in range(rounds)])
     ratio = (pairs[:, 0] / pairs[:, 1]).median().item()
     return ratio, *pairs.median(0).values.tolist()
+
+
+def matmul_rate(size, dtype, device="cpu"):
+    """Operations a second of a large matrix product, the limit of what a model's step can reach."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    return 2 * size**3 / min(seconds(lambda: a @ b, device, repeat=3) for _ in range(3))
+
+
+def counted_flops(function):
+    """Operations of one call that torch counts: convolutions and matrix products, not those inside LSTMs."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 def kilobytes(field):

@@ -7,7 +7,7 @@ then, for the time that is left, the training of an experiment. ``DIR/report.jso
 after each measurement, as a whole: whatever ends the run, what was measured is there.
 """
 
-from common import environment, say, seconds, synchronize  # isort: skip  (sets the thread policy before torch loads)
+from common import counted_flops, environment, matmul_rate, say, seconds, synchronize  # isort: skip  (sets the thread policy before torch loads)
 
 import argparse
 import contextlib
@@ -25,7 +25,6 @@ from pathlib import Path
 
 import diffusers
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from latentcast import (
     DiffusersTokenizer,
@@ -206,12 +205,9 @@ def dtype_of(mode):
 
 
 def best_matmul(mode, device, tiny):
-    """Operations a second of a large matrix product, of which a step's share is told."""
-    size = 256 if tiny else 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype_of(mode)) for _ in range(2))
+    """``matmul_rate``, of which a step's share is told."""
     tf32(mode == "tf32")
-    a @ b
-    return 2 * size**3 / min(seconds(lambda: a @ b, device, repeat=3) for _ in range(3))
+    return matmul_rate(256 if tiny else 8192 if device == "cuda" else 1024, dtype_of(mode), device)
 
 
 def build(name, device, tiny, dtype=None):
@@ -300,12 +296,6 @@ def figures(time_, peak, batch, flops=None, best=None):
     return found
 
 
-def counted(function):
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
 def speed(report, device, tiny):
     """Rows of the priors by turns, of the tokenizers after them."""
     best, compiled = {}, "compiled bf16" if device == "cuda" else "compiled fp32"
@@ -358,7 +348,7 @@ def prior_rows(report, name, mode, device, tiny, best):
     with report.row("training step", name, mode=mode) as row:
         model = build(name, device, tiny)
         clip = clip_of(model, 1, n_frames)
-        flops = counted(training_step(model, clip, n_context, mode.replace("compiled ", "")))
+        flops = counted_flops(training_step(model, clip, n_context, mode.replace("compiled ", "")))
         step = training_step(model, clip, n_context, mode)
         row |= figures(*measured(step, device), 1, flops, best.get(mode.replace("compiled ", "")))
     graphs = model.accepts == "codes" and device == "cuda"

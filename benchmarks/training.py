@@ -19,12 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import kilobytes, run_parts, say, seconds, synchronize  # isort: skip  (sets the thread policy before torch)
+from common import counted_flops, kilobytes, matmul_rate, run_parts, say, seconds, synchronize  # isort: skip  (thread policy)
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import default_collate
-from torch.utils.flop_counter import FlopCounterMode
 
 from latentcast import LatentCacheWriter, PriorModule, TokenizerModule, VideoDataModule, instantiate, load_config
 from latentcast.config import to_container
@@ -141,8 +140,7 @@ def measure(name, side):
 
 
 def model_alone(module, batch, bf16):
-    """Forward, backward and optimizer step with nothing around -> (median seconds, operations of one that torch counts:
-    convolutions and matrix products, not those inside LSTMs)."""
+    """Forward, backward and optimizer step with nothing around -> (median seconds, operations of one)."""
     module.train()
     optimizer = module.optimizer(list(module.model.parameters()))
 
@@ -156,18 +154,13 @@ def model_alone(module, batch, bf16):
     for _ in range(WARM):
         step()
     took = [seconds(step, DEVICE) for _ in range(STEPS - WARM)]
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return statistics.median(took), counter.get_total_flops()
+    return statistics.median(took), counted_flops(step)
 
 
 @functools.cache
 def best_rate(bf16):
-    """GFLOP/s of a large matrix product, the limit of what a step can reach here."""
-    n = 8192 if DEVICE == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=DEVICE, dtype=torch.bfloat16 if bf16 else torch.float32)
-    a @ b
-    return 2 * n**3 / min(seconds(lambda: a @ b, DEVICE) for _ in range(5)) / 1e9
+    """GFLOP/s of a large matrix product."""
+    return matmul_rate(8192 if DEVICE == "cuda" else 2048, torch.bfloat16 if bf16 else torch.float32, DEVICE) / 1e9
 
 
 def compare_sides(name):

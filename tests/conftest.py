@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import importlib
 import json
 import logging
 import multiprocessing
@@ -14,7 +15,7 @@ from multiprocessing import forkserver
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-from tiny_experiment import TOOLS, Started
+from tiny_experiment import BENCHMARKS, TOOLS, Started
 from video_files import counter_frames, cut_off, encode
 
 
@@ -28,6 +29,13 @@ def fork_server():
         modules += ["latentcast.evaluation.evaluator", "matplotlib.backends.backend_agg", "sklearn.datasets"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
         forkserver.ensure_running()
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """name -> a module of ``benchmarks/``; last on the path, for one is called as HuggingFace's ``tokenizers``."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCHMARKS)])
+    return importlib.import_module
 
 
 @pytest.fixture(autouse=True)

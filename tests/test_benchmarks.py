@@ -2,19 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def run_parts(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from common import run_parts
-
-    return run_parts
+def run_parts(benchmark_module):
+    return benchmark_module("common").run_parts
 
 
 def test_last_line_holds_ratios_and_machine(run_parts, monkeypatch, capsys):

@@ -1,7 +1,5 @@
 """The Frechet distance against closed forms and SciPy, and FVD over batches, samples and ranks."""
 
-import socket
-
 import numpy as np
 import pytest
 import scipy.linalg
@@ -9,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from metric_files import moving_squares, weights_or_skip
+from tiny_experiment import free_port
 
 from latentcast.data.moving_digits import MovingDigits
 from latentcast.metrics import FVD, I3D, frechet_distance
@@ -197,12 +196,9 @@ def test_two_processes_give_the_figure_of_one():
     alone = FVD(Pooled())
     alone.update(real=moving_squares(9), fake=moving_squares(9, seed=1, speed=3))
     expected = alone.compute()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with mp.get_context("forkserver").Manager() as manager:
         results = manager.dict()
-        mp.start_processes(_rank_computes, (port, results), nprocs=2, start_method="forkserver")
+        mp.start_processes(_rank_computes, (free_port(), results), nprocs=2, start_method="forkserver")
         assert sorted(results.keys()) == [0, 1]
         for values in results.values():
             assert values == pytest.approx((expected,) * 3, rel=1e-6)

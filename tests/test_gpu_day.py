@@ -6,19 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tiny_experiment import BENCHMARKS
 
 
 @pytest.fixture
-def gpu_day(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu_day
-
-    return gpu_day
+def gpu_day(benchmark_module):
+    return benchmark_module("gpu_day")
 
 
 def read(folder):

@@ -1,23 +1,17 @@
 """The league of small systems: its table, budgets, going on after a stop, and what it writes."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
-from tiny_experiment import EXPERIMENT, Started, finished
+from tiny_experiment import BENCHMARKS, EXPERIMENT, Started, finished
 
 from latentcast import load_config
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def league(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import league
-
-    return league
+def league(benchmark_module):
+    return benchmark_module("league")
 
 
 def test_the_shipped_table_composes(league):

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from latentcast.priors.recurrent_vae import kl_gaussians
 from latentcast.training.callbacks import sample_diversity
 from latentcast.training.loggers import read_metrics
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FRAMES = PixelTokenizer(1, 8, 16, levels=None).latent_spec
 FORMS = {
     "svg_lp": {"aligner": "none"},
@@ -635,14 +633,13 @@ def test_diversity_of_samples():
     assert sample_diversity(samples[:, :1].expand(-1, 3, -1, -1, -1, -1))["sample_std"] == 0
 
 
-def test_benchmark_at_tiny_size(monkeypatch):
+def test_benchmark_at_tiny_size(benchmark_module):
     """One at a time, the past is encoded frame by frame, and for every sample."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from sampling_recurrent_vae import N_CONTEXT, N_FRAMES, recurrent_vae_seconds
-
+    sampling = benchmark_module("sampling_recurrent_vae")
+    N_CONTEXT, N_FRAMES = sampling.N_CONTEXT, sampling.N_FRAMES
     model, batches = build("svg_lp"), []
     model.encoder.register_forward_hook(lambda module, args, output: batches.append(len(args[0])))
-    time = recurrent_vae_seconds(model, 3)
+    time = sampling.recurrent_vae_seconds(model, 3)
     assert time.keys() == {"batched", "one_at_a_time", "encoded_once"} and min(time.values()) > 0
     own = [1] * (N_FRAMES - 1)
     measured = [N_CONTEXT - 1, 1, *[3] * len(own)] + 3 * [*[1] * N_CONTEXT, *own] + [*[1] * N_CONTEXT, *3 * own]

@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from PIL import Image
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from skimage.metrics import structural_similarity
 from tiny import SMALL_TRANSFORMER, random_frames, tiny_tokenizer
-from tiny_experiment import N_CLIPS, call_tool, tiny_config
+from tiny_experiment import N_CLIPS, call_tool, free_port, tiny_config
 from torch import nn
 from video_files import counter_frames, encode
 
@@ -276,10 +275,7 @@ def count_on_rank(rank, port, folder):
 
 
 def test_codebook_usage_over_ranks_and_after_a_stop_inside_an_epoch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(count_on_rank, (port, tmp_path), nprocs=2, start_method="forkserver")
+    torch.multiprocessing.start_processes(count_on_rank, (free_port(), tmp_path), nprocs=2, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     counts = torch.bincount(torch.cat([codes for codes, _ in ranks]).flatten(), minlength=64).double()
     share = counts[counts > 0] / counts.sum()

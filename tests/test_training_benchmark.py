@@ -1,20 +1,14 @@
 """benchmarks/training.py at tiny size."""
 
-from pathlib import Path
-
 import pytest
 from tiny_experiment import tiny_config, write_experiment
 
 from latentcast import instantiate
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])
-def test_a_step_and_what_is_around_it(tmp_path, monkeypatch, stage):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import training
-
+def test_a_step_and_what_is_around_it(tmp_path, monkeypatch, benchmark_module, stage):
+    training = benchmark_module("training")
     monkeypatch.setattr(training, "MODELS", {"tiny": (stage, str(write_experiment(tmp_path)), 2, 2)})
     found = training.measure("tiny", "plain")
     assert (found["precision"], found["batch"]) == ("32-true", 2)

@@ -20,7 +20,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from latentcast import load_config
 
-TOOLS = Path(__file__).parents[1] / "tools"
+TOOLS, BENCHMARKS = (Path(__file__).parents[1] / folder for folder in ("tools", "benchmarks"))
 N_CLIPS = 24
 
 EXPERIMENT = {
@@ -96,13 +96,17 @@ def finished(process):
     return process.returncode, json.loads(out.splitlines()[-1]) if out.strip() else None, err
 
 
+def free_port():
+    """A port of this machine for processes to meet at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def run_ranks(tool, folder, *arguments, n=2):
     """Run a tool in ``folder`` by ``n`` processes, to each of which torchrun's variables say what it is
     -> [(exit status, figures or None, stderr)]."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "tests"}
     job |= {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "GROUP_RANK": 0}
     script = TOOLS / f"{tool}.py"
     ranks = [Started(script, *arguments, cwd=folder, RANK=rank, LOCAL_RANK=rank, **job) for rank in range(n)]
