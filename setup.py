@@ -35,7 +35,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["latentcast", "latentcast.*"]), *mounted],
     package_dir={"latentcast": "latentcast", **mounted},
-    package_data={name: ["*.yaml"] for name in mounted if name.startswith("latentcast.configs")},
+    package_data={
+        "latentcast.reporting": ["*.j2"],
+        **{name: ["*.yaml"] for name in mounted if name.startswith("latentcast.configs")},
+    },
     install_requires=[
         "torch>=2.6",
         "pytorch-lightning>=2.6",
@@ -55,6 +58,7 @@ setup(
         "safetensors>=0.4",
         "torchmetrics>=1.4",
         "matplotlib>=3.8",
+        "jinja2>=3.1",
         "scikit-learn>=1.4",
         "scipy>=1.11",
         "tqdm>=4.66",

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import select
+import shlex
 import signal
 import socket
 import sys
@@ -182,6 +183,12 @@ def parse_options(options):
 def user_path(text):
     """The path that an argument names; ``~`` is the user's home."""
     return Path(os.path.expanduser(text))
+
+
+def command_line():
+    """What was typed to run this tool, as it can be typed again; None where no tool runs."""
+    tool = Path(sys.argv[0])
+    return shlex.join(["python", f"tools/{tool.name}", *sys.argv[1:]]) if tool.parent.name == "tools" else None
 
 
 def pick_device(name):

@@ -13,7 +13,7 @@ import os
 import time
 from pathlib import Path
 
-from latentcast.cli import UserError, announce, pick_device, prepare_run_dir, run_tool, user_path
+from latentcast.cli import UserError, announce, command_line, pick_device, prepare_run_dir, run_tool, user_path
 
 logger = logging.getLogger("latentcast")
 
@@ -82,7 +82,7 @@ def main(args):
     results = evaluation.finish()
     seconds = {"measuring": evaluation.seconds(), "this_run": time.perf_counter() - began}
     results["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-    results |= {"hardware": hardware(device), "commit": git_commit()}
+    results |= {"hardware": hardware(device), "commit": git_commit(), "command": command_line()}
     files = write_report(evaluation, results, metrics_dir)
     evaluation.clear()
     print(Path(files["table"]).read_text())  # on stderr: see run_tool

@@ -1,7 +1,8 @@
 """From nothing to predicted futures in minutes: trains configs/experiment/quickstart.yaml and judges the result.
 
 The same as ``train_tokenizer.py``, ``encode_dataset.py``, ``train_prior.py`` and ``evaluate.py`` with the argument
-``quickstart``, and then pictures of four futures for each of six held-out clips.
+``quickstart``, then pictures of four futures for each of six held-out clips, and a
+report of it all: ``run_dir/report.html``.
 """
 
 import argparse
@@ -27,6 +28,12 @@ def main(args):
             raise RuntimeError(f"{tool} failed; its error stands above")
         seconds[tool] = round(time.perf_counter() - began, 1)
     figures, files = show(args.overrides)
+    from latentcast.reporting.folder import read_run
+    from latentcast.reporting.page import write_page
+
+    files["report"] = str(Path(files["figures"]).parents[1] / "report.html")
+    write_page([read_run(Path(files["report"]).parent)], Path(files["report"]))
+    print(f"open {files['report']} in a browser to see it all")  # on stderr: see run_tool
     seconds["total"] = round(time.perf_counter() - started, 1)
     return figures | {"seconds": seconds, "files": files}
 

@@ -276,9 +276,17 @@ def difference_table(results, found):
     lines = [f"Differences from {first} over the same clips, 95 % interval and p by paired bootstrap over videos:", ""]
     lines += _grid(
         ["", *found],
-        ([HEADINGS[m], *(_difference(by_metric.get(m)) for by_metric in found.values())] for m in metrics),
+        ([HEADINGS[m], *(difference(by_metric.get(m)) for by_metric in found.values())] for m in metrics),
     )
     return "\n".join(lines)
+
+
+def difference(found):
+    """One of ``paired`` as text."""
+    if found is None:
+        return "–"
+    low, high = found["ci95"]
+    return f"{found['difference']:+.4g} [{low:.4g}, {high:.4g}], p {found['p_value']:.2g}"
 
 
 def published_table(results, rows):
@@ -377,13 +385,6 @@ def _printed(figure):
     if float(figure["printed"].split("+-")[0]) == figure["value"]:
         return f"{printed} {unit}"
     return f"{figure['value']:.4g} (printed {printed}, {unit})"
-
-
-def _difference(found):
-    if found is None:
-        return "–"
-    low, high = found["ci95"]
-    return f"{found['difference']:+.4g} [{low:.4g}, {high:.4g}], p {found['p_value']:.2g}"
 
 
 def _short(value):

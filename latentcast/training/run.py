@@ -18,9 +18,9 @@ from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import default_collate
 
-from latentcast.cli import UserError, prepare_run_dir
+from latentcast.cli import UserError, command_line, prepare_run_dir
 from latentcast.config import instantiate, to_container
-from latentcast.files import locked, told, write_text
+from latentcast.files import locked, printable, told, write_text
 from latentcast.yaml_text import dump
 
 from .callbacks import (
@@ -238,13 +238,15 @@ class TrainingRun:
     def _start(self, csv, start_step):
         """Give up what an earlier run of this stage left, unless this one continues it, so that nothing of it is taken
         for this one's; ``config_{stage}.yaml`` are all settings of this training, itself an experiment file, and
-        ``config.yaml`` those of the latest one."""
+        ``config.yaml`` those of the latest one; both begin with the command."""
         if self.checkpoint is None:
             for folder in (self.training_dir, self.model_dir, self.preview_dir):
                 shutil.rmtree(folder, ignore_errors=True)
             self.training_dir.mkdir(parents=True)
+        command = command_line()
+        text = f"# {printable(command)}\n" * (command is not None) + dump(to_container(self.config))
         for name in (f"config_{self.stage}.yaml", "config.yaml"):
-            write_text(self.run_dir / name, dump(to_container(self.config)))
+            write_text(self.run_dir / name, text)
         csv.start(start_step)
 
 

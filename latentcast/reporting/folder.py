@@ -1,0 +1,197 @@
+"""What lies in a run's folder, read without loading a model."""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from latentcast.evaluation.comparison import read_result
+from latentcast.files import told
+from latentcast.saved import INDEX
+from latentcast.training.loggers import read_metrics
+
+logger = logging.getLogger("latentcast")
+
+STAGES = ("tokenizer", "prior", "joint")
+COMMAND = "# python tools/"  # how a config of a run that knows its command begins
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A picture or video.
+
+    Attributes:
+        path: of the file. title: what it shows.
+        is_plot: black on white, as plots are.
+    """
+
+    path: Path
+    title: str
+    is_plot: bool = False
+
+    @property
+    def is_video(self):
+        return self.path.suffix == ".mp4"
+
+
+@dataclass
+class Stage:
+    """A training.
+
+    Attributes:
+        name: of STAGES. model: name of its class. settings: its config, a dict. text: the same as YAML.
+        command: what repeats it.
+        n_parameters: of the saved weights; None before there are any.
+        steps: that were logged.
+        figures: of validation: name -> (last value, best value).
+    """
+
+    name: str
+    model: str
+    settings: dict
+    text: str
+    command: str
+    n_parameters: int | None = None
+    steps: int = 0
+    figures: dict = field(default_factory=dict)
+
+
+@dataclass
+class RunFolder:
+    """A run.
+
+    Attributes:
+        path: of the folder. stages: list of Stage, in order.
+        results: protocol -> (path, what tools/evaluate.py wrote).
+        media: heading -> list of Medium.
+    """
+
+    path: Path
+    stages: list
+    results: dict
+    media: dict
+
+    @property
+    def name(self):
+        return self.path.resolve().name
+
+
+def read_run(path):
+    """Read a run's folder; what is damaged in it is named and left out.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: nothing in it that a run writes.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+    stages = [stage for name in STAGES if (stage := _unless_damaged(_read_stage, path, name))]
+    results = {}
+    for file in sorted((path / "metrics").glob("*.json")):
+        if (path / "metrics" / file.stem).is_dir() or (path / "metrics" / f"{file.stem}.md").is_file():
+            if found := _unless_damaged(read_result, file):
+                results[file.stem] = (file, found)
+    media = _media(path, results)
+    if not (stages or results or media):
+        hint = "; that is a pipeline: give the run's folder" if (path / INDEX).is_file() else ""
+        raise ValueError(f"{path}: expected a run's folder (config_STAGE.yaml, metrics, previews), found none{hint}")
+    return RunFolder(path, stages, results, media)
+
+
+def _unless_damaged(read, *args):
+    try:
+        return read(*args)
+    except (OSError, ValueError) as error:
+        logger.warning("left out: %s", told(error, args[0]))
+        return None
+
+
+def _read_stage(path, name):
+    file = path / f"config_{name}.yaml"
+    if not file.is_file():
+        return None
+    text = file.read_text(errors="replace")
+    try:
+        settings = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: expected a mapping, found {type(settings).__name__}")
+    chosen = settings.get("tokenizer" if name == "tokenizer" else "prior")
+    target = chosen.get("_target_") if isinstance(chosen, dict) else None
+    first = text.partition("\n")[0]
+    command = first.removeprefix("# ") if first.startswith(COMMAND) else _command(name, file)
+    stage = Stage(name, str(target or "?").rpartition(".")[2], settings, text, command)
+    parts = ("tokenizer", "prior") if name == "joint" else ("",)
+    weights = [found for part in parts for found in sorted((path / name / part).glob("*.safetensors"))]
+    if weights:
+        stage.n_parameters = sum(map(_count, weights))
+    curves = path / "metrics" / f"{name}.csv"
+    if curves.is_file():
+        stage.steps, stage.figures = _figures(read_metrics(curves))
+    return stage
+
+
+def _command(name, file):
+    tool = "train_tokenizer" if name == "tokenizer" else "train_prior"
+    return f"python tools/{tool}.py {file} run_dir=AGAIN" + " joint=true" * (name == "joint")
+
+
+def _count(weights):
+    """Numbers in a file of weights, by its header."""
+    try:
+        with safe_open(weights, framework="np") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    except SafetensorError as error:
+        raise OSError(f"{weights}: cannot be read ({error})") from None
+
+
+def _figures(rows):
+    """Rows of a metrics file -> steps, and of what validation measured: name -> (last, best).
+
+    The best is the largest of what is the better the larger it is, and the smallest of all else.
+    """
+    values = {}
+    for _, metric, value in rows:
+        stage, _, name = metric.partition("/")
+        if stage == "val" and math.isfinite(value):
+            values.setdefault(name, []).append(value)
+    larger = ("psnr", "ssim", "usage", "perplexity")
+    best = {name: (max if name.endswith(larger) else min)(found) for name, found in values.items()}
+    return 1 + max((step for step, *_ in rows), default=-1), {name: (values[name][-1], best[name]) for name in values}
+
+
+def _media(path, results):
+    """heading -> list of Medium, the most telling first."""
+    media = {
+        "Sampled videos": [Medium(file, _title(file.stem)) for file in sorted((path / "samples").glob("*.mp4"))],
+        "Previews of training": [
+            Medium(file, f"{folder.name}, {_title(file.stem)}")
+            for folder in sorted((path / "previews").glob("*/"))
+            for kind in ("mp4", "png")
+            for file in sorted(folder.glob(f"step_*.{kind}"))[-1:]
+        ],
+        "Curves": [Medium(file, _title(file.stem), True) for file in sorted((path / "metrics").glob("*_curves.png"))],
+    }
+    for name in results:
+        folder = path / "metrics" / name
+        sheets = [Medium(folder / f"{kind}.png", f"{kind} clips") for kind in ("best", "random", "worst")]
+        videos = [Medium(folder / f"{kind}.mp4", f"{kind} clips, in motion") for kind in ("best", "random", "worst")]
+        plots = [Medium(file, _title(file.stem), True) for file in sorted(folder.glob("*_*.png"))]
+        media[f"Evaluation: {name}"] = [found for found in videos + sheets + plots if found.path.is_file()]
+    media["Figures"] = [
+        Medium(file, _title(file.stem), file.suffix == ".png")
+        for kind in ("*.mp4", "*.png")
+        for file in sorted((path / "figures").glob(kind))
+    ]
+    return {heading: found for heading, found in media.items() if found}
+
+
+def _title(stem):
+    words = stem.replace("_", " ")
+    kind, _, number = words.rpartition(" ")
+    return f"{kind} {int(number):,}" if number.isdecimal() and kind else words
