@@ -263,7 +263,11 @@ def _take_encoded(config):
     if not isinstance(found, dict) or str(found.get("type")).lower() != kind.lower():
         return
     encoded = {name: found[name] for name in found.keys() & data.keys() if not isinstance(found[name], dict)}
-    changed = [f"data.{name}={one_line(value)}" for name, value in sorted(encoded.items()) if value != data[name]]
+    changed = [
+        f"data.{name}={one_line(value)}"
+        for name, value in sorted(encoded.items())
+        if data[name] not in (None, value)  # null: whatever the data are found to have
+    ]
     if changed:
         logger.info("%s: taken as it was encoded: %s", root, ", ".join(changed))
     for name, value in _to_config(encoded, root).items_ex(resolve=False):

@@ -244,7 +244,7 @@ class TrainingRun:
                 shutil.rmtree(folder, ignore_errors=True)
             self.training_dir.mkdir(parents=True)
         command = command_line()
-        text = f"# {printable(command)}\n" * (command is not None) + dump(to_container(self.config))
+        text = (f"# {printable(command)}\n" if command else "") + dump(to_container(self.config))
         for name in (f"config_{self.stage}.yaml", "config.yaml"):
             write_text(self.run_dir / name, text)
         csv.start(start_step)
