@@ -169,8 +169,8 @@ class WandbRun(Tracker):
     def _open(self, wandb, config):
         mode = self.settings["mode"]
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-        elif mode == "online" and not _logged_in():
+            mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+        elif mode == "online" and not logged_in():
             logger.warning("W&B: wandb.mode=online, but nobody is logged in (wandb login); the run is kept offline")
             mode = "offline"
         if mode == "disabled":
@@ -285,7 +285,7 @@ def not_installed(package):
     return f"{package.replace('_', '-')} is not installed; pip install 'latentcast[{extra}]'"
 
 
-def _logged_in():
+def logged_in():
     """Is there an API key? Asks neither the user nor the network."""
     if os.environ.get("WANDB_API_KEY"):
         return True
