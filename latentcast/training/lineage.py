@@ -95,6 +95,8 @@ def build(name, kind, paths):
     if kind != "latents":
         artifact = wandb.Artifact(name, type=kind, metadata={"path": str(paths[0])})
         for path in paths:
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: no such file or folder")
             found = sorted(path.rglob("*")) if path.is_dir() else [path]
             for file in found:
                 if file.is_file() and not file.name.startswith("."):

@@ -207,7 +207,7 @@ class WandbRun(Tracker):
         self._defined = {"step", "epoch"}
 
     def _write(self, values, step):
-        for key in values.keys() - self._defined:
+        for key in [key for key in values if key not in self._defined]:
             medium = key.startswith(f"{MEDIA}/") and not isinstance(values[key], (int, float))
             self._run.define_metric(key, step_metric="step", summary=None if medium else summary_of(key))
         self._defined |= values.keys()
@@ -233,6 +233,7 @@ class TrackioRun(Tracker):
     label = package = "trackio"
 
     def _open(self, trackio, config):
+        self._library = trackio
         self._run = trackio.init(
             project=self.settings["project"],
             name=self.name,
@@ -246,7 +247,7 @@ class TrackioRun(Tracker):
         self._run.log(dict(values), step=step)
 
     def _close(self, exit_code):
-        self._run.finish()
+        self._library.finish()  # the run's own method would leave it to be ended, and told of, once more at exit
 
 
 TRACKERS = {"wandb": WandbRun, "trackio": TrackioRun}
