@@ -66,7 +66,11 @@ setup(
         "protobuf>=4.25",  # and their records
     ],
     extras_require={
+        "wandb": ["wandb>=0.28.2", "wandb-workspaces>=0.4.13"],
+        "tensorboard": ["tensorboard>=2.16"],
+        "trackio": ["trackio>=0.43"],
         "dev": [
+            "latentcast[tensorboard,trackio,wandb]",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

@@ -87,6 +87,12 @@ class VideoModel(SavedClearly, ModelMixin, ConfigMixin):
         model.to(memory_format=cls.memory_format)
         return (model, info) if want_info else model
 
+    def to_json_string(self):
+        """As in diffusers, without the place that it was loaded from: a copy has the same bytes wherever it is made."""
+        found = json.loads(super().to_json_string())
+        found.pop("_name_or_path", None)
+        return json.dumps(found, indent=2, sort_keys=True) + "\n"
+
     @classmethod
     def from_config(cls, config=None, **kwargs):
         """As in diffusers; what the class cannot be built of is a ValueError, whatever Python called it."""

@@ -14,6 +14,8 @@ from multiprocessing import forkserver
 # threads that wait for each other are ten times slower than one, and pytest-xdist keeps all cores busy already.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+os.environ["WANDB_MODE"] = "disabled"  # each run takes seconds; test_wandb.py has its own
+
 import pytest
 from tiny_experiment import BENCHMARKS, TOOLS, Started
 from video_files import counter_frames, cut_off, encode

@@ -21,8 +21,9 @@ def main(args):
     from latentcast.data.base import match_conditions  # which takes seconds: mistakes in the config show before
     from latentcast.data.encoding import encode_dataset
     from latentcast.data.latent_cache import choose_store
-    from latentcast.distributed import process_group, rank_zero_first
+    from latentcast.distributed import process_group, rank_and_world, rank_zero_first
     from latentcast.modeling import find_tokenizer
+    from latentcast.training.trackers import open_tracker
 
     if args.verify:
         return verify(config)
@@ -36,6 +37,7 @@ def main(args):
         )
     not_its = ("root", "splits", "sample_posterior")
     options = {name: value for name, value in config.cache.items() if name not in not_its}
+    open_tracker(config, run_dir, "encode")  # refuses an unknown logger, before hours of work
     figures = {}
     with process_group():
         for split in config.cache.splits:
@@ -48,7 +50,26 @@ def main(args):
                     match_conditions(prior.conditions, type(prior).__name__, dataset.conditions, "the data set")
                     options["store"] = choose_store(config.cache.store, prior, tokenizer, root, config.cache.overwrite)
                 figures[split] = encode_dataset(dataset, tokenizer, root, **loading, **options)
+        rank = rank_and_world()[0]
+    if rank == 0 and any(found["frames_per_s"] for found in figures.values()):
+        log(config, run_dir, figures)
     return {"splits": figures}
+
+
+def log(config, run_dir, figures):
+    """Log what was encoded as a run of W&B or trackio."""
+    from latentcast.config import cache_root, to_container
+    from latentcast.saved import used_tokenizer
+    from latentcast.training.trackers import tracked
+
+    shown = ("name", "run_dir", "frame_size", "channels", "data", "tokenizer_dir", "cache")
+    with tracked(config, run_dir, "encode", {key: to_container(config)[key] for key in shown}) as run:
+        trained = used_tokenizer(run_dir, config.tokenizer_dir)
+        if trained is not None:
+            run.uses("tokenizer", trained)
+        found = {f"encode/{split}_{name}": value for split, figure in figures.items() for name, value in figure.items()}
+        run.log({key: value for key, value in found.items() if value is not None}, 1)
+        run.makes("latents", cache_root(config))
 
 
 def open_split(config, split):

@@ -42,6 +42,7 @@ def main(args):
     from latentcast.evaluation.evaluator import Evaluation, git_commit, hardware
     from latentcast.evaluation.report import write_report
     from latentcast.pipelines.base import VideoPipeline
+    from latentcast.training.trackers import open_tracker
 
     protocol = instantiate(config.protocol)
     with process_group():
@@ -50,6 +51,7 @@ def main(args):
         with rank_zero_first():  # a data set may write an index or download when it is built
             dataset = instantiate(config.data, clip_length=protocol.n_frames)(split=protocol.split)
         metrics_dir = prepare_run_dir(config.run_dir) / "metrics"
+        open_tracker(config, config.run_dir, "evaluation")  # refuses an unknown logger, before hours of work
         settings = to_container(config.evaluation)
         overwrite = settings.pop("overwrite")
         if settings["sampler"] is None:
@@ -85,8 +87,34 @@ def main(args):
     results |= {"hardware": hardware(device), "commit": git_commit(), "command": command_line()}
     files = write_report(evaluation, results, metrics_dir)
     evaluation.clear()
+    log(config, folder, results, files)
     print(Path(files["table"]).read_text())  # on stderr: see run_tool
     return summary(results) | {"files": files}
+
+
+def log(config, folder, results, files):
+    """Log a finished evaluation as a run of W&B or trackio: ``evaluation/PROTOCOL/METRIC`` and its pictures."""
+    from latentcast.evaluation.report import mean_of_samples
+    from latentcast.training.trackers import tracked
+
+    name, shown = results["protocol"]["name"], ("protocol", "model", "detector", "settings", "seed", "version")
+    settings = {key: results[key] for key in (*shown, "hardware", "commit", "seconds")}
+    settings["data"] = {key: value for key, value in results["data"].items() if key != "describe"}
+    found = {"": results["metrics"], **{f"{who}/": metrics for who, metrics in results["baselines"].items()}}
+    found["mean_of_samples/"] = mean_of_samples(results["metrics"])
+    with tracked(config, config.run_dir, "evaluation", settings, name=name) as run:
+        for part in ("tokenizer", "prior"):
+            if (folder / part).is_dir():
+                run.uses(part, folder / part)
+        figures = {
+            f"evaluation/{name}/{who}{metric}": entry["mean"]
+            for who, metrics in found.items()
+            for metric, entry in metrics.items()
+        }
+        run.log(figures, 1)
+        media = {key: Path(path) for key, path in files.items() if Path(path).suffix in (".png", ".mp4")}
+        run.log_files(media, 1, f"{results['model']['name']} under {name}")
+        run.makes("evaluation", files["figures"], files["table"])
 
 
 def choose(args):

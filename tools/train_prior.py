@@ -24,10 +24,11 @@ def train(config, run):
     from pytorch_lightning import seed_everything
 
     from latentcast import VideoPredictionPipeline
-    from latentcast.config import instantiate, to_container
+    from latentcast.config import cache_root, instantiate, to_container
     from latentcast.data.base import match_conditions
     from latentcast.data.datamodules import VideoDataModule
     from latentcast.modeling import find_tokenizer
+    from latentcast.saved import used_tokenizer
     from latentcast.training.callbacks import CollapseMonitor, PredictionPreview
     from latentcast.training.joint import JointModule, start_from
     from latentcast.training.prior_module import PriorModule
@@ -72,13 +73,19 @@ def train(config, run):
         "n_context": config.n_context,
         "config": to_container(config),
     }
+    trained = used_tokenizer(run.run_dir, config.tokenizer_dir)
+    inputs = [("tokenizer", trained)] if over_frames and trained else []
+    if not over_frames:
+        inputs.append(("latents", cache_root(config)))
+    elif config.joint and (run.run_dir / "prior").is_dir():
+        inputs.append(("prior", run.run_dir / "prior"))
     if config.joint:
         if run.checkpoint is None:
             start_from(prior, run.run_dir / "prior")
         module = JointModule(prior, tokenizer, **settings, **to_container(config.joint_training))
     else:
         module = PriorModule(prior, **settings, tokenizer=tokenizer)
-    figures = run.fit(module, data, [preview, CollapseMonitor()])
+    figures = run.fit(module, data, [preview, CollapseMonitor()], inputs)
     pipeline_dir = run.run_dir / "pipeline"
     if module.trainer.is_global_zero:
         pipeline = make_pipeline(prior.eval())

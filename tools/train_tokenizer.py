@@ -32,10 +32,12 @@ def train(config, run):
     from latentcast.training.tokenizer_module import TokenizerModule
 
     seed_everything(config.seed)
+    inputs = []
     if config.tokenizer_dir is None:
         tokenizer = instantiate(config.tokenizer)
     else:
-        tokenizer = load_model(tokenizer_folder(config.tokenizer_dir)).train()
+        inputs.append(("tokenizer", tokenizer_folder(config.tokenizer_dir)))
+        tokenizer = load_model(inputs[0][1]).train()
     if next(tokenizer.parameters(), None) is None:
         raise UserError(f"{type(tokenizer).__name__} has nothing to learn; go on with tools/train_prior.py")
     data = VideoDataModule(
@@ -48,7 +50,7 @@ def train(config, run):
     module = TokenizerModule(
         tokenizer, instantiate(config.optimizer), to_container(config.lr_scheduler), config=to_container(config)
     )
-    figures = run.fit(module, data, callbacks)
+    figures = run.fit(module, data, callbacks, inputs)
     if module.trainer.is_global_zero:
         tokenizer.eval().to(module.trainer.strategy.root_device)
         batches = (batch["frames"].to(tokenizer.device) for batch in data.train_dataloader())

@@ -30,7 +30,7 @@ from latentcast.distributed import all_reduced, rank_and_world
 from latentcast.metrics.codebook import CodebookUsage
 from latentcast.metrics.ensemble import ilpips
 
-from .loggers import WandbRun
+from .loggers import MediaLogger
 
 logger = logging.getLogger("latentcast")
 
@@ -466,8 +466,8 @@ class Preview(Callback):
         for run in trainer.loggers:
             if self.figures:
                 run.log_metrics(self.figures, step - 1)  # Lightning counts from 0 the step that has just been made
-            if isinstance(run, WandbRun):
-                run.log_files(files, step - 1)
+            if isinstance(run, MediaLogger):
+                run.log_files(files, step, self.title(pl_module))
         for callback in trainer.callbacks:
             if isinstance(callback, Throughput):
                 callback.leave_out(time.perf_counter() - started)
@@ -508,7 +508,7 @@ class PredictionPreview(Preview):
 
     In the videos a row holds the true clip, then the samples; all show the same context first. In the PNG each of them
     is a row of its own. All have names, and the given frames green edges. How much the samples of a clip differ is
-    logged (``sample_diversity``), if there are several.
+    logged (``samples/``, see ``sample_diversity``), if there are several.
 
     Args:
         make_pipeline: prior -> VideoPredictionPipeline.
@@ -538,7 +538,7 @@ class PredictionPreview(Preview):
             **self.sampler,
         ).frames.cpu()
         if num_samples > 1:
-            self.figures = {f"preview/{name}": value for name, value in sample_diversity(predicted).items()}
+            self.figures = {f"samples/{name}": value for name, value in sample_diversity(predicted).items()}
         shown = [rows_of(*parts) for parts in zip(context, future, predicted)]
         rows = [
             (f"{clip}\n{kind}", frames)

@@ -18,7 +18,19 @@ APPLIED = (
     *("batch_size", "num_workers", "read_timeout", "optimizer.lr", "optimizer.weight_decay", "lr_scheduler", "trainer"),
     *("ema_decay", "compile", "checkpoint_every_n_steps", "least_steps_between_val", "final_weights"),
 )
-ELSEWHERE = ("name", "run_dir", "resume", "overwrite", "preview", "wandb", "cache", "evaluation", "protocol", "joint")
+ELSEWHERE = (
+    "name",
+    "run_dir",
+    "resume",
+    "overwrite",
+    "preview",
+    "logger",
+    "wandb",
+    "cache",
+    "evaluation",
+    "protocol",
+    "joint",
+)
 
 
 class WholeFileIO(TorchCheckpointIO):

@@ -53,7 +53,7 @@ class Console(Callback):
 
     def describe(self, trainer, pl_module):
         """One line: model, parameters, steps, device, data."""
-        n_parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        n_parameters = pl_module.n_parameters(trainable=True)
         data, device = trainer.datamodule, trainer.strategy.root_device
         steps = "steps without end" if self.total is None else f"{self.total} steps"
         if self.first:

@@ -1,25 +1,27 @@
-"""Where a training run writes its figures: a CSV file in ``run_dir`` always, Weights & Biases where it works."""
+"""Where a training run writes its figures: a CSV file in ``run_dir`` always, and the logger that its config names."""
 
 import csv
+import importlib.util
 import logging
 import math
-import netrc
-import os
-import secrets
 from collections import defaultdict
 from pathlib import Path
-from urllib.parse import urlparse
 
-from pytorch_lightning.loggers import Logger
+from PIL import Image
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from latentcast.files import printable, replacing, writing
+
+from .trackers import MEDIA, not_installed, open_tracker, settings_of
 
 logger = logging.getLogger("latentcast")
 
 
 class CSVMetrics(Logger):
     """Appends one row (step, metric, value) a figure, so that a killed run leaves everything it has logged.
+
+    A step is how many have been made, here as in every file's name; Lightning counts from 0 the one that it logs.
 
     Args:
         path: the file, written by rank 0 only.
@@ -33,8 +35,8 @@ class CSVMetrics(Logger):
 
     @rank_zero_only
     def start(self, step):
-        """Keep the rows up to ``step`` (-1: none): a resumed run does the later steps again."""
-        rows = [row for row in read_metrics(self.path) if row[0] <= step] if self.path.is_file() else []
+        """Keep the rows up to ``step`` (0: none): a resumed run does the later steps again."""
+        rows = [row for row in read_metrics(self.path) if row[0] <= step] if step and self.path.is_file() else []
         with replacing(self.path) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([("step", "metric", "value"), *rows])
 
@@ -45,7 +47,7 @@ class CSVMetrics(Logger):
     @rank_zero_only
     def log_metrics(self, metrics, step):
         with writing(self.path), open(self.path, "a", newline="") as file:
-            csv.writer(file).writerows((step, name, value) for name, value in metrics.items() if name != "epoch")
+            csv.writer(file).writerows((step + 1, name, value) for name, value in metrics.items() if name != "epoch")
 
 
 def read_metrics(path):
@@ -84,14 +86,12 @@ def plot_curves(path, image):
     curves = defaultdict(lambda: defaultdict(list))
     for step, name, value in read_metrics(path):
         split, _, quantity = name.partition("/")
-        if name.startswith("lr-"):
-            curves["learning rate"][name.removeprefix("lr-")].append((step, value))
-        elif split in ("train", "val") and math.isfinite(value):
+        if split in ("train", "val") and math.isfinite(value):
             curves[quantity][split].append((step, value))
     # What the model reports, its loss first; not the gradient norm, nor figures of single codebooks.
-    quantities = sorted(q for q in curves if q not in ("loss", "learning rate", "grad_norm") and not q[-1].isdigit())
-    quantities = [q for q in ("loss", *quantities, "learning rate") if q in curves]
-    if quantities in ([], ["learning rate"]):
+    quantities = sorted(q for q in curves if q not in ("loss", "lr", "grad_norm") and not q[-1].isdigit())
+    quantities = [q for q in ("loss", *quantities, "lr") if q in curves]
+    if quantities in ([], ["lr"]):
         return
     columns = min(3, len(quantities))
     rows = math.ceil(len(quantities) / columns)
@@ -105,7 +105,7 @@ def plot_curves(path, image):
         left, bottom = column * PANEL[0] + AROUND["left"], (rows - row - 1) * PANEL[1] + AROUND["bottom"]
         box = (left / width, bottom / height, inner[0] / width, inner[1] / height)
         axes = figure.add_axes(box, xlabel="step", ylabel=unit)
-        axes.set_title(quantity.replace("_", " "), y=1)
+        axes.set_title("learning rate" if quantity == "lr" else quantity.replace("_", " "), y=1)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_label_coords(0.5, (0.15 - AROUND["bottom"]) / inner[1])
         axes.yaxis.set_label_coords((0.2 - AROUND["left"]) / inner[0], 0.5)
@@ -121,129 +121,103 @@ def plot_curves(path, image):
         figure.savefig(temporary, format="png", dpi=100)
 
 
-class WandbRun(Logger):
-    """One Weights & Biases run. Whatever goes wrong with W&B is said once and never stops the training.
+class MediaLogger(Logger):
+    """A logger of Lightning's that takes pictures and videos, and counts steps as the files' names do."""
 
-    The step of a W&B row is the trainer's step, so it never goes backwards; a resumed run continues the same W&B run
-    and leaves out the steps that were logged before it was stopped.
+    @rank_zero_only
+    def log_files(self, files, step, caption):
+        """Log pictures and videos.
+
+        Args:
+            files: name -> path of a png, gif or mp4 file; they become ``samples/NAME``.
+            step: how many have been made.
+            caption: one line.
+        """
+        raise NotImplementedError
+
+
+class TrackerLogger(MediaLogger):
+    """Logs to a ``Tracker``: W&B or trackio.
 
     Args:
-        folder: ``run_dir``; W&B's files go to ``folder/wandb``, the id of the run to ``folder/wandb/{stage}.id``.
-        stage: "tokenizer", "prior" or "joint": separate runs of one group.
-        settings: the ``wandb`` section of the config (mode, project, entity, group, tags).
-        name: of the experiment; the group, unless the settings name one.
-        resume: continue the run whose id is in ``folder``.
-        last_step: the last step that was logged before.
+        tracker: where to.
+        facts: of the run, that go into its config beside the experiment's settings.
     """
 
-    def __init__(self, folder, stage, settings, name, resume=False, last_step=-1):
-        super().__init__()
-        self.folder, self.stage, self.settings, self._experiment_name = Path(folder), stage, settings, name
-        self.resume, self.last_step = resume, last_step if resume else -1
-        self._config, self._run, self._off = {}, None, settings["mode"] == "disabled"
-        self._newest = 0
-        if settings["mode"] not in ("auto", "online", "offline", "disabled"):
-            raise ValueError(f"wandb.mode: expected auto, online, offline or disabled, found {settings['mode']!r}")
+    version = ""
 
-    name, version = "wandb", ""
+    def __init__(self, tracker, facts):
+        super().__init__()
+        self.tracker, self.facts = tracker, facts
+
+    @property
+    def name(self):
+        return self.tracker.package
 
     @rank_zero_only
     def log_hyperparams(self, params, *args, **kwargs):
-        self._config = dict(params)
-        self._guard(self._start)
+        self.tracker.start(settings_of(dict(params), self.tracker.stage) | self.facts)
 
     @rank_zero_only
     def log_metrics(self, metrics, step):
-        if step > self.last_step:
-            self._guard(self._log, metrics, step)
+        self.tracker.log(metrics, step + 1)
 
     @rank_zero_only
-    def log_files(self, files, step):
-        """Log pictures and videos: name -> path of a png, gif or mp4 file."""
-        if step > self.last_step:
-            self._guard(self._log_files, files, step)
+    def log_files(self, files, step, caption):
+        self.tracker.log_files(files, step, caption)
+
+
+class TensorBoard(MediaLogger, TensorBoardLogger):
+    """Lightning's own, in ``folder/tensorboard/{stage}``. What an earlier run has logged there after ``start_step`` is
+    hidden. A video is shown by the GIF beside it, where there is one: TensorBoard plays no other kind."""
+
+    def __init__(self, folder, stage, facts, start_step=0):
+        super().__init__(
+            folder, name="tensorboard", version=stage, default_hp_metric=False, purge_step=start_step and start_step + 1
+        )
+        self.stage, self.facts = stage, facts
 
     @rank_zero_only
-    def close(self):
-        """End the run; W&B has its own files or its upload complete afterwards."""
-        self._guard(self._close)
+    def log_hyperparams(self, params, *args, **kwargs):
+        super().log_hyperparams(settings_of(dict(params), self.stage) | self.facts, *args, **kwargs)
 
-    def _guard(self, function, *args):
-        if self._off:
-            return
-        try:
-            function(*args)
-        except Exception as error:  # W&B fails in many ways (not installed, network, disk); none may end a training
-            self._off = True
-            logger.warning("W&B is off from here on: %s: %s", type(error).__name__, " ".join(str(error).split()))
+    @rank_zero_only
+    def log_metrics(self, metrics, step):
+        super().log_metrics(metrics, step + 1)
 
-    def _start(self):
-        if self._run is not None:
-            return
-        import wandb
+    @rank_zero_only
+    def log_files(self, files, step, caption):
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        mode = self.settings["mode"]
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-        elif mode == "online" and not _logged_in():
-            logger.warning("W&B: wandb.mode=online, but nobody is logged in (wandb login); the run is kept offline")
-            mode = "offline"
-        if mode == "disabled":
-            self._off = True
-            return
-        id_file = self.folder / "wandb" / f"{self.stage}.id"
-        id_file.parent.mkdir(parents=True, exist_ok=True)
-        known = id_file.read_text().strip() if self.resume and id_file.is_file() else None
-        arguments = {
-            "dir": str(self.folder),
-            "id": known or secrets.token_hex(4),
-            "resume": "allow",
-            "project": self.settings["project"],
-            "entity": self.settings["entity"],
-            "group": self.settings["group"] or self._experiment_name,
-            "name": f"{self._experiment_name}-{self.stage}",
-            "job_type": self.stage,
-            "tags": self.settings["tags"],
-            "config": self._config,
-            "settings": wandb.Settings(
-                console="off", quiet=mode == "offline", silent=mode == "offline", init_timeout=60, finish_timeout=120
-            ),
-        }
-        try:
-            self._run = wandb.init(mode=mode, **arguments)
-        except Exception as error:  # no network, a wrong key, a project that is not ours
-            if mode == "offline":
-                raise
-            logger.warning("W&B cannot be reached (%s); the run is kept offline", " ".join(str(error).split()))
-            self._run = wandb.init(mode="offline", **arguments)
-        id_file.write_text(self._run.id)
-
-    def _log(self, metrics, step):
-        self._start()
-        self._newest = max(self._newest, step)
-        self._run.log(dict(metrics), step=self._newest)
-
-    def _log_files(self, files, step):
-        import wandb
-
-        media = {
-            name: wandb.Video(str(path), format="mp4") if path.suffix == ".mp4" else wandb.Image(str(path))
-            for name, path in files.items()
-        }
-        self._log(media, step)
-
-    def _close(self):
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        for name, path in files.items():
+            path = path.with_suffix(".gif") if path.suffix == ".mp4" else path
+            if not path.is_file():
+                logger.info("TensorBoard: %s: it takes pictures and GIFs alone, and is not given %s", name, path.name)
+                continue
+            with Image.open(path) as image:
+                width, height = image.size
+            encoded = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes())
+            value = Summary.Value(tag=f"{MEDIA}/{name}", image=encoded)
+            self.experiment.file_writer.add_summary(Summary(value=[value]), step)
 
 
-def _logged_in():
-    """Is there an API key? Asks neither the user nor the network."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+def open_logger(config, stage, folder, facts, *, resume=False, start_step=0, last_step=0):
+    """The logger that an experiment names, for Lightning; None for none, and for one that is not installed.
+
+    Args:
+        config: an experiment. stage, folder: of the training, see Tracker.
+        facts: go into the run's config beside the experiment's settings.
+        resume: continue the run that is there.
+        start_step: the step that it goes on from. last_step: the last one that was logged before.
+    Raises:
+        ValueError: see ``open_tracker``.
+    """
+    tracker = open_tracker(config, folder, stage, resume=resume, last_step=last_step)
+    if tracker.package is not None:
+        return TrackerLogger(tracker, facts)
+    if config.logger != "tensorboard":
+        return None
+    if importlib.util.find_spec("tensorboard") is None:
+        logger.warning("TensorBoard is off: %s", not_installed("tensorboard"))
+        return None
+    return TensorBoard(folder, stage, facts, start_step)

@@ -39,6 +39,10 @@ class TrainingModule(pl.LightningModule):
         self._batch = None  # the last of them
         self._build_optimizer()  # so that a mistake in the settings shows now
 
+    def n_parameters(self, trainable=False):
+        """How many numbers it has, or learns."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
+
     def compute(self, batch):
         """batch -> the model's output, which has ``loss`` and ``logs``."""
         raise NotImplementedError
@@ -69,9 +73,9 @@ class TrainingModule(pl.LightningModule):
         return {}
 
     def on_before_optimizer_step(self, optimizer):
-        """Log the gradient norm; stop before a loss or gradient that is not finite reaches the weights."""
+        """Log gradient norm and rate; stop before a loss or gradient that is not finite reaches the weights."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        self.log("train/grad_norm", norm)
+        self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
         loss, self._loss = self._loss, None
         batch, self._batch = self._batch, None
         loss, norm = torch.stack([loss.float(), norm.float()]).tolist()  # one wait for the device, not two

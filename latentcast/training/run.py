@@ -6,12 +6,12 @@ import os
 import shutil
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, WeightAveraging
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
@@ -36,7 +36,8 @@ from .callbacks import (
 from .checkpoints import WholeFileIO, check_checkpoint
 from .compiling import compile_model
 from .console import Console
-from .loggers import CSVMetrics, WandbRun, plot_curves, read_metrics
+from .loggers import CSVMetrics, TrackerLogger, open_logger, plot_curves, read_metrics
+from .trackers import Tracker, open_tracker
 
 logger = logging.getLogger("latentcast")
 
@@ -55,6 +56,7 @@ class TrainingRun:
     config: DictConfig
     stage: str
     run_dir: Path
+    tracker: Tracker | None = field(default=None, init=False)  # of W&B or trackio, from ``fit`` on
 
     @classmethod
     @contextlib.contextmanager
@@ -76,6 +78,7 @@ class TrainingRun:
             if config[group] is None:
                 raise UserError(f"{group}: the experiment names none; choose one by {group}=NAME")
         check_trainer(config.trainer)
+        open_tracker(config, config.run_dir, stage)  # refuses an unknown one
         run = cls(config, stage, prepare_run_dir(config.run_dir))
         with locked(run.run_dir, f"training ({stage})"):
             run.check_replaced()
@@ -87,7 +90,18 @@ class TrainingRun:
                             f"run_dir {run.run_dir}: it holds {found.relative_to(run.run_dir)} of an earlier training; "
                             "resume=true continues it, overwrite=true starts over, run_dir=... keeps it"
                         )
-            yield run
+            try:
+                yield run
+            except BaseException:
+                run.close(1)
+                raise
+            run.close()
+
+    @rank_zero_only
+    def close(self, exit_code=0):
+        """End the run of W&B or trackio, which takes what is saved after ``fit`` as well."""
+        if self.tracker is not None:
+            self.tracker.close(exit_code)
 
     def check_replaced(self):
         """Refuse a ``run_dir``, which a stranger's config may name, in which others' files would be replaced."""
@@ -124,13 +138,14 @@ class TrainingRun:
     def preview_dir(self):
         return self.run_dir / "previews" / self.stage
 
-    def fit(self, module, datamodule, callbacks=()):
+    def fit(self, module, datamodule, callbacks=(), inputs=()):
         """Train ``module``, or go on training it, and give it the weights to keep.
 
         Args:
             module: a TrainingModule.
             datamodule: a LightningDataModule.
             callbacks: those that only this stage needs.
+            inputs: what it goes on from, see ``Tracker.uses``: (kind, folder).
         Returns:
             dict of ``steps``, ``val`` (name -> figure of the final weights) and ``seconds``.
         Raises:
@@ -142,31 +157,33 @@ class TrainingRun:
         config, started = self.config, time.perf_counter()
         checkpoint = self.checkpoint
         if checkpoint is not None:
-            start_step = check_checkpoint(checkpoint, module, config.ema_decay > 0, datamodule) - 1
-            logger.info("resuming from step %d (%s)", start_step + 1, checkpoint)
+            start_step = check_checkpoint(checkpoint, module, config.ema_decay > 0, datamodule)
+            logger.info("resuming from step %d (%s)", start_step, checkpoint)
         else:
-            start_step = -1
+            start_step = 0
             if config.resume:
                 logger.info("%s: nothing to resume, starting at step 0", self.last)
         curves = self.run_dir / "metrics" / f"{self.stage}.csv"
-        logged = max((row[0] for row in read_metrics(curves)), default=-1) if checkpoint and curves.is_file() else -1
+        logged = max((row[0] for row in read_metrics(curves)), default=0) if checkpoint and curves.is_file() else 0
         csv = CSVMetrics(curves)
-        wandb = WandbRun(
-            self.run_dir, self.stage, to_container(config.wandb), config.name, checkpoint is not None, logged
-        )
+        facts = {"parameters": module.n_parameters(), "trainable_parameters": module.n_parameters(trainable=True)}
+        steps = {"resume": checkpoint is not None, "start_step": start_step, "last_step": logged}
+        chosen = open_logger(config, self.stage, self.run_dir, facts, **steps)
+        if isinstance(chosen, TrackerLogger):
+            self.tracker = chosen.tracker
         average = WeightAverage(config.ema_decay) if config.ema_decay > 0 else None
         own = {name: _several(instantiate(config.trainer.get(name))) for name in ("logger", "callbacks", "plugins")}
         if any(isinstance(callback, WeightAveraging) for callback in own["callbacks"]):
             raise UserError("trainer.callbacks: ema_decay averages the weights already; found a second average")
         has_val = datamodule.val_set is not None and config.trainer.get("limit_val_batches") != 0
         keeps_best = has_val and config.trainer.get("enable_checkpointing") is not False
-        start = Start(lambda: self._start(csv, start_step))
+        start = Start(lambda: self._start(csv, start_step, inputs))
         own_bar = any(isinstance(callback, ProgressBar) for callback in own["callbacks"])
         console = Console(self.stage, not own_bar and config.trainer.get("enable_progress_bar") is not False)
         trainer = instantiate(
             config.trainer,
             precision=precision_here(config.trainer),
-            logger=[csv, wandb, *(logger for logger in own["logger"] if isinstance(logger, Logger))],
+            logger=[csv, *_several(chosen), *(logger for logger in own["logger"] if isinstance(logger, Logger))],
             default_root_dir=str(self.run_dir),
             enable_checkpointing=keeps_best or None,
             enable_progress_bar=own_bar,
@@ -180,7 +197,6 @@ class TrainingRun:
                 ValidationInterval(config.least_steps_between_val),
                 LogInterval(),
                 Throughput(),
-                LearningRateMonitor("step"),
                 *callbacks,
                 LastCheckpoint(self.last, config.checkpoint_every_n_steps),
                 *([self._best_checkpoint()] if keeps_best else []),
@@ -208,7 +224,6 @@ class TrainingRun:
         except SystemExit:  # how Lightning ends a run that was asked to stop
             raise KeyboardInterrupt from None
         finally:
-            wandb.close()
             if curves.is_file():
                 try:
                     plot_curves(curves, curves.with_name(f"{self.stage}_curves.png"))
@@ -224,6 +239,10 @@ class TrainingRun:
         """Write ``{stage}/`` as a whole."""
         with replacing_folder(self.model_dir) as folder:
             model.save_pretrained(folder)
+        if self.tracker is not None:
+            made = {kind: self.model_dir / kind for kind in ("tokenizer", "prior")}
+            for kind, saved in (made if self.stage == "joint" else {self.stage: self.model_dir}).items():
+                self.tracker.makes(kind, saved)
 
     def _best_checkpoint(self):
         return ModelCheckpoint(
@@ -235,7 +254,7 @@ class TrainingRun:
         )
 
     @rank_zero_only
-    def _start(self, csv, start_step):
+    def _start(self, csv, start_step, inputs):
         """Give up what an earlier run of this stage left, unless this one continues it, so that nothing of it is taken
         for this one's; ``config_{stage}.yaml`` are all settings of this training, itself an experiment file, and
         ``config.yaml`` those of the latest one; both begin with the command."""
@@ -248,6 +267,8 @@ class TrainingRun:
         for name in (f"config_{self.stage}.yaml", "config.yaml"):
             write_text(self.run_dir / name, text)
         csv.start(start_step)
+        for kind, folder in inputs if self.tracker else ():
+            self.tracker.uses(kind, folder)
 
 
 class Start(Callback):
