@@ -27,7 +27,7 @@ from latentcast import (
     write_video,
 )
 from latentcast.cli import run_tool
-from latentcast.data.pictures import GIVEN, LINE, PREDICTED
+from latentcast.figures.sheets import GIVEN, LINE, PREDICTED
 from latentcast.data.video_reader import VideoError
 
 TOOL = Path(__file__).parents[1] / "tools" / "sample.py"

@@ -39,7 +39,7 @@ from latentcast import (
 )
 from latentcast.cli import UserError
 from latentcast.config import to_container
-from latentcast.data.pictures import GAP, scale_for
+from latentcast.figures.sheets import GAP, scale_for
 from latentcast.modeling import fingerprint
 from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
 from latentcast.training import callbacks

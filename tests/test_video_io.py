@@ -15,7 +15,7 @@ from PIL import Image
 from video_files import counter_frames, cut_off, encode, overwrite_middle, read_counter
 
 from latentcast import VideoFolder, probe, read_clip, write_video
-from latentcast.data.pictures import (
+from latentcast.figures.sheets import (
     BORDER,
     GAP,
     GIVEN,

@@ -11,7 +11,7 @@ from latentcast.metrics.statistics import paired_bootstrap
 from latentcast.schemas import Count, Number, Schema, Text, Whole, check, one_line, short
 from latentcast.yaml_text import flattened
 
-from .plots import HEADINGS
+from latentcast.figures.charts import HEADINGS
 from .protocol import METRICS, without_other_splits
 from .report import cell, extrapolated_fvd, mean_of_samples, measured
 

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,9 @@ from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import AveragedModel
 
+from latentcast.data.base import ShownClips
 from latentcast.data.loading import WorkerError, waits_for
-from latentcast.data.pictures import (
+from latentcast.figures.sheets import (
     LEGEND,
     frame_names,
     labelled_sheet,
@@ -404,25 +404,6 @@ class Throughput(Callback):
             pl_module.log_dict({f"throughput/{unit}_per_s": count / seconds for unit, count in self._seen.items()})
             pl_module.log("throughput/data_wait", (self._waiting(trainer) - self._waited) / seconds)
             self._restart(trainer)
-
-
-@dataclass
-class ShownClips:
-    """What previews show: ``frames`` (N, T, C, H, W) in [-1, 1], their rate, the names of their videos, and whether, as
-    there are no others, these are trained on."""
-
-    frames: torch.Tensor
-    fps: float
-    videos: list
-    trained_on: bool = False
-
-    @property
-    def names(self):
-        """A name for each clip: that of its video, with a number where there are several of one."""
-        return [
-            video if self.videos.count(video) == 1 else f"{video} #{self.videos[: n + 1].count(video)}"
-            for n, video in enumerate(self.videos)
-        ]
 
 
 class Preview(Callback):
