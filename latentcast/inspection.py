@@ -39,8 +39,8 @@ LEVELS = 127.5  # 8-bit levels a unit of frames in [-1, 1]
 
 
 class Subject:
-    """A tokenizer, a pipeline, or both, and clips to look at them with. What several figures need is computed once, when
-    it is first asked for.
+    """A tokenizer, a pipeline, or both, and clips to look at them with. What several figures need is computed once,
+    when it is first asked for.
 
     Args:
         clips: ShownClips; the first ``n_context`` frames of each are given to the prior.
@@ -50,7 +50,7 @@ class Subject:
         num_samples: futures of each clip.
         sampler: options of the prior's sampler.
         seed: of the samples.
-        label: what is shown, when and of which clips, for titles.
+        label: "step 500: held-out clips", say, for titles, after the name of the model's class.
         counts: for each codebook how often its codes occur in more data than the clips, (K,); or a function that
             counts. None: the clips' own.
         histories: stage -> rows (step, name, value) of its metrics file.
@@ -89,9 +89,11 @@ class Subject:
     def names(self):
         return self.clips.names
 
-    def title(self, what):
-        """A figure's title."""
-        return f"{what}. {self.label}" if self.label else what
+    def title(self, what, stage="prior"):
+        """A figure's title: what it shows, of which model, and the label."""
+        model = self.tokenizer if stage == "tokenizer" else self.prior
+        of = [] if model is None else [type(model).__name__]
+        return f"{what} · {', '.join(of + [self.label] * bool(self.label))}"
 
     # Stage one
 
@@ -115,7 +117,9 @@ class Subject:
     def counts(self):
         """For each codebook how often its codes occur, (K,) int64."""
         counts = self._counts() if callable(self._counts) else self._counts
-        return count_codes(self.encoded.codes, self.tokenizer.latent_spec["codebook_sizes"]) if counts is None else counts
+        return (
+            count_codes(self.encoded.codes, self.tokenizer.latent_spec["codebook_sizes"]) if counts is None else counts
+        )
 
     # Stage two
 
@@ -179,7 +183,7 @@ def count_codes(codes, sizes):
     return [histogram(book.flatten(), size) for book, size in zip(codes.unbind(-1), sizes)]
 
 
-# The figures -----------------------------------------------------------------------------------------------------------
+# The figures -------------------------------------------------------------------------------------------------------
 
 
 def reconstructions(subject):
@@ -192,35 +196,36 @@ def reconstructions(subject):
         subject.reconstruction[shown],
         subject.names[shown],
         None if quality is None else quality[shown],
-        subject.title("Reconstructions"),
+        subject.title("Reconstructions", "tokenizer"),
     )
 
 
 def code_frequencies(subject):
-    return figures.code_frequencies(subject.counts, subject.title("Code frequencies"), _books(subject))
+    return figures.code_frequencies(subject.counts, subject.title("Code frequencies", "tokenizer"), _books(subject))
 
 
 def code_maps(subject):
-    return figures.code_maps(_coded_clips(subject), subject.title("Codes"))
+    return figures.code_maps(_coded_clips(subject), subject.title("Codes", "tokenizer"))
 
 
 def change_masks(subject):
-    return figures.change_masks(_coded_clips(subject), subject.title("Which codes change"))
+    return figures.change_masks(_coded_clips(subject), subject.title("Which codes change", "tokenizer"))
 
 
 def _coded_clips(subject):
     """Two clips with their codes, or where a prior predicts codes one and what was predicted of it."""
     codes, frames = subject.encoded.codes, subject.clips.frames
     if subject.prior is None or subject.prior.accepts != "codes":
-        return [(name, frames[i], codes[i], None) for i, name in enumerate(subject.names[:2])]
+        return [(name, "", frames[i], codes[i], None) for i, name in enumerate(subject.names[:2])]
     n = subject.n_context
     predicted = torch.cat([codes[0, :n].cpu(), subject.predicted[0, 0].cpu()])
     shown = torch.cat([frames[0, :n], subject.samples[0, 0]])
-    return [(f"{subject.names[0]}: truth", frames[0], codes[0], None), ("prediction", shown, predicted, n)]
+    name = subject.names[0]
+    return [(name, "truth", frames[0], codes[0], None), (name, "prediction", shown, predicted, n)]
 
 
 def usage(subject):
-    return figures.usage(subject.histories["tokenizer"], subject.title("Use of the codebooks"))
+    return figures.usage(subject.histories["tokenizer"], subject.title("Use of the codebooks", "tokenizer"))
 
 
 def layers(subject):
@@ -244,7 +249,7 @@ def layers(subject):
     quality = None
     if partial.isfinite().all():
         quality = torch.stack([psnr(frames, truth) for frames in partial.unbind(1)], 1)
-    title = subject.title(f"Layer by layer; bits: {cost}")
+    title = subject.title(f"Layer by layer; bits: {cost}", "tokenizer")
     return figures.layers(truth, partial, names, quality, title, bits, list(given))
 
 
@@ -257,7 +262,7 @@ def latents(subject):
         logvar = logvar - 2 * math.log(spec["scaling_factor"])  # on the scale on which the prior is N(0, 1)
         mean = mean / spec["scaling_factor"]
         kl = ((mean.square() + logvar.exp() - 1 - logvar) / 2).mean((0, 1, 3, 4)).cpu()
-    return figures.latents(values.mean(1), values.std(1, correction=0), kl, subject.title("Latents"))
+    return figures.latents(values.mean(1), values.std(1, correction=0), kl, subject.title("Latents", "tokenizer"))
 
 
 def futures(subject):
@@ -284,7 +289,7 @@ def curves(subject):
     samples, truth = subject.samples, subject.truth.float()
     last = copy_last_frame(subject.context.float(), truth.shape[1])[:, None]
     results = {who: _measured(futures, truth, subject.videos) for who, futures in ((MODEL, samples), (COPY, last))}
-    title = f"Best of {samples.shape[1]} samples, {len(truth)} clips"
+    title = f"Best of {samples.shape[1]} samples, {_count(truth)}"
     return figures.curves(results, metrics, subject.title(title))
 
 
@@ -318,7 +323,7 @@ def crps_maps(subject):
         who: crps(samples, truth, reduction="none").mean((0, 2))[frames]
         for who, samples in ((f"{subject.num_samples} samples", subject.samples), (COPY, last))
     }
-    title = subject.title(f"CRPS, mean over {len(truth)} clips")
+    title = subject.title(f"CRPS, mean over {_count(truth)}")
     return figures.crps_maps(maps, title, [f"frame +{i + 1}" for i in frames])
 
 
@@ -362,9 +367,7 @@ def motion(subject):
     title = subject.title("Motion")
     chart = figures.motion_spread(rms(spread, over), rms(change, over), range(features.shape[2]), title)
     n_frames, context = subject.truth.shape[1], subject.context[:1]
-    seeded = [
-        [subject.predict(context, n_frames, motion_seed=m, image_seed=i)[0, 0] for i in (0, 1)] for m in (0, 1)
-    ]
+    seeded = [[subject.predict(context, n_frames, motion_seed=m, image_seed=i)[0, 0] for i in (0, 1)] for m in (0, 1)]
     seeded = torch.stack([torch.stack(row) for row in seeded])
     return figures.motion(chart, context[0], seeded, subject.truth[0], subject.title("Seeds of motion and of images"))
 
@@ -376,7 +379,9 @@ def residual(subject):
     if subject.prior.accepts != "pixels":
         with torch.no_grad(), eval_mode(subject.tokenizer):
             device = subject.tokenizer.device
-            frames = {name: subject.pipe.decode(values[:, None].to(device))[:, 0].cpu() for name, values in found.items()}
+            frames = {
+                name: subject.pipe.decode(values[:, None].to(device))[:, 0].cpu() for name, values in found.items()
+            }
     return figures.residual(
         *(subject.context[:n], frames["mu"], frames["future"], subject.truth[:n]),
         *(subject.names[:n], subject.title("Mean and residual")),
@@ -411,7 +416,7 @@ def drift(subject):
     names = ("contrast of a frame, of 255", "change from frame to frame, of 255")
     found = {"truth": statistics(truth), MODEL: statistics(future)}
     numbers = {name: {who: values[i] for who, values in found.items()} for i, name in enumerate(names)}
-    title = subject.title(f"{ROLLOUT} times the horizon, {len(truth)} clips")
+    title = subject.title(f"{ROLLOUT} times the horizon, {_count(truth)}")
     if known < n_frames:
         title += f" (true frames: {known})"
     chart = figures.drift(errors, horizon, numbers, n, title)
@@ -419,7 +424,13 @@ def drift(subject):
 
 
 def _training(stage, subject):
-    return figures.training_curves(subject.histories[stage], subject.title(f"Training, {stage}"), f"training_{stage}")
+    return figures.training_curves(
+        subject.histories[stage], subject.title(f"Training, {stage}", stage), f"training_{stage}"
+    )
+
+
+def _count(clips):
+    return "1 clip" if len(clips) == 1 else f"{len(clips)} clips"
 
 
 def _books(subject):
@@ -431,7 +442,7 @@ def _perplexities(subject):
     return [float(perplexity(counts)) for counts in subject.counts]
 
 
-# Which of them there are -----------------------------------------------------------------------------------------------
+# Which of them there are -------------------------------------------------------------------------------------------
 
 
 def _tokenizer_lacks(subject):
@@ -501,12 +512,14 @@ class Kind:
         draw: Subject -> Drawing.
         lacks: Subject -> why it has no such figure, or None.
         when: "preview": a training draws it with every preview; "end": at its end; "asked": it takes long.
+        of_codes: that of a tokenizer, which a prior over codes has, too.
     """
 
     stage: str
     draw: Callable
     lacks: Callable
     when: str = "preview"
+    of_codes: bool = False
 
 
 def _of_prior(draw, when, explains=None, option=None):
@@ -516,10 +529,10 @@ def _of_prior(draw, when, explains=None, option=None):
 FIGURES = {
     "reconstructions": Kind("tokenizer", reconstructions, _tokenizer_lacks),
     "code_frequencies": Kind("tokenizer", code_frequencies, _codes_lack),
-    "code_maps": Kind("tokenizer", code_maps, _codes_lack),
-    "change_masks": Kind("tokenizer", change_masks, _codes_lack),
+    "code_maps": Kind("tokenizer", code_maps, _codes_lack, of_codes=True),
+    "change_masks": Kind("tokenizer", change_masks, _codes_lack, of_codes=True),
     "usage": Kind("tokenizer", usage, lambda subject: _history_lacks(subject, "tokenizer", "/usage_"), "asked"),
-    "layers": Kind("tokenizer", layers, _layers_lack),
+    "layers": Kind("tokenizer", layers, _layers_lack, of_codes=True),
     "latents": Kind("tokenizer", latents, _latents_lack),
     "futures": _of_prior(futures, "preview"),
     "curves": _of_prior(curves, "end"),
@@ -556,8 +569,17 @@ def reasons(subject, names=None):
     Raises:
         ValueError: an unknown name.
     """
-    check_names(names or ())
-    return {name: FIGURES[name].lacks(subject) for name in names or FIGURES}
+    names = FIGURES if names is None else names
+    check_names(names)
+    return {name: FIGURES[name].lacks(subject) for name in names}
+
+
+def of_training(subject, stage, end=False, made=False):
+    """The names of the figures that a training of ``stage`` draws; at its ``end`` more; without those ``made``."""
+    when = ["preview"] * (not made) + ["end"] * end
+    codes = subject.prior is not None and subject.prior.accepts == "codes"
+    kinds = FIGURES.items()
+    return [n for n, kind in kinds if kind.when in when and (kind.stage == stage or (codes and kind.of_codes))]
 
 
 def draw(subject, names=None, failed=None):
@@ -577,4 +599,4 @@ def draw(subject, names=None, failed=None):
             failed(name, error)
 
 
-__all__ = ["FIGURES", "Kind", "ShownClips", "Subject", "check_names", "count_codes", "draw", "reasons"]
+__all__ = ["FIGURES", "Kind", "ShownClips", "Subject", "check_names", "count_codes", "draw", "of_training", "reasons"]

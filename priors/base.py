@@ -63,12 +63,12 @@ class Prior(VideoModel):
         raise NotImplementedError(f"{type(self).__name__} has no tractable likelihood")
 
     def explain(self, clip, n_context, *, num_samples=1, generator=None, **options):
-        """What lies behind the predictions of ``clip[:, n_context:]``, for figures: name -> tensor, with the batch first.
+        """What lies behind the predictions of ``clip[:, n_context:]``, for figures: name -> tensor, the batch first.
 
         The names, those in ``explains``, say what: ``nats`` (B, T - n_context, h, w, n_codebooks), what each code
         costs; ``kl`` (B, T - 1, G, group_dim), nats of each number of the G groups of z; ``mu`` and ``future``
-        (B, T - n_context, ...), the mean and what was drawn around it; ``motion`` (B, S, 1 + T - n_context, ...), motion
-        features from the last given frame on.
+        (B, T - n_context, ...), the mean and what was drawn around it; ``motion`` (B, S, 1 + T - n_context, ...),
+        motion features from the last given frame on.
 
         Args:
             clip: as for ``forward``. num_samples, generator: as for ``sample``, of priors that draw here.

@@ -93,13 +93,15 @@ def test_an_offline_run_holds_figures_config_and_pictures_and_resumes_without_go
         assert any(name in row for row in rows.values()), name
     assert any("val/loss" in row for row in rows.values())
     videos = {
-        step: row["predictions/path"] for step, row in rows.items() if row.get("predictions/_type") == "video-file"
+        step: row["media/futures_video/path"]
+        for step, row in rows.items()
+        if row.get("media/futures_video/_type") == "video-file"
     }
     assert list(videos) == [1, 3, 5]
     for folder, step in ((first, 1), (second, 5)):
         logged = (folder / "files" / videos[step]).read_bytes()
         assert logged == (tmp_path / f"run/previews/prior/step_{step + 1:07d}.mp4").read_bytes()
-    assert any(row.get("predicted_frames/_type") == "image-file" for row in rows.values())
+    assert any(row.get("media/futures/_type") == "image-file" for row in rows.values())
 
 
 def test_a_run_without_wandb_or_disk_warns_once_and_goes_on(tmp_path, monkeypatch, caplog):

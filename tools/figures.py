@@ -1,10 +1,10 @@
 """Draw figures of a trained model: python tools/figures.py RUN_DIR|PIPELINE [NAME ...] [key=value ...]
 
-From a run's folder, or that of a pipeline or tokenizer, every figure of the papers that the model has, or those that are
-named. The clips are held-out ones of the run's own data set (data.root=... and other keys of it say where it is now), the
-pipeline's example clips, or those of --input or --data. Other key=value are options of the prior's sampler, for instance
-temperature=0.9. What an evaluation or a latents cache of the run has measured over more clips is taken from there.
-
+From a run's folder, or that of a pipeline or tokenizer, every figure of the papers that the model has, or those that
+are named. The clips are held-out ones of the run's own data set (data.root=... and other keys of it say where it is
+now), the pipeline's example clips, or those of --input or --data. Other key=value are options of the prior's sampler,
+for instance temperature=0.9. What an evaluation or a latents cache of the run has measured over more clips is taken from
+there. Beside the pictures, figures.json holds their captions and numbers.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main(args):
     from latentcast.targets import nearest
 
     overrides = [word for word in args.words if "=" in word]
-    names = [word for word in args.words if "=" not in word]
+    names = [word for word in args.words if "=" not in word] or None
     for name, least in (("n_clips", 1), ("num_samples", 1), ("n_frames", 1), ("n_context", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -35,15 +35,14 @@ def main(args):
     sampler = parse_options([word for word in overrides if word not in of_data])
     place = Place.of(args.target)
     logger.info("%s: loading", place.folder)
-    import torch  # which takes seconds
 
     from latentcast import inspection
-    from latentcast.files import told, write_json
     from latentcast.data.video_writer import write_drawing
+    from latentcast.files import told, write_json
     from latentcast.modeling import load_model
     from latentcast.pipelines.base import VideoPipeline
 
-    for name in names:
+    for name in names or ():
         if name not in inspection.FIGURES:
             raise UserError(f"{name!r}: no figure of this name{nearest(name, inspection.FIGURES)}")
     device, pipe, tokenizer = pick_device(args.device), None, None
@@ -54,9 +53,9 @@ def main(args):
         if unknown:
             hint = nearest(unknown[0], pipe.prior.sampler_options())
             raise UserError(f"{unknown[0]}=: no option of the sampler of {type(pipe.prior).__name__}{hint}")
-        model, spec = pipe.prior, pipe.prior.config.latent_spec
+        spec = pipe.prior.config.latent_spec
     else:
-        model = tokenizer = load_model(place.tokenizer).to(device)
+        tokenizer = load_model(place.tokenizer).to(device)
         spec = tokenizer.latent_spec
     n_context = args.n_context or (pipe and (pipe.config.n_context or max(5, pipe.prior.min_context))) or 1
     source = find_source(place, args, of_data, spec, pipe)
@@ -64,7 +63,7 @@ def main(args):
     if pipe is None:
         n_frames = max(n_frames or 0, N_FRAMES)
     clips = source.clips(args.n_clips, n_frames)
-    label = f"{type(model).__name__} of {place.name}: {source.what}"
+    label = f"{place.name}, {source.what}"
     results, maps = read_results(place.run)
     subject = inspection.Subject(
         clips,
@@ -212,8 +211,8 @@ def find_source(place, args, overrides, spec, pipe):
         return Source("example clips", None, fixed=ShownClips(frames, pipe.config.fps or 10, names))
     else:
         raise UserError(
-            f"{place.folder}: no run with a data set and no example clips here; give --input VIDEO_OR_FOLDER, or --data "
-            "NAME data.root=PATH"
+            f"{place.folder}: no run with a data set and no example clips here; give --input VIDEO_OR_FOLDER, or "
+            "--data NAME data.root=PATH"
         )
     if config.data is None:
         raise UserError(f"{place.run}: its config names no data; give --input VIDEO_OR_FOLDER, or --data NAME")
@@ -331,12 +330,16 @@ def read_results(run):
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", metavar="RUN_DIR|PIPELINE", help="folder of a run, a pipeline or a tokenizer, or OWNER/NAME")
+    parser.add_argument(
+        "target", metavar="RUN_DIR|PIPELINE", help="folder of a run, a pipeline or a tokenizer, or OWNER/NAME"
+    )
     parser.add_argument(
         "words", nargs="*", metavar="NAME key=value", help="figures (default: all that the model has), and options"
     )
     parser.add_argument("--output", type=user_path, metavar="DIR", help="default: figures/ in the run's folder")
-    parser.add_argument("--input", type=user_path, metavar="VIDEO_OR_FOLDER", help="clips to show, instead of the run's")
+    parser.add_argument(
+        "--input", type=user_path, metavar="VIDEO_OR_FOLDER", help="clips to show, instead of the run's"
+    )
     parser.add_argument("--data", metavar="NAME", help="a data set under configs/data, with data.root=PATH")
     parser.add_argument("--n-clips", type=int, default=4, help="clips to look at (default: 4)")
     parser.add_argument("--n-frames", type=int, help="frames after the context (default: as in training)")

@@ -85,9 +85,9 @@ def main(args):
     videos = find_videos(args.input)
     import torch  # which takes seconds, as what follows: mistakes in the arguments show before
 
-    from latentcast.figures.sheets import BORDER, frame_names, labelled_size, labelled_videos, rows_of
     from latentcast.data.video_reader import is_away
     from latentcast.data.video_writer import check_video, write_both
+    from latentcast.figures.sheets import BORDER, frame_names, labelled_size, labelled_videos, rows_of
     from latentcast.files import error_numbers, printable, told
     from latentcast.pipelines.base import VideoPipeline
 
@@ -222,8 +222,8 @@ class Sheet:
         """
         import torch
 
-        from latentcast.figures.sheets import LEGEND, frame_names, grid_size, labelled_sheet
         from latentcast.data.video_writer import write_image
+        from latentcast.figures.sheets import LEGEND, frame_names, grid_size, labelled_sheet
 
         n_frames = len(rows[0][1])
         places = torch.linspace(0, n_frames - 1, min(n_frames, SHEET_FRAMES)).round().long()

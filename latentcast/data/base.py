@@ -133,10 +133,13 @@ class ShownClips:
 
     @classmethod
     def beginnings(cls, dataset, n_clips, n_frames, trained_on=False):
-        """The first ``n_frames`` of the first videos that have as many; else of the longest, as many as they have."""
-        lengths = [min(video.n_frames, n_frames) for video in dataset.videos]
-        chosen = [index for index, length in enumerate(lengths) if length == max(lengths)][:n_clips]
-        frames = torch.stack([dataset.read_video(index, 0, max(lengths)) for index in chosen])
+        """The first ``n_frames`` of the first videos that have as many; where none has, of the longest ones as many as
+        all of those have."""
+        lengths = {index: min(video.n_frames, n_frames) for index, video in enumerate(dataset.videos)}
+        longest = sorted(lengths, key=lengths.get, reverse=True)[:n_clips]  # the first ones of equals
+        chosen = sorted(index for index in longest if lengths[index] == n_frames) or sorted(longest)
+        length = min(lengths[index] for index in chosen)
+        frames = torch.stack([dataset.read_video(index, 0, length) for index in chosen])
         return cls(frames, dataset.fps, [dataset.videos[index].name for index in chosen], trained_on)
 
 

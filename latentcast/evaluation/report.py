@@ -6,10 +6,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from latentcast.data.video_writer import write_image, write_video
 from latentcast.figures import ablation, crps_maps, curves
 from latentcast.figures.charts import HEADINGS
 from latentcast.figures.sheets import LEGEND, frame_names, labelled_sheet, labelled_videos, rows_of, scale_for
-from latentcast.data.video_writer import write_image, write_video
 from latentcast.files import replacing, write_json, write_text
 
 from .protocol import METRICS

@@ -19,6 +19,7 @@ from .style import (
     as_array,
     colour_of,
     not_finite,
+    plain,
 )
 
 HEADINGS = {
@@ -46,6 +47,7 @@ AROUND = {"left": 0.85, "right": 0.2, "bottom": 0.6, "top": 0.15}  # inches that
 HEADED = 0.25  # inches more above panels that have titles
 TITLE, WORDS = 0.36, 0.19  # inches: of the line above all panels, and of each line of words below it
 LONGEST_LABEL = 40  # characters
+FOR_ANY_TICKS = 1.2  # inches: what the longest labels of ticks take
 WIDE = 30  # the largest value over the smallest from which a scale is logarithmic
 MOST_MARKED = 30  # points of a line that are marked
 SHARE = 0.8  # of the mass: LVT, appendix A
@@ -75,7 +77,7 @@ def curves(results, metrics, title="", inverse=False):
     has_ci = any(entry.get("per_frame_ci95") for named in found.values() for entry in named.values())
     caption = "Mean over the clips" + ", with 95 % intervals." * has_ci + "." * (not has_ci)
     caption += not_finite(*map(as_array, values))
-    figure, panels = _figure(len(found), title, caption, xlabel="predicted frame")
+    figure, panels = _figure(len(found), title, caption, columns=2, xlabel="predicted frame")
     places = {label: number for number, label in enumerate(dict.fromkeys(x for named in found.values() for x in named))}
     for axes, (metric, named) in zip(panels, found.items()):
         axes.set_ylabel(f"1 / {metric.upper()} ↑" if inverse else HEADINGS.get(metric, metric))
@@ -135,9 +137,11 @@ def crps_maps(named, title="", frames=None):
     low, high = min(0.0, finite.min(initial=0)), max(finite.max(initial=0), 1e-6)
     caption = "The darker, the farther the samples are from the truth; one scale for all."
     caption += not_finite(*named.values())
-    rows = [list(named.items())] if frames is None else [[(label, one) for one in maps] for label, maps in named.items()]
+    rows = (
+        [list(named.items())] if frames is None else [[(label, one) for one in maps] for label, maps in named.items()]
+    )
     height, width = next(iter(named.values())).shape[-2:]
-    side = 2.4 if frames is None else 1.7
+    side = 2.8 if frames is None else 1.7
     figure, grid, bar = _map_grid(len(rows), len(rows[0]), (side * width / height, side), title, caption)
     for r, (row, panels) in enumerate(zip(rows, grid)):
         for c, ((label, values), axes) in enumerate(zip(row, panels)):
@@ -211,8 +215,8 @@ def code_frequencies(counts, title="", names=None):
     holding, used = [codes_for(book) for book in counts], [int((book > 0).sum()) for book in counts]
     total = int(counts[0].sum())
     caption = (
-        f"{total:,} codes of each codebook. Left: how frequent each code is, from the most frequent on; right: the share "
-        "of the most frequent ones together. A dot: they hold 80 % of all."
+        f"{total:,} codes of each codebook. Left: how frequent each code is, from the most frequent on; right: the "
+        "share of the most frequent ones together. A dot: they hold 80 % of all."
     )
     figure, (axes, summed) = _figure(2, title, caption, xlabel="codes, the most frequent first")
     for number, (name, book, n) in enumerate(zip(names, counts, holding)):
@@ -225,14 +229,14 @@ def code_frequencies(counts, title="", names=None):
             axes.plot(n, shares[n - 1], "o", color=color, markersize=5)
             summed.plot(n, shares[:n].sum(), "o", color=color, markersize=5)
     axes.set_ylabel("frequency")
-    axes.set_yscale("log")
+    _log(axes, "y")
     summed.set_ylabel("share of all codes")
     summed.axhline(SHARE, color=FADED, linestyle="--", linewidth=1)
     summed.set_ylim(0, 1.03)
     largest = max(len(book) for book in counts)
     if largest > 1000:
         for panel in (axes, summed):
-            panel.set_xscale("log")
+            _log(panel, "x")
             panel.set_xlim(left=1)
     _legend(axes, most=8)
     numbers = {f"codes_for_80_percent_{i}": n for i, n in enumerate(holding, start=1)}
@@ -249,7 +253,11 @@ def usage(history, title=""):
     Raises:
         ValueError: none of them.
     """
-    kinds = {"usage": "share of codes in use", "perplexity": "codes in use", "dead_fraction": "share of codes never used"}
+    kinds = {
+        "usage": "share of codes in use",
+        "perplexity": "codes in use",
+        "dead_fraction": "share of codes never used",
+    }
     lines = {kind: defaultdict(list) for kind in kinds}
     for step, name, value in history:
         split, _, quantity = name.partition("/")
@@ -263,7 +271,7 @@ def usage(history, title=""):
     caption += not_finite(*(np.array(points)[:, 1] for found in lines.values() for points in found.values()))
     figure, panels = _figure(len(lines), title, caption, xlabel="step", width=4.4, headed=True)
     for axes, (kind, found) in zip(panels, lines.items()):
-        axes.set_title(kind.replace("_", " "))
+        axes.set_title(kind.replace("_", " "), fontsize=10)
         axes.set_ylabel(kinds[kind])
         first = min(number for number, _ in found)
         for (number, split), points in found.items():
@@ -284,7 +292,9 @@ def latents(mean, std, kl=None, title=""):
         kl: (D,) nats a position, of a posterior from N(0, 1); None where there is no posterior.
     """
     mean, std = as_array(mean), as_array(std)
-    caption = f"{len(mean)} channels, over clips, frames and positions. A prior over latents expects a spread of about 1."
+    caption = (
+        f"{len(mean)} channels, over clips, frames and positions. A prior over latents expects a spread of about 1."
+    )
     if kl is not None:
         caption += " A channel without KL says nothing of the frame."
     caption += not_finite(mean, std, kl)
@@ -324,8 +334,8 @@ def losses(bits, unigram, sizes, n_context, title="", noun="codebook"):
     n_frames, height, width, n = bits.shape
     per_book = bits.mean((0, 1, 2))
     caption = (
-        f"Bits that the prior needs for a code, given {n_context} frames. Dashed: the entropy of the codes' frequencies; "
-        "dotted: of codes that are all alike. The lower below the dashed line, the more the prior knows."
+        f"Bits that the prior needs for a code, given {n_context} frames. Dashed: the entropy of the codes' "
+        "frequencies; dotted: of codes that are all alike. The lower below the dashed line, the more the prior knows."
     )
     caption += not_finite(bits, unigram)
     aspect = width / height
@@ -390,7 +400,8 @@ def kl_groups(kl, n_context, active=0.01, title=""):
     groups.set_xticks(range(1, n_groups + 1))
     groups.margins(y=0.25)
     each.axhline(active, color=FADED, linestyle="--", linewidth=1)
-    each.set(xlabel="numbers of the group, the largest first", ylabel="KL, nats a frame", yscale="log")
+    each.set(xlabel="numbers of the group, the largest first", ylabel="KL, nats a frame")
+    _log(each, "y")
     _whole(each.xaxis)
     frames.set(xlabel="frame (0: the last given one)", ylabel="KL, nats")
     frames.set_ylim(bottom=0)
@@ -417,13 +428,17 @@ def motion_spread(spread, change, times, title=""):
     )
     caption += not_finite(spread, change)
     figure, (axes,) = _figure(1, title, caption, width=6.5, xlabel="time, frames after the context")
-    for number, (name, values) in enumerate({"spread over the samples": spread, "change since the context": change}.items()):
+    for number, (name, values) in enumerate(
+        {"spread over the samples": spread, "change since the context": change}.items()
+    ):
         _line(axes, times, values.mean(0), color=colour_of(number), label=name)
         axes.fill_between(times, values.min(0), values.max(0), color=colour_of(number), alpha=0.15, linewidth=0)
     axes.set_ylabel("motion feature, root mean square")
     axes.set_ylim(bottom=0)
     _legend(axes)
-    return _drawing("motion", figure, caption, {"spread": float(spread[:, -1].mean()), "change": float(change[:, -1].mean())})
+    return _drawing(
+        "motion", figure, caption, {"spread": float(spread[:, -1].mean()), "change": float(change[:, -1].mean())}
+    )
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -456,16 +471,16 @@ def training_curves(history, title="", name="training"):
     if quantities in ([], ["learning rate"]):
         raise ValueError("curves of the training: expected figures of a model, found none")
     caption = "Training, and validation of the averaged weights." + (n_bad > 0) * f" {n_bad} values are not finite."
-    figure, panels = _figure(len(quantities), title, caption, columns=3, xlabel="step", headed=True)
+    figure, panels = _figure(len(quantities), title, caption, columns=3, xlabel="step", headed=True, left=FOR_ANY_TICKS)
     for axes, quantity in zip(panels, quantities):
         unit = next((unit for end, unit in UNITS.items() if quantity == end or quantity.endswith(f"_{end}")), None)
-        axes.set_title(quantity.replace("_", " "))
+        axes.set_title(quantity.replace("_", " "), fontsize=10)
         axes.set_ylabel(unit)
         for number, (split, points) in enumerate(sorted(lines[quantity].items())):
             _line(axes, *zip(*points), label=split, color=colour_of(number))
         values = [value for points in lines[quantity].values() for _, value in points]
         if quantity != "learning rate" and min(values) > 0 and max(values) > WIDE * min(values):
-            axes.set_yscale("log")
+            _log(axes, "y")
         _whole(axes.xaxis)
         _legend(axes)
     return _drawing(name, figure, caption)
@@ -479,20 +494,23 @@ def _text(label):
     return cut_name(printable(label), LONGEST_LABEL).replace("$", r"\$")
 
 
-def _figure(n_panels, title="", caption="", columns=None, width=PANEL[0], headed=False, **labels):
+def _figure(n_panels, title="", caption="", columns=None, width=PANEL[0], headed=False, left=AROUND["left"], **labels):
     """-> (Figure, its panels); all places are given: to measure texts takes longer than a short training."""
     columns = min(n_panels, columns or n_panels)
     rows = math.ceil(n_panels / columns)
     height = PANEL[1] + HEADED * headed
     figure, size, head = _page(width * columns, height * rows, title, caption)
-    inner = width - AROUND["left"] - AROUND["right"], PANEL[1] - AROUND["bottom"] - AROUND["top"]
+    inner = width - left - AROUND["right"], PANEL[1] - AROUND["bottom"] - AROUND["top"]
     panels = []
     for index in range(n_panels):
         row, column = divmod(index, columns)
-        left = column * width + AROUND["left"]
+        start = column * width + left
         bottom = size[1] - head - (row + 1) * height + AROUND["bottom"]
-        box = (left / size[0], bottom / size[1], inner[0] / size[0], inner[1] / size[1])
-        panels.append(_styled(figure.add_axes(box, **labels)))
+        box = (start / size[0], bottom / size[1], inner[0] / size[0], inner[1] / size[1])
+        axes = _styled(figure.add_axes(box, **labels))
+        axes.xaxis.set_label_coords(0.5, (0.27 - AROUND["bottom"]) / inner[1])
+        axes.yaxis.set_label_coords((0.25 - left) / inner[0], 0.5)
+        panels.append(axes)
     return figure, panels
 
 
@@ -523,6 +541,19 @@ def _styled(axes):
         label.set(fontsize=9, color=INK)
     axes.title.set(fontsize=10, color=INK)
     return axes
+
+
+def _log(axes, which):
+    """A logarithmic scale for what is drawn, with plain numbers: formulas take long to set."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    getattr(axes, f"set_{which}scale")("log")
+    axis, (low, high) = getattr(axes, f"{which}axis"), getattr(axes, f"get_{which}lim")()
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    few = high < 30 * low  # decades have too few numbers
+    between = FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axis.set_minor_formatter(between if few else NullFormatter())
+    axis.set_tick_params(which="minor", labelsize=8.5, labelcolor=INK, color=FADED)
 
 
 def _whole(axis):
@@ -618,11 +649,6 @@ def _colour_bar(figure, axes, image, label):
     bar.set_label(label, fontsize=9, color=INK)
     bar.outline.set_visible(False)
     axes.tick_params(colors=FADED, labelcolor=INK, labelsize=8.5, length=3)
-
-
-def plain(numbers):
-    """Numbers of NumPy as JSON has them."""
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in numbers.items()}
 
 
 def _hex(colour):

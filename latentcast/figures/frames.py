@@ -9,7 +9,6 @@ import torch
 from .sheets import (
     BORDER,
     GIVEN,
-    LINE,
     PREDICTED,
     TRUE,
     Row,
@@ -21,10 +20,11 @@ from .sheets import (
     labelled_videos,
     picked,
 )
-from .style import CHANGED, FADED, SAME, Drawing, Scale, as_array, code_colours, in_frames, not_finite, stacked
+from .style import CHANGED, SAME, Drawing, Scale, as_array, code_colours, in_frames, not_finite, plain, stacked
 
-MOST = 10  # frames of a clip on a sheet
+MOST = 12  # frames of a clip on a sheet
 MOST_BOOKS = 8  # codebooks on a sheet
+MARGIN = 10  # pixels around a sheet
 LEVELS = 127.5  # 8-bit levels a unit of frames in [-1, 1]
 PLAIN = in_frames("#c9ced6")  # the edge of what is neither given nor predicted nor true
 OF_FRAMES = [(GIVEN, "given"), (PREDICTED, "predicted"), (TRUE, "true")]
@@ -52,8 +52,8 @@ def reconstructions(truth, reconstruction, names=None, psnr=None, title=""):
     for i, name in enumerate(names):
         notes = () if psnr is None else tuple(f"{value:.1f} dB" for value in as_array(psnr)[i][chosen])
         rows.append(_row(f"{name}\ntruth", truth[i, chosen], TRUE, begins=True))
-        rows.append(_row(f"{name}\nreconstruction", reconstruction[i, chosen], PLAIN, notes=notes))
-        rows.append(_maps_row(f"{name}\nerror", scale.paint(errors[i, chosen]), rows[-1].frames))
+        rows.append(_row("reconstruction", reconstruction[i, chosen], PLAIN, notes=notes))
+        rows.append(_maps_row("error", scale.paint(errors[i, chosen]), rows[-1].frames))
     numbers = {"error": float(errors[errors.isfinite()].mean()) if errors.isfinite().any() else float("nan")}
     if psnr is not None:
         numbers["psnr"] = float(np.mean(as_array(psnr)))
@@ -66,8 +66,9 @@ def code_maps(clips, title=""):
     """The codes of frames as maps in indexed colour, a row a codebook: LVT, Figures 6 to 11.
 
     Args:
-        clips: list of (name, frames (T, C, H, W), codes (T, h, w, n), n_given): the frames above their codes; the first
-            ``n_given`` of them are given, the rest predicted; None: all are true.
+        clips: list of (name, kind, frames (T, C, H, W), codes (T, h, w, n), n_given): the frames above their codes; the
+            first ``n_given`` of them are given, the rest predicted; None: all are true. The kind, "truth" say, stands
+            below the name.
     """
     caption = "Each code has a colour of its own, the same in every frame: what keeps its colour keeps its code."
     return _codes("code_maps", clips, title, caption, _painted_codes)
@@ -90,20 +91,21 @@ def changes(codes):
 
 
 def _codes(name, clips, title, caption, paint):
-    rows, numbers, longest = [], {}, max(len(frames) for _, frames, _, _ in clips)
-    chosen, said = picked(longest, MOST), not_finite(*(frames for _, frames, _, _ in clips))
-    legend = [] if all(n is None for *_, n in clips) else OF_FRAMES
-    for label, frames, codes, n_given in clips:
+    givens = [n for *_, n in clips if n is not None]
+    rows, numbers, longest = [], {}, max(len(codes) for *_, codes, _ in clips)
+    chosen = picked(longest, MOST, givens[0] - 1 if givens else None)
+    said, legend = not_finite(*(frames for _, _, frames, _, _ in clips)), OF_FRAMES if givens else []
+    for label, kind, frames, codes, n_given in clips:
         frames, codes = torch.as_tensor(frames).cpu(), as_array(codes)
         places = chosen[chosen < len(frames)]
         tiles = fitted(frames[places])
         given = [GIVEN if n_given is not None and i < n_given else PREDICTED for i in places.tolist()]
         tiles = _edged(tiles, [TRUE] * len(places) if n_given is None else given)
-        rows.append(Row(f"{label}\n{len(frames)} frames", tiles, (), True))
+        rows.append(Row(f"{label}\n{kind}".strip("\n"), tiles, (), True))
         rate = float(changes(codes)[1:].mean()) if len(codes) > 1 else float("nan")
-        numbers[f"change_rate_{label}"] = rate
+        numbers[f"change_rate {label} {kind}".strip()] = rate
         for k in range(min(codes.shape[-1], MOST_BOOKS)):
-            painted, notes, said_of_row = paint(codes[..., k], places)
+            painted, notes, said_of_row = paint(codes[..., k], places.numpy())
             book = f"codebook {k + 1}" if codes.shape[-1] > 1 else "codes"
             rows.append(_maps_row(f"{book}\n{said_of_row}", painted, tiles, notes))
         if codes.shape[-1] > MOST_BOOKS:
@@ -120,7 +122,7 @@ def _painted_codes(codes, places):
 def _painted_changes(codes, places):
     changed = changes(codes[..., None])[..., 0]
     painted = np.where(changed[..., None], np.array(CHANGED, np.uint8), np.array(SAME, np.uint8))[places]
-    painted[places.numpy() == 0] = (205, 209, 216)  # nothing to compare the first frame with
+    painted[places == 0] = (205, 209, 216)  # nothing to compare the first frame with
     notes = tuple("–" if place == 0 else f"{100 * changed[place].mean():.0f} %" for place in places.tolist())
     rate = f"{100 * changed[1:].mean():.1f} % change" if len(codes) > 1 else "no frame before"
     return painted, notes, rate
@@ -138,8 +140,9 @@ def layers(truth, partial, names=None, notes=None, title="", bits=None, n_given=
     """
     truth, partial = (torch.as_tensor(x).detach().float().cpu() for x in (truth, partial))
     said = not_finite(truth, partial)
-    chosen, names = picked(truth.shape[1], MOST), names or _numbered("clip", len(truth))
+    names = names or _numbered("clip", len(truth))
     rows, givens = [], n_given or [None] * len(names)
+    chosen = picked(truth.shape[1], MOST, next((n - 1 for n in givens if n), None))
     for i, (name, n_given) in enumerate(zip(names, givens)):
         rows.append(_row(f"{name}\ntruth", truth[i, chosen], _edges(chosen, n_given, TRUE), begins=True))
         for n in range(1, partial.shape[1] + 1):
@@ -183,7 +186,7 @@ def futures(context, samples, truth=None, best=None, names=None, fps=None, title
         if best is not None and n_samples > 1:
             picks.insert(0, (f"best of {n_samples}", int(best[i])))
         for label, s in picks:
-            score = "" if scores is None else f", {as_array(scores)[i, s]:.1f} dB"
+            score = "" if scores is None else f"\n{as_array(scores)[i, s]:.1f} dB"
             whole[label] = (score, torch.cat([context[i], samples[i, s]]), edges)
         if n_samples > 1:
             whole["mean of samples"] = ("", torch.cat([context[i], samples[i].mean(0)]), edges)
@@ -195,9 +198,11 @@ def futures(context, samples, truth=None, best=None, names=None, fps=None, title
             maps = _edged(torch.cat([blank, maps]), [(1, 1, 1)] * n_given + [PLAIN] * n_frames)
             tiles["spread"] = ("", maps)
         for number, (label, (score, frames)) in enumerate(tiles.items()):
-            shown.append((f"{names[i]}\n{label}{score}", frames, number == 0))
-        clips.append([(names[i] if number == 0 else label, frames) for number, (label, (_, frames)) in enumerate(tiles.items())])
-    chosen = picked(n_given + n_frames, 12)
+            shown.append((f"{names[i]}\n{label}" if number == 0 else f"{label}{score}", frames, number == 0))
+        clips.append(
+            [(names[i] if number == 0 else label, frames) for number, (label, (_, frames)) in enumerate(tiles.items())]
+        )
+    chosen = picked(n_given + n_frames, MOST, n_given - 1)
     headings = frame_names(n_given, n_frames)
     rows = [Row(name, frames[chosen], (), begins) for name, frames, begins in shown]
     legend = [*OF_FRAMES[: 3 if truth is not None else 2], *([scale] if n_samples > 1 else [])]
@@ -231,13 +236,19 @@ def residual(context, mu, future, truth=None, names=None, title=""):
             frames = torch.cat([last, torch.as_tensor(truth)[i].cpu()[chosen]])
             rows.append(_row(f"{name}\ntruth", frames, [GIVEN] + [TRUE] * len(chosen), begins=True))
         edges = [GIVEN] + [PREDICTED] * len(chosen)
-        rows.append(_row(f"{name}\nmu", torch.cat([last, mu[i, chosen]]), edges, begins=truth is None))
+        rows.append(
+            _row(
+                f"{name}\nmu" if truth is None else "mu", torch.cat([last, mu[i, chosen]]), edges, begins=truth is None
+            )
+        )
         painted = scale.paint(drawn[i, chosen])
         painted = np.concatenate([np.full_like(painted[:1], 255), painted])
-        rows.append(_maps_row(f"{name}\nresidual", painted, rows[-1].frames, blank=1))
-        rows.append(_row(f"{name}\ntheir sum", torch.cat([last, future[i, chosen]]), edges))
+        rows.append(_maps_row("residual", painted, rows[-1].frames, blank=1))
+        rows.append(_row("their sum", torch.cat([last, future[i, chosen]]), edges))
     columns = ["0", *(f"+{i + 1}" for i in chosen.tolist())]
-    caption = "mu, the mean that the transform network predicts; what the diffusion adds to it; and the predicted frame."
+    caption = (
+        "mu, the mean that the transform network predicts; what the diffusion adds to it; and the predicted frame."
+    )
     if n_given:
         caption += f" Frame 0 is the last of {n_given} given ones."
     legend = [*OF_FRAMES[: 3 if truth is not None else 2], scale]
@@ -271,8 +282,8 @@ def z_groups(context, varied, truth=None, title=""):
         painted = np.concatenate([np.full_like(painted[:1], 255), painted])
         rows.append(_maps_row(f"{label}\nspread of {len(samples)}", painted, rows[-1].frames, blank=1))
     caption = (
-        "Samples in which one group of z alone is drawn, and where they differ: what that group decides. Frame 0 is the "
-        "last given one."
+        "Samples in which one group of z alone is drawn, and where they differ: what that group decides. Frame 0 is "
+        "the last given one."
     )
     legend = [*OF_FRAMES[: 3 if truth is not None else 2], scale]
     numbers = {f"spread {label}": float(spread.mean()) for label, spread in spreads.items()}
@@ -302,7 +313,7 @@ def motion(chart, context, seeded, truth=None, title=""):
             rows.append(_row(f"motion seed {m}\nimage seed {i}", frames, edges, begins=i == 1))
     by_motion, by_image = (seeded.std(axis, correction=0).mean().item() * LEVELS for axis in (0, 1))
     caption = (
-        "Futures with one seed of the motion share where things go, those with one seed of the images how they are drawn. "
+        "Futures with one seed of the motion share where things go, those with one of the images how they are drawn. "
         f"Standard deviation of a pixel, of 255: {by_motion:.2f} over the motions, {by_image:.2f} over the images."
     )
     legend = OF_FRAMES[: 3 if truth is not None else 2]
@@ -329,9 +340,13 @@ def rollout(chart, context, future, truth=None, horizon=None, title=""):
         lacking = torch.full((len(chosen) - len(tiles), *last.shape[1:]), 255, dtype=torch.uint8)
         edges = [GIVEN] + [TRUE] * len(tiles) + [(1, 1, 1)] * len(lacking)
         rows.append(Row("truth", _edged(torch.cat([last, tiles, lacking]), edges)))
-    rows.append(Row("prediction", _edged(torch.cat([last, fitted(future[chosen])]), [GIVEN] + [PREDICTED] * len(chosen))))
+    rows.append(
+        Row("prediction", _edged(torch.cat([last, fitted(future[chosen])]), [GIVEN] + [PREDICTED] * len(chosen)))
+    )
     columns = ["0", *(f"+{i + 1}" for i in chosen.tolist())]
-    sheet = _sheet("drift", rows, columns, title, f"One of the rollouts, trained up to frame +{horizon}.{said}", OF_FRAMES, said)
+    sheet = _sheet(
+        "drift", rows, columns, title, f"One of the rollouts, trained up to frame +{horizon}.{said}", OF_FRAMES, said
+    )
     return Drawing(
         "drift", chart.caption, stacked(chart.picture, sheet.picture), numbers=chart.numbers, chart=chart.chart
     )
@@ -359,7 +374,7 @@ def half_steps(context, future, truth=None, names=None, title="", multiplier=2):
             rows.append(Row(f"{name}\ntruth", _edged(torch.cat([last, tiles]), [GIVEN, *edges]), (), True))
         frames = torch.cat([last, fitted(future[i, chosen])])
         edges = [GIVEN] + [PREDICTED] * len(chosen)
-        rows.append(Row(f"{name}\nprediction", _edged(frames, edges), (), truth is None))
+        rows.append(Row("prediction", _edged(frames, edges), (), truth is None))
     columns = ["0", *(f"+{(i + 1) / multiplier:g}" for i in chosen.tolist())]
     caption = f"Predicted at {multiplier} times the rate of the data, whose frames stand above the whole steps."
     return _sheet("half_steps", rows, columns, title, caption + said, OF_FRAMES, said)
@@ -400,5 +415,9 @@ def _sheet(name, rows, columns, title, caption, legend, said="", numbers=None):
     from PIL import Image
 
     legend = [*legend, HATCH] if said and "magenta" in said else legend
-    sheet = labelled_sheet(rows, columns, title, 1, caption, legend)
-    return Drawing(name, caption, Image.fromarray(sheet.movedim(0, -1).contiguous().numpy()), numbers=numbers or {})
+    sheet = Image.fromarray(
+        labelled_sheet(rows, columns, title, 1, caption, legend).movedim(0, -1).contiguous().numpy()
+    )
+    page = Image.new("RGB", tuple(side + 2 * MARGIN for side in sheet.size), "white")
+    page.paste(sheet, (MARGIN, MARGIN))
+    return Drawing(name, caption, page, numbers=plain(numbers or {}))

@@ -99,9 +99,13 @@ def as_tiles(maps, size):
     return F.interpolate(tiles, size, mode="nearest-exact")
 
 
-def picked(n, most):
-    """Which of ``n`` frames a sheet with room for ``most`` shows: the first, the last, and even steps between."""
-    return torch.linspace(0, n - 1, min(n, most)).round().long()
+def picked(n, most, keep=None):
+    """Which of ``n`` frames a sheet with room for ``most`` shows: the first, the last, and even steps between; and
+    frame ``keep``, in the place of the nearest."""
+    places = torch.linspace(0, n - 1, min(n, most)).round().long()
+    if keep is not None and len(places) > 2 and 0 < keep < n - 1:
+        places[1 + (places[1:-1] - keep).abs().argmin()] = keep
+    return places
 
 
 def bordered(frames, colour):

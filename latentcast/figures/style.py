@@ -137,6 +137,11 @@ def not_finite(*arrays):
     return f" {n_bad:,} of {total:,} values {verb} NaN or infinite (magenta)." if n_bad else ""
 
 
+def plain(numbers):
+    """Numbers of NumPy as JSON has them."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in numbers.items()}
+
+
 @dataclass(frozen=True)
 class Drawing:
     """What every function that draws a figure returns.
