@@ -480,7 +480,8 @@ def _history_lacks(subject, stage, needed=""):
     if any(needed in name for _, name, _ in rows):
         return None
     what = f"figures called {needed}" if rows else "metrics"
-    return f"there are no {what} of a training of the {stage}"
+    training = "joint training" if stage == "joint" else f"training of the {stage}"
+    return f"there are no {what} of a {training}"
 
 
 def _prior_lacks(subject):

@@ -3,7 +3,7 @@
 From a run's folder, or that of a pipeline or tokenizer, every figure of the papers that the model has, or those that
 are named. The clips are held-out ones of the run's own data set (data.root=... and other keys of it say where it is
 now), the pipeline's example clips, or those of --input or --data. Other key=value are options of the prior's sampler,
-for instance temperature=0.9. What an evaluation or a latents cache of the run has measured over more clips is taken from
+for instance temperature=0.9. What an evaluation or a latents cache of the run has measured over more clips comes from
 there. Beside the pictures, figures.json holds their captions and numbers.
 """
 

@@ -183,6 +183,7 @@ def drift(errors, horizon, statistics, n_context, title=""):
         axes.set_ylim(bottom=0)
     for axes in panels:
         axes.axvline(horizon + 0.5, color=FADED, linestyle="--", linewidth=1)
+        axes.set_xlim(0, 1 + max(map(len, [*known, *lines])))
         _whole(axes.xaxis)
         _legend(axes)
     numbers = {f"last_rmse_{label}": entry["per_frame"][-1] for label, entry in errors.items()}
@@ -345,7 +346,8 @@ def losses(bits, unigram, sizes, n_context, title="", noun="codebook"):
         books.bar(numbers[i], np.nan_to_num(value, posinf=0, neginf=0), color=colour_of(i), width=0.6)
         books.hlines(known, numbers[i] - 0.4, numbers[i] + 0.4, color=INK, linestyle="--", linewidth=1.4)
         books.hlines(math.log2(size), numbers[i] - 0.4, numbers[i] + 0.4, color=FADED, linestyle=":", linewidth=1.4)
-        books.annotate(f"{value:.2f}", (numbers[i], np.nan_to_num(value)), ha="center", va="bottom", fontsize=8)
+        place = (numbers[i], np.nan_to_num(value, posinf=0, neginf=0) / 2)
+        books.annotate(f"{value:.2f}", place, ha="center", va="center", fontsize=8, color="white")
     books.set(xlabel=noun, ylabel="bits a code ↓", xlim=(0.3, n + 0.7), xticks=numbers if n <= 12 else None)
     for i, curve in enumerate(bits.mean((1, 2)).T):
         _line(frames, range(1, n_frames + 1), curve, color=colour_of(i), label=f"{noun} {i + 1}")

@@ -206,7 +206,7 @@ def futures(context, samples, truth=None, best=None, names=None, fps=None, title
     headings = frame_names(n_given, n_frames)
     rows = [Row(name, frames[chosen], (), begins) for name, frames, begins in shown]
     legend = [*OF_FRAMES[: 3 if truth is not None else 2], *([scale] if n_samples > 1 else [])]
-    caption = f"{n_samples} futures of each context. Frame 0 is the last given one."
+    caption = f"{n_samples} future{'s' * (n_samples > 1)} of each context. Frame 0 is the last given one."
     if n_samples > 1:
         caption += " The darker the last row, the more the samples differ there."
     numbers = {"spread": float(spread.mean())}
