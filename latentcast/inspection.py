@@ -205,7 +205,10 @@ def code_frequencies(subject):
 
 
 def code_maps(subject):
-    return figures.code_maps(_coded_clips(subject), subject.title("Codes", "tokenizer"))
+    codes, frames, title = subject.encoded.codes, subject.clips.frames, subject.title("Codes", "tokenizer")
+    if frames.shape[1] == 1:
+        return figures.code_maps([("", "", frames[:, 0], codes[:, 0], None)], title, "clip")
+    return figures.code_maps(_coded_clips(subject), title)
 
 
 def change_masks(subject):
@@ -460,6 +463,11 @@ def _codes_lack(subject):
     return None
 
 
+def _changes_lack(subject):
+    one = "the clips have a single frame, and none before it" if subject.clips.frames.shape[1] == 1 else None
+    return _codes_lack(subject) or one
+
+
 def _layers_lack(subject):
     lack = _codes_lack(subject)
     return lack or (None if _is_hierarchical(subject) else f"{type(subject.tokenizer).__name__} has no layers")
@@ -531,7 +539,7 @@ FIGURES = {
     "reconstructions": Kind("tokenizer", reconstructions, _tokenizer_lacks),
     "code_frequencies": Kind("tokenizer", code_frequencies, _codes_lack),
     "code_maps": Kind("tokenizer", code_maps, _codes_lack, of_codes=True),
-    "change_masks": Kind("tokenizer", change_masks, _codes_lack, of_codes=True),
+    "change_masks": Kind("tokenizer", change_masks, _changes_lack, of_codes=True),
     "usage": Kind("tokenizer", usage, lambda subject: _history_lacks(subject, "tokenizer", "/usage_"), "asked"),
     "layers": Kind("tokenizer", layers, _layers_lack, of_codes=True),
     "latents": Kind("tokenizer", latents, _latents_lack),

@@ -168,6 +168,15 @@ def test_a_code_prior_shows_the_codes_of_truth_and_prediction():
     assert coloured(maps, given).sum() > 2 * 4 * 96  # the edges of two frames
 
 
+def test_clips_of_single_frames_stand_beside_each_other():
+    shown = subject(vqvae(), frames=moving(4, 1))
+    assert inspection.reasons(shown)["change_masks"] == "the clips have a single frame, and none before it"
+    codes = shown.encoded.codes.numpy()
+    maps, colours = FIGURES["code_maps"].draw(shown), code_colours(12)
+    assert all(coloured(maps, colours[c]).sum() == (codes == c).sum() * (96 // 4) ** 2 for c in range(12))
+    assert FIGURES["reconstructions"].draw(shown).picture.height < 460  # one row of all
+
+
 def test_usage_over_time_has_a_line_a_codebook_and_split():
     rows = [(step, f"{split}/usage_{n}", 0.1 * n) for step in (1, 2) for split in ("train", "val") for n in (1, 2)]
     rows += [(1, "val/perplexity_1", 3.0), (1, "val/loss", 1.0), (2, "train/usage_1", math.nan)]

@@ -18,7 +18,7 @@ from latentcast.cli import Findings, UserError, parse_options, pick_device, prep
 logger = logging.getLogger("latentcast")
 
 DATA_KEYS = ("data", "tokenizer", "prior", "cache", "frame_size", "channels", "clip_length")  # of an experiment
-N_FRAMES = 10  # of clips of a tokenizer alone, at least
+N_FRAMES = 10  # of clips of a tokenizer alone, at least; after the context, of --data
 MOST_COUNTED = 20_000  # frames of a latents cache whose codes are counted
 
 
@@ -194,7 +194,7 @@ def find_source(place, args, overrides, spec, pipe):
     from latentcast.inspection import ShownClips
     from latentcast.zoo import EXAMPLES, read_examples
 
-    n_given = (pipe and pipe.config.n_context) or 1
+    n_given = args.n_context or (pipe and pipe.config.n_context) or 1
     if args.input is not None:
         fixed = read_input(args.input, args, spec, pipe)
         return Source(f"clips of {args.input.name}", n_given + (args.n_frames or 16), fixed=fixed)
@@ -202,7 +202,8 @@ def find_source(place, args, overrides, spec, pipe):
     if args.data is not None:
         if place.pipeline is None:
             raise UserError("--data: goes with a pipeline; a tokenizer takes --input, or its run's folder")
-        config = load_pipeline_config(place.pipeline, args.data, overrides)
+        length = n_given + (args.n_frames or N_FRAMES)
+        config = load_pipeline_config(place.pipeline, args.data, overrides, clip_length=length)
     elif place.run is not None:
         config = load_config(str(place.run / "config.yaml"), [*overrides, f"run_dir={json.dumps(str(place.run))}"])
     elif (folder / EXAMPLES).is_file():

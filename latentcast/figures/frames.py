@@ -62,16 +62,17 @@ def reconstructions(truth, reconstruction, names=None, psnr=None, title=""):
     return _sheet("reconstructions", rows, columns, title, caption, [scale], said, numbers)
 
 
-def code_maps(clips, title=""):
+def code_maps(clips, title="", what="frame"):
     """The codes of frames as maps in indexed colour, a row a codebook: LVT, Figures 6 to 11.
 
     Args:
         clips: list of (name, kind, frames (T, C, H, W), codes (T, h, w, n), n_given): the frames above their codes; the
             first ``n_given`` of them are given, the rest predicted; None: all are true. The kind, "truth" say, stands
             below the name.
+        what: a column is: "clip" where clips of a single frame stand beside each other as if they were frames.
     """
     caption = "Each code has a colour of its own, the same in every frame: what keeps its colour keeps its code."
-    return _codes("code_maps", clips, title, caption, _painted_codes)
+    return _codes("code_maps", clips, title, caption, _painted_codes, what)
 
 
 def change_masks(clips, title=""):
@@ -90,7 +91,7 @@ def changes(codes):
     return np.concatenate([np.zeros_like(codes[:1], bool), codes[1:] != codes[:-1]])
 
 
-def _codes(name, clips, title, caption, paint):
+def _codes(name, clips, title, caption, paint, what="frame"):
     givens = [n for *_, n in clips if n is not None]
     rows, numbers, longest = [], {}, max(len(codes) for *_, codes, _ in clips)
     chosen = picked(longest, MOST, givens[0] - 1 if givens else None)
@@ -110,7 +111,7 @@ def _codes(name, clips, title, caption, paint):
             rows.append(_maps_row(f"{book}\n{said_of_row}", painted, tiles, notes))
         if codes.shape[-1] > MOST_BOOKS:
             said += f" The first {MOST_BOOKS} of {codes.shape[-1]} codebooks."
-    columns = [f"frame {i + 1}" for i in chosen.tolist()]
+    columns = [f"{what} {i + 1}" for i in chosen.tolist()]
     return _sheet(name, rows, columns, title, caption + said, legend, said, numbers)
 
 
