@@ -40,6 +40,7 @@ class Prior(VideoModel):
     min_context = 1
     deterministic = False  # True: ``sample`` draws nothing; all samples of a context are one and the same
     eval_seed = 0  # of the noise of ``forward`` in eval mode; validation gives each batch its own
+    explains = ()  # the names of what ``explain`` gives
     conditions: dict = {}  # noqa: RUF012  (what the prior needs of each frame or video, as in VideoDataset)
 
     def prepare(self, clips):
@@ -60,6 +61,20 @@ class Prior(VideoModel):
     def log_prob(self, clip, n_context):
         """Log-likelihood in nats of ``clip[:, n_context:]`` given the context -> (B,). Likelihood priors only."""
         raise NotImplementedError(f"{type(self).__name__} has no tractable likelihood")
+
+    def explain(self, clip, n_context, *, num_samples=1, generator=None, **options):
+        """What lies behind the predictions of ``clip[:, n_context:]``, for figures: name -> tensor, the batch first.
+
+        The names, those in ``explains``, say what: ``nats`` (B, T - n_context, h, w, n_codebooks), what each code
+        costs; ``kl`` (B, T - 1, G, group_dim), nats of each number of the G groups of z; ``mu`` and ``future``
+        (B, T - n_context, ...), the mean and what was drawn around it; ``motion`` (B, S, 1 + T - n_context, ...),
+        motion features from the last given frame on.
+
+        Args:
+            clip: as for ``forward``. num_samples, generator: as for ``sample``, of priors that draw here.
+            **options: sampler options.
+        """
+        return {}
 
     @classmethod
     def sampler_options(cls):

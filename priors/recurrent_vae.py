@@ -153,8 +153,7 @@ class RecurrentVAE(Prior):
         B, T = clip.shape[:2]
         h, features = self.encoder(clip.to(self.dtype).flatten(0, 1))
         h = h.unflatten(0, (B, T))
-        z, mean, logvar, _ = self.posterior(h[:, 1:], draw)
-        _, prior_mean, prior_logvar, _ = self.prior(h[:, :-1], self._given(z))
+        z, kl = self._posterior_kl(h, draw)
         predicted, _ = self.predictor(torch.cat([h[:, :-1], z], -1))
 
         # Frame t has the features of the frame before it, and after the context those of the last observed one.
@@ -170,9 +169,35 @@ class RecurrentVAE(Prior):
 
         scale = 0.5 if self.over_pixels else 1.0  # from [-1, 1] to the [0, 1] for which beta was published
         mse = (scale * (frames - clip[:, 1:])).square().mean()
-        kl = kl_gaussians(mean, logvar, prior_mean, prior_logvar).mean((0, 1))  # (Z,)
+        kl = kl.mean((0, 1))  # (Z,)
         weighted = self.config.beta * (kl.mean() if self.config.kl_reduction == "mean" and len(kl) else kl.sum())
         return PriorOutput(loss=(T - 1) * (mse + weighted), logs={"mse": mse.detach(), **self._kl_logs(kl.detach())})
+
+    @property
+    def explains(self):
+        """``kl``, where there is a z."""
+        return ("kl",) if self._z_dim else ()
+
+    def _posterior_kl(self, h, choose):
+        """Frames' vectors h (B, T, dim) -> z of the frames after the first, and the KL of each of its numbers from the
+        prior in nats, (B, T - 1, Z) both."""
+        z, mean, logvar, _ = self.posterior(h[:, 1:], choose)
+        _, prior_mean, prior_logvar, _ = self.prior(h[:, :-1], self._given(z))
+        return z, kl_gaussians(mean, logvar, prior_mean, prior_logvar)
+
+    @torch.no_grad()
+    def explain(self, clip, n_context, *, generator=None, **options):
+        """As Prior's: ``kl`` of each number of z, of all frames after the first; {} without z."""
+        self._check(clip, "clip")
+        self.check_context(n_context, clip.shape[1])
+        if not self._z_dim:
+            return {}
+        B, T = clip.shape[:2]
+        noise = self._noise((B, T - 1, self._z_dim), generator)
+        with eval_mode(self):
+            h = self.encoder(clip.to(self.dtype).flatten(0, 1))[0].unflatten(0, (B, T))
+            kl = self._posterior_kl(h, self._drawn(noise))[1]
+        return {"kl": kl.unflatten(-1, (self.config.n_groups, self.config.group_dim))}
 
     def _kl_logs(self, kl):
         """What to log of the KL of each number of z, (Z,) in nats."""

@@ -270,6 +270,11 @@ class ResidualDiffusion(Prior):
         """The space of ``latent_spec``: "pixels" or "latents"."""
         return "pixels" if self.config.latent_spec["kind"] == "pixels" else "latents"
 
+    @property
+    def explains(self):
+        """``mu`` and ``future``, where there is a mu."""
+        return () if self.transform is None else ("mu", "future")
+
     def check_clip(self, clip, name="clip"):
         """Refuse anything but a float (B, T, C, H, W) of the sizes in ``latent_spec``, pixels within [-1, 1]."""
         spec = self.config.latent_spec
@@ -485,6 +490,18 @@ class ResidualDiffusion(Prior):
             future.append(self._in_range(self.predict_frame(memory)[0]))
             memory = self.observe(future[-1].to(self.dtype), memory=memory)
         return torch.stack(future, 1).to(context.dtype)
+
+    @torch.no_grad()
+    def explain(self, clip, n_context, *, generator=None, **options):
+        """As Prior's: ``future``, one sample, and the ``mu`` of each of its frames; {} without a residual."""
+        if self.transform is None:
+            return {}
+        n_clips, n_frames = len(clip), clip.shape[1] - n_context
+        future = self.sample(clip[:, :n_context], n_frames, generator=generator, **options)[:, 0]
+        past = torch.cat([clip[:, :n_context], future[:, :-1]], 1).transpose(0, 1)
+        memory = self.observe(past.flatten(0, 1).to(self.dtype), len(past))
+        mu, _ = self.predict_frame(_rows(memory, slice((n_context - 1) * n_clips, None)))
+        return {"mu": mu.unflatten(0, (n_frames, n_clips)).transpose(0, 1).to(clip.dtype), "future": future}
 
     def _in_range(self, x):
         return x.clamp(-1, 1) if self.accepts == "pixels" else x

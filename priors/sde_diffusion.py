@@ -130,6 +130,7 @@ class SDEDiffusion(Prior):
         ValueError: an option that is not known or sizes that do not fit each other.
     """
 
+    explains = ("motion",)
     min_context = 2  # a difference image takes two frames
     memory_format = torch.channels_last
     _supports_gradient_checkpointing = True
@@ -313,6 +314,19 @@ class SDEDiffusion(Prior):
         spec = self.config.latent_spec
         check = check_frames if self.accepts == "pixels" else check_latents
         check(clip, spec["channels"], spec["height"], spec["width"], name=name)
+
+    @torch.no_grad()
+    def explain(self, clip, n_context, *, num_samples=1, generator=None, motion_seed=None, **options):
+        """As Prior's: ``motion`` features at the last given frame and each frame after it, of ``num_samples`` paths."""
+        self._check(clip, "clip")
+        self.check_context(n_context, clip.shape[1])
+        batch, n_frames = len(clip), clip.shape[1] - n_context
+        seed = draw_seeds(generator)[0] if motion_seed is None else motion_seed
+        seeds = row_seeds("motion_seed", seed, batch, num_samples)
+        times = frame_times_of(n_frames, batch, None, 1).repeat_interleave(num_samples, 0)
+        start = self.encode_motion(clip[:, :n_context].to(self.dtype)).repeat_interleave(num_samples, 0)
+        features = torch.cat([start[:, None], self.motion_sde(start, times, seeds)], 1)
+        return {"motion": features.unflatten(0, (batch, num_samples))}
 
     # Sampling ---------------------------------------------------------------------------------------------------
 

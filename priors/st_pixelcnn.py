@@ -182,6 +182,7 @@ class STPixelCNN(Prior):
     """
 
     accepts = "codes"
+    explains = ("nats",)
 
     @register_to_config
     def __init__(
@@ -267,6 +268,13 @@ class STPixelCNN(Prior):
         """What each layer adds to ``log_prob``: log p(layer i | layers above), in nats -> (B, n)."""
         return -self._nll(self._logits(clip, n_context), clip, n_context)
 
+    @torch.no_grad()
+    def explain(self, clip, n_context, **options):
+        """As Prior's: ``nats`` of each code."""
+        target = clip[:, n_context:]
+        logits = self._logits(clip, n_context)
+        return {"nats": torch.stack([self._code_nats(layer, target[..., i]) for i, layer in enumerate(logits)], -1)}
+
     def layer_bits_per_code(self, clip, n_context):
         """-log2 of the likelihood, averaged over the predicted codes of each layer -> (B, n)."""
         return -self.layer_log_prob(clip, n_context) / (clip[0, n_context:, ..., 0].numel() * math.log(2))
@@ -284,11 +292,13 @@ class STPixelCNN(Prior):
     def _nll(logits, clip, n_context):
         """Summed cross-entropy of each layer, in nats -> (B, n)."""
         target = clip[:, n_context:]
-        nll = [
-            F.cross_entropy(layer.flatten(0, 3).float(), target[..., i].flatten(), reduction="none")
-            for i, layer in enumerate(logits)
-        ]
-        return torch.stack([layer.view(len(clip), -1).sum(1) for layer in nll], 1)
+        nll = [STPixelCNN._code_nats(layer, target[..., i]) for i, layer in enumerate(logits)]
+        return torch.stack([layer.flatten(1).sum(1) for layer in nll], 1)
+
+    @staticmethod
+    def _code_nats(logits, codes):
+        """Cross-entropy of each code: logits (..., size), codes (...) -> (...)."""
+        return F.cross_entropy(logits.flatten(0, -2).float(), codes.flatten(), reduction="none").view(codes.shape)
 
     # Sampling ---------------------------------------------------------------------------------------------------
 

@@ -278,6 +278,7 @@ class VideoTransformer(Prior):
     """
 
     accepts = "codes"
+    explains = ("nats",)
 
     @register_to_config
     def __init__(
@@ -426,13 +427,20 @@ class VideoTransformer(Prior):
 
     def _slice_log_prob(self, codes, slice_ids, n_context):
         """Summed log-probability of the predicted codes of a slice (M,), in nats, and how many codes that are (M,)."""
-        logits, own = self.slice_logits(codes, slice_ids)
         future = self._times(slice_ids) >= n_context  # (M, N)
+        nll = self._code_nats(codes, slice_ids)
         total = 0
-        for k, logits_k in enumerate(logits):
-            nll = F.cross_entropy(logits_k.float().transpose(1, 2), own[..., k], reduction="none")
-            total = total - (nll * future).sum(1)
-        return total, future.sum(1) * len(logits)
+        for nll_k in nll:
+            total = total - (nll_k * future).sum(1)
+        return total, future.sum(1) * len(nll)
+
+    def _code_nats(self, codes, slice_ids):
+        """Negative log-probability of each code of a slice, in nats: a list over codebooks of (M, N)."""
+        logits, own = self.slice_logits(codes, slice_ids)
+        return [
+            F.cross_entropy(logits_k.float().transpose(1, 2), own[..., k], reduction="none")
+            for k, logits_k in enumerate(logits)
+        ]
 
     def _times(self, slice_ids):
         """Frame index of each position of a slice."""
@@ -482,16 +490,30 @@ class VideoTransformer(Prior):
         The product of the conditionals in generation order (section 3.2), as the paper's bits/dim: each code given
         all codes before it in that order.
         """
+        total, batch = 0, len(clip)
+        for rows, slices in self._passes(clip, n_context):
+            log_prob, _ = self._slice_log_prob(rows, slices, n_context)
+            total = total + log_prob.view(-1, batch).sum(0)
+        return total
+
+    def _passes(self, clip, n_context):
+        """Clips and their slices with codes to predict, as many as are computed at once: (M, T, ...), (M,)."""
         self._check_clip(clip, n_context)
         slices, batch = self._predicted_slices(n_context), len(clip)
         at_once = max(1, POSITIONS_AT_ONCE // (batch * self.slice_pixels.shape[1]))
-        total = 0
         for some in slices.split(at_once):
-            log_prob, _ = self._slice_log_prob(
-                clip.repeat(len(some), 1, 1, 1, 1), some.repeat_interleave(batch), n_context
-            )
-            total = total + log_prob.view(len(some), batch).sum(0)
-        return total
+            yield clip.repeat(len(some), 1, 1, 1, 1), some.repeat_interleave(batch)
+
+    @torch.no_grad()
+    def explain(self, clip, n_context, **options):
+        """As Prior's: ``nats`` of each code."""
+        batch, n = len(clip), len(self.codebook_sizes)
+        nats = torch.zeros(batch, math.prod(self.grid), n, device=clip.device)
+        for rows, slices in self._passes(clip, n_context):
+            found = torch.stack(self._code_nats(rows, slices), -1).unflatten(0, (-1, batch))  # (slices, B, N, n)
+            for part, pixels in zip(found, self.slice_pixels[slices[::batch]]):
+                nats[:, pixels] = part
+        return {"nats": nats.unflatten(1, self.grid)[:, n_context:]}
 
     def _mean_log_prob(self, clip, n_context):
         return self.log_prob(clip, n_context) / (clip[0, n_context:].numel())

@@ -16,10 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_experiment import TOOLS
 
-from latentcast import Protocol, load_config
+from latentcast import Protocol, figures, load_config
 from latentcast.cli import UserError
 from latentcast.config import instantiate
-from latentcast.evaluation import plots
 from latentcast.evaluation.comparison import (
     differences,
     paired,
@@ -450,31 +449,36 @@ def test_mistakes_in_published_figures_are_named(tmp_path, change, message):
 def test_curves_show_means_and_intervals_over_frames(tmp_path):
     result = make_result()
     entry = result["metrics"]["psnr"]
-    named = {"mine": entry, "theirs": result["baselines"]["copy_last_frame"]["psnr"], "no frames": {"mean": 1}}
-    (axes,) = plots.curves(tmp_path / "c.png", named, "psnr").axes
+    theirs = result["baselines"]["copy_last_frame"]
+    named = {"mine": result["metrics"], "theirs": theirs, "no frames": {"psnr": {"mean": 1}}, "nothing": {}}
+    drawing = figures.curves(named, ["psnr"])
+    (axes,) = drawing.chart.axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mine", "theirs"]
     assert axes.lines[0].get_xydata().tolist() == [[i + 1, value] for i, value in enumerate(entry["per_frame"])]
     band = axes.collections[0].get_paths()[0].vertices
     for frame, (low, high) in enumerate(entry["per_frame_ci95"], start=1):
         heights = band[band[:, 0] == frame, 1]
         assert (heights.min(), heights.max()) == pytest.approx((low, high))
+    drawing.save(tmp_path / "c.png")
     assert Image.open(tmp_path / "c.png").format == "PNG" and list(tmp_path.iterdir()) == [tmp_path / "c.png"]
-    (axes,) = plots.curves(tmp_path / "c.png", {os.fsdecode(b"caf\xe9 $\\x$"): entry}, "psnr").axes
+    (axes,) = figures.curves({os.fsdecode(b"caf\xe9 $\\x$"): {"psnr": entry}}, ["psnr"]).chart.axes
     assert "\\udce9" in axes.get_legend().get_texts()[0].get_text()
     with pytest.raises(ValueError, match="curves of fvd: expected values per frame, found none"):
-        plots.curves(tmp_path / "none.png", {"mine": result["metrics"]["fvd"]}, "fvd")
+        figures.curves({"mine": result["metrics"]}, ["fvd"])
+    both = figures.curves(named, ["psnr", "fvd", "ssim"]).chart.axes
+    assert [axes.get_ylabel() for axes in both] == ["PSNR, dB ↑", "SSIM ↑"]
 
 
-def test_inverse_curves_leave_out_frames_without_error(tmp_path):
+def test_inverse_curves_leave_out_frames_without_error():
     entry = {"per_frame": [0.0, 2.0, 4.0], "per_frame_ci95": [[0, 0], [1, 3], [-1, 9]]}
-    (axes,) = plots.curves(tmp_path / "c.png", {"mine": entry}, "crps", inverse=True).axes
+    (axes,) = figures.curves({"mine": {"crps": entry}}, ["crps"], inverse=True).chart.axes
     assert np.array_equal(axes.lines[0].get_ydata(), [np.nan, 0.5, 0.25], equal_nan=True)
     assert axes.get_ylabel() == "1 / CRPS ↑"
 
 
-def test_ablation_shows_the_best_of_each_number_of_samples(tmp_path):
+def test_ablation_shows_the_best_of_each_number_of_samples():
     entry = make_result()["metrics"]["psnr"]
-    means, frames = plots.ablation(tmp_path / "a.png", {"mine": entry}, "psnr").axes
+    means, frames = figures.ablation({"mine": entry}, "psnr").chart.axes
     expected = [[1, entry["best_of"]["1"]["mean"]], [2, entry["best_of"]["2"]["mean"]], [4, entry["mean"]]]
     assert means.lines[0].get_xydata().tolist() == expected
     assert expected[0][1] < expected[1][1] < expected[2][1]
@@ -482,11 +486,11 @@ def test_ablation_shows_the_best_of_each_number_of_samples(tmp_path):
     assert [text.get_text() for text in frames.get_legend().get_texts()] == ["mine, 1", "mine, 2", "mine, 4"]
 
 
-def test_maps_of_crps_are_darker_where_they_are_larger_on_one_scale(tmp_path):
+def test_maps_of_crps_are_darker_where_they_are_larger_on_one_scale():
     values = np.zeros((16, 16))
     values[:, 8:] = 5
     named = {"mine": torch.from_numpy(values), "theirs": torch.from_numpy(2 * values)}
-    figure = plots.crps_maps(tmp_path / "m.png", named, "clip 3")
+    figure = figures.crps_maps(named, "clip 3").chart
     *panels, bar = figure.axes
     assert [axes.get_title() for axes in panels] == ["mine", "theirs"] and bar.get_ylabel() == "CRPS, of 255"
     assert figure.get_suptitle() == "clip 3"
@@ -496,9 +500,8 @@ def test_maps_of_crps_are_darker_where_they_are_larger_on_one_scale(tmp_path):
         assert shown.get_clim() == (0, 10)  # of all panels
     light, dark, darkest = (sum(shown.cmap(shown.norm(value))[:3]) for value in (0, 5, 10))
     assert darkest < dark < light
-    for wrong in (values[0], np.full((4, 4), np.nan)):
-        with pytest.raises(ValueError, match="map of CRPS, wrong: expected finite values"):
-            plots.crps_maps(tmp_path / "w.png", {"fine": values, "wrong": wrong})
+    with pytest.raises(ValueError, match="map of CRPS, wrong: expected"):
+        figures.crps_maps({"fine": values, "wrong": values[0]})
 
 
 def test_maps_of_several_results_are_drawn_on_one_scale(tmp_path, caplog):

@@ -27,8 +27,8 @@ from latentcast import (
     write_video,
 )
 from latentcast.cli import run_tool
-from latentcast.data.pictures import GIVEN, LINE, PREDICTED
 from latentcast.data.video_reader import VideoError
+from latentcast.figures.sheets import GIVEN, LINE, PREDICTED
 
 TOOL = Path(__file__).parents[1] / "tools" / "sample.py"
 SIZE, SCALE, BORDER, GAP = 32, 4, 2, 2

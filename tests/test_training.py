@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from skimage.metrics import structural_similarity
@@ -39,10 +38,11 @@ from latentcast import (
 )
 from latentcast.cli import UserError
 from latentcast.config import to_container
-from latentcast.data.pictures import GAP, scale_for
+from latentcast.figures import frames, training_curves
+from latentcast.figures.sheets import BORDER, GAP, scale_for
+from latentcast.files import printable
 from latentcast.modeling import fingerprint
 from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
-from latentcast.training import callbacks
 from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, ShownClips, WeightAverage
 from latentcast.training.checkpoints import check_checkpoint
 from latentcast.training.loggers import plot_curves, read_metrics
@@ -407,7 +407,9 @@ def test_previews_do_not_change_the_training(tmp_path):
     a, b = (load_model(tmp_path / name / "tokenizer").state_dict() for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     pictures = {name: sorted(p.name for p in (tmp_path / name / "previews/tokenizer").iterdir()) for name in "ab"}
-    assert pictures == {"a": [f"step_{step:07d}.png" for step in (1, 2, 3, 4)], "b": ["step_0000004.png"]}
+    kinds = ["", "_change_masks", "_code_frequencies", "_code_maps"]
+    expected = {"a": (1, 2, 3, 4), "b": (4,)}
+    assert pictures == {n: sorted(f"step_{s:07d}{k}.png" for s in expected[n] for k in kinds) for n in "ab"}
 
 
 @pytest.mark.parametrize("clip_length, n_rows, n_columns", [(3, 4, 3), (1, 2, 2)])
@@ -419,15 +421,22 @@ def test_reconstruction_grid_shows_each_frame_above_its_reconstruction(tmp_path,
     run.fit(module, data, [ReconstructionPreview(shown, run.preview_dir, 0)])
     picture = torch.from_numpy(np.array(Image.open(run.preview_dir / "step_0000001.png").convert("L"))) / 127.5 - 1
     scale = scale_for(16)
-    side, step = scale * 16, scale * 16 + GAP
+    step = scale * 16 + 2 * BORDER + GAP
     assert picture.shape[0] > n_rows * step and picture.shape[1] > n_columns * step
-    # The kept weights drew it: the reconstruction of the last clip's last frame ends the sheet, its truth stands above.
+    # The kept weights drew it: the reconstruction of the last clip's last frame stands below the truth.
     with torch.no_grad():
         reconstruction = module.model.eval()(clips).frames[1, -1, 0].clamp(-1, 1)
-    for frame, bottom in ((reconstruction, len(picture)), (clips[1, -1, 0], len(picture) - step)):
-        row = picture[bottom - side : bottom][scale // 2 :: scale]
-        places = row.unfold(1, side, 1)[..., scale // 2 :: scale]  # (16, places, 16)
-        assert (places - frame[:, None]).abs().mean((0, 2)).min() < 0.01  # 8 bits
+    row, column = place_of(picture, clips[1, -1, 0], scale)
+    below = picture[row + step :, column:][: 16 * scale : scale, : 16 * scale : scale]
+    assert (below - reconstruction).abs().mean() < 0.01
+
+
+def place_of(picture, frame, scale):
+    """Where ``frame`` stands in ``picture``, enlarged: (row, column) of its corner."""
+    windows = picture.unfold(0, scale * len(frame), 1).unfold(1, scale * len(frame), 1)[..., ::scale, ::scale]
+    distances = torch.stack([(row - frame).abs().mean((1, 2)) for row in windows])
+    assert distances.min() < 0.01  # 8 bits
+    return divmod(int(distances.argmin()), distances.shape[1])
 
 
 def drawn(monkeypatch, module, name):
@@ -444,16 +453,19 @@ def test_previews_say_which_clips_they_show_and_of_which_videos(tmp_path, monkey
         for number in range(2):
             encode(tmp_path / "clips" / folder / f"{number}.mp4", counter_frames(12, 16, 16))
     data = ["data=video_folder", f"data.root={tmp_path / 'clips'}", "data.val_fraction=0", "data.test_fraction=0"]
-    sheets = drawn(monkeypatch, callbacks, "labelled_sheet")
-    videos = drawn(monkeypatch, callbacks, "labelled_videos")
+    sheets = drawn(monkeypatch, frames, "labelled_sheet")
+    videos = drawn(monkeypatch, frames, "labelled_videos")
     pixels = [option for option in PIXEL_PRIOR if not option.startswith("data.")]
     call_tool("train_prior", tmp_path, *pixels, *data, "n_context=2")
-    (rows, _, said, _), (cells, titles, *_) = sheets[0], videos[0]
-    assert said.startswith(f"VideoTransformer, step 4: {title}. ")
-    assert titles[0].startswith(f"{title.split()[0]}, step 4: -1 ")
+    ((rows, _, said, *_),) = [sheet for sheet in sheets if sheet[2].startswith("Futures")]
+    (cells, titles, *_) = videos[0]
+    assert said == f"Futures · VideoTransformer, step 4: {title}"
+    assert titles[0] == f"{said}: -1 (-0.04 s)"
     names = [f"{second}/0.mp4", f"{second}/1.mp4"]  # two videos, though the first has three clips
-    assert [name.split("\n")[0] for name, _ in rows] == [name for name in names for _ in range(3)]
-    assert [name for name, _ in cells][:2] == [f"truth: {names[0]}", "sample 1"]
+    kinds = ["best of 2", "random sample", "mean of samples", "spread"]
+    expected = [["truth", *kinds][i] if i else f"{name}\ntruth" for name in names for i in range(5)]
+    assert [row.name.split("\n")[0] if "dB" in row.name else row.name for row in rows] == expected
+    assert [name for name, _ in cells][:3] == [names[0], "best of 2", "random sample"]
 
 
 def test_clips_of_one_video_are_numbered():
@@ -521,7 +533,7 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
     assert (run.run_dir / "metrics/tokenizer_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_curves_have_units_the_learning_rate_and_scales_and_nothing_is_cut_off(tmp_path, monkeypatch):
+def test_curves_have_units_the_learning_rate_and_scales_and_nothing_is_cut_off(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9 $x_{$") / "metrics/tokenizer.csv"  # of a run in any folder
     path.parent.mkdir(parents=True)
     rows = [(step, f"{split}/loss", 1000 / (step + 1) ** 2) for step in range(60) for split in ("train", "val")]
@@ -532,13 +544,8 @@ def test_curves_have_units_the_learning_rate_and_scales_and_nothing_is_cut_off(t
     rows += [(step * 10**5, "val/kl", -0.00012 - step / 10**7) for step in range(60)]  # the widest that ticks get
     rows += [(step, "val/bits_per_code", 654321 - 20000 * step) for step in range(60)]
     path.write_text("\n".join(",".join(map(str, row)) for row in [("step", "metric", "value"), *rows]))
-    drawn = []
-    savefig = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: (drawn.append(self), savefig(self, *args, **kwargs))
-    )
     plot_curves(path, path.with_suffix(".png"))
-    (figure,) = drawn
+    figure = training_curves(read_metrics(path), printable(path.parent.parent.name)).chart
     panels = {axes.get_title(): axes for axes in figure.axes}
     assert list(panels) == ["loss", "bits per code", "kl", "psnr", "learning rate"]
     assert panels["psnr"].get_ylabel() == "dB"

@@ -15,7 +15,10 @@ from PIL import Image
 from video_files import counter_frames, cut_off, encode, overwrite_middle, read_counter
 
 from latentcast import VideoFolder, probe, read_clip, write_video
-from latentcast.data.pictures import (
+from latentcast.data.video_folder import sampled_places, sampled_rate
+from latentcast.data.video_reader import VideoError, _look, fit_frames, iter_clip, look
+from latentcast.data.video_writer import write_image
+from latentcast.figures.sheets import (
     BORDER,
     GAP,
     GIVEN,
@@ -31,9 +34,6 @@ from latentcast.data.pictures import (
     rows_of,
     side_by_side,
 )
-from latentcast.data.video_folder import sampled_places, sampled_rate
-from latentcast.data.video_reader import VideoError, _look, fit_frames, iter_clip, look
-from latentcast.data.video_writer import write_image
 
 # name -> (arguments of encode, whether decord finds single frames exactly)
 ENCODINGS = {

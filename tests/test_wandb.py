@@ -166,7 +166,7 @@ def test_the_step_of_a_row_is_the_number_of_steps_made_and_resuming_appends(chai
     rows = {row["_step"]: row for read in (first, second) for row in read.rows}
     assert all(row["step"] == step for step, row in rows.items())
     assert [step for step, row in rows.items() if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
-    for key, kind, suffix in (("predictions", "video-file", "mp4"), ("predicted_frames", "image-file", "png")):
+    for key, kind, suffix in (("futures_video", "video-file", "mp4"), ("futures", "image-file", "png")):
         media = {step: row for step, row in rows.items() if row.get(f"samples/{key}/_type") == kind}
         assert list(media) == [2, 4, 6]
         for step, row in media.items():
@@ -273,7 +273,7 @@ def test_every_panel_of_the_dashboard_shows_what_is_logged(chain, groups, comman
     assert [section["name"] for section in sent] == names
     sent = [panel["config"] for section in sent for panel in section["panels"]]
     assert {"chartTitle": "loss", "xAxis": "step", "metrics": ["train/loss", "val/loss"]} in sent
-    assert ["samples/predictions"] in [panel.get("mediaKeys") for panel in sent]
+    assert ["samples/futures_video"] in [panel.get("mediaKeys") for panel in sent]
     grids = [block for block in found["specs"]["report"]["blocks"] if block["type"] == "panel-grid"]
     filters = [grid["metadata"]["runSets"][0]["filters"]["filters"][0] for grid in grids]
     assert [(f["key"]["name"], f["value"]) for f in filters] == [
@@ -328,7 +328,7 @@ def test_after_a_stop_figures_are_logged_once_and_late_ones_and_pictures_move_up
     run = WandbRun(tmp_path, "prior", SETTINGS, "tiny", resume=True, last_step=4)
     run.start({})
     run.log({"at_3": 3.0}, 3)
-    run.log_files({"predictions": picture}, 3, "step 3")  # made again: that of the stopped run may be lost
+    run.log_files({"futures_video": picture}, 3, "step 3")  # made again: that of the stopped run may be lost
     for step in (4, 5, 7, 6, 8):
         run.log({f"at_{step}": float(step)}, step)
     run.makes("prior", tmp_path / "nothing")
@@ -337,8 +337,8 @@ def test_after_a_stop_figures_are_logged_once_and_late_ones_and_pictures_move_up
     rows = {row["_step"]: row for row in read.rows}
     assert list(rows) == [5, 7, 8]
     assert rows[7]["at_6"] == 6 and "at_3" not in str(rows) and "at_4" not in str(rows)
-    assert rows[5]["samples/predictions/caption"] == "step 3" and rows[5]["at_5"] == 5
-    assert "W&B: its steps cannot go back, predictions of step 3 is logged at 5" in caplog.text
+    assert rows[5]["samples/futures_video/caption"] == "step 3" and rows[5]["at_5"] == 5
+    assert "W&B: its steps cannot go back, futures_video of step 3 is logged at 5" in caplog.text
     assert "W&B: no artifact of" in caplog.text and "W&B is off" not in caplog.text
 
 

@@ -94,33 +94,29 @@ def run_names(paths):
 
 def draw(results, unlike, folder):
     """Curves over frames and over numbers of samples -> name -> path."""
-    from latentcast.evaluation import plots
     from latentcast.evaluation.protocol import METRICS
+    from latentcast.figures import ablation, curves
 
     files = {}
     marks = {label: f" (unlike {next(iter(results))})" for label in unlike}
-    predictors = {label + marks.get(label, ""): result["metrics"] for label, result in results.items()}
-    baselines = next(iter(results.values()))["baselines"]
+    models = {label + marks.get(label, ""): result["metrics"] for label, result in results.items()}
+    predictors = models | next(iter(results.values()))["baselines"]
     for metric in METRICS:
-        models = {label: found[metric] for label, found in predictors.items() if metric in found}
-        named = models | {label: found[metric] for label, found in baselines.items() if metric in found}
-        if any(entry.get("per_frame") for entry in named.values()):
-            files[f"curves_{metric}"] = folder / f"curves_{metric}.png"
-            plots.curves(files[f"curves_{metric}"], named, metric)
+        if any(found.get(metric, {}).get("per_frame") for found in predictors.values()):
+            files[f"curves_{metric}"] = curves(predictors, [metric]).save(folder / f"curves_{metric}.png")
             if metric == "crps":
-                files["curves_inverse_crps"] = folder / "curves_inverse_crps.png"
-                plots.curves(files["curves_inverse_crps"], named, metric, inverse=True)
-        sampled = {label: entry for label, entry in models.items() if entry.get("best_of")}
+                drawing = curves(predictors, [metric], inverse=True)
+                files["curves_inverse_crps"] = drawing.save(folder / "curves_inverse_crps.png")
+        sampled = {label: found[metric] for label, found in models.items() if found.get(metric, {}).get("best_of")}
         if sampled:
-            files[f"ablation_{metric}"] = folder / f"ablation_{metric}.png"
-            plots.ablation(files[f"ablation_{metric}"], sampled, metric)
+            files[f"ablation_{metric}"] = ablation(sampled, metric).save(folder / f"ablation_{metric}.png")
     return files
 
 
 def draw_maps(paths, folder):
     """CRPS of each pixel, of the results and of the first one's baselines, on one scale -> name -> path, if any."""
-    from latentcast.evaluation import plots
     from latentcast.evaluation.report import read_maps
+    from latentcast.figures import crps_maps
 
     named, baselines, title = {}, {}, None
     for label, path in paths.items():
@@ -138,8 +134,7 @@ def draw_maps(paths, folder):
         named[label] = model
     if not named:
         return {}
-    plots.crps_maps(folder / "crps_maps.png", named | baselines, title)
-    return {"crps_maps": folder / "crps_maps.png"}
+    return {"crps_maps": crps_maps(named | baselines, title).save(folder / "crps_maps.png")}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ moment is named, too; the status is then 1, after all others are done.
 import argparse
 import errno
 import hashlib
-import itertools
 import logging
 import math
 import os
@@ -86,9 +85,9 @@ def main(args):
     videos = find_videos(args.input)
     import torch  # which takes seconds, as what follows: mistakes in the arguments show before
 
-    from latentcast.data.pictures import BORDER, frame_names, labelled_size, labelled_videos, rows_of
     from latentcast.data.video_reader import is_away
     from latentcast.data.video_writer import check_video, write_both
+    from latentcast.figures.sheets import BORDER, frame_names, labelled_size, labelled_videos, rows_of
     from latentcast.files import error_numbers, printable, told
     from latentcast.pipelines.base import VideoPipeline
 
@@ -189,7 +188,7 @@ def main(args):
 def layout(n, side, scale):
     """(scale, columns) for ``n`` videos of ``side`` pixels: one row where they are few, nearly a square where many, and
     less enlarged than by ``scale`` where that would be too wide."""
-    from latentcast.data.pictures import labelled_size
+    from latentcast.figures.sheets import labelled_size
 
     columns = n if n <= ROW else math.ceil(math.sqrt(n))
     while scale > 1 and max(labelled_size(n, side, side, scale, columns)) > WIDEST:
@@ -223,8 +222,8 @@ class Sheet:
         """
         import torch
 
-        from latentcast.data.pictures import LEGEND, frame_names, grid_size, labelled_sheet
         from latentcast.data.video_writer import write_image
+        from latentcast.figures.sheets import LEGEND, frame_names, grid_size, labelled_sheet
 
         n_frames = len(rows[0][1])
         places = torch.linspace(0, n_frames - 1, min(n_frames, SHEET_FRAMES)).round().long()
@@ -244,8 +243,8 @@ def read_video(path, n_context, args, pipe, multiplier=1):
     import torch
 
     from latentcast.data.image_frames import numbered_pictures, read_pictures
-    from latentcast.data.video_folder import sampled_places, sampled_rate, to_model
-    from latentcast.data.video_reader import DEFAULT_RATE, VideoError, VideoInfo, iter_clip, probe
+    from latentcast.data.video_folder import read_places, sampled_places, sampled_rate, to_model
+    from latentcast.data.video_reader import DEFAULT_RATE, VideoError, VideoInfo, probe
 
     spec, pictures = pipe.prior.config.latent_spec, None
     if path.is_dir():
@@ -266,15 +265,7 @@ def read_video(path, n_context, args, pipe, multiplier=1):
         chosen = read_pictures([pictures[place] for place in places], spec["frame_height"])
         frames = to_model(torch.cat(list(chosen)), spec["frame_channels"])
     else:
-        kept, n_decoded = {}, 0
-        # From the start, so that damage is named, which reading single frames conceals.
-        for frame in itertools.islice(iter_clip(path, spec["frame_height"], chunk=1), max(places) + 1):
-            if n_decoded in places:
-                kept[n_decoded] = frame
-            n_decoded += 1
-        if n_decoded <= max(places):
-            raise VideoError(f"{path}: {max(places) + 1} frames are needed, {n_decoded} can be decoded")
-        frames = to_model(torch.cat([kept[place] for place in places]), spec["frame_channels"])
+        frames = read_places(path, places, spec["frame_height"], spec["frame_channels"])
     return frames[:n_context], frames[n_context:] if n_true else None, fps
 
 

@@ -106,6 +106,43 @@ class VideoDataset(Dataset):
         return f"{self.videos[video].name}, frames {start} to {stop - 1}"
 
 
+@dataclass
+class ShownClips:
+    """What previews and figures show: ``frames`` (N, T, C, H, W) in [-1, 1], their rate, the names of their videos, and
+    whether, as there are no others, these are trained on."""
+
+    frames: torch.Tensor
+    fps: float
+    videos: list
+    trained_on: bool = False
+
+    @property
+    def names(self):
+        """A name for each clip: that of its video, with a number where there are several of one."""
+        return [
+            video if self.videos.count(video) == 1 else f"{video} #{self.videos[: n + 1].count(video)}"
+            for n, video in enumerate(self.videos)
+        ]
+
+    @classmethod
+    def of(cls, dataset, n_clips, trained_on=False):
+        """Clips of as many of a data set's videos as can be."""
+        chosen = dataset.spread(n_clips)
+        frames = torch.stack([dataset[index]["frames"] for index in chosen])
+        return cls(frames, dataset.fps, [dataset.videos[dataset.video_of(index)].name for index in chosen], trained_on)
+
+    @classmethod
+    def beginnings(cls, dataset, n_clips, n_frames, trained_on=False):
+        """The first ``n_frames`` of the first videos that have as many; where none has, of the longest ones as many as
+        all of those have."""
+        lengths = {index: min(video.n_frames, n_frames) for index, video in enumerate(dataset.videos)}
+        longest = sorted(lengths, key=lengths.get, reverse=True)[:n_clips]  # the first ones of equals
+        chosen = sorted(index for index in longest if lengths[index] == n_frames) or sorted(longest)
+        length = min(lengths[index] for index in chosen)
+        frames = torch.stack([dataset.read_video(index, 0, length) for index in chosen])
+        return cls(frames, dataset.fps, [dataset.videos[index].name for index in chosen], trained_on)
+
+
 class SharedEpoch(Dataset):
     """A data set whose epoch lies in shared memory, so that persistent workers see it change."""
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
+from ..figures.sheets import labelled_sheet, scale_for
 from ..files import locked, read_json, replacing, told, write_json
 from ..progress import Bar
 from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
@@ -28,7 +29,6 @@ from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
 from .benchmarks.base import Clip
 from .loading import end_with_parent, worker_context
 from .moving_digits import MAX_SPEED, MOTIONS, MovingDigits
-from .pictures import labelled_sheet, scale_for
 from .video_folder import luma
 from .video_reader import VideoAwayError, VideoError, is_away
 from .video_writer import write_image

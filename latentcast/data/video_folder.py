@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -11,7 +12,6 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,7 +22,7 @@ from ..files import read_json, replacing, shortened, told, user_cache
 from ..progress import Bar
 from ..schemas import Count, FileText, Number, Rate, Schema, Whole, check, short
 from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_flip, check_split
-from .video_reader import VideoAwayError, VideoError, VideoInfo, neat_rate, probe, read_clip, too_slow
+from .video_reader import VideoAwayError, VideoError, VideoInfo, iter_clip, neat_rate, probe, read_clip, too_slow
 
 try:
     import fcntl
@@ -299,7 +299,7 @@ def _parts(name, size, whole):
     if not whole.cuts:
         return [_Part(name, name, size, whole, whole, 0)]
     parts = []
-    for first, stop in pairwise([0, *whole.cuts, whole.n_frames]):
+    for first, stop in itertools.pairwise([0, *whole.cuts, whole.n_frames]):
         own = tuple(t - whole.times[first] for t in whole.times[first:stop]) if whole.times else None
         rate = neat_rate((len(own) - 1) / own[-1]) if own and own[-1] > 0 else whole.fps
         info = replace(whole, n_frames=stop - first, fps=rate, times=own, cuts=())
@@ -415,6 +415,18 @@ def load_frames(path, places, size, channels=3, backend="auto", info=None, squar
 
     ``backend``, ``info``, ``square_pixels``: see ``read_clip``."""
     return to_model(read_clip(path, places, size, backend, info, square_pixels=square_pixels), channels)
+
+
+def read_places(path, places, size, channels=3):
+    """``load_frames`` that decodes from the start, so that damage is named, which reading single frames conceals."""
+    kept, n_decoded, wanted = {}, 0, set(places)
+    for frame in itertools.islice(iter_clip(path, size, chunk=1), max(places) + 1):
+        if n_decoded in wanted:
+            kept[n_decoded] = frame
+        n_decoded += 1
+    if n_decoded <= max(places):
+        raise VideoError(f"{path}: {max(places) + 1} frames are needed, {n_decoded} can be decoded")
+    return to_model(torch.cat([kept[place] for place in places]), channels)
 
 
 def to_model(frames, channels=3):

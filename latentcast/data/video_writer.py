@@ -33,6 +33,24 @@ def write_both(stem, frames, fps):
     return files
 
 
+def write_drawing(stem, drawing, gif=False):
+    """Write a figure's picture as ``stem``.png and its frames, where it has any, as ``stem``.mp4 -> suffix -> path.
+
+    Args:
+        drawing: of ``latentcast/figures``.
+        gif: also write ``stem``.gif, see ``write_both``.
+    """
+    stem = Path(stem)
+    files = {".png": drawing.save(stem.with_name(f"{stem.name}.png"))}
+    if drawing.frames is not None:
+        path = stem.with_name(f"{stem.name}.mp4")
+        written = write_both(stem, drawing.frames, drawing.fps) if gif else [path]
+        if not gif:
+            write_video(path, drawing.frames, drawing.fps)
+        files |= {path.suffix: path for path in written}
+    return files
+
+
 def write_video(path, frames, fps, hold=0.0):
     """Write a video whose kind follows from the suffix.
 

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from latentcast.figures.charts import HEADINGS
 from latentcast.files import read_json
 from latentcast.metrics.statistics import paired_bootstrap
 from latentcast.schemas import Count, Number, Schema, Text, Whole, check, one_line, short
 from latentcast.yaml_text import flattened
 
-from .plots import HEADINGS
 from .protocol import METRICS, without_other_splits
 from .report import cell, extrapolated_fvd, mean_of_samples, measured
 

@@ -6,11 +6,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from latentcast.data.pictures import LEGEND, frame_names, labelled_sheet, labelled_videos, rows_of, scale_for
 from latentcast.data.video_writer import write_image, write_video
+from latentcast.figures import ablation, crps_maps, curves
+from latentcast.figures.charts import HEADINGS
+from latentcast.figures.sheets import LEGEND, frame_names, labelled_sheet, labelled_videos, rows_of, scale_for
 from latentcast.files import replacing, write_json, write_text
 
-from . import plots
 from .protocol import METRICS
 
 N_SHOWN = 4  # clips on a sheet
@@ -31,23 +32,20 @@ def write_report(evaluation, results, folder):
     pictures.mkdir(parents=True, exist_ok=True)
     predictors = {evaluation.label: results["metrics"]} | results["baselines"]
     for metric in results["metrics"]:
-        named = {label: found[metric] for label, found in predictors.items() if metric in found}
-        if any(entry.get("per_frame") for entry in named.values()):
-            files[f"curves_{metric}"] = pictures / f"curves_{metric}.png"
-            plots.curves(files[f"curves_{metric}"], named, metric)
+        if any(found.get(metric, {}).get("per_frame") for found in predictors.values()):
+            files[f"curves_{metric}"] = curves(predictors, [metric]).save(pictures / f"curves_{metric}.png")
         if results["metrics"][metric].get("best_of"):
-            files[f"ablation_{metric}"] = pictures / f"ablation_{metric}.png"
-            plots.ablation(files[f"ablation_{metric}"], {evaluation.label: results["metrics"][metric]}, metric)
+            drawing = ablation({evaluation.label: results["metrics"][metric]}, metric)
+            files[f"ablation_{metric}"] = drawing.save(pictures / f"ablation_{metric}.png")
     if "crps" in results["metrics"]:
-        named = {label: found["crps"] for label, found in predictors.items()}
-        files["curves_inverse_crps"] = pictures / "curves_inverse_crps.png"
-        plots.curves(files["curves_inverse_crps"], named, "crps", inverse=True)
+        drawing = curves(predictors, ["crps"], inverse=True)
+        files["curves_inverse_crps"] = drawing.save(pictures / "curves_inverse_crps.png")
         files |= {"crps_maps": pictures / "crps_maps.png", "crps_maps_values": pictures / MAPS}
         maps, title = evaluation.crps_maps(), maps_title(results)
         with replacing(files["crps_maps_values"]) as temporary:
             save_file(maps, temporary, metadata={"title": title})
         named = {evaluation.label if who == "model" else who: values for who, values in maps.items()}
-        plots.crps_maps(files["crps_maps"], named, title)
+        crps_maps(named, title).save(files["crps_maps"])
     if evaluation.draws:
         for kind, clips in shown_clips(evaluation).items():
             files |= write_sheet(evaluation, pictures / kind, clips, "random" if kind == "random" else "best")
@@ -116,7 +114,7 @@ def table(evaluation, results):
     protocol, data, model = results["protocol"], results["data"], results["model"]
     rows = {model["name"]: results["metrics"]} | results["baselines"]
     metrics = measured(rows.values())
-    heads = [plots.HEADINGS[name] for name in metrics]
+    heads = [HEADINGS[name] for name in metrics]
     multiplier = protocol["fps_multiplier"]
     n_videos = len(set(evaluation.video_of.values()))
     rate = f" at {multiplier} times the context's frame rate" if multiplier > 1 else ""

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +15,11 @@ from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import AveragedModel
 
+from latentcast import inspection
+from latentcast.config import one_line
+from latentcast.data.base import ShownClips  # noqa: F401 - what previews show
 from latentcast.data.loading import WorkerError, waits_for
-from latentcast.data.pictures import (
-    LEGEND,
-    frame_names,
-    labelled_sheet,
-    labelled_videos,
-    rows_of,
-    scale_for,
-)
-from latentcast.data.video_writer import write_both, write_image
+from latentcast.data.video_writer import write_drawing
 from latentcast.distributed import all_reduced, rank_and_world
 from latentcast.metrics.codebook import CodebookUsage
 from latentcast.metrics.ensemble import ilpips
@@ -296,6 +290,7 @@ class CodebookMonitor(Callback):
 
     def __init__(self, codebook_sizes):
         self._low = set()  # (split, number) of codebooks that are hardly used
+        self.counts = None  # how often each code of each codebook was chosen, in the latest validation or else epoch
         self.train, self.val = CodebookUsage(codebook_sizes), CodebookUsage(codebook_sizes)
 
     def state_dict(self):
@@ -323,6 +318,9 @@ class CodebookMonitor(Callback):
         if not metric.update_called:
             return
         figures = {name: values.reshape(-1) for name, values in metric.compute().items()}
+        if split == "val" or not self.val.update_called:
+            counts = all_reduced(metric.counts).cpu()
+            self.counts = [row[:size].clone() for row, size in zip(counts, metric.codebook_sizes)]
         metric.reset()
         for name, values in figures.items():
             numbered = {f"{split}/{name}_{number}": value for number, value in enumerate(values, start=1)}
@@ -406,35 +404,21 @@ class Throughput(Callback):
             self._restart(trainer)
 
 
-@dataclass
-class ShownClips:
-    """What previews show: ``frames`` (N, T, C, H, W) in [-1, 1], their rate, the names of their videos, and whether, as
-    there are no others, these are trained on."""
-
-    frames: torch.Tensor
-    fps: float
-    videos: list
-    trained_on: bool = False
-
-    @property
-    def names(self):
-        """A name for each clip: that of its video, with a number where there are several of one."""
-        return [
-            video if self.videos.count(video) == 1 else f"{video} #{self.videos[: n + 1].count(video)}"
-            for n, video in enumerate(self.videos)
-        ]
-
-
 class Preview(Callback):
-    """Makes pictures of the same clips every so many steps and at the end, with the averaged weights.
+    """Draws figures of the same clips every so many steps, and more of them at the end, with the averaged weights.
 
+    Those of ``latentcast/inspection.py`` that the model has: the ``first`` one as ``step_0000500.png``, the others as
+    ``step_0000500_NAME.png``; the loggers get them as ``samples/NAME``, and videos as ``samples/NAME_video``. What
+    takes long is left to the end or to tools/figures.py. A figure that fails is named in the log, and the training goes on.
     ``figures``, name -> number, are logged after each time.
 
     Args:
         shown: ShownClips.
-        folder: the pictures are called ``step_0000500.png`` and so on.
+        folder: where the pictures go.
         every_n_steps: 0 makes them at the end only.
     """
+
+    stage = first = None  # "tokenizer" or "prior", and a name
 
     def __init__(self, shown, folder, every_n_steps):
         self.shown, self.folder, self.every_n_steps = shown, Path(folder), every_n_steps
@@ -446,13 +430,14 @@ class Preview(Callback):
             self._make(trainer, pl_module)
 
     def on_train_end(self, trainer, pl_module):
-        self._make(trainer, pl_module)
+        self._make(trainer, pl_module, end=True)
 
-    def _make(self, trainer, pl_module):
+    def _make(self, trainer, pl_module, end=False):
         step = trainer.global_step
-        if not trainer.is_global_zero or step == self._made_step:
+        made, self._made_step = self._made_step == step, step
+        if not trainer.is_global_zero or (made and not end):
             return
-        self._made_step, started = step, time.perf_counter()
+        started = time.perf_counter()
         average = find_average(trainer)
         training = pl_module.training
         pl_module.eval()
@@ -461,54 +446,59 @@ class Preview(Callback):
             trainer.precision_plugin.forward_context(),
             average.averaged(pl_module) if average else contextlib.nullcontext(),
         ):
-            files = self.draw(pl_module, self.folder / f"step_{step:07d}")
+            files = self.draw(self.subject(pl_module), self.folder / f"step_{step:07d}", end, made)
         pl_module.train(training)
         for run in trainer.loggers:
-            if self.figures:
+            if self.figures and not made:
                 run.log_metrics(self.figures, step - 1)  # Lightning counts from 0 the step that has just been made
             if isinstance(run, MediaLogger):
-                run.log_files(files, step, self.title(pl_module))
+                run.log_files(files, step, f"{type(pl_module.model).__name__}, {self.label(pl_module)}")
         for callback in trainer.callbacks:
             if isinstance(callback, Throughput):
                 callback.leave_out(time.perf_counter() - started)
 
-    def draw(self, pl_module, path):
-        """Write pictures called ``path`` plus a suffix -> name for the logger -> file."""
+    def draw(self, subject, path, end=False, made=False):
+        """Write pictures called ``path`` plus a suffix -> name for the logger -> file.
+
+        Args:
+            end: also those that are drawn at the end alone. made: all others are there already.
+        """
+        names, files = inspection.of_training(subject, self.stage, end, made), {}
+        for name, drawing in inspection.draw(subject, names, self._failed):
+            first = name == self.first
+            written = write_drawing(path if first else path.with_name(f"{path.name}_{name}"), drawing, gif=first)
+            files[name] = written[".png"]
+            if ".mp4" in written:
+                files[f"{name}_video"] = written[".mp4"]
+        return files
+
+    def _failed(self, name, error):
+        logger.warning("no picture of %s: %s: %s", name, type(error).__name__, one_line(error, 200))
+
+    def subject(self, pl_module):
+        """The Subject of the figures."""
         raise NotImplementedError
 
-    def title(self, pl_module):
-        """What and when, in one line."""
+    def label(self, pl_module):
+        """When, and of which clips."""
         clips = "TRAINING clips, as none are held out" if self.shown.trained_on else "held-out clips"
-        return f"{type(pl_module.model).__name__}, step {pl_module.trainer.global_step}: {clips}"
+        return f"step {pl_module.trainer.global_step}: {clips}"
 
 
 class ReconstructionPreview(Preview):
-    """A PNG with, for each clip, a row of its frames above a row of their reconstructions; clips of a single frame
-    share one row. Rows and frames have names."""
+    """Figures of a tokenizer, its reconstructions first; see Preview."""
 
-    def draw(self, pl_module, path):
-        model = pl_module.model
-        clips = self.shown.frames.to(pl_module.device)
-        reconstructions = model(clips.to(model.dtype)).frames.float()
-        names, what = self.shown.names, "frame"
-        if clips.shape[1] == 1:
-            clips, reconstructions = clips.transpose(0, 1), reconstructions.transpose(0, 1)
-            names, what = [""], "clip"
-        rows = []
-        for name, pair in zip(names, zip(clips, reconstructions)):
-            rows += [(f"{name}\n{kind}".strip(), frames) for kind, frames in zip(("truth", "reconstruction"), pair)]
-        columns = [f"{what} {number}" for number in range(1, clips.shape[1] + 1)]
-        file = path.with_suffix(".png")
-        write_image(file, labelled_sheet(rows, columns, self.title(pl_module), scale_for(clips.shape[-2])))
-        return {"reconstructions": file}
+    stage, first = "tokenizer", "reconstructions"
+
+    def subject(self, pl_module):
+        monitors = [cb for cb in pl_module.trainer.callbacks if isinstance(cb, CodebookMonitor)]
+        counts = next((monitor.counts for monitor in monitors), None)
+        return inspection.Subject(self.shown, pl_module.model, label=self.label(pl_module), counts=counts)
 
 
 class PredictionPreview(Preview):
-    """Videos (mp4, GIF) of each clip beside futures predicted from its first frames, and a PNG with their frames.
-
-    In the videos a row holds the true clip, then the samples; all show the same context first. In the PNG each of them
-    is a row of its own. All have names, and the given frames green edges. How much the samples of a clip differ is
-    logged (``samples/``, see ``sample_diversity``), if there are several.
+    """Figures of a prior, futures of the clips first, also as mp4 and GIF; see Preview. How much the samples of a clip
+    differ is logged (``samples/``, see ``sample_diversity``), if there are several.
 
     Args:
         make_pipeline: prior -> VideoPredictionPipeline.
@@ -518,46 +508,25 @@ class PredictionPreview(Preview):
         seed: of the samples, the same each time so that pictures can be compared.
     """
 
+    stage, first = "prior", "futures"
+
     def __init__(self, shown, folder, every_n_steps, make_pipeline, n_context, num_samples, sampler, seed):
         super().__init__(shown, folder, every_n_steps)
         self.make_pipeline, self.n_context = make_pipeline, n_context
         self.num_samples, self.sampler, self.seed = num_samples, sampler, seed
 
-    def draw(self, pl_module, path):
+    def subject(self, pl_module):
         pipeline = self.make_pipeline(pl_module.model).to(pl_module.device)
         pipeline.set_progress_bar_config(disable=True)
-        clips, fps = self.shown.frames, self.shown.fps
-        context, future = clips[:, : self.n_context], clips[:, self.n_context :]
-        num_samples = 1 if pl_module.model.deterministic else self.num_samples
-        predicted = pipeline(
-            context,
-            n_frames=future.shape[1],
-            num_samples=num_samples,
-            generator=torch.Generator(pl_module.device).manual_seed(self.seed),
-            value_range=(-1, 1),
-            **self.sampler,
-        ).frames.cpu()
-        if num_samples > 1:
-            self.figures = {f"samples/{name}": value for name, value in sample_diversity(predicted).items()}
-        shown = [rows_of(*parts) for parts in zip(context, future, predicted)]
-        rows = [
-            (f"{clip}\n{kind}", frames)
-            for clip, kinds in zip(self.shown.names, shown)
-            for kind, frames in kinds.items()
-        ]
-        scale, title = scale_for(clips.shape[-2]), self.title(pl_module)
-        names = frame_names(context.shape[1], future.shape[1])
-        png = path.with_suffix(".png")
-        write_image(png, labelled_sheet(rows, names, f"{title}. {LEGEND}", scale))
-        brief = f"{'TRAINING' if self.shown.trained_on else 'held-out'}, step {pl_module.trainer.global_step}"
-        titles = [f"{brief}: {name}" for name in frame_names(context.shape[1], future.shape[1], fps)]
-        cells = [
-            (f"{kind}: {clip}" if kind == "truth" else kind, frames)
-            for clip, kinds in zip(self.shown.names, shown)
-            for kind, frames in kinds.items()
-        ]
-        mp4, _ = write_both(path, labelled_videos(cells, titles, scale, columns=1 + num_samples), fps)
-        return {"predictions": mp4, "predicted_frames": png}
+        settings = {"num_samples": self.num_samples, "sampler": self.sampler, "seed": self.seed}
+        label = self.label(pl_module)
+        return inspection.Subject(self.shown, pipe=pipeline, n_context=self.n_context, label=label, **settings)
+
+    def draw(self, subject, path, end=False, made=False):
+        files = super().draw(subject, path, end, made)
+        if subject.num_samples > 1 and not made:
+            self.figures = {f"samples/{name}": value for name, value in sample_diversity(subject.samples).items()}
+        return files
 
 
 def sample_diversity(samples):

@@ -68,8 +68,8 @@ SECTIONS = {  # in the order in which they are shown
     ],
     "samples": [
         media("reconstructions", "reconstructions"),
-        media("predictions", "predictions"),
-        media("predicted frames", "predicted_frames"),
+        media("futures", "futures_video"),
+        media("futures, frame by frame", "futures"),
         media("clips at random, evaluation", "random_video"),
         media("best clips, evaluation", "best_video"),
         media("worst clips, evaluation", "worst_video"),
@@ -106,7 +106,7 @@ REPORT = {  # heading -> (types of the runs, panels)
             line("loss", "val/loss"),
             line("how much samples differ: standard deviation", f"{MEDIA}/sample_std"),
             line("clips a second", "throughput/clips_per_s"),
-            media("predictions", "predictions"),
+            media("futures", "futures_video"),
         ],
     ),
     "Evaluations": (

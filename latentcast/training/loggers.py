@@ -3,15 +3,14 @@
 import csv
 import importlib.util
 import logging
-import math
-from collections import defaultdict
 from pathlib import Path
 
 from PIL import Image
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from latentcast.files import printable, replacing, writing
+from latentcast.figures import training_curves
+from latentcast.files import replacing, writing
 
 from .trackers import MEDIA, not_installed, open_tracker, settings_of
 
@@ -63,62 +62,14 @@ def read_metrics(path):
     return rows
 
 
-UNITS = {  # of what models log, by the end of its name
-    "bits_per_code": "bits a code",
-    "kl": "nats",
-    "psnr": "dB",
-    "ssim": "1: equal",
-    "lpips": "0: equal",
-    "perplexity": "codes in use",
-}
-WIDE = 30  # the largest value over the smallest from which a scale is logarithmic
-PANEL, TITLE = (5, 3.5), 0.4  # inches: a panel with all around it; the title above them all
-AROUND = {"left": 1.2, "right": 0.15, "bottom": 0.6, "top": 0.4}  # inches that a panel's labels take at most
-
-
 @rank_zero_only
 def plot_curves(path, image):
-    """Draw the curves of a metrics file as a PNG: one panel a quantity, training and validation together, and the
-    learning rate. What spans orders of magnitude is drawn on a logarithmic scale."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    curves = defaultdict(lambda: defaultdict(list))
-    for step, name, value in read_metrics(path):
-        split, _, quantity = name.partition("/")
-        if split in ("train", "val") and math.isfinite(value):
-            curves[quantity][split].append((step, value))
-    # What the model reports, its loss first; not the gradient norm, nor figures of single codebooks.
-    quantities = sorted(q for q in curves if q not in ("loss", "lr", "grad_norm") and not q[-1].isdigit())
-    quantities = [q for q in ("loss", *quantities, "lr") if q in curves]
-    if quantities in ([], ["lr"]):
+    """Draw the curves of a metrics file as a PNG; see ``training_curves``."""
+    try:
+        drawing = training_curves(read_metrics(path), f"{path.parent.parent.name}: {path.stem}")
+    except ValueError:  # nothing was logged yet
         return
-    columns = min(3, len(quantities))
-    rows = math.ceil(len(quantities) / columns)
-    # All places are given: measuring the texts to lay them out takes longer than a short training.
-    width, height = PANEL[0] * columns, PANEL[1] * rows + TITLE
-    figure = Figure(figsize=(width, height))
-    inner = PANEL[0] - AROUND["left"] - AROUND["right"], PANEL[1] - AROUND["bottom"] - AROUND["top"]
-    for index, quantity in enumerate(quantities):
-        unit = next((unit for end, unit in UNITS.items() if quantity == end or quantity.endswith(f"_{end}")), None)
-        row, column = divmod(index, columns)
-        left, bottom = column * PANEL[0] + AROUND["left"], (rows - row - 1) * PANEL[1] + AROUND["bottom"]
-        box = (left / width, bottom / height, inner[0] / width, inner[1] / height)
-        axes = figure.add_axes(box, xlabel="step", ylabel=unit)
-        axes.set_title("learning rate" if quantity == "lr" else quantity.replace("_", " "), y=1)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_label_coords(0.5, (0.15 - AROUND["bottom"]) / inner[1])
-        axes.yaxis.set_label_coords((0.2 - AROUND["left"]) / inner[0], 0.5)
-        for split, points in sorted(curves[quantity].items()):
-            axes.plot(*zip(*points), label=split, marker="." if len(points) < 30 else None)
-        values = [value for points in curves[quantity].values() for _, value in points]
-        if quantity != "learning rate" and min(values) > 0 and max(values) > WIDE * min(values):
-            axes.set_yscale("log")
-        axes.legend()
-    name = printable(f"{path.parent.parent.name}: {path.stem}")  # any folder's
-    figure.suptitle(name, y=1 - TITLE / 2 / height, va="center", parse_math=False)
-    with replacing(image) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    drawing.save(image)
 
 
 class MediaLogger(Logger):

@@ -20,13 +20,13 @@ from torch.utils.data import default_collate
 
 from latentcast.cli import UserError, command_line, prepare_run_dir
 from latentcast.config import instantiate, to_container
+from latentcast.data.base import ShownClips
 from latentcast.files import locked, printable, told, write_text
 from latentcast.yaml_text import dump
 
 from .callbacks import (
     LastCheckpoint,
     LogInterval,
-    ShownClips,
     StepSeed,
     Throughput,
     ValidationInterval,
@@ -356,14 +356,7 @@ def preview_clips(data, n_clips):
     if n_clips < 1:
         raise UserError(f"preview.n_clips: expected at least 1, found {n_clips}")
     train, val = data.train_set, data.val_set  # opened, and so told of, in this order
-    dataset = val or train
-    chosen = dataset.spread(n_clips)
-    return ShownClips(
-        torch.stack([dataset[index]["frames"] for index in chosen]),
-        dataset.fps,
-        [dataset.videos[dataset.video_of(index)].name for index in chosen],
-        trained_on=val is None,
-    )
+    return ShownClips.of(val or train, n_clips, trained_on=val is None)
 
 
 @contextlib.contextmanager
