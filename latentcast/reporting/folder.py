@@ -9,7 +9,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from latentcast.evaluation.comparison import read_result
-from latentcast.files import told
+from latentcast.files import read_json, told
 from latentcast.saved import INDEX
 from latentcast.training.loggers import read_metrics
 
@@ -17,6 +17,7 @@ logger = logging.getLogger("latentcast")
 
 STAGES = ("tokenizer", "prior", "joint")
 COMMAND = "# python tools/"  # how a config of a run that knows its command begins
+PLOTS = ("code_frequencies", "latents", "usage", "losses", "kl_groups", "curves", "drift", "ablation")  # figures' names
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,20 @@ class Medium:
     """A picture or video.
 
     Attributes:
-        path: of the file. title: what it shows.
-        is_plot: black on white, as plots are.
+        path: of the file. title: what it shows, in words or a sentence.
     """
 
     path: Path
     title: str
-    is_plot: bool = False
 
     @property
     def is_video(self):
         return self.path.suffix == ".mp4"
+
+    @property
+    def is_plot(self):
+        """Whether it is lines on white alone, which can be shown on black."""
+        return not self.is_video and any(name in self.path.stem for name in PLOTS)
 
 
 @dataclass
@@ -162,36 +166,53 @@ def _figures(rows):
             values.setdefault(name, []).append(value)
     larger = ("psnr", "ssim", "usage", "perplexity")
     best = {name: (max if name.endswith(larger) else min)(found) for name, found in values.items()}
-    return 1 + max((step for step, *_ in rows), default=-1), {name: (values[name][-1], best[name]) for name in values}
+    return max((step for step, *_ in rows), default=0), {name: (values[name][-1], best[name]) for name in values}
 
 
 def _media(path, results):
     """heading -> list of Medium, the most telling first."""
     media = {
-        "Sampled videos": [Medium(file, _title(file.stem)) for file in sorted((path / "samples").glob("*.mp4"))],
+        "Sampled videos": _files(path / "samples", "*.mp4"),
+        "Figures": _figures_of(path / "figures"),
         "Previews of training": [
-            Medium(file, f"{folder.name}, {_title(file.stem)}")
+            Medium(file.path, f"{folder.name}, {file.title}")
             for folder in sorted((path / "previews").glob("*/"))
-            for kind in ("mp4", "png")
-            for file in sorted(folder.glob(f"step_*.{kind}"))[-1:]
+            for file in _latest(folder)
         ],
-        "Curves": [Medium(file, _title(file.stem), True) for file in sorted((path / "metrics").glob("*_curves.png"))],
+        "Curves": _files(path / "metrics", "*_curves.png"),
     }
     for name in results:
-        folder = path / "metrics" / name
-        sheets = [Medium(folder / f"{kind}.png", f"{kind} clips") for kind in ("best", "random", "worst")]
-        videos = [Medium(folder / f"{kind}.mp4", f"{kind} clips, in motion") for kind in ("best", "random", "worst")]
-        plots = [Medium(file, _title(file.stem), True) for file in sorted(folder.glob("*_*.png"))]
-        media[f"Evaluation: {name}"] = [found for found in videos + sheets + plots if found.path.is_file()]
-    media["Figures"] = [
-        Medium(file, _title(file.stem), file.suffix == ".png")
-        for kind in ("*.mp4", "*.png")
-        for file in sorted((path / "figures").glob(kind))
-    ]
+        folder, kinds = path / "metrics" / name, ("best", "random", "worst")
+        shown = [Medium(folder / f"{kind}.mp4", f"{kind} clips, in motion") for kind in kinds]
+        shown += [Medium(folder / f"{kind}.png", f"{kind} clips") for kind in kinds]
+        media[f"Evaluation: {name}"] = [found for found in shown if found.path.is_file()] + _files(folder, "*_*.png")
     return {heading: found for heading, found in media.items() if found}
 
 
+def _files(folder, *patterns):
+    return [Medium(file, _title(file.stem)) for pattern in patterns for file in sorted(folder.glob(pattern))]
+
+
+def _latest(folder):
+    """The pictures and videos of the last step that previews were made at."""
+    found = _files(folder, "step_*.mp4", "step_*.png")
+    steps = {medium.path.stem.split("_")[1] for medium in found}
+    return [medium for medium in found if medium.path.stem.split("_")[1] == max(steps)]
+
+
+def _figures_of(folder):
+    """What tools/figures.py drew, with captions."""
+    index = folder / "figures.json"
+    described = (_unless_damaged(read_json, index) or {}) if index.is_file() else {}
+    found = _files(folder, "*.mp4", "*.png")
+    captions = {name: told.get("caption") for name, told in described.items() if isinstance(told, dict)}
+    captions = {name: caption for name, caption in captions.items() if isinstance(caption, str)}
+    return [Medium(medium.path, captions.get(medium.path.stem, medium.title)) for medium in found]
+
+
 def _title(stem):
-    words = stem.replace("_", " ")
-    kind, _, number = words.rpartition(" ")
-    return f"{kind} {int(number):,}" if number.isdecimal() and kind else words
+    """A file's name in words: "step_0000500_code_maps" is "step 500: code maps"."""
+    kind, number, *rest = [*stem.split("_", 2), "", ""][:3]
+    if kind == "step" and number.isdecimal():
+        return f"step {int(number):,}" + f": {rest[0].replace('_', ' ')}" * bool(rest[0])
+    return stem.replace("_", " ")

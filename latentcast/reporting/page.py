@@ -10,8 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 import latentcast
 from latentcast.evaluation import comparison
-from latentcast.evaluation.plots import HEADINGS
 from latentcast.evaluation.report import cell, mean_of_samples, measured
+from latentcast.figures.charts import HEADINGS
 from latentcast.files import printable, write_text
 
 logger = logging.getLogger("latentcast")

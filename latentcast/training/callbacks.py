@@ -409,8 +409,8 @@ class Preview(Callback):
 
     Those of ``latentcast/inspection.py`` that the model has: the ``first`` one as ``step_0000500.png``, the others as
     ``step_0000500_NAME.png``; the loggers get them as ``samples/NAME``, and videos as ``samples/NAME_video``. What
-    takes long is left to the end or to tools/figures.py. A figure that fails is named in the log, and the training goes on.
-    ``figures``, name -> number, are logged after each time.
+    takes long is left to the end or to tools/figures.py. A figure that fails is named in the log, and the training goes
+    on. ``figures``, name -> number, are logged after each time.
 
     Args:
         shown: ShownClips.
