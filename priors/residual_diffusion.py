@@ -167,7 +167,9 @@ class ResidualDiffusion(Prior):
         width: channels of the finest level, a multiple of 8.
         denoising_multipliers: widths of the denoising U-Net's levels and of its context network's, in units of
             ``width``; each level has half the side of the one before.
-        transform_multipliers: the same of the transform network.
+        transform_multipliers: the same of the transform network. None, with an anchor: there is none, mu is the last
+            frame itself. For few videos: the network soon knows their changes by heart, and what it adds to the last
+            frame of others is worse than nothing.
         residual: False: the paper's ablation VD (section 3.6), mu = 0 and sigma = 1, diffuses the frames themselves.
         sigma: of Eq. 5, in units of the frames or latents. "auto": the running root mean square of x - mu in training,
             so that the residual has unit variance; a saved model's config has its last value.
@@ -239,10 +241,16 @@ class ResidualDiffusion(Prior):
         for name, value in of_mu.items():
             if value and not residual:
                 raise ValueError(f"{name}: expected none without a residual, found {value!r}")
+        if residual and transform_multipliers is None:
+            if not anchor:
+                raise ValueError("transform_multipliers: expected a list, or an anchor as mu in its place, found None")
+            for name in ("learned_sigma", "mu_weight", "detach_mu"):
+                if of_mu[name]:
+                    raise ValueError(f"{name}: expected none without transform_multipliers, found {of_mu[name]!r}")
         if detach_mu and not mu_weight:
             raise ValueError("detach_mu: expected a mu_weight, without which mu learns nothing, found 0")
         networks = {"denoising_multipliers": denoising_multipliers}
-        if residual:
+        if residual and transform_multipliers is not None:
             networks["transform_multipliers"] = transform_multipliers
         widths = {name: _widths(latent_spec, width, name, value) for name, value in networks.items()}
         self.schedule = noise_schedule(n_diffusion_steps, "cosine", "epsilon")
@@ -253,13 +261,13 @@ class ResidualDiffusion(Prior):
         self.context = RecurrentEncoder(channels, widths["denoising_multipliers"])
         self.denoiser = DenoisingUNet(channels, widths["denoising_multipliers"])
         self.transform = None
-        if residual:
+        if "transform_multipliers" in widths:
             self.transform = TransformNetwork(channels, widths["transform_multipliers"], learned_sigma)
-        else:
+            if anchor:
+                nn.init.zeros_(self.transform.to_mu.weight)
+                nn.init.zeros_(self.transform.to_mu.bias)
+        if not residual:
             self.predict_mean = None  # there is no mu
-        if anchor:
-            nn.init.zeros_(self.transform.to_mu.weight)
-            nn.init.zeros_(self.transform.to_mu.bias)
         if sigma == "auto":
             self.register_buffer("residual_rms", torch.zeros(()))  # 0: nothing seen yet
         if gradient_checkpointing:
@@ -317,10 +325,12 @@ class ResidualDiffusion(Prior):
 
     def predict_frame(self, memory):
         """mu and sigma of Eq. 5 -> mu (N, C, H, W) or 0, sigma (N, C, H, W) or a number; at least fp32."""
-        if self.transform is None:
+        if not self.config.residual:
             return 0.0, 1.0
-        mu, scale = self.transform(memory["transform"])
-        mu, sigma = precise(mu), self._sigma
+        mu, sigma, scale = 0.0, self._sigma, None
+        if self.transform is not None:
+            mu, scale = self.transform(memory["transform"])
+            mu = precise(mu)
         if self.config.anchor:
             mu = precise(memory["last"][0]) + mu
         if scale is not None:
@@ -363,7 +373,7 @@ class ResidualDiffusion(Prior):
         loss = distance(predicted.to(wanted.dtype), wanted)
         logs = {"noise_loss": loss.detach()}
 
-        if self.transform is not None:
+        if self.config.residual:
             mu_error = F.mse_loss(mu, target)
             logs["mu_error"] = mu_error.detach()
             if self.config.mu_weight:

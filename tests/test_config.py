@@ -491,9 +491,20 @@ def test_every_experiment_is_built(experiment, video_folder, tmp_path, monkeypat
     assert clip.shape == (config.clip_length, config.channels, config.frame_size, config.frame_size)
 
 
-@pytest.mark.parametrize("name", ["residual_diffusion", "st_pixelcnn", "sde_diffusion", "recurrent_vae"])
-def test_the_preset_for_small_machines_has_sizes_for_every_prior(name):
-    config = load_config("video_folder_small", [f"prior={name}", "data.root=x"], tool="train_prior")
+@pytest.mark.parametrize(
+    "tokenizer, name",
+    [
+        ("kl_vae", "residual_diffusion"),
+        ("kl_vae", "sde_diffusion"),
+        ("kl_vae", "recurrent_vae"),
+        ("sliced_vqvae", "video_transformer"),
+        ("sliced_vqvae", "st_pixelcnn"),
+        ("sliced_vqvae", "residual_diffusion"),
+    ],
+)
+def test_the_preset_for_small_machines_has_sizes_for_every_prior(tokenizer, name):
+    overrides = [f"tokenizer={tokenizer}", f"prior={name}", "data.root=x"]
+    config = load_config("video_folder_small", overrides, tool="train_prior")
     prior = instantiate(config.prior, latent_spec=instantiate(config.tokenizer).latent_spec)
     prior.check_context(config.n_context, config.clip_length)
     assert sum(weights.numel() for weights in prior.parameters()) < 5e6

@@ -199,6 +199,20 @@ def test_with_an_anchor_mu_begins_as_the_last_frame():
     torch.testing.assert_close(model.predict_mean(clip, 3), clip[:, -1:].expand(-1, 3, -1, -1, -1))
 
 
+def test_without_a_transform_mu_is_the_anchor_and_what_moves_is_drawn(tmp_path):
+    model, clip = tiny(anchor="last_frame", transform_multipliers=None, sigma="auto"), random_pixels()
+    assert not [name for name, _ in model.named_parameters() if name.startswith("transform")]
+    output = model.train()(clip, 2)
+    error = F.mse_loss(clip[:, 1:-1], clip[:, 2:])
+    torch.testing.assert_close(output.logs["mu_error"], error)
+    torch.testing.assert_close(model._sigma, error.sqrt())
+    model.save_pretrained(tmp_path)
+    loaded = ResidualDiffusion.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.predict_mean(clip, 3), clip[:, -1:].expand(-1, 3, -1, -1, -1))
+    future = loaded.sample(clip, 2, n_steps=3, generator=torch.Generator().manual_seed(0))[:, 0]
+    assert not torch.equal(future[:, 0], clip[:, -1]) and future.isfinite().all()
+
+
 def test_a_detached_mu_learns_from_its_own_error_alone():
     clip = random_pixels()
     model = tiny(mu_weight=1.0, detach_mu=True)
@@ -554,6 +568,11 @@ def test_the_learning_rate_falls_as_in_the_paper():
         (lambda: tiny(denoising_multipliers=[1, 2, 2]), "denoising_multipliers: 3 levels need height and width"),
         (lambda: tiny(transform_multipliers=[1, 2, 2]), "transform_multipliers: 3 levels need height and width"),
         (lambda: tiny(transform_multipliers=[]), "transform_multipliers: expected whole numbers"),
+        (lambda: tiny(transform_multipliers=None), "transform_multipliers: expected a list, or an anchor"),
+        (
+            lambda: tiny(transform_multipliers=None, anchor="last_frame", mu_weight=1),
+            "mu_weight: expected none without transform_multipliers, found 1",
+        ),
         (lambda: tiny(noise_loss="huber"), "noise_loss: expected l1 or l2"),
         (lambda: tiny(sigma=0.0), "sigma: expected a positive number"),
         (lambda: tiny(sigma="small"), "sigma: expected a positive number, found 'small'"),
