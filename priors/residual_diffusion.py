@@ -281,7 +281,7 @@ class ResidualDiffusion(Prior):
     @property
     def explains(self):
         """``mu`` and ``future``, where there is a mu."""
-        return () if self.transform is None else ("mu", "future")
+        return ("mu", "future") if self.config.residual else ()
 
     def check_clip(self, clip, name="clip"):
         """Refuse anything but a float (B, T, C, H, W) of the sizes in ``latent_spec``, pixels within [-1, 1]."""
@@ -504,7 +504,7 @@ class ResidualDiffusion(Prior):
     @torch.no_grad()
     def explain(self, clip, n_context, *, generator=None, **options):
         """As Prior's: ``future``, one sample, and the ``mu`` of each of its frames; {} without a residual."""
-        if self.transform is None:
+        if not self.config.residual:
             return {}
         n_clips, n_frames = len(clip), clip.shape[1] - n_context
         future = self.sample(clip[:, :n_context], n_frames, generator=generator, **options)[:, 0]
