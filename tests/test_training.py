@@ -38,12 +38,13 @@ from latentcast import (
 )
 from latentcast.cli import UserError
 from latentcast.config import to_container
+from latentcast.data.base import ShownClips
 from latentcast.figures import frames, training_curves
 from latentcast.figures.sheets import BORDER, GAP, scale_for
 from latentcast.files import printable
 from latentcast.modeling import fingerprint
 from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
-from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, ShownClips, WeightAverage
+from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, WeightAverage
 from latentcast.training.checkpoints import check_checkpoint
 from latentcast.training.loggers import plot_curves, read_metrics
 from latentcast.training.run import TrainingRun, preview_clips, replacing_folder
