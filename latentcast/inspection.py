@@ -84,6 +84,7 @@ class Subject:
         self.num_samples = 1 if self.prior is not None and self.prior.deterministic else num_samples
         self.histories, self.results, self.maps = histories or {}, results, maps
         self._counts, self._longer = counts, longer
+        self._explained = {}
 
     @property
     def names(self):
@@ -155,9 +156,13 @@ class Subject:
             return None
         return torch.stack([psnr(sample, self.truth).mean(1) for sample in self.samples.unbind(1)], 1)
 
-    @functools.cache  # noqa: B019  (as long as the subject)
     def explained(self, n_clips=None, num_samples=1):
         """``prior.explain`` of the clips, or of the first ``n_clips``."""
+        if (n_clips, num_samples) not in self._explained:
+            self._explained[n_clips, num_samples] = self._explain(n_clips, num_samples)
+        return self._explained[n_clips, num_samples]
+
+    def _explain(self, n_clips, num_samples):
         generator = torch.Generator().manual_seed(self.seed)
         frames = self.clips.frames[:n_clips]
         longest = self.prior.config.get("n_frames") if self.prior.accepts == "codes" else None

@@ -555,7 +555,7 @@ def test_the_tool_draws_what_a_run_has(run_dir, tmp_path, command):
 
 def test_the_tool_names_what_is_wrong(run_dir, tmp_path, command):
     for arguments, message in (
-        ([run_dir, "code_map"], "'code_map': no figure of this name; did you mean 'code_maps'?"),
+        ([run_dir, "code_map"], "figure 'code_map': not known; did you mean 'code_maps'?"),
         ([run_dir, "layers", "latents"], "none of these figures: layers: VQVAE has no layers; latents: VQVAE is"),
         ([run_dir, "futures", "temprature=1"], "no option of the sampler of STPixelCNN; did you mean 'temperature'?"),
         ([tmp_path / "nothing"], "nothing"),

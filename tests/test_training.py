@@ -38,12 +38,13 @@ from latentcast import (
 )
 from latentcast.cli import UserError
 from latentcast.config import to_container
+from latentcast.data.base import ShownClips
 from latentcast.figures import frames, training_curves
 from latentcast.figures.sheets import BORDER, GAP, scale_for
 from latentcast.files import printable
 from latentcast.modeling import fingerprint
 from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
-from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, ShownClips, WeightAverage
+from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, WeightAverage
 from latentcast.training.checkpoints import check_checkpoint
 from latentcast.training.loggers import plot_curves, read_metrics
 from latentcast.training.run import TrainingRun, preview_clips, replacing_folder
@@ -462,10 +463,10 @@ def test_previews_say_which_clips_they_show_and_of_which_videos(tmp_path, monkey
     assert said == f"Futures · VideoTransformer, step 4: {title}"
     assert titles[0] == f"{said}: -1 (-0.04 s)"
     names = [f"{second}/0.mp4", f"{second}/1.mp4"]  # two videos, though the first has three clips
-    kinds = ["best of 2", "random sample", "mean of samples", "spread"]
+    kinds = ["best of 2", "random", "mean", "spread"]
     expected = [["truth", *kinds][i] if i else f"{name}\ntruth" for name in names for i in range(5)]
     assert [row.name.split("\n")[0] if "dB" in row.name else row.name for row in rows] == expected
-    assert [name for name, _ in cells][:3] == [names[0], "best of 2", "random sample"]
+    assert [name for name, _ in cells][:3] == [names[0], "best of 2", "random"]
 
 
 def test_clips_of_one_video_are_numbered():

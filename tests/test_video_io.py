@@ -501,6 +501,8 @@ def test_labelled_videos_have_names_and_a_title_that_follows_the_frames():
     assert shown.shape == (2, 3, height, width) == (2, 3, LINE + 2 * (LINE + 40) + GAP, 2 * 120 + GAP)
     assert (shown[0, :, :LINE] != shown[1, :, :LINE]).any() and torch.equal(shown[0, :, LINE:], shown[1, :, LINE:])
     assert (shown[:, :, LINE : 2 * LINE, :120] < 100).any() and (shown[:, :, LINE : 2 * LINE, 122:] < 100).any()
+    narrow = labelled_videos([("a long name of a clip", videos[0][1])], ["a title that is wider than all"] * 2)
+    assert (narrow[:, :, : 2 * LINE, -2:] == 255).all() and (narrow[:, :, :LINE] < 100).any()  # cut to fit
     assert (shown[0, :, -40:, :120] == 0).all() and (shown[0, :, -40:, 122:] == 255).all()  # an empty place
 
 

@@ -183,14 +183,14 @@ def futures(context, samples, truth=None, best=None, names=None, fps=None, title
         whole = {}
         if truth is not None:
             whole["truth"] = ("", torch.cat([context[i], truth[i]]), [GIVEN] * n_given + [TRUE] * n_frames)
-        picks = [("sample 1", 0)] if n_samples == 1 else [("random sample", 0)]
+        picks = [("sample 1", 0)] if n_samples == 1 else [("random", 0)]
         if best is not None and n_samples > 1:
             picks.insert(0, (f"best of {n_samples}", int(best[i])))
         for label, s in picks:
             score = "" if scores is None else f"\n{as_array(scores)[i, s]:.1f} dB"
             whole[label] = (score, torch.cat([context[i], samples[i, s]]), edges)
         if n_samples > 1:
-            whole["mean of samples"] = ("", torch.cat([context[i], samples[i].mean(0)]), edges)
+            whole["mean"] = ("", torch.cat([context[i], samples[i].mean(0)]), edges)
         tiles = {label: (said_, _edged(fitted(frames), e)) for label, (said_, frames, e) in whole.items()}
         if n_samples > 1:
             size = next(iter(tiles.values()))[1].shape[2:]

@@ -262,6 +262,14 @@ def cut_name(name, longest=LONGEST_NAME):
     return name if len(name) <= longest else f"{name[: longest // 2]}...{name[len(name) - longest // 2 + 3 :]}"
 
 
+def fitting(text, width):
+    """``text``, cut where it is wider than ``width`` pixels."""
+    longest = len(text)
+    while longest > 6 and _width(cut_name(text, longest)) > width:
+        longest -= 1
+    return cut_name(text, longest)
+
+
 def _uint8(frames):
     """(N, C, H, W), float in [-1, 1] or uint8 -> (N, 3, H, W) uint8 on the CPU, hatched where it is not finite."""
     frames = frames.detach().cpu()
@@ -300,8 +308,8 @@ def _write(draw, text, x, y, colour=INK, size=FONT, bold=False, second=None):
 
 
 def _line(text, width):
-    """A line of text in the middle of (3, LINE, width) uint8, white; at its left edge where it is too long."""
-    canvas = Image.new("RGB", (width, LINE), "white")
+    """A line of text in the middle of (3, LINE, width) uint8, white; cut where it is too long."""
+    canvas, text = Image.new("RGB", (width, LINE), "white"), fitting(text, width)
     _write(ImageDraw.Draw(canvas), text, max(0, (width - _width(text)) / 2), LINE / 2)
     return torch.from_numpy(np.array(canvas)).movedim(-1, 0)
 

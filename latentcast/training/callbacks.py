@@ -17,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from latentcast import inspection
 from latentcast.config import one_line
-from latentcast.data.base import ShownClips  # noqa: F401 - what previews show
 from latentcast.data.loading import WorkerError, waits_for
 from latentcast.data.video_writer import write_drawing
 from latentcast.distributed import all_reduced, rank_and_world
@@ -290,7 +289,7 @@ class CodebookMonitor(Callback):
 
     def __init__(self, codebook_sizes):
         self._low = set()  # (split, number) of codebooks that are hardly used
-        self.counts = None  # how often each code of each codebook was chosen, in the latest validation or else epoch
+        self.counts = self._counted = None  # see ``_keep``
         self.train, self.val = CodebookUsage(codebook_sizes), CodebookUsage(codebook_sizes)
 
     def state_dict(self):
@@ -314,13 +313,18 @@ class CodebookMonitor(Callback):
     def on_validation_epoch_end(self, trainer, pl_module):
         self._report(trainer, pl_module, self.val, "val")
 
+    def _keep(self, metric, split):
+        """``counts``: for each codebook how often its codes were chosen, (K,), in the latest validation; where there is
+        none, in the latest epoch."""
+        if split == "val" or self._counted != "val":
+            counts, self._counted = all_reduced(metric.counts).cpu(), split
+            self.counts = [row[:size].clone() for row, size in zip(counts, metric.codebook_sizes)]
+
     def _report(self, trainer, pl_module, metric, split):
         if not metric.update_called:
             return
         figures = {name: values.reshape(-1) for name, values in metric.compute().items()}
-        if split == "val" or not self.val.update_called:
-            counts = all_reduced(metric.counts).cpu()
-            self.counts = [row[:size].clone() for row, size in zip(counts, metric.codebook_sizes)]
+        self._keep(metric, split)
         metric.reset()
         for name, values in figures.items():
             numbered = {f"{split}/{name}_{number}": value for number, value in enumerate(values, start=1)}
