@@ -302,22 +302,23 @@ def curves(subject):
 
 
 def _measured(samples, truth, videos):
-    """metric -> entry with a number for each frame, of the best sample of each clip; CRPS of all."""
+    """metric -> entry with a number for each frame, of the best sample of each clip; CRPS of all. Of one process: the
+    others of a training draw nothing."""
     size, video_of = min(truth.shape[-2:]), dict(enumerate(videos))
     names = {"psnr": psnr} | ({"ssim": ssim} if size >= WINDOWS["gaussian"] else {})
     best_of_n = BestOfN(names)
     best_of_n.update(samples, truth, range(len(truth)))
-    found = best_of_n.compute(video_of)
+    found = best_of_n.compute(video_of, gather=False)
     if size >= SMALLEST_LPIPS:
         perceptual = BestOfN(("lpips",))
         try:
             perceptual.update(samples, truth, range(len(truth)))
-            found |= perceptual.compute(video_of)
+            found |= perceptual.compute(video_of, gather=False)
         except OSError as error:
             logger.info("no LPIPS of the curves: %s", error)
     scores = ClipValues()
     scores.update(crps(samples, truth), range(len(truth)))
-    return found | {"crps": scores.compute(video_of)}
+    return found | {"crps": scores.compute(video_of, gather=False)}
 
 
 def crps_maps(subject):
@@ -463,9 +464,8 @@ def _tokenizer_lacks(subject):
 
 
 def _codes_lack(subject):
-    if subject.tokenizer is None or not subject.tokenizer.is_discrete:
-        return _tokenizer_lacks(subject) or f"{type(subject.tokenizer).__name__} has no codes"
-    return None
+    lack = _tokenizer_lacks(subject)
+    return lack or (None if subject.tokenizer.is_discrete else f"{type(subject.tokenizer).__name__} has no codes")
 
 
 def _changes_lack(subject):

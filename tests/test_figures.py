@@ -40,7 +40,7 @@ from latentcast.figures import style
 from latentcast.figures.sheets import BORDER, GIVEN, PREDICTED, picked
 from latentcast.figures.style import AMOUNT, BAD, CHANGED, Scale, code_colours, rgb
 from latentcast.inspection import FIGURES, ShownClips, Subject
-from latentcast.metrics import crps, psnr
+from latentcast.metrics import crps, psnr, statistics
 from latentcast.zoo import EXAMPLES
 
 SIZE = 32
@@ -259,12 +259,14 @@ def test_the_best_future_of_a_model_is_that_of_highest_psnr(tmp_path):
         assert picture.text["Description"] == drawing.caption and picture.size == drawing.picture.size
 
 
-def test_curves_and_crps_maps_of_a_model_are_its_metrics():
+def test_curves_and_crps_maps_of_a_model_are_its_metrics(monkeypatch):
     prior = tiny_prior("recurrent_vae")
     clip = random_clip(prior, batch=3, n_frames=5)
     shown = subject(prior=prior, frames=clip, num_samples=2)
     drawing = FIGURES["curves"].draw(shown)
     panels = {axes.get_ylabel(): lines(axes) for axes in drawing.chart.axes}
+    monkeypatch.setattr(statistics, "_all_ranks", None)  # in a training, rank 0 alone draws: others would not answer
+    FIGURES["curves"].draw(shown)
     assert list(panels) == ["PSNR, dB ↑", "CRPS, of 255 ↓"]  # frames of 8 x 16 are too small for SSIM and LPIPS
     expected = crps(shown.samples, clip[:, 2:]).mean(0)
     assert panels["CRPS, of 255 ↓"]["model"].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
@@ -501,6 +503,8 @@ def test_the_frame_before_the_future_is_always_shown():
 def test_the_named_figures_are_there_and_say_why_they_are_not():
     named = "code_frequencies code_maps change_masks reconstructions layers futures curves crps_maps z_groups motion"
     assert {*named.split(), "residual", "drift"} <= set(FIGURES)
+    pixels = PixelTokenizer(1, 8, 8)
+    assert inspection.reasons(subject(pixels))["code_maps"] == "PixelTokenizer hands on the frames as they are"
     found = inspection.reasons(subject(vqvae()))
     assert found["reconstructions"] is None and found["futures"] == "there is no prior"
     assert found["layers"] == "VQVAE has no layers" and "discrete" in found["latents"]
