@@ -468,17 +468,22 @@ def test_what_is_not_finite_is_marked_and_said_and_constants_are_drawn():
     figures.training_curves([(1, "train/loss", 0.0), (2, "train/loss", math.inf)])
 
 
-def test_a_model_that_predicts_nothing_finite_is_drawn(caplog):
-    prior = tiny_prior("recurrent_vae_latents")
-    tokenizer = VQVAE(1, 16, 8, n_codebooks=2, codebook_size=6, stride=2, **SMALL_VQVAE)
+def test_a_model_that_predicts_nothing_finite_is_drawn():
     shown = subject(prior=tiny_prior("recurrent_vae"), frames=torch.zeros(2, 5, 1, 8, 16))
     shown.__dict__["samples"] = torch.full((2, 4, 3, 1, 8, 16), math.nan)
     drawing = FIGURES["futures"].draw(shown)
     assert "NaN" in drawing.caption and shown.scores is None
-    failed = {}
-    drawn = dict(inspection.draw(shown, ["curves", "kl_groups"], failed.__setitem__))
-    assert list(drawn) == ["kl_groups"] and "NaN" in str(failed["curves"])
-    assert prior.explains == ("kl",) and tokenizer.is_discrete
+    shown.samples[:, :, 0] = 0  # the first predicted frame
+    drawn = dict(inspection.draw(shown, ["curves", "crps_maps"]))
+    psnrs = lines(drawn["curves"].chart.axes[0])["model"]
+    assert np.isfinite(psnrs).tolist() == [True, False, False] and "NaN" in drawn["curves"].caption
+    maps = [np.ma.filled(axes.images[0].get_array(), np.nan) for axes in drawn["crps_maps"].chart.axes[:3]]
+    assert [np.isfinite(values).all() for values in maps] == [True, False, False]
+    with torch.no_grad():
+        for weight in shown.prior.decoder.parameters():
+            weight.fill_(math.nan)
+    drawing = FIGURES["drift"].draw(shown)
+    assert "NaN" in drawing.caption and coloured(drawing, BAD[0]).any()
 
 
 def test_pictures_need_neither_fonts_nor_pyplot(monkeypatch):
