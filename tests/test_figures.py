@@ -428,6 +428,16 @@ def test_grey_single_and_very_many_frames_and_coarse_grids(tmp_path, n_frames, c
     figures.losses(np.ones((n_frames, grid, grid, 1)), [1.0], [4], 1)
 
 
+def test_many_codebooks_are_summed_up():
+    codes = np.zeros((2, 4, 4, 16), int)
+    drawing = figures.code_maps([("clip", "", torch.zeros(2, 1, 8, 8), codes, None)])
+    assert "The first 8 of 16 codebooks." in drawing.caption and drawing.picture.height < 1100
+    drawing = figures.losses(np.ones((2, 4, 4, 16)), np.ones(16), [4] * 16, 1)
+    assert len(drawing.chart.axes[0].patches) == 16 and not drawing.chart.axes[0].texts
+    assert len(drawing.chart.axes[1].get_legend().get_texts()) == 8  # seven, and how many more
+    figures.code_frequencies([np.arange(1, 70_000), np.ones(4)])
+
+
 def test_what_is_not_finite_is_marked_and_said_and_constants_are_drawn():
     frames, bad = torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 3, 1, 16, 16)
     bad[0, 1, 0, 2:4, 5:9] = torch.tensor([math.nan, math.inf, -math.inf, math.nan])
