@@ -302,22 +302,35 @@ def curves(subject):
 
 
 def _measured(samples, truth, videos):
-    """metric -> entry with a number for each frame, of the best sample of each clip; CRPS of all."""
+    """metric -> entry with a number for each frame, of the best sample of each clip; CRPS of all. Of one process: the
+    others of a training draw nothing."""
     size, video_of = min(truth.shape[-2:]), dict(enumerate(videos))
+    bad, samples = ~samples.isfinite(), _finite(samples)
     names = {"psnr": psnr} | ({"ssim": ssim} if size >= WINDOWS["gaussian"] else {})
     best_of_n = BestOfN(names)
     best_of_n.update(samples, truth, range(len(truth)))
-    found = best_of_n.compute(video_of)
+    found = best_of_n.compute(video_of, gather=False)
     if size >= SMALLEST_LPIPS:
         perceptual = BestOfN(("lpips",))
         try:
             perceptual.update(samples, truth, range(len(truth)))
-            found |= perceptual.compute(video_of)
+            found |= perceptual.compute(video_of, gather=False)
         except OSError as error:
             logger.info("no LPIPS of the curves: %s", error)
     scores = ClipValues()
     scores.update(crps(samples, truth), range(len(truth)))
-    return found | {"crps": scores.compute(video_of)}
+    found["crps"] = scores.compute(video_of, gather=False)
+    for frame in bad.any(-1).any(-1).any(-1).any(0).any(0).nonzero().flatten().tolist():  # not known there
+        for entry in found.values():
+            entry["per_frame"][frame] = math.nan
+            if entry["per_frame_ci95"]:
+                entry["per_frame_ci95"][frame] = [math.nan] * 2
+    return found
+
+
+def _finite(frames):
+    """Frames as metrics take them; what is not finite is grey."""
+    return frames.float().nan_to_num(0, 0, 0).clamp(-1, 1)
 
 
 def crps_maps(subject):
@@ -327,10 +340,11 @@ def crps_maps(subject):
     truth = subject.truth.float()
     last = copy_last_frame(subject.context.float(), truth.shape[1])[:, None]
     frames = sorted({0, (truth.shape[1] - 1) // 2, truth.shape[1] - 1})
-    maps = {
-        who: crps(samples, truth, reduction="none").mean((0, 2))[frames]
-        for who, samples in ((f"{subject.num_samples} samples", subject.samples), (COPY, last))
-    }
+    maps = {}
+    for who, samples in ((f"{subject.num_samples} samples", subject.samples), (COPY, last)):
+        scores = crps(_finite(samples), truth, reduction="none")
+        scores[~samples.isfinite().all(1)] = math.nan
+        maps[who] = scores.mean((0, 2))[frames]
     title = subject.title(f"CRPS, mean over {_count(truth)}")
     return figures.crps_maps(maps, title, [f"frame +{i + 1}" for i in frames])
 
@@ -413,8 +427,9 @@ def drift(subject):
     pairs = {MODEL: future[:, :known], COPY: copy_last_frame(context, known)}
     errors = {}
     for who, frames in pairs.items():
-        frames = frames.nan_to_num(0).clamp(-1, 1)
-        errors[who] = summarize((mse(frames, truth).sqrt() * LEVELS).numpy(), videos)
+        rmse = mse(_finite(frames), truth).sqrt() * LEVELS
+        rmse[~frames.isfinite().flatten(2).all(2)] = math.nan
+        errors[who] = summarize(rmse.numpy(), videos)
 
     def statistics(frames):
         before = torch.cat([context[:, -1:], frames[:, :-1]], 1)
@@ -463,9 +478,8 @@ def _tokenizer_lacks(subject):
 
 
 def _codes_lack(subject):
-    if subject.tokenizer is None or not subject.tokenizer.is_discrete:
-        return _tokenizer_lacks(subject) or f"{type(subject.tokenizer).__name__} has no codes"
-    return None
+    lack = _tokenizer_lacks(subject)
+    return lack or (None if subject.tokenizer.is_discrete else f"{type(subject.tokenizer).__name__} has no codes")
 
 
 def _changes_lack(subject):

@@ -40,7 +40,7 @@ from latentcast.figures import style
 from latentcast.figures.sheets import BORDER, GIVEN, PREDICTED, picked
 from latentcast.figures.style import AMOUNT, BAD, CHANGED, Scale, code_colours, rgb
 from latentcast.inspection import FIGURES, ShownClips, Subject
-from latentcast.metrics import crps, psnr
+from latentcast.metrics import crps, psnr, statistics
 from latentcast.zoo import EXAMPLES
 
 SIZE = 32
@@ -259,12 +259,14 @@ def test_the_best_future_of_a_model_is_that_of_highest_psnr(tmp_path):
         assert picture.text["Description"] == drawing.caption and picture.size == drawing.picture.size
 
 
-def test_curves_and_crps_maps_of_a_model_are_its_metrics():
+def test_curves_and_crps_maps_of_a_model_are_its_metrics(monkeypatch):
     prior = tiny_prior("recurrent_vae")
     clip = random_clip(prior, batch=3, n_frames=5)
     shown = subject(prior=prior, frames=clip, num_samples=2)
     drawing = FIGURES["curves"].draw(shown)
     panels = {axes.get_ylabel(): lines(axes) for axes in drawing.chart.axes}
+    monkeypatch.setattr(statistics, "_all_ranks", None)  # in a training, rank 0 alone draws: others would not answer
+    FIGURES["curves"].draw(shown)
     assert list(panels) == ["PSNR, dB ↑", "CRPS, of 255 ↓"]  # frames of 8 x 16 are too small for SSIM and LPIPS
     expected = crps(shown.samples, clip[:, 2:]).mean(0)
     assert panels["CRPS, of 255 ↓"]["model"].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
@@ -426,6 +428,16 @@ def test_grey_single_and_very_many_frames_and_coarse_grids(tmp_path, n_frames, c
     figures.losses(np.ones((n_frames, grid, grid, 1)), [1.0], [4], 1)
 
 
+def test_many_codebooks_are_summed_up():
+    codes = np.zeros((2, 4, 4, 16), int)
+    drawing = figures.code_maps([("clip", "", torch.zeros(2, 1, 8, 8), codes, None)])
+    assert "The first 8 of 16 codebooks." in drawing.caption and drawing.picture.height < 1100
+    drawing = figures.losses(np.ones((2, 4, 4, 16)), np.ones(16), [4] * 16, 1)
+    assert len(drawing.chart.axes[0].patches) == 16 and not drawing.chart.axes[0].texts
+    assert len(drawing.chart.axes[1].get_legend().get_texts()) == 8  # seven, and how many more
+    figures.code_frequencies([np.arange(1, 70_000), np.ones(4)])
+
+
 def test_what_is_not_finite_is_marked_and_said_and_constants_are_drawn():
     frames, bad = torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 3, 1, 16, 16)
     bad[0, 1, 0, 2:4, 5:9] = torch.tensor([math.nan, math.inf, -math.inf, math.nan])
@@ -466,17 +478,22 @@ def test_what_is_not_finite_is_marked_and_said_and_constants_are_drawn():
     figures.training_curves([(1, "train/loss", 0.0), (2, "train/loss", math.inf)])
 
 
-def test_a_model_that_predicts_nothing_finite_is_drawn(caplog):
-    prior = tiny_prior("recurrent_vae_latents")
-    tokenizer = VQVAE(1, 16, 8, n_codebooks=2, codebook_size=6, stride=2, **SMALL_VQVAE)
+def test_a_model_that_predicts_nothing_finite_is_drawn():
     shown = subject(prior=tiny_prior("recurrent_vae"), frames=torch.zeros(2, 5, 1, 8, 16))
     shown.__dict__["samples"] = torch.full((2, 4, 3, 1, 8, 16), math.nan)
     drawing = FIGURES["futures"].draw(shown)
     assert "NaN" in drawing.caption and shown.scores is None
-    failed = {}
-    drawn = dict(inspection.draw(shown, ["curves", "kl_groups"], failed.__setitem__))
-    assert list(drawn) == ["kl_groups"] and "NaN" in str(failed["curves"])
-    assert prior.explains == ("kl",) and tokenizer.is_discrete
+    shown.samples[:, :, 0] = 0  # the first predicted frame
+    drawn = dict(inspection.draw(shown, ["curves", "crps_maps"]))
+    psnrs = lines(drawn["curves"].chart.axes[0])["model"]
+    assert np.isfinite(psnrs).tolist() == [True, False, False] and "NaN" in drawn["curves"].caption
+    maps = [np.ma.filled(axes.images[0].get_array(), np.nan) for axes in drawn["crps_maps"].chart.axes[:3]]
+    assert [np.isfinite(values).all() for values in maps] == [True, False, False]
+    with torch.no_grad():
+        for weight in shown.prior.decoder.parameters():
+            weight.fill_(math.nan)
+    drawing = FIGURES["drift"].draw(shown)
+    assert "NaN" in drawing.caption and coloured(drawing, BAD[0]).any()
 
 
 def test_pictures_need_neither_fonts_nor_pyplot(monkeypatch):
@@ -501,6 +518,8 @@ def test_the_frame_before_the_future_is_always_shown():
 def test_the_named_figures_are_there_and_say_why_they_are_not():
     named = "code_frequencies code_maps change_masks reconstructions layers futures curves crps_maps z_groups motion"
     assert {*named.split(), "residual", "drift"} <= set(FIGURES)
+    pixels = PixelTokenizer(1, 8, 8)
+    assert inspection.reasons(subject(pixels))["code_maps"] == "PixelTokenizer hands on the frames as they are"
     found = inspection.reasons(subject(vqvae()))
     assert found["reconstructions"] is None and found["futures"] == "there is no prior"
     assert found["layers"] == "VQVAE has no layers" and "discrete" in found["latents"]

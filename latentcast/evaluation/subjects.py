@@ -37,6 +37,7 @@ logger = logging.getLogger("latentcast")
 WRITTEN = "figures.json"  # beside the pictures: their files, captions and numbers, by name
 N_FRAMES = 10  # of clips of a tokenizer alone, at least; after the context, of a data set that is named
 N_INPUT = 16  # frames after the context, of videos
+OTHER_TIMES = ("fps_multiplier", "frame_times")  # sampler options
 MOST_COUNTED = 20_000  # frames of a latents cache whose codes are counted
 
 
@@ -129,6 +130,8 @@ def open_subject(
             if name not in known:
                 kind = type(pipe.prior).__name__
                 raise UserError(f"{name}=: no option of the sampler of {kind}{nearest(name, known) if known else ''}")
+            if name in OTHER_TIMES:
+                raise UserError(f"{name}: expected none, since figures show the data's frames; half_steps shows others")
         spec = pipe.prior.config.latent_spec
         n_context = n_context or pipe.config.n_context or max(5, pipe.prior.min_context)
     else:

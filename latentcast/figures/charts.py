@@ -50,6 +50,7 @@ LONGEST_LABEL = 40  # characters
 FOR_ANY_TICKS = 1.2  # inches: what the longest labels of ticks take
 WIDE = 30  # the largest value over the smallest from which a scale is logarithmic
 MOST_MARKED = 30  # points of a line that are marked
+MOST_NUMBERED = 12  # bars that have room for numbers
 SHARE = 0.8  # of the mass: LVT, appendix A
 
 
@@ -347,8 +348,11 @@ def losses(bits, unigram, sizes, n_context, title="", noun="codebook"):
         books.hlines(known, numbers[i] - 0.4, numbers[i] + 0.4, color=INK, linestyle="--", linewidth=1.4)
         books.hlines(math.log2(size), numbers[i] - 0.4, numbers[i] + 0.4, color=FADED, linestyle=":", linewidth=1.4)
         place = (numbers[i], np.nan_to_num(value, posinf=0, neginf=0) / 2)
-        books.annotate(f"{value:.2f}", place, ha="center", va="center", fontsize=8, color="white")
-    books.set(xlabel=noun, ylabel="bits a code ↓", xlim=(0.3, n + 0.7), xticks=numbers if n <= 12 else None)
+        if n <= MOST_NUMBERED:
+            books.annotate(f"{value:.2f}", place, ha="center", va="center", fontsize=8, color="white")
+    books.set(xlabel=noun, ylabel="bits a code ↓", xlim=(0.3, n + 0.7))
+    if n <= MOST_NUMBERED:
+        books.set_xticks(numbers)
     for i, curve in enumerate(bits.mean((1, 2)).T):
         _line(frames, range(1, n_frames + 1), curve, color=colour_of(i), label=f"{noun} {i + 1}")
         frames.axhline(unigram[i], color=colour_of(i), linestyle="--", linewidth=1)
@@ -572,7 +576,11 @@ def _legend(axes, most=10, title=None):
     if len(handles) > most:
         labels = [*labels[: most - 1], f"... and {len(labels) - most + 1} more"]
         handles = handles[:most]
-    legend = axes.legend(handles, labels, fontsize=8, framealpha=0.85, edgecolor="none", labelcolor=INK, title=title)
+    many = sum(len(line.get_xdata()) for line in axes.lines) > 2000  # among which to look for room takes long
+    where = "upper right" if many else "best"
+    legend = axes.legend(
+        handles, labels, loc=where, fontsize=8, framealpha=0.85, edgecolor="none", labelcolor=INK, title=title
+    )
     legend.get_title().set_fontsize(8)
 
 

@@ -153,15 +153,17 @@ class BestOfN:
                 raise ValueError(f"best of N: expected at least {self.counts[-1]} samples a clip, found {found}")
             values.update(scores[name], clips)
 
-    def compute(self, video_of=None):
-        """name -> plain numbers; every rank must call it. ``video_of``: clip -> the video it comes from.
+    def compute(self, video_of=None, gather=True):
+        """name -> plain numbers; every rank must call it, unless without ``gather``, of this rank's clips alone.
+        ``video_of``: clip -> the video it comes from.
 
         ``mean``, ``ci95``, ``n_clips``, ``n_videos``, ``per_frame`` and ``per_frame_ci95`` (see
         ``statistics.summarize``) of the best samples, ``clips`` with ``videos`` and ``per_clip`` (the best sample's
         mean), ``best`` and ``worst`` (index of the sample for each clip), ``n_samples``, and summaries
         ``mean_of_samples`` and ``best_of`` (str(n) -> best of the first n).
         """
-        return {name: self._compute(name, values.gather(), video_of) for name, values in self.values.items()}
+        gathered = {name: values.gather() if gather else values for name, values in self.values.items()}
+        return {name: self._compute(name, values, video_of) for name, values in gathered.items()}
 
     def _compute(self, name, gathered, video_of):
         scores, videos = gathered.values, videos_of(gathered.clips, video_of)

@@ -81,9 +81,10 @@ class ClipValues:
                 merged.update(np.stack([values._rows[clip] for clip in new]), None if values._counted else new)
         return merged
 
-    def compute(self, video_of=None):
-        """``summarize`` of all ranks' values, and ``per_clip``; ``video_of``: clip -> the video it comes from."""
-        merged = self.gather()
+    def compute(self, video_of=None, gather=True):
+        """``summarize`` of all ranks' values, or without ``gather`` of this one's alone, and ``per_clip``;
+        ``video_of``: clip -> the video it comes from."""
+        merged = self.gather() if gather else self
         videos = videos_of(merged.clips, video_of)
         return summarize(merged.values, videos) | per_clip(merged.clips, merged.values, videos)
 
