@@ -76,7 +76,7 @@ setup(
             "psutil>=5.9",
             "scikit-image>=0.22",
             "transformers>=4.46",
-        ]
+        ],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )
