@@ -30,12 +30,12 @@ def test_tensorboard_has_curves_settings_and_moving_pictures_and_a_resumed_run_h
     train(tmp_path, "tensorboard")
     found = read()
     assert [event.step for event in found.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert {"val/loss", "train/lr", "throughput/clips_per_s", "samples/sample_std"} <= set(found.Tags()["scalars"])
+    assert {"val/loss", "train/lr", "throughput/clips_per_s", "preview/sample_std"} <= set(found.Tags()["scalars"])
     for key, kind in (("predictions", "gif"), ("predicted_frames", "png")):
-        events = found.Images(f"samples/{key}")
+        events = found.Images(f"media/{key}")
         assert [event.step for event in events] == [2, 4]
         assert events[1].encoded_image_string == (tmp_path / f"run/previews/prior/step_0000004.{kind}").read_bytes()
-    with Image.open(io.BytesIO(found.Images("samples/predictions")[0].encoded_image_string)) as image:
+    with Image.open(io.BytesIO(found.Images("media/predictions")[0].encoded_image_string)) as image:
         assert image.n_frames == 4
     settings = (folder / "hparams.yaml").read_text()
     assert "n_layers: 1" in settings and "parameters:" in settings and "joint_training" not in settings
@@ -63,7 +63,7 @@ def test_trackio_has_rows_pictures_and_settings_and_a_resumed_run_goes_on_in_the
     assert {row[0] for row in rows} == {"tiny-prior"} and len({row[1] for row in rows}) == 1
     parsed = [(step, json.loads(metrics)) for _, _, step, metrics in rows]
     assert [step for step, metrics in parsed if "train/loss" in metrics] == [1, 2, 3, 4, 5, 6]
-    media = [(step, metrics["samples/predictions"]) for step, metrics in parsed if "samples/predictions" in metrics]
+    media = [(step, metrics["media/predictions"]) for step, metrics in parsed if "media/predictions" in metrics]
     assert [step for step, _ in media] == [2, 4, 6]
     for step, medium in media:
         stored = next((tmp_path / "trackio/media").rglob(medium["file_path"].rpartition("/")[2]))

@@ -500,7 +500,7 @@ class ReconstructionPreview(Preview):
         columns = [f"{what} {number}" for number in range(1, clips.shape[1] + 1)]
         file = path.with_suffix(".png")
         write_image(file, labelled_sheet(rows, columns, self.title(pl_module), scale_for(clips.shape[-2])))
-        return {"reconstructions": file}
+        return {"media/reconstructions": file}
 
 
 class PredictionPreview(Preview):
@@ -508,7 +508,7 @@ class PredictionPreview(Preview):
 
     In the videos a row holds the true clip, then the samples; all show the same context first. In the PNG each of them
     is a row of its own. All have names, and the given frames green edges. How much the samples of a clip differ is
-    logged (``samples/``, see ``sample_diversity``), if there are several.
+    logged (``sample_diversity``), if there are several.
 
     Args:
         make_pipeline: prior -> VideoPredictionPipeline.
@@ -538,7 +538,7 @@ class PredictionPreview(Preview):
             **self.sampler,
         ).frames.cpu()
         if num_samples > 1:
-            self.figures = {f"samples/{name}": value for name, value in sample_diversity(predicted).items()}
+            self.figures = {f"preview/{name}": value for name, value in sample_diversity(predicted).items()}
         shown = [rows_of(*parts) for parts in zip(context, future, predicted)]
         rows = [
             (f"{clip}\n{kind}", frames)
@@ -557,7 +557,7 @@ class PredictionPreview(Preview):
             for kind, frames in kinds.items()
         ]
         mp4, _ = write_both(path, labelled_videos(cells, titles, scale, columns=1 + num_samples), fps)
-        return {"predictions": mp4, "predicted_frames": png}
+        return {"media/predictions": mp4, "media/predicted_frames": png}
 
 
 def sample_diversity(samples):
