@@ -613,8 +613,8 @@ def test_training_logs_groups_and_diversity_and_warns_of_collapse(tmp_path, capl
     assert {"loss", "mse", "kl", "kl_group_2", "active_units", "active_units_group_1"} <= figures["val"].keys()
     rows = read_metrics(tmp_path / "run/metrics/prior.csv")
     names = {name for _, name, _ in rows}
-    assert {"train/kl_group_1", "train/active_units_group_2", "val/kl_group_1", "samples/sample_std"} <= names
-    assert ("samples/ilpips" in names) != ("no iLPIPS of the preview" in caplog.text)
+    assert {"train/kl_group_1", "train/active_units_group_2", "val/kl_group_1", "preview/sample_std"} <= names
+    assert ("preview/ilpips" in names) != ("no iLPIPS of the preview" in caplog.text)
     # Four steps are too few for z to mean anything.
     assert figures["val"]["active_units_group_1"] == 0
     assert "posterior collapse: no unit of latent group 1 of RecurrentVAE is active" in caplog.text

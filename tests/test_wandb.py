@@ -167,19 +167,19 @@ def test_the_step_of_a_row_is_the_number_of_steps_made_and_resuming_appends(chai
     assert all(row["step"] == step for step, row in rows.items())
     assert [step for step, row in rows.items() if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
     for key, kind, suffix in (("futures_video", "video-file", "mp4"), ("futures", "image-file", "png")):
-        media = {step: row for step, row in rows.items() if row.get(f"samples/{key}/_type") == kind}
+        media = {step: row for step, row in rows.items() if row.get(f"media/{key}/_type") == kind}
         assert list(media) == [2, 4, 6]
         for step, row in media.items():
             read = first if step <= 4 else second
-            logged = (read.folder / "files" / row[f"samples/{key}/path"]).read_bytes()
+            logged = (read.folder / "files" / row[f"media/{key}/path"]).read_bytes()
             assert logged == (folder / f"previews/prior/step_{step:07d}.{suffix}").read_bytes()
-            assert row[f"samples/{key}/caption"] == f"STPixelCNN, step {step}: held-out clips"
+            assert row[f"media/{key}/caption"] == f"STPixelCNN, step {step}: held-out clips"
 
 
 def test_every_metric_has_an_axis_and_the_summary_that_it_wants(chain, groups):
     wanted = {"train/loss": "min", "val/loss": "min", "val/psnr": "max", "val/ssim": "max", "train/usage_1": "max"}
     wanted |= {"val/dead_fraction_2": "min", "train/bits_per_code_1": "min", "train/kl_group_1": "", "train/lr": ""}
-    wanted |= {"train/mse": "min", "throughput/data_wait": "", "samples/sample_std": "", "train/grad_norm": ""}
+    wanted |= {"train/mse": "min", "throughput/data_wait": "", "preview/sample_std": "", "train/grad_norm": ""}
     found = {}
     for read in (*chain[0], groups):
         found |= read.metrics
@@ -192,9 +192,9 @@ def test_every_metric_has_an_axis_and_the_summary_that_it_wants(chain, groups):
         summary = found[name].summary
         assert summary.last and (summary.min, summary.max) == (best == "min", best == "max"), name
     assert {key.partition("/")[0] for key in found} == {
-        *("encode", "evaluation", "samples", "throughput", "train", "val")
+        *("encode", "evaluation", "media", "preview", "throughput", "train", "val")
     }
-    assert summary_of("samples/ilpips") == "last" and summary_of("val/lpips") == "min,last"
+    assert summary_of("preview/ilpips") == "last" and summary_of("val/lpips") == "min,last"
 
 
 def test_what_was_made_from_what_is_told_in_artifacts_and_in_a_file(chain):
@@ -246,13 +246,13 @@ def test_an_evaluation_has_a_summary_by_its_protocol_and_its_pictures(chain):
     for metric in ("psnr", "ssim", "crps"):
         assert row[f"evaluation/one_digit/{metric}"] == pytest.approx(results["metrics"][metric]["mean"])
     assert "evaluation/one_digit/copy_last_frame/psnr" in row and "evaluation/one_digit/mean_of_samples/psnr" in row
-    assert row["samples/random_video/_type"] == "video-file" and row["samples/best_sheet/_type"] == "image-file"
-    assert row["samples/best_sheet/caption"] == "run under one_digit"
+    assert row["media/random_video/_type"] == "video-file" and row["media/best_sheet/_type"] == "image-file"
+    assert row["media/best_sheet/caption"] == "run under one_digit"
 
 
 def test_every_panel_of_the_dashboard_shows_what_is_logged(chain, groups, command):
     keys = groups.keys.union(*(read.keys for read in chain[0]))
-    with_weights = {"val/lpips", "samples/ilpips"}  # where those are at hand
+    with_weights = {"val/lpips", "preview/ilpips"}  # where those are at hand
     try:
         find_weights("lpips_alex")
     except OSError:
@@ -273,7 +273,7 @@ def test_every_panel_of_the_dashboard_shows_what_is_logged(chain, groups, comman
     assert [section["name"] for section in sent] == names
     sent = [panel["config"] for section in sent for panel in section["panels"]]
     assert {"chartTitle": "loss", "xAxis": "step", "metrics": ["train/loss", "val/loss"]} in sent
-    assert ["samples/futures_video"] in [panel.get("mediaKeys") for panel in sent]
+    assert ["media/futures_video"] in [panel.get("mediaKeys") for panel in sent]
     grids = [block for block in found["specs"]["report"]["blocks"] if block["type"] == "panel-grid"]
     filters = [grid["metadata"]["runSets"][0]["filters"]["filters"][0] for grid in grids]
     assert [(f["key"]["name"], f["value"]) for f in filters] == [
@@ -328,7 +328,7 @@ def test_after_a_stop_figures_are_logged_once_and_late_ones_and_pictures_move_up
     run = WandbRun(tmp_path, "prior", SETTINGS, "tiny", resume=True, last_step=4)
     run.start({})
     run.log({"at_3": 3.0}, 3)
-    run.log_files({"futures_video": picture}, 3, "step 3")  # made again: that of the stopped run may be lost
+    run.log_files({"media/futures_video": picture}, 3, "step 3")  # made again: that of the stopped run may be lost
     for step in (4, 5, 7, 6, 8):
         run.log({f"at_{step}": float(step)}, step)
     run.makes("prior", tmp_path / "nothing")
@@ -337,8 +337,8 @@ def test_after_a_stop_figures_are_logged_once_and_late_ones_and_pictures_move_up
     rows = {row["_step"]: row for row in read.rows}
     assert list(rows) == [5, 7, 8]
     assert rows[7]["at_6"] == 6 and "at_3" not in str(rows) and "at_4" not in str(rows)
-    assert rows[5]["samples/futures_video/caption"] == "step 3" and rows[5]["at_5"] == 5
-    assert "W&B: its steps cannot go back, futures_video of step 3 is logged at 5" in caplog.text
+    assert rows[5]["media/futures_video/caption"] == "step 3" and rows[5]["at_5"] == 5
+    assert "W&B: its steps cannot go back, media/futures_video of step 3 is logged at 5" in caplog.text
     assert "W&B: no artifact of" in caplog.text and "W&B is off" not in caplog.text
 
 

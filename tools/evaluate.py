@@ -112,7 +112,7 @@ def log(config, folder, results, files):
             for metric, entry in metrics.items()
         }
         run.log(figures, 1)
-        media = {key: Path(path) for key, path in files.items() if Path(path).suffix in (".png", ".mp4")}
+        media = {f"media/{key}": Path(path) for key, path in files.items() if Path(path).suffix in (".png", ".mp4")}
         run.log_files(media, 1, f"{results['model']['name']} under {name}")
         run.makes("evaluation", files["figures"], files["table"])
 

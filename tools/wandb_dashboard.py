@@ -80,11 +80,13 @@ def save(workspace, report):
     import wandb
     import wandb_workspaces.workspaces as ws
 
-    place = f"{workspace.entity}/{workspace.project}"
-    earlier = [found for found in wandb.Api().reports(place) if found.display_name == report.title]
+    api, place = wandb.Api(), f"{workspace.entity}/{workspace.project}"
+    if workspace.project not in [project.name for project in api.projects(workspace.entity)]:
+        raise UserError(f"{place}: W&B has no such project; log a run to it, or sync one, first")
+    earlier = [found for found in api.reports(place) if found.display_name == report.title]
     if earlier:
         report.id = earlier[0].id
-    report.save()  # which makes the project, where there is none
+    report.save()
     try:
         view = workspace._internal_name.removeprefix("nw-").removesuffix("-v")
         workspace._internal_id = ws.Workspace.from_url(f"https://wandb.ai/{place}?nw={view}")._internal_id

@@ -412,7 +412,7 @@ class Preview(Callback):
     """Draws figures of the same clips every so many steps, and more of them at the end, with the averaged weights.
 
     Those of ``latentcast/inspection.py`` that the model has: the ``first`` one as ``step_0000500.png``, the others as
-    ``step_0000500_NAME.png``; the loggers get them as ``samples/NAME``, and videos as ``samples/NAME_video``. What
+    ``step_0000500_NAME.png``; the loggers get them as ``media/NAME``, and videos as ``media/NAME_video``. What
     takes long is left to the end or to tools/figures.py. A figure that fails is named in the log, and the training goes
     on. ``figures``, name -> number, are logged after each time.
 
@@ -471,9 +471,9 @@ class Preview(Callback):
         for name, drawing in inspection.draw(subject, names, self._failed):
             first = name == self.first
             written = write_drawing(path if first else path.with_name(f"{path.name}_{name}"), drawing, gif=first)
-            files[name] = written[".png"]
+            files[f"media/{name}"] = written[".png"]
             if ".mp4" in written:
-                files[f"{name}_video"] = written[".mp4"]
+                files[f"media/{name}_video"] = written[".mp4"]
         return files
 
     def _failed(self, name, error):
@@ -502,7 +502,7 @@ class ReconstructionPreview(Preview):
 
 class PredictionPreview(Preview):
     """Figures of a prior, futures of the clips first, also as mp4 and GIF; see Preview. How much the samples of a clip
-    differ is logged (``samples/``, see ``sample_diversity``), if there are several.
+    differ is logged (``preview/``, see ``sample_diversity``), if there are several.
 
     Args:
         make_pipeline: prior -> VideoPredictionPipeline.
@@ -529,7 +529,7 @@ class PredictionPreview(Preview):
     def draw(self, subject, path, end=False, made=False):
         files = super().draw(subject, path, end, made)
         if subject.num_samples > 1 and not made:
-            self.figures = {f"samples/{name}": value for name, value in sample_diversity(subject.samples).items()}
+            self.figures = {f"preview/{name}": value for name, value in sample_diversity(subject.samples).items()}
         return files
 
 

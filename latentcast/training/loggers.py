@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from latentcast.figures import training_curves
 from latentcast.files import replacing, writing
 
-from .trackers import MEDIA, not_installed, open_tracker, settings_of
+from .trackers import not_installed, open_tracker, settings_of
 
 logger = logging.getLogger("latentcast")
 
@@ -80,7 +80,7 @@ class MediaLogger(Logger):
         """Log pictures and videos.
 
         Args:
-            files: name -> path of a png, gif or mp4 file; they become ``samples/NAME``.
+            files: ``media/NAME`` -> path of a png, gif or mp4 file.
             step: how many have been made.
             caption: one line.
         """
@@ -148,7 +148,7 @@ class TensorBoard(MediaLogger, TensorBoardLogger):
             with Image.open(path) as image:
                 width, height = image.size
             encoded = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes())
-            value = Summary.Value(tag=f"{MEDIA}/{name}", image=encoded)
+            value = Summary.Value(tag=name, image=encoded)
             self.experiment.file_writer.add_summary(Summary(value=[value]), step)
 
 

@@ -17,7 +17,7 @@ from . import lineage
 logger = logging.getLogger("latentcast")
 
 LOGGERS = ("wandb", "tensorboard", "trackio", "none")
-MEDIA = "samples"  # the prefix of all pictures and videos
+MEDIA = "media"  # the prefix of all pictures and videos
 BEST = {  # what a run's summary keeps beside the last value, by the end of a quantity's name
     "min": ("loss", "error", "nll", "mse", "lpips", "bits_per_code", "cross_entropy", "dead_fraction"),
     "max": ("psnr", "ssim", "usage", "perplexity"),
@@ -83,7 +83,7 @@ class Tracker:
             self._guard(self._log, figures, step)
 
     def log_files(self, files, step, caption=""):
-        """Log pictures and videos, name -> path of a png, gif or mp4 file, as ``samples/NAME``."""
+        """Log pictures and videos, ``media/NAME`` -> path of a png, gif or mp4 file."""
         self._guard(self._log_files, files, step, caption)
 
     def uses(self, kind, *paths):
@@ -127,7 +127,7 @@ class Tracker:
             names = ", ".join(files)
             logger.info("%s: its steps cannot go back, %s of step %d is logged at %d", self.label, names, step, at)
         library = importlib.import_module(self.package)
-        self._log({f"{MEDIA}/{name}": self._medium(library, path, caption) for name, path in files.items()}, at)
+        self._log({name: self._medium(library, path, caption) for name, path in files.items()}, at)
 
     def _medium(self, library, path, caption):
         path = Path(path)
@@ -208,7 +208,7 @@ class WandbRun(Tracker):
 
     def _write(self, values, step):
         for key in [key for key in values if key not in self._defined]:
-            medium = key.startswith(f"{MEDIA}/") and not isinstance(values[key], (int, float))
+            medium = key.startswith(f"{MEDIA}/")
             self._run.define_metric(key, step_metric="step", summary=None if medium else summary_of(key))
         self._defined |= values.keys()
         # W&B's own step is the same, but syncing may number the rows anew.
