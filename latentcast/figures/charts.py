@@ -465,8 +465,8 @@ def training_curves(history, title="", name="training"):
     n_bad = 0
     for step, logged, value in history:
         split, _, quantity = logged.partition("/")
-        if logged.startswith("lr-"):
-            lines["learning rate"][logged.removeprefix("lr-")].append((step, value))
+        if quantity == "lr":
+            lines["learning rate"][split].append((step, value))
         elif split in ("train", "val"):
             n_bad += not math.isfinite(value)
             if math.isfinite(value):
