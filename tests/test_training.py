@@ -9,7 +9,7 @@ import resource
 import shutil
 import signal
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +23,7 @@ from skimage.metrics import structural_similarity
 from tiny import SMALL_TRANSFORMER, random_frames, tiny_tokenizer
 from tiny_experiment import N_CLIPS, call_tool, free_port, tiny_config
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from video_files import counter_frames, encode
 
 from latentcast import (
@@ -36,7 +37,7 @@ from latentcast import (
     load_model,
     probe,
 )
-from latentcast.cli import UserError
+from latentcast.cli import DTYPES, UserError, pick_dtype
 from latentcast.config import to_container
 from latentcast.data.base import ShownClips
 from latentcast.figures import frames, training_curves
@@ -47,6 +48,7 @@ from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
 from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, WeightAverage
 from latentcast.training.checkpoints import check_checkpoint
 from latentcast.training.loggers import plot_curves, read_metrics
+from latentcast.training.module import TrainingModule
 from latentcast.training.run import TrainingRun, preview_clips, replacing_folder
 
 EPOCH = N_CLIPS // 8  # steps
@@ -508,6 +510,14 @@ def test_a_gradient_that_is_not_finite_names_the_module_where_it_came_up(tmp_pat
     assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
 
 
+def test_codes_of_a_cache_train_as_they_are_stored():
+    spec = tiny_tokenizer("vqvae").latent_spec
+    module = PriorModule(VideoTransformer(spec, subscale=[4, 1, 1], **SMALL_TRANSFORMER).eval(), torch.optim.SGD)
+    codes = torch.randint(12, (2, 4, spec["height"], spec["width"], 1))
+    losses = [module.compute({"codes": codes.to(dtype)}).loss for dtype in (torch.int64, torch.uint8, torch.uint16)]
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_trainer_keys_reach_the_trainer(tmp_path):
     overrides = ["trainer.precision=bf16-mixed", "trainer.max_time=00:00:10:00", "trainer.val_check_interval=2"]
     _, module, run = fit(tiny_config(tmp_path, *overrides))
@@ -532,6 +542,37 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
     assert clips and all(frames[step] == pytest.approx(4 * clips[step]) for step in clips)
     assert [step for step, share in figures["throughput/data_wait"] if 0 < share < 1] == list(clips)
     assert (run.run_dir / "metrics/tokenizer_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Counted(TorchDispatchMode):
+    """How often each operation ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func] += 1
+        return func(*args, **kwargs or {})
+
+
+def test_the_gradient_norm_is_computed_once_a_step_and_clips_as_lightning_does(tmp_path, monkeypatch):
+    def trained(*overrides):
+        few = ["trainer.max_steps=3", "trainer.gradient_clip_val=0.01", "trainer.limit_val_batches=0", "overwrite=true"]
+        with Counted() as counted:
+            _, module, run = fit(tiny_config(tmp_path, *few, *overrides))
+        norms = [value for _, value in curves(run)["train/grad_norm"]]
+        return counted.counts[torch.ops.aten._foreach_norm.Scalar], norms, module.state_dict()
+
+    def same(first, second):
+        return all(torch.equal(first[name], tensor) for name, tensor in second.items())
+
+    n_calls, norms, weights = trained()
+    assert not same(weights, trained("trainer.gradient_clip_algorithm=value")[2])
+    monkeypatch.delattr(TrainingModule, "configure_gradient_clipping")
+    n_theirs, expected, expected_weights = trained()
+    assert (n_calls, n_theirs) == (3, 6) and norms == expected and min(norms) > 0.01
+    assert same(weights, expected_weights)
 
 
 def test_curves_have_units_the_learning_rate_and_scales_and_nothing_is_cut_off(tmp_path):
@@ -827,6 +868,8 @@ def test_the_precision_is_what_the_hardware_computes_fast_in_where_it_is_left_to
     _, module, run = fit(tiny_config(tmp_path, *options))
     native = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     assert module.trainer.precision == ("bf16-mixed" if native else "32-true")
+    assert pick_dtype("auto", "cpu") == (torch.bfloat16 if native else torch.float32)
+    assert [pick_dtype(name, "cpu") for name in DTYPES[1:]] == [torch.float32, torch.bfloat16, torch.float16]
     assert load_config(run.run_dir / "config.yaml").trainer.precision == "auto"  # for it may go on elsewhere
 
 

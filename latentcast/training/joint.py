@@ -3,7 +3,6 @@
 import json
 import logging
 import warnings
-from types import SimpleNamespace
 
 import torch
 
@@ -89,12 +88,12 @@ class JointModule(TrainingModule):
         # The tokenizer is; Lightning's warning is for those who forgot to leave it.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
-    def configure_gradient_clipping(self, optimizer, *args, **kwargs):
-        """Prior and decoder apart where no bridge joins them: the decoder's gradient is as large as lambda, and would
-        shrink the prior's, which lambda must not reach."""
-        for part in [self] if self.bridge != "none" else [self.model, self.tokenizer]:
-            only = SimpleNamespace(**vars(optimizer) | {"param_groups": [{"params": list(part.parameters())}]})
-            super().configure_gradient_clipping(only, *args, **kwargs)
+    def clipped_apart(self):
+        """Prior and decoder where no bridge joins them: the decoder's gradient is as large as lambda, and would shrink
+        the prior's, which lambda must not reach."""
+        if self.bridge != "none" or self.weight == 0:
+            return super().clipped_apart()
+        return [[p for p in part.parameters() if p.requires_grad] for part in (self.model, self.tokenizer)]
 
     def compute(self, batch):
         frames = batch["frames"]

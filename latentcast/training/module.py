@@ -8,6 +8,7 @@ from functools import partial
 import pytorch_lightning as pl
 import torch
 from diffusers.optimization import get_scheduler
+from pytorch_lightning.plugins.precision import Precision
 
 from latentcast.config import is_whole, one_line
 from latentcast.modeling import eval_mode
@@ -37,6 +38,7 @@ class TrainingModule(pl.LightningModule):
         self.save_hyperparameters(config or {})
         self._loss = None  # summed over the batches of one optimizer step
         self._batch = None  # the last of them
+        self._norms = ()  # (parameters, norm of their gradients, as a number) of the step at hand
         self._build_optimizer()  # so that a mistake in the settings shows now
 
     def n_parameters(self, trainable=False):
@@ -74,11 +76,15 @@ class TrainingModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer):
         """Log gradient norm and rate; stop before a loss or gradient that is not finite reaches the weights."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        parts = self.clipped_apart()
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
         loss, self._loss = self._loss, None
         batch, self._batch = self._batch, None
-        loss, norm = torch.stack([loss.float(), norm.float()]).tolist()  # one wait for the device, not two
+        figures = torch.stack([value.float() for value in (loss, norm, *norms)])
+        loss, norm, *known = figures.tolist()  # one wait for the device, not several
+        self._norms = list(zip(parts, norms, known))
         # Gradients overflow now and then in fp16; there the gradient scaler skips the step.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         for name, value in (("loss", loss), ("gradient norm", 0 if scaled else norm)):
@@ -89,6 +95,23 @@ class TrainingModule(pl.LightningModule):
                     f"{culprit and f', first in {culprit}'}; stopped before it reached the weights. A lower learning "
                     "rate or precision=32-true may help"
                 )
+
+    def clipped_apart(self):
+        """Lists of the parameters that are trained; each is clipped by the norm of its own gradients."""
+        return [[p for p in self.parameters() if p.requires_grad]]
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        """Clip by the norms that are known already, where Lightning would compute them again, and multiply nothing by
+        1."""
+        plugin = self.trainer.precision_plugin
+        special = type(plugin).clip_grad_by_norm is not Precision.clip_grad_by_norm  # of gradients in pieces, say
+        scaled = getattr(plugin, "scaler", None) and getattr(optimizer, "_step_supports_amp_scaling", False)
+        if gradient_clip_algorithm == "value" or special or scaled:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            for parameters, norm, known in self._norms:
+                if not known + 1e-6 <= gradient_clip_val:
+                    torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def _first_not_finite(self, batch, gradients):
         """The module, "decoder.0 (Conv2d)" say, with the first output that is not finite when the batch is computed
