@@ -32,10 +32,10 @@ class _OneLine(logging.Formatter):
 
 
 class _NotOurs(logging.Filter):
-    """Leaves out what libraries say of themselves: devices that Lightning looked for, tips, matplotlib's fonts."""
+    """Leaves out what libraries say of themselves: devices, tips, matplotlib's fonts, requests that httpx made."""
 
     def filter(self, record):
-        theirs = record.name.startswith(("pytorch_lightning", "lightning", "matplotlib"))
+        theirs = record.name.startswith(("pytorch_lightning", "lightning", "matplotlib", "httpx"))
         asked_for = record.name.startswith("pytorch_lightning.callbacks")
         return not theirs or asked_for or record.levelno >= logging.WARNING
 
