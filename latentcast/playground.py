@@ -41,6 +41,7 @@ MOST_FRAMES, MOST_SAMPLES = 512, 64  # that can be predicted
 MOST_PIXELS = 1 << 27  # of all futures together, as they are shown
 MOST_SEED = 2**53  # as far as a browser counts
 GIVEN_SHOWN = 12  # frames of a long context that are shown
+TOLD_EVERY = 0.3  # seconds from one word on the progress to the next
 WAITING = 8  # jobs that may wait for their turn
 HOUR = 3600  # seconds for which files are kept
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -358,10 +359,14 @@ def build(playground, title):
             return clip if clip is not None and clip.path is None else first
 
         def predict(values, request: gr.Request, progress=gr.Progress()):  # noqa: B008 (how gradio knows it)
-            session, chosen = request.session_hash, values[clip]
+            session, chosen, told = request.session_hash, values[clip], 0.0
 
             def on_update(done, total):
+                nonlocal told
                 playground.check(session)
+                if done < total and time.monotonic() - told < TOLD_EVERY:  # a browser falls behind thousands of steps
+                    return
+                told = time.monotonic()
                 progress((done, total), desc="predicting" if done < total else "decoding", unit="steps")
 
             progress(0, desc="reading the clip")

@@ -254,7 +254,7 @@ def test_an_option_out_of_range_is_a_sentence(browser, server, tmp_path):
 
 def test_stop_ends_a_long_prediction_and_the_next_one_runs(browser, server, tmp_path):
     browser.open(server.address)
-    browser.type("n_frames", "500")
+    browser.type("n_frames", "200")
     browser.click("#predict")
     browser.until(lambda: "predicting" in browser.text("#video"))
     assert "steps" in browser.text("#video")
@@ -299,7 +299,7 @@ def test_a_port_in_use_is_one_line(browser, server, root, command):
 def test_ctrl_c_ends_it_and_removes_its_files(browser, server):
     """Also while it predicts. The last of the tests that use the server."""
     browser.open(server.address)
-    browser.type("n_frames", "500")
+    browser.type("n_frames", "200")
     browser.click("#predict")
     browser.until(lambda: "predicting" in browser.text("#video"))
     assert list(server.files.iterdir())
