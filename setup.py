@@ -66,6 +66,7 @@ setup(
         "protobuf>=4.25",  # and their records
     ],
     extras_require={
+        "demo": ["gradio>=6"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -76,7 +77,9 @@ setup(
             "psutil>=5.9",
             "scikit-image>=0.22",
             "transformers>=4.46",
-        ]
+            "gradio>=6",
+            "selenium>=4.20",
+        ],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )
