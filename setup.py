@@ -69,8 +69,9 @@ setup(
         "wandb": ["wandb>=0.28.2", "wandb-workspaces>=0.4.13"],
         "tensorboard": ["tensorboard>=2.16"],
         "trackio": ["trackio>=0.43"],
+        "demo": ["gradio>=6"],
         "dev": [
-            "latentcast[tensorboard,trackio,wandb]",
+            "latentcast[demo,tensorboard,trackio,wandb]",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
@@ -80,6 +81,7 @@ setup(
             "psutil>=5.9",
             "scikit-image>=0.22",
             "transformers>=4.46",
+            "selenium>=4.20",
         ],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],

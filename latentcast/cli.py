@@ -32,10 +32,10 @@ class _OneLine(logging.Formatter):
 
 
 class _NotOurs(logging.Filter):
-    """Leaves out what libraries say of themselves: devices that Lightning looked for, tips, matplotlib's fonts."""
+    """Leaves out what libraries say of themselves: devices, tips, matplotlib's fonts, requests that httpx made."""
 
     def filter(self, record):
-        theirs = record.name.startswith(("pytorch_lightning", "lightning", "matplotlib"))
+        theirs = record.name.startswith(("pytorch_lightning", "lightning", "matplotlib", "httpx"))
         asked_for = record.name.startswith("pytorch_lightning.callbacks")
         return not theirs or asked_for or record.levelno >= logging.WARNING
 
@@ -76,16 +76,21 @@ def run_tool(main, parser, argv=None):
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        kind = "" if isinstance(error, (UserError, ValueError, OSError)) else f"{type(error).__name__}: "
-        message = str(error).strip()
-        if message.startswith("Caught "):  # out of a loader's worker: its whole traceback, the message in the last line
-            message = message.splitlines()[-1].partition(": ")[2]
-        print(f"error: {kind}{printable(' '.join(message.split()))}", file=sys.stderr)
+        print(f"error: {error_line(error)}", file=sys.stderr)
         if isinstance(error, Findings):
             print(json.dumps(error.figures), flush=True)
         raise SystemExit(1) from None
     if _first_rank():
         print(json.dumps(result), flush=True)
+
+
+def error_line(error):
+    """What went wrong, as one printable line; of errors that are not ours with their kind."""
+    kind = "" if isinstance(error, (UserError, ValueError, OSError)) else f"{type(error).__name__}: "
+    message = str(error).strip()
+    if message.startswith("Caught "):  # out of a loader's worker: its whole traceback, the message in the last line
+        message = message.splitlines()[-1].partition(": ")[2]
+    return f"{kind}{printable(' '.join(message.split()))}"
 
 
 def announce(config):

@@ -11,11 +11,17 @@ PLAIN = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} {unit}s in {elapsed},
 
 
 class Bar(tqdm):
-    """A tqdm on stderr; without a terminal its state is a line of its own, in the end and every ``EVERY`` seconds."""
+    """A tqdm on stderr; without a terminal its state is a line of its own, in the end and every ``EVERY`` seconds.
 
-    plain, _said = False, None
+    Args:
+        iterable, desc, total, **options: as tqdm's.
+        on_update: called with (done, total) after each ``update``; what it raises ends what is under way.
+    """
 
-    def __init__(self, iterable=None, desc=None, total=None, **options):
+    plain, _said, _on_update = False, None, None
+
+    def __init__(self, iterable=None, desc=None, total=None, on_update=None, **options):
+        self._on_update, self._done = on_update, 0
         options.setdefault("file", sys.stderr)
         options.setdefault("nrows", 20)  # tqdm hides bars on terminals that say they have none
         self.plain = not options["file"].isatty()
@@ -35,6 +41,13 @@ class Bar(tqdm):
             self.fp.flush()
             self._said = text
         return False
+
+    def update(self, n=1):
+        shown = super().update(n)
+        if self._on_update is not None:
+            self._done += n  # ``self.n`` stands still where the bar is disabled
+            self._on_update(self._done, self.total)
+        return shown
 
     def close(self):
         if self.plain and not self.disable:

@@ -25,6 +25,25 @@ class PriorOutput(BaseOutput):
     logits: list | None = None
 
 
+@dataclass(frozen=True)
+class SamplerOption:
+    """A keyword argument of ``sample``, for those who offer it as a field.
+
+    default: None often stands for what follows from the model.
+    kind: int, float, bool or str; None: no single value, but a list or a dict.
+    least, most: ends of its range, both within; None: open.
+    above: in the place of ``least``, a lower end that is not within.
+    choices: the names that may be given.
+    """
+
+    default: object
+    kind: type | None
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    choices: tuple = ()
+
+
 class Prior(VideoModel):
     """Base class of stage two.
 
@@ -76,11 +95,21 @@ class Prior(VideoModel):
         """
         return {}
 
-    @classmethod
-    def sampler_options(cls):
-        """The names that ``sample`` takes beyond the common ones: what ``pipe(..., **sampler)`` may pass."""
-        common = {"self", "context", "n_frames", "num_samples", "generator", "progress"}
-        return sorted(set(inspect.signature(cls.sample).parameters) - common)
+    def sampler_options(self):
+        """What ``sample`` takes beyond the common arguments, and ``pipe(..., **sampler)`` may pass -> dict of name ->
+        SamplerOption, sorted. The kind follows from the default where ``sampler_ranges`` says nothing of it."""
+        common = {"context", "n_frames", "num_samples", "generator", "progress"}
+        found, ranges = inspect.signature(self.sample).parameters, self.sampler_ranges()
+        options = {}
+        for name in sorted(found.keys() - common):
+            default = found[name].default
+            kind = type(default) if isinstance(default, bool | int | float | str) else None
+            options[name] = SamplerOption(**{"default": default, "kind": kind} | ranges.get(name, {}))
+        return options
+
+    def sampler_ranges(self):
+        """name -> fields of the SamplerOption that the default in ``sample`` does not tell; a subclass says its own."""
+        return {}
 
     def options_of(self, options, index, n_contexts, n_frames):
         """Sampler options of a batch of contexts -> those of context ``index`` when it is sampled alone.

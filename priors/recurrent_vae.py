@@ -252,6 +252,9 @@ class RecurrentVAE(Prior):
             options = options | {"z_groups": dict(z_groups) | cut}
         return options
 
+    def sampler_ranges(self):
+        return {"sample_batch": {"least": 1}}
+
     @torch.no_grad()
     def sample(
         self,

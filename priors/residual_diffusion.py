@@ -20,7 +20,7 @@ from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResB
 from latentcast.tokenizers.base import check_frames, check_latents
 
 from .base import Prior, PriorOutput, check_widths, no_progress
-from .denoising import check_steps, denoise, make_scheduler, noise_schedule, noised, precise
+from .denoising import SCHEDULERS, check_steps, denoise, make_scheduler, noise_schedule, noised, precise
 from .sampling import check_switches
 
 PIXEL_BOUND = 2.0  # two frames in [-1, 1] differ by no more
@@ -400,6 +400,10 @@ class ResidualDiffusion(Prior):
         return n.expand(n_frames, n_clips).flatten().to(self.device)
 
     # Sampling -----------------------------------------------------------------------------------------------------
+
+    def sampler_ranges(self):
+        steps = {"least": 1, "most": self.config.n_diffusion_steps}
+        return {"n_steps": steps, "sample_batch": {"least": 1}, "scheduler": {"choices": tuple(SCHEDULERS)}}
 
     @torch.no_grad()
     def sample(

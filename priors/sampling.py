@@ -7,6 +7,12 @@ import torch
 
 from latentcast.config import one_line
 
+DRAWING = {  # ``Prior.sampler_ranges`` of what ``check_sampling`` checks
+    "temperature": {"least": 0},
+    "top_k": {"kind": int, "least": 1},
+    "top_p": {"kind": float, "above": 0, "most": 1},
+}
+
 
 def check_sampling(temperature, top_k, top_p):
     """Refuse sampling options outside their ranges."""

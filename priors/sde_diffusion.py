@@ -21,7 +21,16 @@ from latentcast.layers.spade_unet import SpadeUNet
 from latentcast.tokenizers.base import check_frames, check_latents
 
 from .base import Prior, PriorOutput, check_widths, no_progress
-from .denoising import check_steps, denoise, make_scheduler, min_snr_weight, noise_schedule, noised, precise
+from .denoising import (
+    SCHEDULERS,
+    check_steps,
+    denoise,
+    make_scheduler,
+    min_snr_weight,
+    noise_schedule,
+    noised,
+    precise,
+)
 from .sampling import check_switches, is_number
 
 LONGEST = 10_000  # frame intervals that may be left out between frames that are asked for, and the most in one interval
@@ -339,6 +348,13 @@ class SDEDiffusion(Prior):
                 row_seeds(name, seeds, n_contexts, 1)
                 options = options | {name: seeds[index : index + 1]}
         return options
+
+    def sampler_ranges(self):
+        seed = {"kind": int, "least": 0}
+        rate = {"kind": float, "above": 0, "most": LONGEST}
+        steps = {"least": 1, "most": self.config.n_diffusion_steps}
+        ranges = {"n_steps": steps, "horizon": {"kind": int, "least": 1}, "fps_multiplier": rate}
+        return ranges | {"motion_seed": seed, "image_seed": seed, "scheduler": {"choices": tuple(SCHEDULERS)}}
 
     @torch.no_grad()
     def sample(

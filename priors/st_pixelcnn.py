@@ -27,7 +27,7 @@ from latentcast.layers.positions import sinusoidal_positions_3d
 from latentcast.tokenizers.base import check_codes
 
 from .base import Prior, PriorOutput, no_progress
-from .sampling import check_sampling, check_switches, draw, record_graph, sliding_windows
+from .sampling import DRAWING, check_sampling, check_switches, draw, record_graph, sliding_windows
 
 ATTENTION_FORMS = ("full", "factorised", "windowed", "none")
 
@@ -301,6 +301,9 @@ class STPixelCNN(Prior):
         return F.cross_entropy(logits.flatten(0, -2).float(), codes.flatten(), reduction="none").view(codes.shape)
 
     # Sampling ---------------------------------------------------------------------------------------------------
+
+    def sampler_ranges(self):
+        return DRAWING | {"overlap": {"kind": int, "least": 1, "most": self.grid[0] - 1}}
 
     @torch.no_grad()
     def sample(

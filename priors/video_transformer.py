@@ -23,7 +23,7 @@ from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
 from latentcast.tokenizers.base import check_codes
 
 from .base import Prior, PriorOutput, no_progress
-from .sampling import check_sampling, check_switches, draw, record_graph, sliding_windows
+from .sampling import DRAWING, check_sampling, check_switches, draw, record_graph, sliding_windows
 
 # Positions of slices in one pass of ``log_prob``, which bounds its memory: as many as in a training step of the paper.
 POSITIONS_AT_ONCE = 64 * 256
@@ -523,6 +523,9 @@ class VideoTransformer(Prior):
         return -self._mean_log_prob(clip, n_context) / math.log(2)
 
     # Sampling ---------------------------------------------------------------------------------------------------
+
+    def sampler_ranges(self):
+        return DRAWING
 
     @torch.no_grad()
     def sample(

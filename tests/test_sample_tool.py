@@ -27,6 +27,7 @@ from latentcast import (
     write_video,
 )
 from latentcast.cli import run_tool
+from latentcast.data import futures
 from latentcast.data.video_reader import VideoError
 from latentcast.figures.sheets import GIVEN, LINE, PREDICTED
 
@@ -377,7 +378,7 @@ def test_what_the_contact_sheet_leaves_out_is_said(folder, tool, capsys, tmp_pat
     common = ["--pipeline", folder / "run/pipeline", "--input", tmp_path / "in", "--n-frames", 2, "--num-samples", 1]
     _, err = finished(tool, capsys, *common, "--output", tmp_path / "all")
     assert "leaves out" not in err and err.startswith(f"loading {folder / 'run/pipeline'}\n")
-    monkeypatch.setattr(tool, "SHEET_VIDEOS", 2)
+    monkeypatch.setattr(futures, "SHEET_VIDEOS", 2)
     _, err = finished(tool, capsys, *common, "--output", tmp_path / "two")
     sheet = tmp_path / "two/contact_sheet.png"
     assert f"{sheet} shows the first 2 videos and leaves out 1; each has its own mp4 and GIF" in err

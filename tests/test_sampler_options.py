@@ -51,6 +51,41 @@ def test_absurd_values_are_refused_by_name_or_taken(name, option):
     assert refused > len(ABSURD) / 2
 
 
+def beyond(option):
+    """Values on both sides of each end of an option's range -> (values within, values outside)."""
+    step = 1 if option.kind is int else 1e-3
+    within = [end for end in (option.least, option.most) if end is not None]
+    outside = [end + side * step for end, side in ((option.least, -1), (option.most, 1)) if end is not None]
+    if option.above is not None:
+        within, outside = [*within, option.above + 0.5], [*outside, option.above]
+    if option.choices:
+        within, outside = [*option.choices], ["no such choice"]
+    return within + [True, False] * (option.kind is bool), outside + [2] * (option.kind is bool)
+
+
+@pytest.mark.parametrize("name", CLASSES.values())
+def test_options_have_the_kind_and_the_range_that_the_sampler_keeps(name):
+    """What lies at the ends is taken, what lies beyond is refused; all options have ranges, but for lists and dicts."""
+    prior = tiny_prior(name)
+    options, clip = prior.sampler_options(), random_clip(prior, batch=2, n_frames=2)
+    steps = {"n_steps": 2} if "n_steps" in options else {}
+
+    def sample(**given):
+        return prior.sample(clip, 2, generator=torch.Generator().manual_seed(0), **steps | given)[:1]
+
+    assert sorted(options) == [*options]
+    for option_name, option in options.items():
+        within, outside = beyond(option)
+        assert bool(within and outside) is (option.kind is not None), option_name
+        assert option.default is None or option.kind is type(option.default) or option.kind is float
+        for value in within:
+            if value != getattr(prior.config, "n_diffusion_steps", None):  # too many to be made here
+                assert fits(prior, sample(**{option_name: value}), clip.shape[2:]), (option_name, value)
+        for value in outside:
+            with pytest.raises(ValueError, match=f"^{option_name}: expected "):
+                sample(**{option_name: value})
+
+
 @pytest.mark.parametrize(
     "value", ["x", {}, [[1], [1, 2]], [None], 10**400, [10**400], [float("nan")], [1e300], [0], [1e9]]
 )

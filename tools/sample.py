@@ -15,7 +15,6 @@ import argparse
 import errno
 import hashlib
 import logging
-import math
 import os
 import time
 import unicodedata
@@ -35,12 +34,7 @@ from latentcast.cli import (
 
 logger = logging.getLogger("latentcast")
 
-SMALLEST = 128  # frames are enlarged to about this many pixels
-ROW = 8  # so many videos stand beside each other in one row
-WIDEST = 2048  # pixels: larger pictures are enlarged less
-SHEET_VIDEOS, SHEET_FUTURES, SHEET_FRAMES = 16, 8, 32  # most on the contact sheet: videos, futures and frames of each
 SHEET = "contact_sheet.png"
-SHEET_PIXELS = 1 << 26  # another video must not make it larger
 
 
 def make_parser():
@@ -95,9 +89,10 @@ def main(args):
     videos = find_videos(args.input)
     import torch  # which takes seconds, as what follows: mistakes in the arguments show before
 
+    from latentcast.data.futures import Sheet, held, labelled_futures, layout, read_context
     from latentcast.data.video_reader import is_away
     from latentcast.data.video_writer import check_video, write_both
-    from latentcast.figures.sheets import BORDER, frame_names, labelled_size, labelled_videos, rows_of
+    from latentcast.figures.sheets import BORDER, labelled_size, rows_of
     from latentcast.files import error_numbers, printable, told
     from latentcast.pipelines.base import VideoPipeline
 
@@ -109,8 +104,8 @@ def main(args):
     spec = pipe.prior.config.latent_spec
     if spec["frame_height"] != spec["frame_width"]:
         raise UserError(f"{args.pipeline}: expected square frames, found {spec['frame_height']}x{spec['frame_width']}")
-    side, enlarged = spec["frame_height"] + 2 * BORDER, max(1, round(SMALLEST / spec["frame_height"]))
-    scale, columns = layout(args.num_samples + 1, side, enlarged)
+    side = spec["frame_height"] + 2 * BORDER
+    scale, columns = layout(args.num_samples + 1, side)
     try:
         check_video(
             Path("a.mp4"), *labelled_size(args.num_samples + 1, side, side, scale, columns)
@@ -129,7 +124,9 @@ def main(args):
         args.num_samples = 1
     n_context = args.n_context or pipe.config.n_context or max(5, pipe.prior.min_context)
     outputs, skipped, failed, predicting, n_predicted = [], {}, {}, 0.0, 0
-    sheet = Sheet(output / SHEET, side, max(1, enlarged // 2))
+    sheet = Sheet(output / SHEET, side)
+    given = {"start": args.start, "fps": args.fps, "frame_stride": args.frame_stride}
+    given |= {"image_fps": args.image_fps, "trained_fps": pipe.config.fps}
 
     def leave_out(where, video, error):
         where[str(video)] = told(error, video)
@@ -137,7 +134,7 @@ def main(args):
 
     for video, name in videos.items():
         try:
-            context, truth, fps = read_video(video, n_context, args, pipe, multiplier)
+            context, truth, fps = read_context(video, spec, n_context, args.n_frames, multiplier, **given)
         except Exception as error:  # whatever one file leads to: the others are fine
             leave_out(failed if is_away(error) else skipped, video, error)
             continue
@@ -163,11 +160,10 @@ def main(args):
 
         context, truth = held(context, truth, args.n_frames, multiplier)
         rows = list(rows_of(context, truth, futures).items())
-        titles = [f"frame {title}" for title in frame_names(len(context), args.n_frames, fps * multiplier)]
         try:
-            frames = labelled_videos(rows, titles, scale, min(columns, len(rows)))
+            frames = labelled_futures(rows, args.n_frames, fps * multiplier, scale, columns)
             outputs += map(str, write_both(output / name, frames, fps * multiplier))
-            sheet.add(printable(name), rows[: SHEET_FUTURES + (truth is not None)], len(context))
+            sheet.add(printable(name), rows, len(context))
         except Exception as error:
             leave_out(failed, video, error)
             if error_numbers(error) & {errno.ENOSPC, errno.EDQUOT}:  # for the others, too
@@ -193,102 +189,6 @@ def main(args):
         first = next(iter(failed.values()))
         raise Findings(f"{args.input}: {len(failed)} of {len(videos)} videos failed, first: {first}", figures)
     return figures
-
-
-def layout(n, side, scale):
-    """(scale, columns) for ``n`` videos of ``side`` pixels: one row where they are few, nearly a square where many, and
-    less enlarged than by ``scale`` where that would be too wide."""
-    from latentcast.figures.sheets import labelled_size
-
-    columns = n if n <= ROW else math.ceil(math.sqrt(n))
-    while scale > 1 and max(labelled_size(n, side, side, scale, columns)) > WIDEST:
-        scale -= 1
-    return scale, columns
-
-
-class Sheet:
-    """The contact sheet of the first videos, written anew with each.
-
-    Args:
-        path: of the picture.
-        side: H = W of the frames, pixels.
-        scale: to enlarge them by.
-    Attributes:
-        outputs: [path] once it is written.
-        n_videos, n_left_out: how many it shows, and for how many there was no room.
-    """
-
-    def __init__(self, path, side, scale):
-        self.path, self.side, self.scale = path, side, scale
-        self.rows, self.n_videos, self.n_left_out, self.outputs = [], 0, 0, []
-
-    def add(self, video, rows, n_context):
-        """Show a video, where there is room.
-
-        Args:
-            video: its name.
-            rows: list of (name, (T, 3, side, side) uint8 frames) of the truth and each future.
-            n_context: how many of the frames are given.
-        """
-        import torch
-
-        from latentcast.data.video_writer import write_image
-        from latentcast.figures.sheets import LEGEND, frame_names, grid_size, labelled_sheet
-
-        n_frames = len(rows[0][1])
-        places = torch.linspace(0, n_frames - 1, min(n_frames, SHEET_FRAMES)).round().long()
-        rows = [*self.rows, *((f"{video}\n{name}", frames[places]) for name, frames in rows)]
-        size = grid_size(len(rows) * len(places), self.side, self.side, self.scale, len(places))
-        if self.n_videos == SHEET_VIDEOS or (self.rows and math.prod(size) > SHEET_PIXELS):
-            self.n_left_out += 1
-            return
-        self.rows, self.n_videos = rows, self.n_videos + 1
-        names = frame_names(n_context, n_frames - n_context)
-        write_image(self.path, labelled_sheet(rows, [names[place] for place in places], LEGEND, self.scale))
-        self.outputs = [str(self.path)]
-
-
-def read_video(path, n_context, args, pipe, multiplier=1):
-    """Context (n_context, C, H, W), the true frames of the time to predict (or None), and the rate of both."""
-    import torch
-
-    from latentcast.data.image_frames import numbered_pictures, read_pictures
-    from latentcast.data.video_folder import read_places, sampled_places, sampled_rate, to_model
-    from latentcast.data.video_reader import DEFAULT_RATE, VideoError, VideoInfo, probe
-
-    spec, pictures = pipe.prior.config.latent_spec, None
-    if path.is_dir():
-        pictures = numbered_pictures(path)
-        info = VideoInfo(len(pictures), args.image_fps or pipe.config.fps or DEFAULT_RATE, 0, 0)
-    else:
-        info = probe(path, backend="packets")
-    stride = args.frame_stride or (max(1, round(info.fps / pipe.config.fps)) if pipe.config.fps else 1)
-    rate = (1, args.fps) if args.fps else (stride, None)
-    available, fps = sampled_rate(info, *rate)
-    end = args.start + n_context
-    if available < end:
-        raise VideoError(f"{path}: {end} frames are needed, {available} are there at {fps:.3g} frames per second")
-    n_true = math.ceil(args.n_frames / multiplier)
-    n_true = n_true if available >= end + n_true else 0
-    places = sampled_places(info, range(args.start, end + n_true), *rate)
-    if pictures is not None:
-        chosen = read_pictures([pictures[place] for place in places], spec["frame_height"])
-        frames = to_model(torch.cat(list(chosen)), spec["frame_channels"])
-    else:
-        frames = read_places(path, places, spec["frame_height"], spec["frame_channels"])
-    return frames[:n_context], frames[n_context:] if n_true else None, fps
-
-
-def held(context, truth, n_frames, multiplier):
-    """Context and truth at ``multiplier`` times their rate, each frame staying until the next -> the same two."""
-    import torch
-
-    last = len(context) - 1
-    frames = context if truth is None else torch.cat([context, truth])
-    times = torch.arange(-math.floor(last * multiplier), n_frames + 1) / multiplier + last
-    places = (times + 1e-4).floor().long()  # 1e-4: times are rounded
-    given = frames[places[:-n_frames]]
-    return given, None if truth is None else frames[places[-n_frames:]]
 
 
 def find_videos(path):

@@ -89,6 +89,7 @@ class Look:
         keys: as ``VideoInfo.keys``; empty without ``times``.
         starts: (presentation time, time to seek to) of keyframes that may serve as ``keys``.
         plain: nothing is known against reading with decord.
+        n_packets: from the first keyframe on; about as many as there are frames.
     """
 
     stream: int
@@ -105,6 +106,7 @@ class Look:
     keys: tuple
     starts: tuple
     plain: bool
+    n_packets: int
 
 
 @dataclass(frozen=True)
@@ -616,6 +618,7 @@ class _Scan:
             keys=() if even or times is None else tuple((bisect_left(times, start[0]), *start) for start in starts),
             starts=starts,
             plain=plain and _closed(packets),
+            n_packets=len(packets),
         )
 
 

@@ -16,6 +16,7 @@ GROUP_GAP = 10  # above a row that begins a group
 BORDER = 2  # pixels of a coloured frame
 GIVEN, PREDICTED, TRUE = (-0.6, 0.5, -0.4), (1.0, 0.2, -0.8), (0.6, 0.6, 0.6)  # its colours, in [-1, 1]
 LEGEND = "green: given, orange: predicted, grey: true; frame 0 is the last given one"
+TRUTH = "truth"  # name of its row
 LINE = 18  # pixels: height of a line of text
 SMALL, NOTE = 10, 14  # pixels: of notes below pictures, and the height of a line of them
 LONGEST_NAME = 24  # characters of a row's name
@@ -125,7 +126,7 @@ def rows_of(context, truth, futures):
         name -> (n + T, 3, H + 2 * BORDER, W + 2 * BORDER) uint8.
     """
     given = bordered(context, GIVEN)
-    rows = {} if truth is None else {"truth": torch.cat([given, bordered(truth, TRUE)])}
+    rows = {} if truth is None else {TRUTH: torch.cat([given, bordered(truth, TRUE)])}
     return rows | {f"sample {s}": torch.cat([given, bordered(f, PREDICTED)]) for s, f in enumerate(futures, start=1)}
 
 

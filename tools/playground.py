@@ -1,0 +1,92 @@
+"""Try a saved pipeline out in the browser: drop a video or take an example clip, and see its futures side by side.
+
+The page is served to this machine alone, unless --host says otherwise; nothing is sent anywhere, and all files that it
+makes are gone when it ends, by ctrl-C. The last line on stdout then says how many predictions were made.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+
+from latentcast.cli import UserError, pick_device, run_tool
+
+logger = logging.getLogger("latentcast")
+
+PORT = 7860
+
+
+def main(args):
+    from latentcast.saved import pipeline_folder
+
+    if not 0 <= args.port < 65536:
+        raise UserError(f"--port: expected 0 to 65535, found {args.port}")
+    for name, least in (("max_mb", 0), ("max_frames", 1)):
+        if not least <= getattr(args, name) < float("inf") or not getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, found {getattr(args, name)}")
+    port = usable_port(args.host, args.port)
+    folder = pipeline_folder(args.pipeline)
+    logger.info("loading %s", args.pipeline)
+    try:
+        from latentcast import playground
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "gradio":
+            raise
+        raise UserError('the playground needs gradio: pip install "latentcast[demo]"') from None
+    import torch
+
+    from latentcast.pipelines.base import VideoPipeline
+    from latentcast.zoo import EXAMPLES, read_examples
+
+    pipe = VideoPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+    spec = pipe.prior.config.latent_spec
+    if spec["frame_height"] != spec["frame_width"]:
+        raise UserError(f"{args.pipeline}: expected square frames, found {spec['frame_height']}x{spec['frame_width']}")
+    pipe.to(pick_device(args.device))
+    examples = read_examples(folder) if (folder / EXAMPLES).is_file() else None
+    title = Path(folder).resolve().name
+    limits = {"most_mb": args.max_mb, "most_read": args.max_frames}
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # files go then, too
+    with playground.serving(pipe, examples, title, args.host, port, **limits) as (address, served):
+        try:
+            logger.info("ready at %s (ctrl-C ends it)", address)
+            ended.wait()
+        except KeyboardInterrupt:
+            logger.info("ending")
+    return {"address": address, "predictions": served.n_predicted}
+
+
+def usable_port(host, port):
+    """The port, or for 0 any free one; UserError where it cannot be had."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+            return trial.getsockname()[1]
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot be had ({error.strerror}); choose another") from None
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--pipeline",
+        required=True,
+        metavar="DIR",
+        type=os.path.expanduser,
+        help="what train_prior.py saved, or OWNER/NAME",
+    )
+    parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0: any that is free")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine may use it")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--max-mb", type=float, default=64, help="largest video that is taken (default: 64)")
+    parser.add_argument(
+        "--max-frames", type=int, default=2000, help="most frames of a video that are read (default: 2000)"
+    )
+    run_tool(main, parser)
