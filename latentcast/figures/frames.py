@@ -109,8 +109,8 @@ def _codes(name, clips, title, caption, paint, what="frame"):
             painted, notes, said_of_row = paint(codes[..., k], places.numpy())
             book = f"codebook {k + 1}" if codes.shape[-1] > 1 else "codes"
             rows.append(_maps_row(f"{book}\n{said_of_row}", painted, tiles, notes))
-        if codes.shape[-1] > MOST_BOOKS:
-            said += f" The first {MOST_BOOKS} of {codes.shape[-1]} codebooks."
+    if codes.shape[-1] > MOST_BOOKS:
+        said += f" The first {MOST_BOOKS} of {codes.shape[-1]} codebooks."
     columns = [f"{what} {i + 1}" for i in chosen.tolist()]
     return _sheet(name, rows, columns, title, caption + said, legend, said, numbers)
 
