@@ -168,9 +168,9 @@ class StopAt(pl.Callback):
 
 
 class Pictures(ReconstructionPreview):
-    def draw(self, pl_module, path):
+    def subject(self, pl_module):
         self.before(pl_module.trainer)
-        return super().draw(pl_module, path)
+        return super().subject(pl_module)
 
 
 CHAIN = [

@@ -9,7 +9,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from latentcast.evaluation.comparison import read_result
-from latentcast.files import read_json, told
+from latentcast.files import told
 from latentcast.saved import INDEX
 from latentcast.training.loggers import read_metrics
 
@@ -25,7 +25,7 @@ class Medium:
     """A picture or video.
 
     Attributes:
-        path: of the file. title: what it shows, in words or a sentence.
+        path: of the file. title: what it shows.
     """
 
     path: Path
@@ -173,7 +173,7 @@ def _media(path, results):
     """heading -> list of Medium, the most telling first."""
     media = {
         "Sampled videos": _files(path / "samples", "*.mp4"),
-        "Figures": _figures_of(path / "figures"),
+        "Figures": _files(path / "figures", "*.mp4", "*.png"),
         "Previews of training": [
             Medium(file.path, f"{folder.name}, {file.title}")
             for folder in sorted((path / "previews").glob("*/"))
@@ -198,16 +198,6 @@ def _latest(folder):
     found = _files(folder, "step_*.mp4", "step_*.png")
     steps = {medium.path.stem.split("_")[1] for medium in found}
     return [medium for medium in found if medium.path.stem.split("_")[1] == max(steps)]
-
-
-def _figures_of(folder):
-    """What tools/figures.py drew, with captions."""
-    index = folder / "figures.json"
-    described = (_unless_damaged(read_json, index) or {}) if index.is_file() else {}
-    found = _files(folder, "*.mp4", "*.png")
-    captions = {name: told.get("caption") for name, told in described.items() if isinstance(told, dict)}
-    captions = {name: caption for name, caption in captions.items() if isinstance(caption, str)}
-    return [Medium(medium.path, captions.get(medium.path.stem, medium.title)) for medium in found]
 
 
 def _title(stem):
