@@ -639,7 +639,8 @@ TINY += ["protocol.metrics=[mse,psnr,ssim,crps]", "data.video_length=6"]
 
 
 def comparable(path):
-    return {k: v for k, v in json.loads(Path(path).read_text()).items() if k not in ("seconds", "hardware", "model")}
+    own = ("seconds", "hardware", "model", "command")
+    return {k: v for k, v in json.loads(Path(path).read_text()).items() if k not in own}
 
 
 def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path, command):
