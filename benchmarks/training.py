@@ -189,7 +189,7 @@ def compare_sides(name):
 
 def loaders():
     """Windows of 16 frames of 16 x 16 x 4 codes from a cache -> ``loader_windows_2_vs_0``: of 2 processes over none."""
-    sizes, length, n_frames = [512] * 4, 16, 64
+    sizes, length, n_frames = [512] * 4, 16, 512
     spec = instantiate(load_config("lvt_bair").tokenizer).latent_spec
     rates = {}
     with tempfile.TemporaryDirectory() as folder:

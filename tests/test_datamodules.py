@@ -168,7 +168,7 @@ def test_latents(tmp_path, caplog):
     assert LatentDataModule(tmp_path, 5, 3, has_val=False).val_set is None and not caplog.text  # said of the videos
     for epoch in range(2):
         clips = torch.cat(model.batches[epoch])
-        assert clips.shape == (6, 5, 2, 2, 1) and clips.dtype == torch.int64
+        assert clips.shape == (6, 5, 2, 2, 1) and clips.dtype == torch.uint8  # as stored
         windows = [
             [(v, s) for v, c in enumerate(codes) for s in range(5) if torch.equal(c[s : s + 5], clip)] for clip in clips
         ]
@@ -177,7 +177,15 @@ def test_latents(tmp_path, caplog):
 
     val_codes = write_cache(tmp_path / "val", [7, 8])
     model, _ = fit(LatentDataModule(tmp_path, clip_length=5, batch_size=3), max_epochs=1)
-    assert torch.equal(torch.cat(model.val_batches), torch.stack([c[:5] for c in val_codes]))
+    assert torch.equal(torch.cat(model.val_batches).long(), torch.stack([c[:5] for c in val_codes]))
+
+    # Through memory that workers use again and again; every batch is still what it was, the last, smaller one too.
+    here, apart = (LatentDataModule(tmp_path, 2, 1, num_workers=workers, seed=3) for workers in (0, 2))
+    for epoch in range(2):
+        batches = [list(data.train_dataloader() if epoch == 0 else data._train_loader) for data in (here, apart)]
+        assert len(batches[0]) == 24 and batches[0][0]["conditions"] == batches[1][0]["conditions"] == {}
+        assert all(torch.equal(a["codes"], b["codes"]) for a, b in zip(*batches, strict=True))
+    assert [len(batch["codes"]) for batch in LatentDataModule(tmp_path, 3, 3, num_workers=1).val_dataloader()] == [3, 1]
 
     with pytest.raises(ValueError, match="size"):
         _ = LatentDataModule(tmp_path, clip_length=5, batch_size=3, expect={"data": {"size": 4}}).train_set

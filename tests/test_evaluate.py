@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from metric_files import save_scripted
+from metric_files import save_scripted, weights_or_skip
 from noise_benchmark import Noise
 from tiny import SMALL_RECURRENT_VAE, SMALL_SDE_DIFFUSION, SMALL_VQVAE
 from tiny_experiment import TOOLS, call_tool, run_ranks, write_experiment
@@ -29,8 +29,8 @@ from latentcast import (
 from latentcast.data.prepared import PreparedVideos, prepare
 from latentcast.evaluation import report
 from latentcast.evaluation.comparison import paired, read_result
-from latentcast.evaluation.evaluator import Evaluation, _seed
-from latentcast.metrics import FVD, I3D, bits_per_dim, crps, mse, psnr, ssim
+from latentcast.evaluation.evaluator import Evaluation, _seed, fitting_futures
+from latentcast.metrics import FVD, I3D, LPIPS, bits_per_dim, crps, ilpips, mse, psnr, ssim
 from latentcast.metrics.baselines import copy_last_frame
 
 PROTOCOL = {"n_context": 2, "n_predicted": 4, "n_samples": 3, "n_clips": 5, "frame_size": 16}
@@ -194,15 +194,80 @@ class Repeats(VideoTransformer):
         return context[:, -1:].expand(-1, n_frames, -1, -1, -1)
 
 
+def test_each_picture_passes_lpips_once(tmp_path, monkeypatch):
+    weights_or_skip("lpips_alex")
+    passed, features = [], LPIPS._features
+    monkeypatch.setattr(LPIPS, "_features", lambda self, x: passed.append(len(x)) or features(self, x))
+    data = MovingDigits("test", 6, size=32, digit_size=14, n_heldout_videos=8, video_length=6, lattice=1)
+    changes = {"metrics": ["mse", "lpips", "ilpips"], "frame_size": 32, "best_of": [], "n_clips": 2}
+    found = Evaluation(coded(size=32, channels=1), data, protocol(**changes), tmp_path, futures=6)
+    found.run()
+    # Of four frames of two clips: three samples, the truth, the reconstruction; two baselines of one picture a clip.
+    assert found.baselines == ["copy_last_frame", "mean_context", "reconstruction"]
+    assert sum(passed) == 2 * (4 * (3 + 1 + 1) + 2)
+    results = found.finish()
+    frames = torch.stack([data[i]["frames"] for i in found.groups[0]])
+    context, target = frames[:, :2], frames[:, 2:]
+    samples = found._draw(context, 0)
+    distances = torch.stack([found.lpips(sample, target).mean(1) for sample in samples.unbind(1)], 1)
+    assert results["metrics"]["lpips"]["per_clip"] == pytest.approx(distances.amin(1).tolist(), rel=1e-4)
+    assert results["metrics"]["ilpips"]["per_clip"] == pytest.approx(
+        ilpips(samples, found.lpips).mean(1).tolist(), rel=1e-4
+    )
+    still = found.lpips(copy_last_frame(context, 4), target).mean(1)
+    assert results["baselines"]["copy_last_frame"]["lpips"]["per_clip"] == pytest.approx(still.tolist(), rel=1e-4)
+
+
+class Roomless(VideoTransformer):
+    """Has no memory for more than so many futures."""
+
+    room = 0
+
+    def sample(self, context, *args, num_samples=1, **options):
+        if len(context) * num_samples > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().sample(context, *args, num_samples=num_samples, **options)
+
+
+@pytest.mark.parametrize("room", [3, 2])  # a clip with its samples; not even that
+def test_what_does_not_fit_is_drawn_in_smaller_batches_with_their_figures(tmp_path, caplog, room):
+    pipe = coded(Roomless)
+    pipe.prior.room = room
+    options = {"metrics": ["mse", "crps"], "best_of": [], "frame_size": 16, "n_clips": 5}
+    small, large = (
+        Evaluation(pipe, colour(), protocol(**options), tmp_path / str(n), futures=n) for n in (room, 4 * room)
+    )
+    results = []
+    for found in (small, large):
+        found.run()
+        results.append(found.finish())
+    assert [len(found.groups) for found in (small, large)] == ([5, 2] if room == 3 else [5, 3])
+    assert results[0]["metrics"] == results[1]["metrics"] and results[0]["baselines"] == results[1]["baselines"]
+    for who, expected in small.crps_maps().items():
+        torch.testing.assert_close(large.crps_maps()[who], expected)
+    assert caplog.text.count("out of memory: going on with") == 2
+    assert f"{room} futures at once, as evaluation.futures={room} would" in caplog.text
+    pipe.prior.room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        Evaluation(pipe, colour(), protocol(**options), tmp_path / "none", futures=4).run()
+
+
+def test_how_many_futures_are_drawn_by_default(pipe, tmp_path):
+    huge = argparse.Namespace(channels=3)
+    assert fitting_futures("cuda", dataset(), protocol()) == 512
+    assert evaluation(pipe, tmp_path, futures=None).futures == fitting_futures("cpu", dataset(), protocol()) == 64
+    assert fitting_futures("cpu", huge, protocol(frame_size=4096, n_predicted=10**6)) == 1
+
+
 class NeverSamples(VideoTransformer):
     def sample(self, *args, **options):
         raise AssertionError("nothing was to be drawn")
 
 
-def coded(prior=VideoTransformer):
+def coded(prior=VideoTransformer, size=16, channels=3):
     """A pipeline over the codes of a tokenizer that was never trained, so that no frame survives it."""
     torch.manual_seed(0)
-    tokenizer = VQVAE(3, 16, 16, codebook_size=12, stride=8, **SMALL_VQVAE).eval()
+    tokenizer = VQVAE(channels, size, size, codebook_size=12, stride=8, **SMALL_VQVAE).eval()
     options = {"subscale": [1, 1, 1], "dim": 16, "embed_dim": 8, "n_heads": 2, "head_dim": 8, "n_layers": 1}
     return VideoPredictionPipeline(prior(tokenizer.latent_spec, n_frames=6, **options).eval(), tokenizer)
 

@@ -231,7 +231,7 @@ def test_a_training_step_waits_once(gpu, tmp_path, name):
     """In Lightning's loop: for loss and gradient norm, which stop a run that is not finite before it takes the step."""
     model = TINY_PRIORS[name]()
     kind = "frames" if model.accepts == "pixels" else model.accepts
-    clips = [{kind: clip} for clip in random_clip(model, batch=8)]
+    clips = [{kind: clip.byte() if kind == "codes" else clip} for clip in random_clip(model, batch=8)]
     module = PriorModule(model, lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), n_context=2)
     watch = Watch(gpu)
     trainer = pl.Trainer(

@@ -497,6 +497,14 @@ def test_a_gradient_that_is_not_finite_names_the_module_where_it_came_up(tmp_pat
     assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
 
 
+def test_codes_of_a_cache_train_as_they_are_stored():
+    spec = tiny_tokenizer("vqvae").latent_spec
+    module = PriorModule(VideoTransformer(spec, subscale=[4, 1, 1], **SMALL_TRANSFORMER).eval(), torch.optim.SGD)
+    codes = torch.randint(12, (2, 4, spec["height"], spec["width"], 1))
+    losses = [module.compute({"codes": codes.to(dtype)}).loss for dtype in (torch.int64, torch.uint8, torch.uint16)]
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_trainer_keys_reach_the_trainer(tmp_path):
     overrides = ["trainer.precision=bf16-mixed", "trainer.max_time=00:00:10:00", "trainer.val_check_interval=2"]
     _, module, run = fit(tiny_config(tmp_path, *overrides))

@@ -171,7 +171,8 @@ class VideoDataModule(_ClipDataModule):
 
 
 class LatentDataModule(_ClipDataModule):
-    """Batches ``{"codes": (B, T, h, w, n)}`` or ``{"latents": (B, T, D, h, w)}`` of a latents cache.
+    """Batches ``{"codes": (B, T, h, w, n)}``, in the small unsigned type that the cache stores them in and which
+    PriorModule widens on its device, or ``{"latents": (B, T, D, h, w)}`` of a latents cache.
 
     Args:
         cache_root: folder that holds ``train/`` and, unless validation is to be left out, ``val/``.

@@ -172,6 +172,11 @@ class LatentCacheDataset(Dataset):
         return "codes" if self.manifest["store"] == "codes" else "latents"
 
     @property
+    def _dtype(self):
+        """Of what is in ``space``, outside of files and loaders."""
+        return torch.int64 if self.space == "codes" else torch.float32
+
+    @property
     def fps(self):
         """Frames per second of the clips."""
         return self.manifest["fps"] / self.stride
@@ -219,10 +224,19 @@ class LatentCacheDataset(Dataset):
         return len(self._windows)
 
     def __getitem__(self, index):
+        item = self.view(index)
+        return item | {self.space: item[self.space].to(self._dtype, copy=True)}
+
+    def view(self, index):
+        """``dataset[index]`` for loaders, whose batches are copies anyway: the frames may be a view of the mapped file,
+        and codes are in the small unsigned type that they are stored in."""
         window = self._windows.place(index, self.epoch)
-        if self.manifest["store"] == "posterior" and self.sample_posterior:
+        store = self.manifest["store"]
+        if store == "posterior" and self.sample_posterior:
             seed = random.Random(f"posterior {self.seed} {self.epoch} {index}").getrandbits(63)
             frames = sample_moments(self.read_posterior(*window), torch.Generator().manual_seed(seed))
+        elif store == "codes":
+            frames = self._reader.frames(*window)
         else:
             frames = self.read_video(*window)
         return {self.space: frames, "conditions": self.read_conditions(*window)}
@@ -237,8 +251,7 @@ class LatentCacheDataset(Dataset):
         where the cache stores posteriors)."""
         if self.manifest["store"] == "posterior":
             return self.read_posterior(index, start, stop).chunk(2, dim=1)[0].contiguous()
-        frames = self._reader.frames(index, start, stop)
-        return frames.to(torch.int64 if self.space == "codes" else torch.float32)
+        return self._reader.frames(index, start, stop).to(self._dtype, copy=True)
 
     def read_posterior(self, index, start=0, stop=None):
         """Mean and log-variance of the same frames, stacked along the channels -> (stop - start, 2 D, h, w) float32.
@@ -248,7 +261,7 @@ class LatentCacheDataset(Dataset):
         """
         if self.manifest["store"] != "posterior":
             raise ValueError(f"latents cache {self.root}: expected posteriors, found {self.manifest['store']}")
-        return self._reader.frames(index, start, stop).float()
+        return self._reader.frames(index, start, stop).to(torch.float32, copy=True)
 
     def read_conditions(self, index, start=0, stop=None):
         """Conditions of the same frames; see VideoDataset."""

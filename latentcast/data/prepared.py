@@ -479,7 +479,7 @@ class PreparedVideos(VideoDataset):
         return self._reader.videos
 
     def read_video(self, index, start, stop):
-        frames = self._reader.frames(index, start, stop).float()
+        frames = self._reader.frames(index, start, stop).to(torch.float32, copy=True)
         if self.channels < self.stored_channels:
             frames = luma(frames)
         frames = frames.div_(127.5).sub_(1).clamp_(-1, 1)

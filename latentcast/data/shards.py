@@ -39,7 +39,7 @@ DTYPES = {
     "float32": (torch.float32, "F32"),
 }
 UNKNOWN_LENGTH = 10**10  # frames that room is kept for in a header when a video's length is not known beforehand
-OPEN_FILES = 256  # mapped by one reader at a time
+OPEN_FILES = 1024  # mapped by one reader at a time
 KEPT = "; finished shards are kept, a re-run resumes"
 ALIGNMENT = 8  # bytes; mapped tensors of any type start at multiples of their items
 
@@ -413,7 +413,7 @@ class ShardReader:
     def __init__(self, root, manifest):
         self.root, self.manifest = Path(root), manifest
         self.facts = {int(v): facts for note in manifest["shards"] for v, facts in note["videos"].items()}
-        self._open = collections.OrderedDict()
+        self._open = collections.OrderedDict()  # shard -> (its file, key -> tensor that was asked for)
 
     @property
     def videos(self):
@@ -429,23 +429,31 @@ class ShardReader:
         return self.manifest["shards"][video // self.manifest["shard_videos"]]["file"]
 
     def frames(self, video, start, stop, stride=1):
-        """Frames ``start:stop:stride`` -> a tensor of their own (the file stays mapped, its pages do not travel)."""
-        shape = (self.length(video), *self.manifest["frame_shape"])
-        return self._slice(video, _key(video), shape, self.manifest["dtype"])[start:stop][::stride].clone()
+        """Frames ``start:stop:stride`` -> a view of the mapped file: to be copied, into another type say, before it is
+        changed, kept or sent to another process."""
+        return self._tensor(video)[start:stop:stride]
 
     def conditions(self, video, start, stop, stride=1):
         """name -> tensor: frames ``start:stop:stride`` of conditions per frame, the whole of others."""
         found = {}
         for name, spec in self.manifest["conditions"].items():
-            per_frame = spec["per"] == "frame"
-            shape = (*[self.length(video)] * per_frame, *spec["shape"])
-            stored = self._slice(video, _key(video, name), shape, spec["dtype"])
-            found[name] = stored[start:stop][::stride].clone() if per_frame else stored[...].clone()
+            stored = self._tensor(video, name)
+            found[name] = (stored[start:stop:stride] if spec["per"] == "frame" else stored).clone()
         return found
 
-    def _slice(self, video, key, shape, dtype):
-        """A tensor of the file, not read yet, that is of the shape and type which the manifest says."""
-        file = self._file(video)
+    def _tensor(self, video, condition=None):
+        """A video's frames, or one of its conditions: mapped, of the shape and type which the manifest says."""
+        file, tensors = self._file(video)
+        if (video, condition) not in tensors:
+            tensors[video, condition] = self._map(file, video, condition)
+        return tensors[video, condition]
+
+    def _map(self, file, video, condition):
+        key, length = _key(video, condition), self.length(video)
+        shape, dtype = (length, *self.manifest["frame_shape"]), self.manifest["dtype"]
+        if condition is not None:
+            spec = self.manifest["conditions"][condition]
+            shape, dtype = (*[length] * (spec["per"] == "frame"), *spec["shape"]), spec["dtype"]
         try:
             stored = file.get_slice(key)
             found = tuple(stored.get_shape()), stored.get_dtype()
@@ -454,7 +462,7 @@ class ShardReader:
         if found != (shape, DTYPES[dtype][1]):
             path = self.root / self.file_name(video)
             raise ValueError(f"{path}: tensor {key}: expected {(shape, DTYPES[dtype][1])}, found {found}")
-        return stored
+        return file.get_tensor(key)
 
     def _file(self, video):
         shard = video // self.manifest["shard_videos"]
@@ -463,7 +471,7 @@ class ShardReader:
                 self._open.popitem(last=False)
             path = self.root / self.file_name(video)
             try:
-                self._open[shard] = safe_open(path, framework="pt")
+                self._open[shard] = safe_open(path, framework="pt"), {}
             except SafetensorError as error:
                 advice = "delete it and re-run the tool that wrote it"
                 raise ValueError(f"{path}: not a readable safetensors file ({error}); {advice}") from None
@@ -507,7 +515,7 @@ class ClipReader:
         ]
 
     def frames(self, index, start=0, stop=None):
-        """Frames ``start:stop`` of video ``index`` -> (stop - start, *frame_shape), as stored."""
+        """Frames ``start:stop`` of video ``index`` -> (stop - start, *frame_shape), as ShardReader gives them."""
         return self._reader.frames(*self._place(index, start, stop))
 
     def conditions(self, index, start=0, stop=None):

@@ -1,10 +1,12 @@
 """Roll a pipeline out over the clips of a protocol and measure what it predicts."""
 
+import collections
 import contextlib
 import functools
 import hashlib
 import json
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -21,8 +23,9 @@ from latentcast.config import is_whole
 from latentcast.data.shards import difference_of
 from latentcast.distributed import barrier, rank_and_world, rank_zero_first
 from latentcast.files import read_json, replacing, write_json
-from latentcast.metrics import FVD, I3D, LPIPS, BestOfN, bits_per_dim, crps, ilpips, mse, psnr, ssim
+from latentcast.metrics import FVD, I3D, LPIPS, BestOfN, bits_per_dim, crps, mse, psnr, ssim
 from latentcast.metrics.baselines import BASELINES
+from latentcast.metrics.ensemble import mean_of_pairs
 from latentcast.metrics.frame import round_to_levels
 from latentcast.metrics.frechet import MIN_EXTRAPOLATED
 from latentcast.metrics.statistics import ClipValues
@@ -52,7 +55,9 @@ class Evaluation:
         folder: for parts and results.
         label: what to call the model.
         sampler: options of the prior's sampler.
-        futures: drawn at once. With the protocol's seed it sets the random numbers that a clip gets.
+        futures: drawn at once; None: see ``fitting_futures``. With the protocol's seed it sets which random numbers a
+            clip gets. Where a GPU's memory does not do, half as many are drawn from then on, with the random numbers
+            of an evaluation of that many, and the log says so.
         baselines: names out of ``latentcast.metrics.baselines``; "reconstruction", the tokenizer's own, of the whole
             clip: no prediction in its latents can beat it by much; and "deterministic", what the prior predicts without
             chance: ``prior.predict_mean(context, n_frames)`` -> (B, n_frames, ...) in the prior's space. One that the
@@ -70,7 +75,7 @@ class Evaluation:
     folder: Path
     label: str = "model"
     sampler: dict | None = None
-    futures: int = 64
+    futures: int | None = None
     baselines: tuple = ("copy_last_frame", "mean_context", RECONSTRUCTION, DETERMINISTIC)
     crps_map: dict | None = None
     weights: str | None = None
@@ -88,6 +93,9 @@ class Evaluation:
         timed = [name for name in ("fps_multiplier", "frame_times") if name in self.sampler]
         if timed:
             raise ValueError(f"evaluation.sampler: {timed[0]}: the protocol sets it (protocol.fps_multiplier)")
+        self.device = self.pipe.device
+        if self.futures is None:
+            self.futures = fitting_futures(self.device, self.dataset, self.protocol)
         if not is_whole(self.futures, 1):
             raise ValueError(f"evaluation.futures: expected a whole number of at least 1, found {self.futures!r}")
         check_fit(self.pipe, self.dataset, self.protocol)
@@ -106,9 +114,9 @@ class Evaluation:
         self.clips = [i * n_there // n_asked for i in range(n_asked)]  # spread over the split
         self.video_of = {clip: self.dataset.video_of(clip) for clip in self.clips}
         self._check_crps_map()
-        size = max(1, self.futures // self.protocol.n_samples)
+        self._at_once = self.futures
+        size = self._clips_at_once()
         self.groups = [self.clips[i : i + size] for i in range(0, n_asked, size)]
-        self.device = self.pipe.device
         self.lpips = self.fvd = None
         if "lpips" in self.protocol.metrics or "ilpips" in self.protocol.metrics:
             self.lpips = LPIPS(self.protocol.lpips, self.weights).to(self.device)
@@ -182,14 +190,46 @@ class Evaluation:
         barrier()
         return n_clips
 
-    @torch.no_grad()
     def measure(self, group):
         """name -> tensor of what is known of a group of clips; the keys are WHO.METRIC, maps.WHO and shown.NAME."""
-        clips = torch.stack([self.dataset[i]["frames"] for i in self.groups[group]]).to(self.device)
+        while True:
+            try:
+                parts = [self._measure(*piece) for piece in self._pieces(group)]
+                break
+            except torch.OutOfMemoryError:
+                if self._at_once == 1:
+                    raise
+            # Out here nothing holds on to the tensors of what failed.
+            torch.cuda.empty_cache()
+            self._at_once //= 2
+            logger.warning(
+                "out of memory: going on with %d futures at once, as evaluation.futures=%d would", *[self._at_once] * 2
+            )
+        return {
+            key: sum(part[key] for part in parts if key in part)
+            if key.startswith("maps.")
+            else torch.cat([part[key] for part in parts])
+            for key in dict.fromkeys(key for part in parts for key in part)
+        }
+
+    def _clips_at_once(self):
+        return max(1, self._at_once // self.protocol.n_samples)
+
+    def _pieces(self, group):
+        """The group's clips, as many together as there is room for, with what sets their random numbers: the number of
+        their group where groups are so small."""
+        clips, whole, size = self.groups[group], len(self.groups[0]), self._clips_at_once()
+        for start in range(0, len(clips), size):
+            own = (group * whole + start) // size if whole % size == 0 else f"{group}.{start}"
+            yield clips[start : start + size], own if size < whole else group
+
+    @torch.no_grad()
+    def _measure(self, numbers, random):
+        clips = torch.stack([self.dataset[i]["frames"] for i in numbers]).to(self.device)
         found = {}
         with eval_mode(self.pipe.prior, self.pipe.tokenizer):
             if self.draws:
-                found |= self._measure_futures(group, clips)
+                found |= self._measure_futures(numbers, random, clips)
             if "clip_mse" in self.metrics and RECONSTRUCTION in self.baselines:
                 both = self._baseline(RECONSTRUCTION, clips), self.protocol.divide(clips)
                 found[f"{RECONSTRUCTION}.clip_mse"] = mse(*(self._seen(torch.cat(parts, 1)) for parts in both))
@@ -199,19 +239,20 @@ class Evaluation:
                 found[f"{MODEL}.bits"] = bits_per_dim(log_prob, codes[0, self.protocol.n_context :].shape)
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
-    def _measure_futures(self, group, clips):
+    def _measure_futures(self, numbers, random, clips):
         protocol = self.protocol
         context, target = protocol.divide(clips)
-        samples = self._draw(context, group)
+        samples = self._draw(context, random)
         if not samples.isfinite().all():
-            raise ValueError(f"{self.label}: NaN or infinity among the frames predicted for clips {self.groups[group]}")
+            raise ValueError(f"{self.label}: NaN or infinity among the frames predicted for clips {numbers}")
         samples, target = self._seen(samples), self._seen(target)
-        found = self._scores(group, MODEL, samples, self._seen(context), target)
+        truth = self.lpips.features(target) if "lpips" in self.frame_metrics else None
+        found = self._scores(numbers, MODEL, samples, self._seen(context), target, truth)
         for name in self.baselines:
-            given, future = map(self._seen, self._baseline(name, clips))
-            found |= self._scores(group, name, future[:, None], given, target)
-        if "ilpips" in protocol.metrics:
-            found[f"{MODEL}.ilpips"] = ilpips(samples, self.lpips, protocol.ilpips)
+            given, future = self._baseline(name, clips)
+            still = future.stride(1) == 0  # one picture, as often as there are frames
+            future = self._seen(future[:, :1]).expand_as(future) if still else self._seen(future)
+            found |= self._scores(numbers, name, future[:, None], self._seen(given), target, truth)
         if self.fvd is not None:
             found["real.fvd"] = self.fvd.features(self._with_context(self._seen(context), target))
         best = found[f"{MODEL}.mse"].mean(-1).argmin(1)
@@ -223,15 +264,15 @@ class Evaluation:
         """Frames as the metrics see them."""
         return round_to_levels(frames) if self.protocol.rounded else frames
 
-    def _draw(self, context, group):
-        """Futures of a group of contexts (B, T, C, H, W) -> (B, S, T, C, H, W), ``futures`` at once."""
+    def _draw(self, context, random):
+        """Futures of contexts (B, T, C, H, W) -> (B, S, T, C, H, W), as many at once as there is room for."""
         n_samples, n_predicted, drawn = self.protocol.n_samples, self.protocol.n_predicted, []
         sampler = dict(self.sampler)
         if self.protocol.fps_multiplier > 1:
             sampler["fps_multiplier"] = self.protocol.fps_multiplier
-        generator = torch.Generator().manual_seed(_seed(self.protocol.seed, group))
+        generator = torch.Generator().manual_seed(_seed(self.protocol.seed, random))
         while sum(part.shape[1] for part in drawn) < n_samples:
-            n = min(self.futures, n_samples - sum(part.shape[1] for part in drawn))
+            n = min(self._at_once, n_samples - sum(part.shape[1] for part in drawn))
             futures = self.pipe(
                 context, n_predicted, num_samples=n, generator=generator, value_range=(-1, 1), **sampler
             )
@@ -281,15 +322,16 @@ class Evaluation:
         if not is_whole(chosen["frame"], 1) or chosen["frame"] > last:
             raise ValueError(f"evaluation.crps_map.frame: expected 1 to {last}, found {chosen['frame']!r}")
 
-    def _scores(self, group, who, samples, context, target):
-        best_of_n = BestOfN(self.frame_metrics)
+    def _scores(self, clips, who, samples, context, target, truth):
+        best_of_n = BestOfN({name: metric for name, metric in self.frame_metrics.items() if name != "lpips"})
         found = {f"{who}.{name}": scores for name, scores in best_of_n.score(samples, target).items()}
+        found |= {f"{who}.{name}": scores for name, scores in self._perceptual(who, samples, truth).items()}
         if "crps" in self.protocol.metrics:
             # a single prediction has no pairs; both estimators are its absolute error
             estimator = self.protocol.crps if samples.shape[1] > 1 else "standard"
             maps = crps(samples, target, estimator, reduction="none")
             found[f"{who}.crps"] = maps.mean((-3, -2, -1))
-            clips, chosen = self.groups[group], self.crps_map
+            chosen = self.crps_map
             if chosen is None:
                 found[f"maps.{who}"] = maps.mean((1, 2)).double().sum(0) / len(self.clips)
             elif chosen["clip"] in clips:
@@ -300,6 +342,25 @@ class Evaluation:
             contexts = context[:, None].expand(-1, shown.shape[1], -1, -1, -1, -1)
             found[f"{who}.fvd"] = self.fvd.features(self._with_context(contexts, shown))
         return found
+
+    def _perceptual(self, who, samples, truth):
+        """``lpips`` (B, S, T), and of the model ``ilpips`` (B, T), as far as they are asked for; each picture passes
+        the network once. ``truth``: features of the true frames."""
+        scores = []
+
+        def features():
+            for sample in samples.unbind(1):
+                found = self.lpips.features(sample[:, :1] if sample.stride(1) == 0 else sample)
+                if truth is not None:
+                    scores.append(self.lpips.distance(found, truth))
+                yield found
+
+        found = {}
+        if who == MODEL and "ilpips" in self.protocol.metrics:
+            found["ilpips"] = mean_of_pairs(features(), self.lpips.distance, self.protocol.ilpips)
+        elif truth is not None:
+            collections.deque(features(), maxlen=0)
+        return found | ({"lpips": torch.stack(scores, 1)} if truth is not None else {})
 
     def _with_context(self, context, future):
         return torch.cat([context, future], -4) if self.protocol.fvd_context else future
@@ -417,6 +478,20 @@ class Evaluation:
         write_json(plan, identity)
 
 
+def fitting_futures(device, dataset, protocol):
+    """How many futures to draw at once on a device: on a GPU 512, or half, a quarter ... of it (see Evaluation); on a
+    CPU, which gains nothing from more, 64, or fewer where they could take an eighth of the machine's memory."""
+    if torch.device(device).type == "cuda":
+        return 512
+    # Frames as floats, sixteen times: those of the samples, what their decoding holds, and what metrics make of them.
+    bytes_each = 16 * 4 * protocol.n_frames * dataset.channels * protocol.frame_size**2
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+    futures = 64
+    while futures > 1 and futures * bytes_each > room:
+        futures //= 2
+    return futures
+
+
 def check_fit(pipe, dataset, protocol):
     """Refuse a pipeline, a data set and a protocol that do not belong together, naming both sides."""
     spec = pipe.prior.config.latent_spec
@@ -485,8 +560,8 @@ def git_commit():
     return commit + "+" * bool(changed)
 
 
-def _seed(seed, group):
-    return int.from_bytes(hashlib.sha256(f"{seed} {group}".encode()).digest()[:8], "big") >> 1
+def _seed(seed, random):
+    return int.from_bytes(hashlib.sha256(f"{seed} {random}".encode()).digest()[:8], "big") >> 1
 
 
 def _n_parameters(model):

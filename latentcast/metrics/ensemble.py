@@ -82,17 +82,21 @@ def ilpips(samples, lpips="alex", pairs="ring"):
     if samples.shape[1] < 2:
         raise ValueError("ilpips: expected at least 2 samples a clip, found 1")
     lpips = _lpips(lpips, samples.device)
+    return mean_of_pairs(map(lpips.features, samples.unbind(1)), lpips.distance, pairs)
+
+
+def mean_of_pairs(features, distance, pairs="ring"):
+    """The mean distance of pairs of samples, as ``ilpips`` chooses them; ``features``: those of one sample after
+    another, of which "ring" keeps three at a time."""
     if pairs == "all":
-        features = [lpips.features(sample) for sample in samples.unbind(1)]
-        distances = [lpips.distance(*pair) for pair in combinations(features, 2)]
-        return torch.stack(distances).mean(0)
-    first = before = lpips.features(samples[:, 0])
-    total = 0
-    for sample in samples.unbind(1)[1:]:
-        features = lpips.features(sample)
-        total = total + lpips.distance(before, features)
-        before = features
-    return (total + lpips.distance(first, before)) / samples.shape[1]
+        return torch.stack([distance(*pair) for pair in combinations(features, 2)]).mean(0)
+    features = iter(features)
+    first = before = next(features)
+    total, n = 0, 1
+    for found in features:
+        total = total + distance(before, found)
+        before, n = found, n + 1
+    return (total + distance(first, before)) / n
 
 
 class BestOfN:

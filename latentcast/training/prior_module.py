@@ -11,8 +11,9 @@ LOOKED_AT = 64  # clips of the train split
 class PriorModule(TrainingModule):
     """Trains a Prior to predict the frames after the first ``n_context`` of a clip.
 
-    A batch holds the clips in the space that the prior accepts: ``codes`` (B, T, h, w, n_codebooks), ``latents``
-    (B, T, D, h, w), or ``frames`` (B, T, C, H, W) in [-1, 1] for a prior over pixels.
+    A batch holds the clips in the space that the prior accepts: ``codes`` (B, T, h, w, n_codebooks) of any integer type
+    (they travel as a cache stores them, and become int64 on the device), ``latents`` (B, T, D, h, w), or ``frames``
+    (B, T, C, H, W) in [-1, 1] for a prior over pixels.
 
     Args:
         model, optimizer, lr_scheduler, config: see TrainingModule.
@@ -55,11 +56,11 @@ class PriorModule(TrainingModule):
         if kind == "pixels":
             return batch["frames"]
         if kind in batch:
-            return batch[kind]
+            return batch[kind].long() if kind == "codes" else batch[kind]
         (tokenizer,) = self._tokenizer
         with torch.no_grad():
             if "frames" in batch:
                 return tokenizer.encode(batch["frames"])[kind]
-            codes = batch["codes"]
+            codes = batch["codes"].long()
             with torch.autocast(codes.device.type, enabled=False):  # the latents that a cache would hold
                 return tokenizer.to(codes.device).codes_to_latents(codes)
