@@ -229,10 +229,19 @@ class FakeGPU(TorchDispatchMode):
                 finally:
                     gpu._recording = False
 
+        class Event:
+            """What was recorded has happened."""
+
+            def record(self):
+                """Nothing is to be kept."""
+
+            synchronize = record
+
         from latentcast.priors import st_pixelcnn, video_transformer
 
         yield torch.cuda, "_lazy_init", lambda: None
         yield torch.cuda, "is_available", lambda: True
+        yield torch.cuda, "Event", Event
         yield Tensor, "device", property(gpu.device_of)
         yield Tensor, "is_cuda", property(lambda tensor: gpu.device_of(tensor) == GPU)
         yield Tensor, "is_cpu", property(lambda tensor: gpu.device_of(tensor) == CPU)

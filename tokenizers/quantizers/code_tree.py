@@ -154,8 +154,6 @@ class CodeTree(nn.Module):
 
     def _start_over_below(self, i, chosen):
         """Take back all that hangs below the ``chosen`` codes (bool) of layer i."""
-        below = self.layers[i + 1 :] if self.tree else []
-        rows = chosen.nonzero()[:, 0] if len(below) else ()  # without a tree the host need not wait for a GPU
-        for layer in below if len(rows) else []:
-            layer.clear(rows)
-            rows = layer._rows(rows).flatten()
+        if self.tree and not (chosen.device.type == "cpu" and not chosen.any()):  # the host does not wait for a GPU
+            for layer in self.layers[i + 1 :]:
+                chosen = layer.clear(chosen)

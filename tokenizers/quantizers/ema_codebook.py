@@ -35,6 +35,21 @@ class KeepsDtype(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
 
+class Later:
+    """A bool that a GPU finds out and the host reads when it is long there; other work goes on meanwhile."""
+
+    def __init__(self, found):
+        self.found, self.there = found.to("cpu", non_blocking=True), torch.cuda.Event()
+        self.there.record()
+
+    def __bool__(self):
+        self.there.synchronize()
+        return bool(self.found)
+
+    def __deepcopy__(self, memo):
+        """Nothing is known of a copy."""
+
+
 class EMACodebook(KeepsDtype):
     """K code vectors of ``dim`` numbers, learned without gradients; or K for each of P parents.
 
@@ -45,7 +60,9 @@ class EMACodebook(KeepsDtype):
 
     With ``n_parents``, a vector belongs to a parent and is compared with the K codes of that parent alone. All of the
     above happens for each parent by itself, with the vectors routed to it; a batch that does not visit a parent leaves
-    its codes and counts as they are, bit for bit. Code c of parent p is row p * K + c of all tensors.
+    its codes and counts as they are, bit for bit. Code c of parent p is row p * K + c of all tensors. On a GPU, where
+    the host would have to wait to know what a batch visits, a parent's codes are placed by the batch after the one that
+    visited it first.
 
     All state stays in fp32 whatever the model is cast to, and is the same on every rank. While ``revives`` is False no
     code is drawn anew: a revived one jumps, and the moving average of the weights follows it only slowly.
@@ -93,6 +110,7 @@ class EMACodebook(KeepsDtype):
         self.learned = learned
         self.revives = True
         self._placed = False  # True: all codes are known to be, so that the host need not ask the device
+        self._found = None  # a Later: whether the batch before visited parents that are not placed
         n_codes = self.n_parents * codebook_size
         uniform = init == "uniform"
         codebook = torch.randn(n_codes, dim)
@@ -176,26 +194,30 @@ class EMACodebook(KeepsDtype):
             which codes were placed, (P * K,) bool, the same on every rank.
         """
         placed = torch.zeros(len(self.codebook), dtype=torch.bool, device=vectors.device)
-        self._placed = self._placed or bool(self.initialized.all())
+        if not self._placed and not self._all_at_once(placed.device):
+            self._placed = bool(self.initialized.all())
         if self._placed:
             return placed
         vectors, slots, ids, visits = self._route(vectors, parents, ~self.initialized)
-        K, rows = self.codebook_size, self._rows(ids)
-        if not visits.any():
+        K, rows, seen = self.codebook_size, self._rows(ids), visits[:, None] > 0
+        if not self._visited(visits):
             return placed
         drawn, n_drawn = self._draw(vectors, slots, len(ids))
         # With fewer vectors than codes, some codes repeat a vector.
-        repeated = torch.arange(K, device=rows.device) % n_drawn[:, None]
-        self.codebook[rows] = drawn.gather(1, repeated[..., None].expand_as(drawn))
+        repeated = torch.arange(K, device=rows.device) % n_drawn[:, None].clamp(min=1)
+        drawn = drawn.gather(1, repeated[..., None].expand_as(drawn))
+        self.codebook[rows] = torch.where(seen[..., None], drawn, self.codebook[rows])
         for _ in range(self.kmeans_iters):
             counts, sums = self._statistics(
                 vectors, slots, self.nearest(vectors, ids[slots.clamp(max=len(ids) - 1)]), len(ids)
             )
             means = sums / counts[..., None].clamp(min=1)
             self.codebook[rows] = torch.where(counts[..., None] > 0, means, self.codebook[rows])
-        self._set_counts(rows, (visits.float() / K)[:, None].expand_as(rows))
-        self.initialized.view(-1)[ids] = True
-        placed[rows] = True
+        seen = seen.expand_as(rows)
+        sizes = (visits.float() / K)[:, None].expand_as(rows)
+        self._set_counts(rows, torch.where(seen, sizes, self.cluster_size[rows]), seen)
+        self.initialized.view(-1)[ids] |= seen[:, 0]
+        placed[rows] = seen
         return placed
 
     @torch.no_grad()
@@ -207,8 +229,7 @@ class EMACodebook(KeepsDtype):
             codes: (N,) int64 in [0, K), the code of each.
             parents: (N,) int64, the parent of each.
         Returns:
-            which codes were revived, (P * K,) bool, the same on every rank. With one parent the host never waits for a
-            GPU to know.
+            which codes were revived, (P * K,) bool, the same on every rank. The host never waits for a GPU to know.
         """
         vectors, slots, ids, visits = self._route(vectors, parents, self.initialized)
         K, rows, seen = self.codebook_size, self._rows(ids), visits[:, None] > 0
@@ -239,29 +260,45 @@ class EMACodebook(KeepsDtype):
         return revived
 
     @torch.no_grad()
-    def clear(self, ids):
-        """Take the codes of some parents (A,) back: all are zero until ``initialize`` places them."""
-        rows = self._rows(ids)
-        self.codebook[rows] = 0
-        self.cluster_size[rows] = 1
+    def clear(self, parents):
+        """Take the codes of some parents, (P,) bool, back: all are zero until ``initialize`` places them.
+
+        Returns:
+            which codes these are, (P * K,) bool.
+        """
+        rows = parents.repeat_interleave(self.codebook_size)
+        self.codebook.masked_fill_(rows[:, None], 0)
+        self.cluster_size.masked_fill_(rows, 1)
         if not self.learned:
-            self.cluster_sum[rows] = 0
-        self.initialized.view(-1)[ids] = False
+            self.cluster_sum.masked_fill_(rows[:, None], 0)
+        self.initialized.masked_fill_(parents.view_as(self.initialized), False)
         self._placed = False
+        return rows
+
+    def _all_at_once(self, device):
+        """Whether all parents are gone through, visited or not: where the host would wait to know which are."""
+        return self.n_parents > 1 and device.type != "cpu"
+
+    def _visited(self, visits):
+        """Whether some parent that is not placed is visited; of several on a GPU, whether it was by the batch before,
+        and True for the first one."""
+        found = visits.any()
+        if not self._all_at_once(found.device):
+            return bool(found)
+        before, self._found = self._found, Later(found)
+        return before is None or bool(before)
 
     def _load_from_state_dict(self, *args):
-        self._placed = False
+        self._placed, self._found = False, None
         super()._load_from_state_dict(*args)
 
-    def _set_counts(self, rows, sizes, chosen=None):
-        """Start the moving averages of the ``chosen`` codes (None: all) in ``rows`` as if each had been chosen
-        ``sizes`` times a batch so far."""
+    def _set_counts(self, rows, sizes, chosen):
+        """Start the moving averages of the ``chosen`` codes in ``rows`` as if each had been chosen ``sizes`` times a
+        batch so far."""
         self.cluster_size[rows] = sizes
         if not self.learned:
             sums = self.codebook[rows] * sizes[..., None]
-            self.cluster_sum[rows] = (
-                sums if chosen is None else torch.where(chosen[..., None], sums, self.cluster_sum[rows])
-            )
+            self.cluster_sum[rows] = torch.where(chosen[..., None], sums, self.cluster_sum[rows])
 
     def _rows(self, ids):
         """Rows of the codes of some parents: (A,) -> (A, K)."""
@@ -270,19 +307,18 @@ class EMACodebook(KeepsDtype):
     def _route(self, vectors, parents, wanted):
         """What this batch brings to the parents in ``wanted`` (P,) bool, without vectors that overflowed under fp16.
 
-        Of several parents the host waits for a GPU to know which are visited; of one it does not.
-
         Returns:
             vectors (N, dim) fp32; slots (N,), for each vector the place of its parent in ids, or A where it does not
-            count; ids (A,), the wanted parents that some rank visits, or the only one there is; visits (A,), their
-            vectors on all ranks.
+            count; ids (A,), the wanted parents that some rank visits, or all there are: the only one, and on a GPU;
+            visits (A,), their vectors on all ranks, 0 of those that are not wanted.
         """
         if parents is None:
             parents = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
         keep = vectors.isfinite().all(-1) & wanted.view(-1)[parents]
         vectors = torch.where(keep[:, None], vectors, 0).float()
         visits = _sum_over_ranks(histogram(parents, self.n_parents, keep))
-        ids = torch.arange(1, device=parents.device) if self.n_parents == 1 else visits.nonzero()[:, 0]
+        every = self.n_parents == 1 or self._all_at_once(parents.device)
+        ids = torch.arange(self.n_parents, device=parents.device) if every else visits.nonzero()[:, 0]
         slot_of = torch.zeros_like(visits)
         slot_of[ids] = torch.arange(len(ids), device=ids.device)
         return vectors, torch.where(keep, slot_of[parents], len(ids)), ids, visits[ids]
