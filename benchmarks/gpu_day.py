@@ -119,6 +119,13 @@ class Report:
             signal.setitimer(signal.ITIMER_REAL, 0)
             row["error"] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
             torch.cuda.empty_cache()
+        except (SystemExit, KeyboardInterrupt):
+            row["error"] = "interrupted"
+            raise
+        finally:
+            self._add(row, started)
+
+    def _add(self, row, started):
         signal.setitimer(signal.ITIMER_REAL, 0)
         row["took"] = round(time.monotonic() - started, 1)
         self.content["rows"].append(row)
@@ -158,19 +165,35 @@ class Skipped(Exception):
 def run(arguments, log, limit):
     """Run a program, its output into the file ``log``, for ``limit`` seconds at most -> (status, output).
 
-    One that is at work then gets SIGTERM 5 seconds before, and then SIGKILL.
+    One that is at work then gets SIGTERM 5 seconds before, and then SIGKILL; at once where this process is ended.
     """
     with open(log, "w") as file:
         process = subprocess.Popen(
             arguments, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=child_environment()
         )
-        for number, patience in ((signal.SIGTERM, max(limit - 5, 1)), (signal.SIGKILL, 5), (0, None)):
-            try:
-                process.wait(patience)
-                break
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, number)
+        try:
+            process.wait(max(limit - 5, 1))
+        except subprocess.TimeoutExpired:
+            end(process)
+        except BaseException:  # a signal to this process, which those of the other session do not get
+            end(process)
+            raise
     return process.returncode, Path(log).read_text(errors="replace")
+
+
+def end(process):
+    """End a program and what it started: it has 5 seconds to save what it can."""
+    for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, None)):
+        os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
+
+
+def _interrupted(number, _):
+    for later in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(later, signal.SIG_IGN)  # what there is to be ended ends
+    raise SystemExit(128 + number)
 
 
 def child_environment():
@@ -469,6 +492,8 @@ def main():
         parser.error(f"--parts: expected some of tests,speed,training, found {args.parts}")
     tiny = args.device == "cpu" if args.tiny is None else args.tiny
     diffusers.utils.logging.set_verbosity_error()  # it warns of every model that is cast
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupted)
     output = args.output.absolute()
     report, preparing = Report(output, args.device, args.minutes, tiny), None
     if args.prepare:

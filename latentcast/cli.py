@@ -199,6 +199,30 @@ def pick_device(name):
     return device
 
 
+def computes_bfloat16(device):
+    """Whether a kind of device ("cuda", "cpu", ...) computes in bfloat16; others emulate it, and are several times
+    slower in it than in fp32."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def pick_dtype(name, device):
+    """One of DTYPES, as torch calls it; "auto" is bfloat16 where the device computes in it, else float32. The log says
+    which."""
+    import torch
+
+    if name == "auto":
+        name = "bfloat16" if computes_bfloat16(torch.device(device).type) else "float32"
+    logger.info("computing in %s on %s", name, device)
+    return getattr(torch, name)
+
+
 def prepare_run_dir(path, name="run_dir"):
     """Create ``run_dir`` and make sure it can be written to; ``name`` is what errors call it."""
     path = Path(path)

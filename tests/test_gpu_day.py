@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tiny_experiment import BENCHMARKS
@@ -46,6 +47,35 @@ def test_it_keeps_to_its_time(gpu_day, tmp_path, monkeypatch):
 
     status, _ = gpu_day.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", 2)
     assert status == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_what_it_runs_and_leaves_the_report_whole(tmp_path, number):
+    """While a training, in a session of its own, is at work."""
+    body = f"""
+import sys
+sys.path.append({str(BENCHMARKS)!r})
+import gpu_day
+gpu_day.train = lambda report, *_: sleep(report)
+def sleep(report):
+    with report.row("training", "train_prior") as row:
+        program = "import time; print('at work', flush=True); time.sleep(60)"
+        row["status"], _ = gpu_day.run([sys.executable, "-c", program], report.folder / "log.txt", 50)
+sys.argv = ["gpu_day", "--device", "cpu", "--parts", "training", "--train", "tiny", "--output", {str(tmp_path)!r}]
+gpu_day.main()
+"""
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", body], env=environment)
+    log = tmp_path / "log.txt"
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number and not Path(f"/proc/{child}").exists()
+    content, table = read(tmp_path)
+    assert [row["error"] for row in content["rows"]] == ["interrupted"] and not content["finished"]
+    assert "| train_prior | interrupted |" in table and "what comes after this" in table
 
 
 def test_what_a_cut_leaves_is_whole(tmp_path):

@@ -38,7 +38,7 @@ from latentcast import (
     load_model,
     probe,
 )
-from latentcast.cli import UserError
+from latentcast.cli import DTYPES, UserError, pick_dtype
 from latentcast.config import to_container
 from latentcast.data.pictures import GAP, scale_for
 from latentcast.modeling import fingerprint
@@ -860,6 +860,8 @@ def test_the_precision_is_what_the_hardware_computes_fast_in_where_it_is_left_to
     _, module, run = fit(tiny_config(tmp_path, *options))
     native = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     assert module.trainer.precision == ("bf16-mixed" if native else "32-true")
+    assert pick_dtype("auto", "cpu") == (torch.bfloat16 if native else torch.float32)
+    assert [pick_dtype(name, "cpu") for name in DTYPES[1:]] == [torch.float32, torch.bfloat16, torch.float16]
     assert load_config(run.run_dir / "config.yaml").trainer.precision == "auto"  # for it may go on elsewhere
 
 

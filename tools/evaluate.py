@@ -13,7 +13,7 @@ import os
 import time
 from pathlib import Path
 
-from latentcast.cli import UserError, announce, pick_device, prepare_run_dir, run_tool, user_path
+from latentcast.cli import DTYPES, UserError, announce, pick_device, pick_dtype, prepare_run_dir, run_tool, user_path
 
 logger = logging.getLogger("latentcast")
 
@@ -33,9 +33,7 @@ def main(args):
         raise UserError(f"--weights {args.weights}: no such folder")
     check_data(config)
     announce(config)
-    import torch  # which takes seconds, as what follows: mistakes in the config show before
-
-    from latentcast.config import instantiate, to_container
+    from latentcast.config import instantiate, to_container  # torch takes seconds: mistakes in the config show before
     from latentcast.data.shards import difference_of
     from latentcast.distributed import default_device, process_group, rank_and_world, rank_zero_first
     from latentcast.evaluation.comparison import read_result
@@ -46,7 +44,7 @@ def main(args):
     protocol = instantiate(config.protocol)
     with process_group():
         device = pick_device(args.device) if args.device else default_device()
-        pipe = VideoPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(device)
+        pipe = VideoPipeline.from_pretrained(folder, dtype=pick_dtype(args.dtype, device)).to(device)
         with rank_zero_first():  # a data set may write an index or download when it is built
             dataset = instantiate(config.data, clip_length=protocol.n_frames)(split=protocol.split)
         metrics_dir = prepare_run_dir(config.run_dir) / "metrics"
@@ -142,6 +140,9 @@ if __name__ == "__main__":
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the pipeline"
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="of the pipeline; auto: bfloat16 where the hardware has it",
     )
     run_tool(main, parser)

@@ -22,7 +22,17 @@ import time
 import unicodedata
 from pathlib import Path
 
-from latentcast.cli import Findings, UserError, parse_options, pick_device, prepare_run_dir, run_tool, user_path
+from latentcast.cli import (
+    DTYPES,
+    Findings,
+    UserError,
+    parse_options,
+    pick_device,
+    pick_dtype,
+    prepare_run_dir,
+    run_tool,
+    user_path,
+)
 
 logger = logging.getLogger("latentcast")
 
@@ -59,7 +69,7 @@ def make_parser():
         "--image-fps", type=float, help="rate at which pictures in folders were taken (default: that of training)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="auto: bfloat16 where the hardware has it")
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of the prior's sampler")
     return parser
 
@@ -92,8 +102,8 @@ def main(args):
     from latentcast.files import error_numbers, printable, told
     from latentcast.pipelines.base import VideoPipeline
 
-    pipe = VideoPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
-    pipe.to(pick_device(args.device))
+    device = pick_device(args.device)
+    pipe = VideoPipeline.from_pretrained(folder, dtype=pick_dtype(args.dtype, device)).to(device)
     output = args.output or (Path(args.pipeline).parent if Path(args.pipeline).is_dir() else Path()) / "samples"
     if output.resolve() == (args.input if args.input.is_dir() else args.input.parent).resolve():
         raise UserError(f"--output {output}: this is where the input lies; its videos could be overwritten")

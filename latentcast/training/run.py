@@ -18,7 +18,7 @@ from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import default_collate
 
-from latentcast.cli import UserError, prepare_run_dir
+from latentcast.cli import UserError, computes_bfloat16, prepare_run_dir
 from latentcast.config import instantiate, to_container
 from latentcast.files import locked, told, write_text
 from latentcast.yaml_text import dump
@@ -290,16 +290,12 @@ def check_trainer(options):
 
 
 def precision_here(options):
-    """``precision`` of the Trainer's options; "auto" is bf16-mixed where the hardware computes in bfloat16, else fp32:
-    processors that must emulate it are several times slower so."""
+    """``precision`` of the Trainer's options; "auto" is bf16-mixed where the hardware computes so, else fp32."""
     precision = options.get("precision", "32-true")
     if precision != "auto":
         return precision
-    if torch.cuda.is_available() and options.get("accelerator", "auto") in ("auto", "gpu", "cuda"):
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported()
-    return "bf16-mixed" if native else "32-true"
+    on_gpu = torch.cuda.is_available() and options.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return "bf16-mixed" if computes_bfloat16("cuda" if on_gpu else "cpu") else "32-true"
 
 
 def check_strategy(trainer):

@@ -285,8 +285,9 @@ class EMACodebook(KeepsDtype):
         found = visits.any()
         if not self._all_at_once(found.device):
             return bool(found)
-        before, self._found = self._found, Later(found)
-        return before is None or bool(before)
+        placing = self._found is None or bool(self._found)
+        self._found = False if placing else Later(found)  # of those that are placed now nothing is left
+        return placing
 
     def _load_from_state_dict(self, *args):
         self._placed, self._found = False, None
