@@ -442,7 +442,7 @@ def train(report, experiment, overrides, device, preparing):
         config = load_config(experiment, overrides, tool="train_prior")
         tokenizer = instantiate(config.tokenizer)
         if tokenizer.needs_training:
-            stages = [("train_tokenizer", 0.35), ("encode_dataset", 0.3), ("train_prior", 1.0)]
+            stages = [("train_tokenizer", 0.35), ("encode_dataset", 0.7), ("train_prior", 1.0)]
         model = instantiate(config.prior, latent_spec=tokenizer.latent_spec).to(device)
         clip = clip_of(model, config.batch_size, config.clip_length)
         mode = "bf16" if "bf16" in str(config.trainer.precision) else "fp32"

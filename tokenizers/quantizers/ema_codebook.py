@@ -358,7 +358,9 @@ class EMACodebook(KeepsDtype):
 
 
 def _at_once(device, per_thread, on_gpu):
-    return per_thread * torch.get_num_threads() if device.type == "cpu" else on_gpu
+    if device.type != "cpu":
+        return on_gpu
+    return per_thread * (1 if torch.compiler.is_compiling() else torch.get_num_threads())  # which would break the graph
 
 
 def _argmin(distances, group=64):
