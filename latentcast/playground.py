@@ -53,9 +53,14 @@ CSS = """
 .gradio-container .main { max-width: 1240px !important; padding: 8px 16px !important; }
 #given, #sheet, #video { background: white; }
 #given img, #sheet img { object-fit: contain; }
+#sheet img { padding-top: 24px; }
 #examples .grid-wrap { height: auto; min-height: 0; overflow: visible; }
-#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
-#examples .thumbnail-item { width: 100%; height: auto; }
+#examples .grid-container {
+  grid-template-columns: repeat(4, minmax(0, 1fr)) !important;
+  grid-template-rows: auto !important;
+  grid-auto-rows: auto !important;
+}
+#examples .gallery-item, #examples .thumbnail-item { width: 100%; height: auto; }
 #examples img { image-rendering: pixelated; }
 #upload .wrap { font-size: 14px; line-height: 1.2; min-height: 0; padding: 0; }
 #upload .icon-wrap { width: 18px; margin: 0 0 2px 0; }
@@ -260,7 +265,7 @@ def field(name, option):
     if option.kind is bool:
         return gr.Checkbox(option.default, **shown)
     if option.choices:
-        return gr.Dropdown(list(option.choices), value=option.default, **shown)
+        return gr.Dropdown(list(option.choices), value=option.default, **shown | {"min_width": 240})
     if option.kind in (int, float) and option.default is not None:
         step = 1 if option.kind is int else 0.05
         return gr.Number(option.default, info=range_text(option), step=step, **shown)
@@ -335,7 +340,7 @@ def build(playground, title):
                 with gr.Row():
                     downloads = [
                         gr.DownloadButton(name, size="md", interactive=False, min_width=90, elem_id=f"download-{kind}")
-                        for name, kind in (("mp4", "mp4"), ("GIF", "gif"), ("Contact sheet", "png"))
+                        for name, kind in (("mp4", "mp4"), ("GIF", "gif"), ("Sheet", "png"))
                     ]
 
         place = [start, n_context]
