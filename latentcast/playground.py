@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -447,48 +446,48 @@ class OwnFilesOnly:
 
 
 @contextlib.contextmanager
-def serving(pipe, examples, title, host, port, most_mb, most_read):
-    """Serve the page while the block runs -> (its address, the Playground); all files go when it ends.
+def serving(pipe, examples, title, folder, host, port, most_mb, most_read):
+    """Serve the page while the block runs -> (its address, the Playground).
 
     Args:
         pipe, examples, most_read: see ``Playground``. title: of the page.
+        folder: for files, one of the system's temporary ones. Uploads lie where GRADIO_TEMP_DIR said when gradio was
+            loaded; nothing else is served.
         host, port: to listen at. most_mb: the largest upload, megabytes.
     Raises:
         OSError: the port cannot be had.
     """
-    with tempfile.TemporaryDirectory(prefix="latentcast-playground-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "cache")
-        os.environ.pop("GRADIO_ALLOWED_PATHS", None)
-        for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own server whether it is there
-            os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), *LOCAL])
-        playground = Playground(pipe, examples, Path(folder) / "futures", most_read)
-        page = build(playground, title)
-        page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
-        hosts = [*LOCAL, host] if host in LOCAL else ["*"]
-        guards = [Middleware(OwnFilesOnly), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
-        fonts = [["system-ui", "sans-serif"], ["ui-monospace", "monospace"]]
-        _, address, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            quiet=True,
-            inbrowser=False,
-            prevent_thread_lock=True,
-            show_error=True,
-            max_file_size=round(most_mb * 1e6),
-            allowed_paths=[],
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            run_history=False,
-            footer_links=[],
-            app_kwargs={"middleware": guards},
-            theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]),
-            css=CSS,
-        )
-        try:
-            yield address, playground
-        finally:
-            playground.stop(None)  # whoever waits for it
-            page.close(verbose=False)
+    os.environ.pop("GRADIO_ALLOWED_PATHS", None)
+    for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own server whether it is there
+        os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), *LOCAL])
+    playground = Playground(pipe, examples, Path(folder) / "futures", most_read)
+    page = build(playground, title)
+    page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
+    hosts = [*LOCAL, host] if host in LOCAL else ["*"]
+    guards = [Middleware(OwnFilesOnly), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+    fonts = [["system-ui", "sans-serif"], ["ui-monospace", "monospace"]]
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        inbrowser=False,
+        prevent_thread_lock=True,
+        show_error=True,
+        max_file_size=round(most_mb * 1e6),
+        allowed_paths=[],
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        run_history=False,
+        footer_links=[],
+        app_kwargs={"middleware": guards},
+        theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]),
+        css=CSS,
+    )
+    try:
+        yield address, playground
+    finally:
+        playground.stop(None)  # whatever runs
+        page.close(verbose=False)

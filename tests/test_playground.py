@@ -317,6 +317,7 @@ def test_ctrl_c_ends_it_and_removes_its_files(browser, server):
 def test_without_gradio_the_extra_is_named(root, command, monkeypatch):
     monkeypatch.delitem(sys.modules, "latentcast.playground")
     monkeypatch.delattr(latentcast, "playground")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the tool sets
     monkeypatch.setitem(sys.modules, "gradio", None)  # as where it is not installed
     status, _, err = command("playground", "--pipeline", root / "tiny", "--port", free_port())
     assert status == 1
