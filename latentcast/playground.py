@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +52,14 @@ CSS = """
 .gradio-container .main { max-width: 1240px !important; padding: 8px 16px !important; }
 #given, #sheet, #video { background: white; }
 #given img, #sheet img { object-fit: contain; }
+#sheet img { padding-top: 24px; }
 #examples .grid-wrap { height: auto; min-height: 0; overflow: visible; }
-#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
-#examples .thumbnail-item { width: 100%; height: auto; }
+#examples .grid-container {
+  grid-template-columns: repeat(4, minmax(0, 1fr)) !important;
+  grid-template-rows: auto !important;
+  grid-auto-rows: auto !important;
+}
+#examples .gallery-item, #examples .thumbnail-item { width: 100%; height: auto; }
 #examples img { image-rendering: pixelated; }
 #upload .wrap { font-size: 14px; line-height: 1.2; min-height: 0; padding: 0; }
 #upload .icon-wrap { width: 18px; margin: 0 0 2px 0; }
@@ -260,7 +264,7 @@ def field(name, option):
     if option.kind is bool:
         return gr.Checkbox(option.default, **shown)
     if option.choices:
-        return gr.Dropdown(list(option.choices), value=option.default, **shown)
+        return gr.Dropdown(list(option.choices), value=option.default, **shown | {"min_width": 240})
     if option.kind in (int, float) and option.default is not None:
         step = 1 if option.kind is int else 0.05
         return gr.Number(option.default, info=range_text(option), step=step, **shown)
@@ -335,7 +339,7 @@ def build(playground, title):
                 with gr.Row():
                     downloads = [
                         gr.DownloadButton(name, size="md", interactive=False, min_width=90, elem_id=f"download-{kind}")
-                        for name, kind in (("mp4", "mp4"), ("GIF", "gif"), ("Contact sheet", "png"))
+                        for name, kind in (("mp4", "mp4"), ("GIF", "gif"), ("Sheet", "png"))
                     ]
 
         place = [start, n_context]
@@ -442,48 +446,48 @@ class OwnFilesOnly:
 
 
 @contextlib.contextmanager
-def serving(pipe, examples, title, host, port, most_mb, most_read):
-    """Serve the page while the block runs -> (its address, the Playground); all files go when it ends.
+def serving(pipe, examples, title, folder, host, port, most_mb, most_read):
+    """Serve the page while the block runs -> (its address, the Playground).
 
     Args:
         pipe, examples, most_read: see ``Playground``. title: of the page.
+        folder: for files, one of the system's temporary ones. Uploads lie where GRADIO_TEMP_DIR said when gradio was
+            loaded; nothing else is served.
         host, port: to listen at. most_mb: the largest upload, megabytes.
     Raises:
         OSError: the port cannot be had.
     """
-    with tempfile.TemporaryDirectory(prefix="latentcast-playground-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "cache")
-        os.environ.pop("GRADIO_ALLOWED_PATHS", None)
-        for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own server whether it is there
-            os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), *LOCAL])
-        playground = Playground(pipe, examples, Path(folder) / "futures", most_read)
-        page = build(playground, title)
-        page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
-        hosts = [*LOCAL, host] if host in LOCAL else ["*"]
-        guards = [Middleware(OwnFilesOnly), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
-        fonts = [["system-ui", "sans-serif"], ["ui-monospace", "monospace"]]
-        _, address, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            quiet=True,
-            inbrowser=False,
-            prevent_thread_lock=True,
-            show_error=True,
-            max_file_size=round(most_mb * 1e6),
-            allowed_paths=[],
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            run_history=False,
-            footer_links=[],
-            app_kwargs={"middleware": guards},
-            theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]),
-            css=CSS,
-        )
-        try:
-            yield address, playground
-        finally:
-            playground.stop(None)  # whoever waits for it
-            page.close(verbose=False)
+    os.environ.pop("GRADIO_ALLOWED_PATHS", None)
+    for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own server whether it is there
+        os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), *LOCAL])
+    playground = Playground(pipe, examples, Path(folder) / "futures", most_read)
+    page = build(playground, title)
+    page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
+    hosts = [*LOCAL, host] if host in LOCAL else ["*"]
+    guards = [Middleware(OwnFilesOnly), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+    fonts = [["system-ui", "sans-serif"], ["ui-monospace", "monospace"]]
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        inbrowser=False,
+        prevent_thread_lock=True,
+        show_error=True,
+        max_file_size=round(most_mb * 1e6),
+        allowed_paths=[],
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        run_history=False,
+        footer_links=[],
+        app_kwargs={"middleware": guards},
+        theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]),
+        css=CSS,
+    )
+    try:
+        yield address, playground
+    finally:
+        playground.stop(None)  # whatever runs
+        page.close(verbose=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from tiny import SMALL_SDE_DIFFUSION, SMALL_TRANSFORMER, small_recurrent_vae
 from tiny_experiment import TOOLS, Started, free_port
@@ -21,6 +22,8 @@ from video_files import counter_frames, encode
 
 import latentcast
 from latentcast import PixelTokenizer, SDEDiffusion, VideoPredictionPipeline, VideoTransformer, probe, read_clip
+from latentcast.data.pictures import BORDER, LINE
+from latentcast.data.video_folder import luma
 from latentcast.data.video_reader import VideoError
 from latentcast.zoo import export
 
@@ -33,7 +36,7 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 from latentcast.playground import Clip, Playground, Stopped  # noqa: E402
 
-SIZE, N_CONTEXT, LENGTH = 8, 3, 7
+SIZE, SCALE, N_CONTEXT, LENGTH = 8, 16, 3, 7
 PATIENCE = 60  # seconds, on a busy machine
 
 
@@ -218,7 +221,7 @@ def test_a_video_is_dropped_and_what_is_none_is_said(browser, server, root, tmp_
     browser.open(server.address)
     drop = "#upload input[type=file]"
     browser.all(drop)[0].send_keys(str(root / "notes.txt"))
-    assert browser.error() == "notes.txt: not a readable video (Invalid data found when processing input)"
+    assert browser.error().startswith("notes.txt: not a readable video (Inval")  # data, or argument
     assert "example 1" in browser.text("#about")  # is still the clip
     browser.until(lambda: browser.all(drop))  # there is room for another
     browser.all(drop)[0].send_keys(str(root / "walk.mp4"))
@@ -228,10 +231,10 @@ def test_a_video_is_dropped_and_what_is_none_is_said(browser, server, root, tmp_
     browser.click("#predict")
     video = browser.predicted(server, "walk.mp4: 1 future of 5 frames", tmp_path / "walk.mp4")
     assert len(video) == N_CONTEXT + 5
-    # Every second frame, for the pipeline's rate is half the file's; the brightest bar is that of the number's bits.
-    truth = video[..., 2 * 18 :, : video.shape[3] // 2]
-    levels = truth.flatten(1).std(1)
-    assert levels.min() > 20
+    top, left = 2 * LINE + BORDER * SCALE, BORDER * SCALE
+    truth = video[..., top : top + SIZE * SCALE, left : left + SIZE * SCALE].mean(1, keepdim=True)
+    every_second = luma(read_clip(root / "walk.mp4", range(0, 16, 2), SIZE))  # the pipeline's rate is half the file's
+    assert apart(F.avg_pool2d(truth, SCALE), every_second) < 5
 
 
 def test_an_option_out_of_range_is_a_sentence(browser, server, tmp_path):
@@ -307,13 +310,14 @@ def test_ctrl_c_ends_it_and_removes_its_files(browser, server):
     out, err = server.process.communicate(timeout=PATIENCE)
     assert server.process.returncode == 0, err
     figures = json.loads(out.splitlines()[-1])
-    assert figures["address"].startswith(server.address) and figures["predictions"] >= 5
+    assert figures["address"].startswith(server.address) and figures["predictions"] >= 1
     assert not list(server.files.iterdir()) and "Traceback" not in err
 
 
 def test_without_gradio_the_extra_is_named(root, command, monkeypatch):
     monkeypatch.delitem(sys.modules, "latentcast.playground")
     monkeypatch.delattr(latentcast, "playground")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the tool sets
     monkeypatch.setitem(sys.modules, "gradio", None)  # as where it is not installed
     status, _, err = command("playground", "--pipeline", root / "tiny", "--port", free_port())
     assert status == 1

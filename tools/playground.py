@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def main(args):
     port = usable_port(args.host, args.port)
     folder = pipeline_folder(args.pipeline)
     logger.info("loading %s", args.pipeline)
+    with tempfile.TemporaryDirectory(prefix="latentcast-playground-") as files:
+        os.environ["GRADIO_TEMP_DIR"] = os.path.join(files, "cache")  # gradio looks when it is loaded
+        return serve(args, folder, port, files)
+
+
+def serve(args, folder, port, files):
+    """Serve a pipeline's folder until ctrl-C; all files lie in the folder ``files``."""
     try:
         from latentcast import playground
     except ModuleNotFoundError as error:
@@ -47,14 +55,12 @@ def main(args):
         raise UserError(f"{args.pipeline}: expected square frames, found {spec['frame_height']}x{spec['frame_width']}")
     pipe.to(pick_device(args.device))
     examples = read_examples(folder) if (folder / EXAMPLES).is_file() else None
-    title = Path(folder).resolve().name
-    limits = {"most_mb": args.max_mb, "most_read": args.max_frames}
-    ended = threading.Event()
+    title, limits = Path(folder).resolve().name, {"most_mb": args.max_mb, "most_read": args.max_frames}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # files go then, too
-    with playground.serving(pipe, examples, title, args.host, port, **limits) as (address, served):
+    with playground.serving(pipe, examples, title, files, args.host, port, **limits) as (address, served):
         try:
             logger.info("ready at %s (ctrl-C ends it)", address)
-            ended.wait()
+            threading.Event().wait()
         except KeyboardInterrupt:
             logger.info("ending")
     return {"address": address, "predictions": served.n_predicted}
