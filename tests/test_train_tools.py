@@ -67,6 +67,7 @@ def test_tokenizer_latents_have_unit_variance(encoded):
         ("train_prior", ["trainer.max_steps=abc"], "trainer.max_steps: expected a number, found 'abc'"),
         ("train_prior", ["ema_decay=1"], "ema_decay: expected at least 0 and below 1, found 1"),
         ("train_prior", ["preview.n_clips=0"], "preview.n_clips: expected at least 1, found 0"),
+        ("train_prior", ["preview.figures=[future]"], "figure 'future': not known; did you mean 'futures'"),
         ("train_prior", ["prior.subscale=[4,1,x]"], "subscale: expected three divisors"),
         ("train_prior", ["prior.n_frames=2", "prior.subscale=[2,1,1]"], "clip: expected 2 frames .*, found 4"),
         ("train_prior", ["prior=null"], "prior: the experiment names none; choose one by prior=NAME"),

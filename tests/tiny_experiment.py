@@ -58,7 +58,7 @@ EXPERIMENT = {
         "enable_progress_bar": False,
         "enable_model_summary": False,
     },
-    "preview": {"n_clips": 2, "every_n_steps": 0},
+    "preview": {"n_clips": 2, "every_n_steps": 0, "figures": ["reconstructions", "futures"]},  # others take their time
     "wandb": {"mode": "disabled"},
 }
 

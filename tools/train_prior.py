@@ -66,6 +66,7 @@ def train(config, run):
         config.preview.num_samples,
         sampler,
         config.seed,
+        to_container(config.preview.figures),
     )
     settings = {
         "optimizer": instantiate(config.optimizer),

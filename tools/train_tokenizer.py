@@ -44,7 +44,8 @@ def train(config, run):
         instantiate(config.data), config.batch_size, config.num_workers, config.seed, config.read_timeout
     )
     shown = preview_clips(data, config.preview.n_clips)
-    callbacks = [ReconstructionPreview(shown, run.preview_dir, config.preview.every_n_steps)]
+    names = to_container(config.preview.figures)
+    callbacks = [ReconstructionPreview(shown, run.preview_dir, config.preview.every_n_steps, names)]
     if tokenizer.is_discrete:
         callbacks.append(CodebookMonitor(tokenizer.latent_spec["codebook_sizes"]))
     module = TokenizerModule(

@@ -420,12 +420,16 @@ class Preview(Callback):
         shown: ShownClips.
         folder: where the pictures go.
         every_n_steps: 0 makes them at the end only.
+        names: the figures to draw, of those that fit; None: all.
+    Raises:
+        ValueError: a name that no figure has.
     """
 
     stage = first = None  # "tokenizer" or "prior", and a name
 
-    def __init__(self, shown, folder, every_n_steps):
-        self.shown, self.folder, self.every_n_steps = shown, Path(folder), every_n_steps
+    def __init__(self, shown, folder, every_n_steps, names=None):
+        inspection.check_names(names or ())
+        self.shown, self.folder, self.every_n_steps, self.names = shown, Path(folder), every_n_steps, names
         self.figures = {}
         self._made_step = None
 
@@ -468,6 +472,7 @@ class Preview(Callback):
             end: also those that are drawn at the end alone. made: all others are there already.
         """
         names, files = inspection.of_training(subject, self.stage, end, made), {}
+        names = [name for name in names if self.names is None or name in self.names]
         for name, drawing in inspection.draw(subject, names, self._failed):
             first = name == self.first
             written = write_drawing(path if first else path.with_name(f"{path.name}_{name}"), drawing, gif=first)
@@ -514,8 +519,8 @@ class PredictionPreview(Preview):
 
     stage, first = "prior", "futures"
 
-    def __init__(self, shown, folder, every_n_steps, make_pipeline, n_context, num_samples, sampler, seed):
-        super().__init__(shown, folder, every_n_steps)
+    def __init__(self, shown, folder, every_n_steps, make_pipeline, n_context, num_samples, sampler, seed, names=None):
+        super().__init__(shown, folder, every_n_steps, names)
         self.make_pipeline, self.n_context = make_pipeline, n_context
         self.num_samples, self.sampler, self.seed = num_samples, sampler, seed
 
