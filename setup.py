@@ -3,6 +3,7 @@
 ``tokenizers`` above all). See docs/architecture.md."""
 
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_namespace_packages, find_packages, setup
@@ -21,7 +22,11 @@ def mounted_packages():
     return mapping
 
 
-mounted = mounted_packages()
+editable = "editable_wheel" in sys.argv
+# An editable install is the path of this folder, in which latentcast/__init__.py finds the stage folders. For packages
+# from several places setuptools would install a finder, and a folder latentcast/ without __init__.py, a clone beside a
+# script, would go before it.
+mounted = {} if editable else mounted_packages()
 version = re.search(r'__version__ = "(.+?)"', (ROOT / "latentcast/__init__.py").read_text()).group(1)
 
 setup(
@@ -34,7 +39,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["latentcast", "latentcast.*"]), *mounted],
-    package_dir={"latentcast": "latentcast", **mounted},
+    package_dir={"": "."} if editable else {"latentcast": "latentcast", **mounted},
     package_data={
         "latentcast.reporting": ["*.j2"],
         **{name: ["*.yaml"] for name in mounted if name.startswith("latentcast.configs")},

@@ -506,7 +506,7 @@ def _history_lacks(subject, stage, needed=""):
     rows = subject.histories.get(stage, ())
     if any(needed in name for _, name, _ in rows):
         return None
-    what = f"figures called {needed}" if rows else "metrics"
+    what = f"figures of {needed.strip('/_')}" if rows else "metrics"
     training = "joint training" if stage == "joint" else f"training of the {stage}"
     return f"there are no {what} of a {training}"
 

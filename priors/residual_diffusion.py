@@ -373,7 +373,7 @@ class ResidualDiffusion(Prior):
         loss = distance(predicted.to(wanted.dtype), wanted)
         logs = {"noise_loss": loss.detach()}
 
-        if self.config.residual:
+        if self.transform is not None:
             mu_error = F.mse_loss(mu, target)
             logs["mu_error"] = mu_error.detach()
             if self.config.mu_weight:

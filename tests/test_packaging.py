@@ -66,17 +66,21 @@ def sources():
     """Every file of the package, by its place inside an installed ``latentcast``."""
     for folder in FOLDERS:
         for file in sorted((ROOT / folder).rglob("*")):
-            if file.suffix in (".py", ".yaml"):
+            if file.suffix in (".py", ".yaml", ".j2"):
                 inside = file.relative_to(ROOT).as_posix()
                 yield inside if folder == "latentcast" else f"latentcast/{inside}"
+
+
+def copy_checkout(folder):
+    leave_out = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist", "*.egg-info", "wandb")
+    shutil.copytree(ROOT, folder, ignore=leave_out)
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel, built the long way round: checkout -> source distribution -> wheel."""
     root = tmp_path_factory.mktemp("build")
-    leave_out = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist", "*.egg-info", "wandb")
-    shutil.copytree(ROOT, root / "checkout", ignore=leave_out)
+    copy_checkout(root / "checkout")
     run("-m", "build", "--no-isolation", "--outdir", root / "dist", root / "checkout", cwd=root)
     assert len(list((root / "dist").glob("*.tar.gz"))) == 1
     return next((root / "dist").glob("*.whl"))
@@ -100,6 +104,15 @@ def test_the_checkout_works_beside_transformers(tmp_path):
     # The repository's root comes first on the path, where a folder called tokenizers stands.
     (tmp_path / "program.py").write_text(PROGRAM)
     assert "all well" in run(tmp_path / "program.py", ROOT, cwd=ROOT, path=ROOT)
+
+
+def test_an_editable_install_is_a_path_which_no_folder_beside_a_script_goes_before(tmp_path):
+    copy_checkout(tmp_path / "latentcast")
+    code = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    run("-c", code, cwd=tmp_path / "latentcast")
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as editable:
+        (name,) = (name for name in editable.namelist() if ".dist-info/" not in name)
+        assert name.endswith(".pth") and editable.read(name).decode().strip() == str(tmp_path / "latentcast")
 
 
 def test_tools_run_from_anywhere(tmp_path):

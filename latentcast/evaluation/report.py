@@ -2,14 +2,21 @@
 
 import random
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from latentcast.data.video_writer import write_image, write_video
 from latentcast.figures import ablation, crps_maps, curves
 from latentcast.figures.charts import HEADINGS
-from latentcast.figures.sheets import LEGEND, frame_names, labelled_sheet, labelled_videos, rows_of, scale_for
+from latentcast.figures.sheets import (
+    LEGEND,
+    frame_names,
+    labelled_sheet,
+    labelled_videos,
+    picked,
+    rows_of,
+    scale_for,
+)
 from latentcast.files import replacing, write_json, write_text
 
 from .protocol import METRICS
@@ -92,7 +99,7 @@ def write_sheet(evaluation, stem, clips, sample):
     for clip in clips:
         context, future, samples = evaluation.shown(clip)
         pair = dict(zip(cells, rows_of(context, future, samples[sample][None]).values()))
-        places = torch.linspace(0, len(pair["truth"]) - 1, min(N_COLUMNS, len(pair["truth"]))).round().long()
+        places = picked(len(pair["truth"]), N_COLUMNS, keep=len(context) - 1)
         rows += [(f"clip {clip}\n{name}", frames[places]) for name, frames in pair.items()]
         for name, frames in pair.items():
             cells[name].append((f"clip {clip}: {name}", frames))

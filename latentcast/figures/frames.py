@@ -247,9 +247,7 @@ def residual(context, mu, future, truth=None, names=None, title=""):
         rows.append(_maps_row("residual", painted, rows[-1].frames, blank=1))
         rows.append(_row("their sum", torch.cat([last, future[i, chosen]]), edges))
     columns = ["0", *(f"+{i + 1}" for i in chosen.tolist())]
-    caption = (
-        "mu, the mean that the transform network predicts; what the diffusion adds to it; and the predicted frame."
-    )
+    caption = "mu, the mean around which is drawn; what the diffusion adds to it; and the predicted frame."
     if n_given:
         caption += f" Frame 0 is the last of {n_given} given ones."
     legend = [*OF_FRAMES[: 3 if truth is not None else 2], scale]

@@ -222,6 +222,8 @@ class TrainingRun:
                 module.load_state_dict(torch.load(self.best, map_location="cpu", weights_only=True)["state_dict"])
             val = trainer.validate(module, datamodule=datamodule, verbose=False)[0] if has_val else {}
         except SystemExit:  # how Lightning ends a run that was asked to stop
+            if trainer.is_global_zero and self.last.exists():
+                logger.info("%s holds step %d; resume=true goes on from there", self.last, trainer.global_step)
             raise KeyboardInterrupt from None
         finally:
             if curves.is_file():
@@ -293,6 +295,7 @@ NOT_WORTH_SAYING = (  # warnings of Lightning and torch
     "Total length of `.*` across ranks is zero",  # no val split: said when the data is opened
     r"The '\w+_dataloader' does not have many workers",  # num_workers is a setting
     "The number of training batches .* is smaller than the logging interval",
+    "Be aware that when using `ckpt_path`",  # what was added or left out between two runs is as it should be
 )
 NOT_OURS = {  # options of the Trainer that a training which is to leave a model cannot take
     "fast_dev_run": "trainer.max_steps=1 with another run_dir tries everything out",
