@@ -115,7 +115,7 @@ def test_two_runs_stand_side_by_side_with_their_differences(tmp_path):
     curves = {f"curves_{metric}" for metric in ("mse", "psnr", "ssim", "crps", "inverse_crps")}
     assert found["files"].keys() == {"table", *curves, *(f"ablation_{metric}" for metric in ("mse", "psnr", "ssim"))}
     for path in found["files"].values():
-        assert path.endswith(".md") or Image.open(path).size[0] >= 600
+        assert path.endswith(".md") or Image.open(path).size[0] >= 500
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from video_files import counter_frames, encode
 
 import latentcast
 from latentcast import PixelTokenizer, SDEDiffusion, VideoPredictionPipeline, VideoTransformer, probe, read_clip
-from latentcast.data.pictures import BORDER, LINE
 from latentcast.data.video_folder import luma
 from latentcast.data.video_reader import VideoError
+from latentcast.figures.sheets import BORDER, LINE
 from latentcast.zoo import export
 
 gradio = pytest.importorskip("gradio")

@@ -620,7 +620,7 @@ def test_training_logs_groups_and_diversity_and_warns_of_collapse(tmp_path, capl
     assert "posterior collapse: no unit of latent group 1 of RecurrentVAE is active" in caplog.text
 
     caplog.clear()
-    free = ["prior.beta=0", "optimizer.lr=0.03", "ema_decay=0", "trainer.max_steps=15", "overwrite=true"]
+    free = ["prior.beta=0", "optimizer.lr=0.03", "ema_decay=0", "trainer.max_steps=30", "overwrite=true"]
     figures = call_tool("train_prior", tmp_path, *PIXELS, *free)
     assert figures["val"]["active_units_group_1"] > 0
     assert "of latent group 1" not in "".join(line for line in caplog.messages if "(step 15)" in line)

@@ -79,7 +79,8 @@ def open_loader(dataset, kind=Loader, num_workers=0, read_timeout=0, **kwargs):
         # At the process's end, before multiprocessing waits for them; processes that it started have no "atexit".
         util.Finalize(None, end_workers, exitpriority=0)
     watched = _Watched(dataset, num_workers, read_timeout)
-    if num_workers and hasattr(getattr(dataset, "dataset", dataset), "view"):
+    in_batches = kwargs.get("batch_size") and "collate_fn" not in kwargs
+    if num_workers and in_batches and hasattr(getattr(dataset, "dataset", dataset), "view"):
         kwargs["collate_fn"] = watched.collate
         # A worker has ``prefetch_factor`` batches on their way, and one that is being copied.
         watched.make_room(1 + (kwargs.get("prefetch_factor") or 2), kwargs["batch_size"])

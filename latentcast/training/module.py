@@ -79,7 +79,8 @@ class TrainingModule(pl.LightningModule):
         parts = self.clipped_apart()
         norms = [torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
+        rate = torch.tensor(optimizer.param_groups[0]["lr"])  # on the CPU: a number would be sent to the GPU
+        self.log_dict({"train/grad_norm": norm, "train/lr": rate})
         loss, self._loss = self._loss, None
         batch, self._batch = self._batch, None
         figures = torch.stack([value.float() for value in (loss, norm, *norms)])
