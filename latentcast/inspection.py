@@ -25,11 +25,11 @@ from latentcast.metrics.frame import WINDOWS, ssim
 from latentcast.metrics.perplexity import histogram, perplexity
 from latentcast.metrics.statistics import ClipValues, summarize
 from latentcast.modeling import eval_mode
+from latentcast.saved import STAGES
 from latentcast.targets import nearest
 
 logger = logging.getLogger("latentcast")
 
-STAGES = ("tokenizer", "prior", "joint")
 N_ROWS = 3  # clips on sheets with several rows a clip
 N_DIVERSE = 4  # samples by which a group of z or a motion is judged
 ROLLOUT = 5  # horizons of the training that ``drift`` predicts

@@ -10,6 +10,7 @@ from latentcast.schemas import LatentSpec, Schema, Text, read_checked, short
 from latentcast.yaml_text import parse
 
 CONFIG, INDEX = "config.json", "model_index.json"  # of a model, of a pipeline
+STAGES = ("tokenizer", "prior", "joint")  # of training: a run has config_STAGE.yaml, metrics/STAGE.csv and so on
 TOKENIZERS, PRIORS = "latentcast.tokenizers.", "latentcast.priors."  # modules
 MODELS = ("tokenizer", "prior", "pipeline/tokenizer", "pipeline/prior", "joint/tokenizer", "joint/prior")  # in a run's
 PLACES = ("", "tokenizer/", "pipeline/tokenizer/")  # of a tokenizer in its own folder, that of a run or of a pipeline

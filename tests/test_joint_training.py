@@ -27,7 +27,7 @@ from latentcast import (
 from latentcast.cli import UserError
 from latentcast.config import to_container
 from latentcast.modeling import fingerprint
-from latentcast.training.loggers import read_metrics
+from latentcast.training.metrics_file import read_metrics
 from latentcast.training.run import TrainingRun
 
 DISCRETE = [name for name in TINY_TOKENIZERS if TINY_TOKENIZERS[name]().is_discrete]

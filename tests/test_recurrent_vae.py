@@ -16,7 +16,7 @@ from latentcast.layers.latent_cnn import LatentDecoder, LatentEncoder
 from latentcast.layers.lstm import GaussianGroups
 from latentcast.priors.recurrent_vae import kl_gaussians
 from latentcast.training.callbacks import sample_diversity
-from latentcast.training.loggers import read_metrics
+from latentcast.training.metrics_file import read_metrics
 
 FRAMES = PixelTokenizer(1, 8, 16, levels=None).latent_spec
 FORMS = {

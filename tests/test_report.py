@@ -143,6 +143,16 @@ def test_names_are_text_and_damage_is_named(folder, tmp_path, caplog):
     assert "tiny.json" in caplog.text and "config_prior.yaml: not valid YAML" in caplog.text
 
 
+def test_the_best_of_a_figure_is_the_largest_or_the_smallest_as_it_is_in_summaries(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "config_tokenizer.yaml").write_text("tokenizer: {_target_: latentcast.VQVAE}\n")
+    rows = [(n, f"val/{name}", value) for name in ("usage_1", "lpips") for n, value in ((5, 0.2), (10, 0.5), (15, 0.4))]
+    lines = ["step,metric,value", *(",".join(map(str, row)) for row in rows), "15,val/us"]  # cut short by a kill
+    (tmp_path / "metrics/tokenizer.csv").write_text("\n".join(lines))
+    (stage,) = read_run(tmp_path).stages
+    assert stage.steps == 15 and stage.figures == {"usage_1": (0.4, 0.5), "lpips": (0.4, 0.2)}
+
+
 def test_what_is_no_run_is_one_line(folder, tmp_path):
     for path, message in (
         (tmp_path / "gone", "no such folder"),

@@ -47,7 +47,8 @@ from latentcast.modeling import fingerprint
 from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
 from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview, WeightAverage
 from latentcast.training.checkpoints import check_checkpoint
-from latentcast.training.loggers import plot_curves, read_metrics
+from latentcast.training.loggers import plot_curves
+from latentcast.training.metrics_file import read_metrics
 from latentcast.training.module import TrainingModule
 from latentcast.training.run import TrainingRun, preview_clips, replacing_folder
 

@@ -58,7 +58,7 @@ def main(args):
 
 def logged_keys(folders):
     """The metrics that trainings in these run folders have logged."""
-    from latentcast.training.loggers import read_metrics
+    from latentcast.training.metrics_file import read_metrics
 
     paths = [path for folder in folders for path in sorted((folder / "metrics").glob("*.csv"))]
     if not paths:

@@ -22,11 +22,12 @@ from latentcast.data.video_folder import list_videos, no_videos, read_places, sa
 from latentcast.data.video_reader import DEFAULT_RATE, VideoError, probe
 from latentcast.data.video_writer import write_drawing
 from latentcast.files import read_json, told, write_json
-from latentcast.inspection import ROLLOUT, STAGES, Subject, count_codes
+from latentcast.inspection import ROLLOUT, Subject, count_codes
 from latentcast.modeling import load_model
 from latentcast.pipelines.base import VideoPipeline
-from latentcast.saved import CONFIG, INDEX, pipeline_folder
+from latentcast.saved import CONFIG, INDEX, STAGES, pipeline_folder
 from latentcast.targets import nearest
+from latentcast.training.metrics_file import read_metrics
 from latentcast.zoo import EXAMPLES, read_examples
 
 from .comparison import read_result
@@ -346,12 +347,7 @@ def cached_counts(run, spec):
 def read_histories(run):
     """stage -> rows (step, name, value) of the run's metrics; {} without a run."""
     paths = {stage: run / "metrics" / f"{stage}.csv" for stage in STAGES} if run else {}
-    paths = {stage: path for stage, path in paths.items() if path.is_file()}
-    if not paths:
-        return {}
-    from latentcast.training.loggers import read_metrics  # which imports Lightning
-
-    return {stage: read_metrics(path) for stage, path in paths.items()}
+    return {stage: read_metrics(path) for stage, path in paths.items() if path.is_file()}
 
 
 def read_results(run):

@@ -10,12 +10,12 @@ from safetensors import SafetensorError, safe_open
 
 from latentcast.evaluation.comparison import read_result
 from latentcast.files import told
-from latentcast.saved import INDEX
-from latentcast.training.loggers import read_metrics
+from latentcast.saved import INDEX, STAGES
+from latentcast.training.metrics_file import read_metrics
+from latentcast.training.trackers import summary_of
 
 logger = logging.getLogger("latentcast")
 
-STAGES = ("tokenizer", "prior", "joint")
 COMMAND = "# python tools/"  # how a config of a run that knows its command begins
 PLOTS = ("code_frequencies", "latents", "usage", "losses", "kl_groups", "curves", "drift", "ablation")  # figures' names
 
@@ -157,15 +157,14 @@ def _count(weights):
 def _figures(rows):
     """Rows of a metrics file -> steps, and of what validation measured: name -> (last, best).
 
-    The best is the largest of what is the better the larger it is, and the smallest of all else.
+    The best is the largest of what W&B's summaries keep the largest of (``summary_of``), and the smallest of all else.
     """
     values = {}
     for _, metric, value in rows:
         stage, _, name = metric.partition("/")
         if stage == "val" and math.isfinite(value):
             values.setdefault(name, []).append(value)
-    larger = ("psnr", "ssim", "usage", "perplexity")
-    best = {name: (max if name.endswith(larger) else min)(found) for name, found in values.items()}
+    best = {name: (max if summary_of(name).startswith("max") else min)(found) for name, found in values.items()}
     return max((step for step, *_ in rows), default=0), {name: (values[name][-1], best[name]) for name in values}
 
 

@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from latentcast.figures import training_curves
 from latentcast.files import replacing, writing
 
+from .metrics_file import read_metrics
 from .trackers import not_installed, open_tracker, settings_of
 
 logger = logging.getLogger("latentcast")
@@ -47,19 +48,6 @@ class CSVMetrics(Logger):
     def log_metrics(self, metrics, step):
         with writing(self.path), open(self.path, "a", newline="") as file:
             csv.writer(file).writerows((step + 1, name, value) for name, value in metrics.items() if name != "epoch")
-
-
-def read_metrics(path):
-    """The rows of a metrics file -> list of (step, metric, value); a row cut short by a kill is left out."""
-    rows = []
-    with open(path, newline="") as file:
-        for row in list(csv.reader(file))[1:]:
-            try:
-                step, name, value = row
-                rows.append((int(step), name, float(value)))
-            except ValueError:
-                continue
-    return rows
 
 
 @rank_zero_only

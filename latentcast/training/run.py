@@ -36,7 +36,8 @@ from .callbacks import (
 from .checkpoints import WholeFileIO, check_checkpoint
 from .compiling import compile_model
 from .console import Console
-from .loggers import CSVMetrics, TrackerLogger, open_logger, plot_curves, read_metrics
+from .loggers import CSVMetrics, TrackerLogger, open_logger, plot_curves
+from .metrics_file import read_metrics
 from .trackers import Tracker, open_tracker
 
 logger = logging.getLogger("latentcast")
