@@ -166,6 +166,20 @@ def experiment_parser(description):
     return parser
 
 
+def add_pipeline_arguments(parser):
+    """``--pipeline``, ``--device`` and ``--dtype``, of tools that sample from a saved pipeline; see ``pick_device`` and
+    ``pick_dtype``."""
+    parser.add_argument(
+        "--pipeline",
+        required=True,
+        metavar="DIR",
+        type=os.path.expanduser,
+        help="what train_prior.py saved, or OWNER/NAME",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="auto: bfloat16 where the hardware has it")
+
+
 def parse_options(options):
     """["temperature=0.9"] -> {"temperature": 0.9}; values are read as those of overrides. Raises ValueError."""
     from latentcast.yaml_text import override_value, split_overrides

@@ -361,6 +361,16 @@ def shortened(name, limit=200):
     return f"{name}-{digest}"
 
 
+def telling_names(parts):
+    """A name for each path, given as its parts: the last of them, as many as tell the paths apart, with "/" between;
+    None where two are equal."""
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-n:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return None
+
+
 def printable(text):
     """``text`` on one line, for logs: line breaks, other control characters and bytes that are no UTF-8 are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

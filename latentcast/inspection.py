@@ -19,6 +19,7 @@ import torch
 
 from latentcast import figures
 from latentcast.data.base import ShownClips
+from latentcast.layers.gaussian import kl_of_numbers, scale_moments
 from latentcast.metrics import BestOfN, crps, mse, psnr
 from latentcast.metrics.baselines import copy_last_frame
 from latentcast.metrics.frame import WINDOWS, ssim
@@ -177,11 +178,6 @@ class Subject:
         """ShownClips of as many frames, or of as many as there are."""
         return self.clips if self._longer is None else self._longer(n_frames)
 
-    @functools.cached_property
-    def videos(self):
-        """(N,) numbers of the clips' videos."""
-        return [self.clips.videos.index(video) for video in self.clips.videos]
-
 
 def count_codes(codes, sizes):
     """Codes (..., n) -> for each codebook how often each of its codes occurs, (K,) int64."""
@@ -265,11 +261,9 @@ def latents(subject):
     values = subject.encoded.latents.float().movedim(2, 0).flatten(1).cpu()
     kl = None
     if subject.encoded.posterior is not None:
-        spec = subject.tokenizer.latent_spec
-        mean, logvar = subject.encoded.posterior.float().chunk(2, 2)
-        logvar = logvar - 2 * math.log(spec["scaling_factor"])  # on the scale on which the prior is N(0, 1)
-        mean = mean / spec["scaling_factor"]
-        kl = ((mean.square() + logvar.exp() - 1 - logvar) / 2).mean((0, 1, 3, 4)).cpu()
+        factor = subject.tokenizer.latent_spec["scaling_factor"]
+        moments = scale_moments(subject.encoded.posterior.float(), 1 / factor)  # on the scale of the prior N(0, 1)
+        kl = kl_of_numbers(moments).mean((0, 1, 3, 4)).cpu()
     return figures.latents(values.mean(1), values.std(1, correction=0), kl, subject.title("Latents", "tokenizer"))
 
 
@@ -296,7 +290,8 @@ def curves(subject):
         return figures.curves(results, metrics, f"Predicted frames: {title}")
     samples, truth = subject.samples, subject.truth.float()
     last = copy_last_frame(subject.context.float(), truth.shape[1])[:, None]
-    results = {who: _measured(futures, truth, subject.videos) for who, futures in ((MODEL, samples), (COPY, last))}
+    videos = subject.clips.video_numbers
+    results = {who: _measured(futures, truth, videos) for who, futures in ((MODEL, samples), (COPY, last))}
     title = f"Best of {samples.shape[1]} samples, {_count(truth)}"
     return figures.curves(results, metrics, subject.title(title))
 
@@ -423,13 +418,12 @@ def drift(subject):
     context, truth = clips.frames[:, :n].float(), clips.frames[:, n : n + n_frames].float()
     future = subject.predict(context, n_frames)[:, 0]
     known = truth.shape[1]
-    videos = [clips.videos.index(video) for video in clips.videos]
     pairs = {MODEL: future[:, :known], COPY: copy_last_frame(context, known)}
     errors = {}
     for who, frames in pairs.items():
         rmse = mse(_finite(frames), truth).sqrt() * LEVELS
         rmse[~frames.isfinite().flatten(2).all(2)] = math.nan
-        errors[who] = summarize(rmse.numpy(), videos)
+        errors[who] = summarize(rmse.numpy(), clips.video_numbers)
 
     def statistics(frames):
         before = torch.cat([context[:, -1:], frames[:, :-1]], 1)

@@ -81,15 +81,13 @@ def name_results(paths, results, labels):
 
 def run_names(paths):
     """A name for each result out of its path: that of its run folder, and as many folders above as tell them apart."""
+    from latentcast.files import telling_names
+
     parts = [path.resolve().with_suffix("").parts for path in paths]
     runs = [part[:-2] if part[-2] == "metrics" else part for part in parts]
     if len(set(runs)) < len(runs):  # several results of one run
         runs = parts
-    for n in range(1, max(map(len, runs)) + 1):
-        names = ["/".join(run[-n:]) for run in runs]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
+    return telling_names(runs) or [str(path) for path in paths]
 
 
 def draw(results, unlike, folder):

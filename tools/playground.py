@@ -13,7 +13,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from latentcast.cli import UserError, pick_device, run_tool
+from latentcast.cli import UserError, add_pipeline_arguments, pick_device, pick_dtype, run_tool
 
 logger = logging.getLogger("latentcast")
 
@@ -44,16 +44,14 @@ def serve(args, folder, port, files):
         if (error.name or "").partition(".")[0] != "gradio":
             raise
         raise UserError('the playground needs gradio: pip install "latentcast[demo]"') from None
-    import torch
-
     from latentcast.pipelines.base import VideoPipeline
     from latentcast.zoo import EXAMPLES, read_examples
 
-    pipe = VideoPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+    device = pick_device(args.device)
+    pipe = VideoPipeline.from_pretrained(folder, dtype=pick_dtype(args.dtype, device)).to(device)
     spec = pipe.prior.config.latent_spec
     if spec["frame_height"] != spec["frame_width"]:
         raise UserError(f"{args.pipeline}: expected square frames, found {spec['frame_height']}x{spec['frame_width']}")
-    pipe.to(pick_device(args.device))
     examples = read_examples(folder) if (folder / EXAMPLES).is_file() else None
     title, limits = Path(folder).resolve().name, {"most_mb": args.max_mb, "most_read": args.max_frames}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # files go then, too
@@ -80,17 +78,9 @@ def usable_port(host, port):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--pipeline",
-        required=True,
-        metavar="DIR",
-        type=os.path.expanduser,
-        help="what train_prior.py saved, or OWNER/NAME",
-    )
+    add_pipeline_arguments(parser)
     parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0: any that is free")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine may use it")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--max-mb", type=float, default=64, help="largest video that is taken (default: 64)")
     parser.add_argument(
         "--max-frames", type=int, default=2000, help="most frames of a video that are read (default: 2000)"

@@ -21,9 +21,9 @@ import unicodedata
 from pathlib import Path
 
 from latentcast.cli import (
-    DTYPES,
     Findings,
     UserError,
+    add_pipeline_arguments,
     parse_options,
     pick_device,
     pick_dtype,
@@ -39,13 +39,7 @@ SHEET = "contact_sheet.png"
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--pipeline",
-        required=True,
-        metavar="DIR",
-        type=os.path.expanduser,
-        help="what train_prior.py saved, or OWNER/NAME",
-    )
+    add_pipeline_arguments(parser)
     parser.add_argument("--input", required=True, metavar="VIDEO_OR_FOLDER", type=user_path)
     parser.add_argument(
         "--output", metavar="DIR", type=user_path, help="default: samples/ beside the pipeline's folder"
@@ -61,8 +55,6 @@ def make_parser():
     parser.add_argument(
         "--image-fps", type=float, help="rate at which pictures in folders were taken (default: that of training)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="auto: bfloat16 where the hardware has it")
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of the prior's sampler")
     return parser
 

@@ -125,6 +125,11 @@ class ShownClips:
             for n, video in enumerate(self.videos)
         ]
 
+    @property
+    def video_numbers(self):
+        """A number for each clip, the same for all of one video."""
+        return [self.videos.index(video) for video in self.videos]
+
     @classmethod
     def of(cls, dataset, n_clips, trained_on=False):
         """Clips of as many of a data set's videos as can be."""

@@ -15,7 +15,7 @@ from ..figures.sheets import (
     labelled_videos,
 )
 from .image_frames import numbered_pictures, read_pictures
-from .video_folder import read_places, sampled_places, sampled_rate, to_model
+from .video_folder import nearest_stride, read_places, sampled_places, sampled_rate, to_model
 from .video_reader import DEFAULT_RATE, VideoError, VideoInfo, look, probe
 from .video_writer import write_image
 
@@ -64,7 +64,7 @@ def read_context(
         if found.times is None:  # ``probe`` decodes all of it
             _check_decoded(path, found.n_packets, most)
         info = probe(path, backend="packets")
-    stride = frame_stride or (max(1, round(info.fps / trained_fps)) if trained_fps else 1)
+    stride = frame_stride or nearest_stride(info, trained_fps)
     rate = (1, fps) if fps else (stride, None)
     available, fps = sampled_rate(info, *rate)
     end = start + n_context

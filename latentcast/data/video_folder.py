@@ -391,6 +391,11 @@ def rate_for_all(rates, source, option="fps", level=logging.WARNING):
     return chosen
 
 
+def nearest_stride(info, fps):
+    """Every how many-th frame of a file comes nearest to a rate; None: every frame."""
+    return max(1, round(info.fps / fps)) if fps else 1
+
+
 def sampled_rate(info, frame_stride=1, fps=None):
     """(frames, frames per second) that a file gives at a stride, or resampled to a rate."""
     if fps is None:

@@ -18,7 +18,14 @@ from latentcast.cli import UserError
 from latentcast.config import instantiate, load_config, load_pipeline_config
 from latentcast.data.base import EmptySplitError, ShownClips
 from latentcast.data.latent_cache import LatentCacheDataset
-from latentcast.data.video_folder import list_videos, no_videos, read_places, sampled_places, sampled_rate
+from latentcast.data.video_folder import (
+    list_videos,
+    nearest_stride,
+    no_videos,
+    read_places,
+    sampled_places,
+    sampled_rate,
+)
 from latentcast.data.video_reader import DEFAULT_RATE, VideoError, probe
 from latentcast.data.video_writer import write_drawing
 from latentcast.files import read_json, told, write_json
@@ -308,7 +315,7 @@ def read_videos(path, spec, n_clips, n_frames, fps=None):
             break
         try:
             info = probe(video, backend="packets")
-            stride = max(1, round(info.fps / fps)) if fps else 1
+            stride = nearest_stride(info, fps)
             n, rate = sampled_rate(info, stride)
             places = sampled_places(info, range(min(n, n_frames)), stride)
             found[video.name] = read_places(video, places, spec["frame_height"], spec["frame_channels"])

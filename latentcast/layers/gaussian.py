@@ -24,9 +24,11 @@ def sample_moments(moments, generator=None):
 
 
 def kl_to_standard_normal(moments):
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over D, h and w: (..., 2 D, h, w) -> (...).
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over D, h and w: (..., 2 D, h, w) -> (...)."""
+    return kl_of_numbers(moments).sum((-3, -2, -1))
 
-    Kingma and Welling 2014, appendix B.
-    """
+
+def kl_of_numbers(moments):
+    """The same of each number: (..., 2 D, h, w) -> (..., D, h, w). Kingma and Welling 2014, appendix B."""
     mean, logvar = moments.chunk(2, dim=-3)
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((-3, -2, -1))
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)

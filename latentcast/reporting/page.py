@@ -12,7 +12,7 @@ import latentcast
 from latentcast.evaluation import comparison
 from latentcast.evaluation.report import cell, mean_of_samples, measured
 from latentcast.figures.charts import HEADINGS
-from latentcast.files import printable, write_text
+from latentcast.files import printable, telling_names, write_text
 
 logger = logging.getLogger("latentcast")
 
@@ -94,12 +94,10 @@ def write_page(runs, path, max_bytes=20_000_000):
 
 def _names(runs):
     """The folders' names, with as many folders above as tell them apart."""
-    parts = [run.path.resolve().parts for run in runs]
-    for n in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-n:]) for part in parts]
-        if len(set(names)) == len(names):
-            return [printable(name) for name in names]
-    raise ValueError(f"{runs[0].path}: given twice")
+    names = telling_names([run.path.resolve().parts for run in runs])
+    if names is None:
+        raise ValueError(f"{runs[0].path}: given twice")
+    return [printable(name) for name in names]
 
 
 def _section(name, run):
