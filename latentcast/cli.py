@@ -15,7 +15,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from latentcast.files import printable
+from latentcast.files import later_rank, printable
 
 # libgomp's spinning makes two threads slower than one beside another busy process; must be set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -80,7 +80,7 @@ def run_tool(main, parser, argv=None):
         if isinstance(error, Findings):
             print(json.dumps(error.figures), flush=True)
         raise SystemExit(1) from None
-    if _first_rank():
+    if not later_rank():
         print(json.dumps(result), flush=True)
 
 
@@ -95,12 +95,8 @@ def error_line(error):
 
 def announce(config):
     """Say that the settings are fine, before libraries are loaded, which takes seconds."""
-    if _first_rank():
+    if not later_rank():
         logger.info("%s: loading; all goes to %s", config.name, config.run_dir)
-
-
-def _first_rank():
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0  # torchrun's, Lightning's
 
 
 GRACE = 10  # seconds in which a tool that was asked to end may do so by itself

@@ -136,7 +136,7 @@ def locked(folder, what):
         OSError: the lock cannot be written.
     """
     path = Path(folder).resolve() / LOCK
-    if _later_rank():
+    if later_rank():
         yield
         return
     with writing(path):
@@ -247,7 +247,7 @@ def _now(folder):
         probe.unlink(missing_ok=True)
 
 
-def _later_rank():
+def later_rank():
     """Whether this process is one of a job's other ranks, started by torchrun, Lightning or Slurm."""
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
     if any(os.environ.get(name, "0") not in ("", "0") for name in names):
