@@ -53,6 +53,7 @@ class Condition(Schema):
     shape: Shape
     dtype: DType
     per: Literal["frame", "video"]
+    n_values: Count = None
 
 
 class Video(Schema):
