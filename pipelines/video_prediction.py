@@ -92,6 +92,7 @@ class VideoPredictionPipeline(VideoPipeline):
         decode_batch=256,
         num_inference_steps=None,
         value_range=None,
+        conditions=None,
         return_dict=True,
         **sampler,
     ):
@@ -110,6 +111,9 @@ class VideoPredictionPipeline(VideoPipeline):
             decode_batch: number of frames decoded at once, which bounds the memory.
             num_inference_steps: diffusers' name of the sampler option ``n_steps``.
             value_range: (-1, 1) or (0, 1), of ``frames`` that are floats; None: see ``as_frames``.
+            conditions: what the prior is told, of all in ``prior.conditions``: name -> (B, T, *shape) of those per
+                frame, T the context's and the predicted ones together, (B, *shape) of those per video, or the same
+                without B, for all contexts. What stands at frame t is what led to it. None: nothing is told.
             return_dict: False gives the plain tuple (frames,).
             **sampler: options of the prior's sampler; ``prior.sampler_options()`` lists them. ``scheduler``, where the
                 prior takes one, only in a pipeline without that component.
@@ -132,10 +136,7 @@ class VideoPredictionPipeline(VideoPipeline):
                 )
                 raise ValueError(f"num_inference_steps: expected a prior with n_steps, and these once, found {found}")
             sampler["n_steps"] = num_inference_steps
-        spec = self.prior.config.latent_spec
-        frames = as_frames(
-            frames, *(spec[f"frame_{name}"] for name in ("channels", "height", "width")), value_range=value_range
-        )
+        frames, conditions = self._as_frames(frames, value_range), self._batched(conditions)
         self.check_inputs(frames, n_frames, num_samples, output_type, frame_times, sampler, decode_batch)
         self._check_generator(generator, len(frames))
         if frame_times is not None:
@@ -150,24 +151,72 @@ class VideoPredictionPipeline(VideoPipeline):
                 parts = []
                 for i, own in enumerate(generator):
                     options = self.prior.options_of(sampler, i, len(frames), n_frames)
+                    told = conditions and {n: x[i : i + 1] if len(x) > 1 else x for n, x in conditions.items()}
                     parts.append(
-                        self._predict(frames[i : i + 1], n_frames, num_samples, own, bar, options, decode_batch)
+                        self._predict(frames[i : i + 1], n_frames, num_samples, own, bar, told, options, decode_batch)
                     )
                 predicted = torch.cat(parts)
             else:
-                bar = self.progress_bar
-                predicted = self._predict(frames, n_frames, num_samples, generator, bar, sampler, decode_batch)
+                own, bar = generator, self.progress_bar
+                predicted = self._predict(frames, n_frames, num_samples, own, bar, conditions, sampler, decode_batch)
         self.maybe_free_model_hooks()
         predicted = _convert(predicted, output_type)
         return VideoPipelineOutput(frames=predicted) if return_dict else (predicted,)
 
-    def _predict(self, frames, n_frames, num_samples, generator, progress, sampler, decode_batch):
+    @torch.no_grad()
+    def rollout(self, frames, num_samples=1, generator=None, conditions=None, value_range=None, **sampler):
+        """Begin futures that are predicted one frame at a time, each told as it comes what leads to it: a world model.
+
+        Args:
+            frames, num_samples, value_range: as for a call.
+            generator: torch.Generator; with the same seed and conditions, frames are those of a call.
+            conditions: of the context's frames, as for a call; None: nothing is told of them.
+            **sampler: options of the prior's sampler.
+        Returns:
+            VideoRollout
+        Raises:
+            ValueError: as for a call; or a prior that predicts several frames together.
+        """
+        frames = self._as_frames(frames, value_range)
+        self.check_inputs(frames, 1, num_samples, "pt", None, sampler)
+        self._check_generator(generator, len(frames))
+        if isinstance(generator, (list, tuple)):
+            raise ValueError(f"generator: expected one for a rollout, found a list of {len(generator)}")
+        if self.scheduler is not None:
+            sampler["scheduler"] = self.scheduler
+        with eval_mode(self.prior, self.tokenizer):
+            context = self.encode(frames)
+        settings = {"num_samples": num_samples, "generator": generator, "conditions": self._batched(conditions)}
+        return VideoRollout(self, self.prior.rollout(context, **settings, **sampler))
+
+    def _as_frames(self, frames, value_range):
+        spec = self.prior.config.latent_spec
+        sizes = (spec[f"frame_{name}"] for name in ("channels", "height", "width"))
+        return as_frames(frames, *sizes, value_range=value_range)
+
+    def _batched(self, conditions):
+        """Conditions with a batch axis, where they come without; the prior checks them."""
+        if not hasattr(conditions, "items"):
+            return conditions
+        found = {}
+        for name, value in conditions.items():
+            spec = self.prior.conditions.get(name)
+            if spec is not None:
+                try:
+                    value = torch.as_tensor(value)
+                except (TypeError, ValueError, RuntimeError, OverflowError):
+                    raise ValueError(f"conditions: {name}: expected numbers, found {one_line(value)}") from None
+                if value.ndim == len(spec["shape"]) + (spec["per"] == "frame"):
+                    value = value[None]
+            found[name] = value
+        return found
+
+    def _predict(self, frames, n_frames, num_samples, generator, progress, conditions, sampler, decode_batch):
         """Encode, continue, and decode but for ``decode_batch`` None."""
         context = self.encode(frames)
         _onload(self.prior)
-        future = self.prior.sample(
-            context, n_frames, num_samples=num_samples, generator=generator, progress=progress, **sampler
-        )
+        settings = {"num_samples": num_samples, "generator": generator, "progress": progress, "conditions": conditions}
+        future = self.prior.sample(context, n_frames, **settings, **sampler)
         return future if decode_batch is None else self.decode(future, decode_batch)
 
     def _check_generator(self, generator, n_contexts):
@@ -228,6 +277,39 @@ class VideoPredictionPipeline(VideoPipeline):
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"unknown sampler option {name!r}{hint} (known: {', '.join(known) or 'none'})")
+
+
+class VideoRollout:
+    """Futures of some contexts, predicted frame by frame; see ``VideoPredictionPipeline.rollout``."""
+
+    def __init__(self, pipe, rollout):
+        self.pipe, self._rollout = pipe, rollout
+
+    @torch.no_grad()
+    def step(self, conditions=None):
+        """The next frame of each future -> (B, num_samples, C, H, W) float32 in [-1, 1].
+
+        Args:
+            conditions: what leads to it: name -> (B, *shape), or (*shape) for all contexts, of all conditions per
+                frame; a value alone where there is but one. None: nothing is told.
+        """
+        declared = {name: spec for name, spec in self.pipe.prior.conditions.items() if spec["per"] == "frame"}
+        if conditions is not None and not hasattr(conditions, "items"):
+            if len(declared) != 1:
+                raise ValueError(
+                    f"conditions: expected values by name, of {', '.join(declared) or 'none'}, found "
+                    f"{one_line(conditions)}"
+                )
+            conditions = {next(iter(declared)): conditions}
+        if conditions is not None:
+            conditions = dict(conditions)
+            for name, spec in declared.items():
+                if name in conditions:
+                    value = torch.as_tensor(conditions[name])
+                    conditions[name] = value[None] if value.ndim == len(spec["shape"]) else value
+        frame = self._rollout.step(conditions)
+        with eval_mode(self.pipe.tokenizer):
+            return self.pipe.decode(frame[:, :, None])[:, :, 0]
 
 
 class OneBar:

@@ -5,10 +5,10 @@ import functools
 import hashlib
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 SPLITS = ("train", "val", "test")
 FLIPS = {None: (), "horizontal": (-1,), "vertical": (-2,), "both": (-1, -2)}  # axes of (T, C, H, W), each for itself
@@ -51,6 +51,7 @@ class VideoDataset(Dataset):
     seed = 0
     flip: str | None = None
     conditions: dict = {}  # noqa: RUF012
+    actions = False  # priors that are trained on it are told of its condition "action"
 
     epoch = 0
 
@@ -112,12 +113,21 @@ class VideoDataset(Dataset):
 @dataclass
 class ShownClips:
     """What previews and figures show: ``frames`` (N, T, C, H, W) in [-1, 1], their rate, the names of their videos, and
-    whether, as there are no others, these are trained on."""
+    whether, as there are no others, these are trained on; ``conditions``, name -> (N, T, *shape) or (N, *shape)."""
 
     frames: torch.Tensor
     fps: float
     videos: list
     trained_on: bool = False
+    conditions: dict = field(default_factory=dict)
+
+    def told(self, declared, n_clips, n_frames):
+        """Conditions of the first clips' first frames, for a prior that takes those ``declared``; None where one lacks,
+        or where there are fewer frames."""
+        if not declared or not declared.keys() <= self.conditions.keys() or n_frames > self.frames.shape[1]:
+            return None
+        found = {name: self.conditions[name][:n_clips] for name in declared}
+        return {n: value[:, :n_frames] if declared[n]["per"] == "frame" else value for n, value in found.items()}
 
     @property
     def names(self):
@@ -136,8 +146,9 @@ class ShownClips:
     def of(cls, dataset, n_clips, trained_on=False):
         """Clips of as many of a data set's videos as can be."""
         chosen = dataset.spread(n_clips)
-        frames = torch.stack([dataset[index]["frames"] for index in chosen])
-        return cls(frames, dataset.fps, [dataset.videos[dataset.video_of(index)].name for index in chosen], trained_on)
+        items = default_collate([dataset[index] for index in chosen])
+        names = [dataset.videos[dataset.video_of(index)].name for index in chosen]
+        return cls(items["frames"], dataset.fps, names, trained_on, items.get("conditions", {}))
 
     @classmethod
     def beginnings(cls, dataset, n_clips, n_frames, trained_on=False):
@@ -148,7 +159,8 @@ class ShownClips:
         chosen = sorted(index for index in longest if lengths[index] == n_frames) or sorted(longest)
         length = min(lengths[index] for index in chosen)
         frames = torch.stack([dataset.read_video(index, 0, length) for index in chosen])
-        return cls(frames, dataset.fps, [dataset.videos[index].name for index in chosen], trained_on)
+        conditions = default_collate([dataset.read_conditions(index, 0, length) for index in chosen])
+        return cls(frames, dataset.fps, [dataset.videos[index].name for index in chosen], trained_on, conditions)
 
 
 class SharedEpoch(Dataset):
@@ -221,6 +233,21 @@ def window_start(seed, epoch, index, n_starts):
     """A random start in [0, n_starts) for item ``index``, the same in every process, worker and Python."""
     digest = hashlib.sha256(f"{seed} {epoch} {index}".encode()).digest()  # a fifth of the time of a new random.Random
     return int.from_bytes(digest[:8], "big") % n_starts
+
+
+def conditions_by_name(names, dataset):
+    """What a prior is told: those of a data set's conditions that an experiment names, and its actions where the data
+    set is opened with them -> name -> declaration.
+
+    Raises:
+        ValueError: the data set has no such condition.
+    """
+    wanted = dict.fromkeys([*names, *(["action"] if dataset.actions else [])])
+    for name in wanted:
+        if name not in dataset.conditions:
+            known = ", ".join(dataset.conditions) or "no conditions"
+            raise ValueError(f"conditions: expected some that the data set has, {known}, found {name!r}")
+    return {name: dataset.conditions[name] for name in wanted}
 
 
 def match_conditions(needed, model, offered, source):
