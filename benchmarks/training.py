@@ -93,6 +93,7 @@ def measure(name, side):
         overrides = (
             f"run_dir={folder}",
             "wandb.mode=disabled",
+            "lr_scheduler=null",  # whose warm-up may be longer than this
             "trainer.max_epochs=null",
             f"trainer.max_steps={STEPS}",
         )

@@ -14,8 +14,6 @@ os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": 
 
 import gradio as gr
 import torch
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from latentcast.cli import error_line
 from latentcast.data.futures import Sheet, held, labelled_futures, layout, read_context
@@ -32,6 +30,7 @@ from latentcast.figures.sheets import (
     rows_of,
     scale_for,
 )
+from latentcast.serving import LOCAL, guards
 from latentcast.yaml_text import override_value
 
 logger = logging.getLogger("latentcast")
@@ -43,11 +42,6 @@ GIVEN_SHOWN = 12  # frames of a long context that are shown
 TOLD_EVERY = 0.3  # seconds from one word on the progress to the next
 WAITING = 8  # jobs that may wait for their turn
 HOUR = 3600  # seconds for which files are kept
-LOCAL = ("127.0.0.1", "localhost", "::1")
-PAGE_ONLY = (
-    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'; frame-ancestors 'self'; "
-    "base-uri 'self'"
-)
 CSS = """
 .gradio-container .main { max-width: 1240px !important; padding: 8px 16px !important; }
 #given, #sheet, #video { background: white; }
@@ -430,21 +424,6 @@ def thumbnail(playground, clip):
     return to_uint8(enlarge(frame[None], scale_for(len(frame[0])))[0], n_dims=3)
 
 
-class OwnFilesOnly:
-    """Every answer tells the browser to load nothing from elsewhere, whatever stands in it."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        async def with_policy(message):
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", PAGE_ONLY.encode())]
-            await send(message)
-
-        await self.app(scope, receive, with_policy if scope["type"] == "http" else send)
-
-
 @contextlib.contextmanager
 def serving(pipe, examples, title, folder, host, port, most_mb, most_read):
     """Serve the page while the block runs -> (its address, the Playground).
@@ -463,8 +442,6 @@ def serving(pipe, examples, title, folder, host, port, most_mb, most_read):
     playground = Playground(pipe, examples, Path(folder) / "futures", most_read)
     page = build(playground, title)
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
-    hosts = [*LOCAL, host] if host in LOCAL else ["*"]
-    guards = [Middleware(OwnFilesOnly), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
     fonts = [["system-ui", "sans-serif"], ["ui-monospace", "monospace"]]
     _, address, _ = page.launch(
         server_name=host,
@@ -482,7 +459,7 @@ def serving(pipe, examples, title, folder, host, port, most_mb, most_read):
         enable_monitoring=False,
         run_history=False,
         footer_links=[],
-        app_kwargs={"middleware": guards},
+        app_kwargs={"middleware": guards(host)},
         theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]),
         css=CSS,
     )

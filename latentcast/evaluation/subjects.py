@@ -103,6 +103,7 @@ def open_subject(
     overrides=(),
     sampler=None,
     device="cpu",
+    dtype=torch.float32,
     n_clips=4,
     n_frames=None,
     n_context=None,
@@ -117,7 +118,7 @@ def open_subject(
         target: see ``find_place``.
         overrides: of the experiment whose data set is shown, ["data.root=PATH"].
         sampler: options of the prior's sampler, by name.
-        device: of the models.
+        device, dtype: of the models; the dtype of a pipeline's.
         n_clips: how many are looked at. n_frames: after the context; None: as many as in training.
         n_context: given frames; None: as in training.
         num_samples, seed: see Subject.
@@ -131,7 +132,7 @@ def open_subject(
     place, sampler = find_place(target), dict(sampler or {})
     pipe = tokenizer = None
     if place.pipeline is not None:
-        pipe = VideoPipeline.from_pretrained(place.pipeline).to(device)
+        pipe = VideoPipeline.from_pretrained(place.pipeline, dtype=dtype).to(device)
         pipe.set_progress_bar_config(desc="sampling", leave=False)
         known = pipe.prior.sampler_options()
         for name in sampler:
