@@ -76,8 +76,10 @@ setup(
         "tensorboard": ["tensorboard>=2.16"],
         "trackio": ["trackio>=0.43"],
         "demo": ["gradio>=6", "starlette", "uvicorn"],
+        "gym": ["gymnasium>=1.0", "ale-py>=0.10.1"],  # which brings the games
+        "parquet": ["pyarrow>=16"],
         "dev": [
-            "latentcast[demo,tensorboard,trackio,wandb]",
+            "latentcast[demo,gym,parquet,tensorboard,trackio,wandb]",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

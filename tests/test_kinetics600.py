@@ -105,6 +105,7 @@ def test_prepared_set_holds_frames_and_labels(source, tmp_path):
     figures = prepare(Kinetics600(source), tmp_path / "set")
     assert figures["counts"] == {"train": 3, "val": 2}
     dataset = PreparedVideos(tmp_path / "set", "val", 8)
+    assert dataset.conditions["label"]["n_values"] == 600
     labels = [int(dataset.read_conditions(i, 0, 8)["label"]) for i in range(2)]
     assert labels == [0, 1] and [video.n_frames for video in dataset.videos] == [10, 10]
     assert read_counter(dataset.read_video(1, 2, 10)) == list(range(124, 140, 2))

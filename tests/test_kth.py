@@ -217,6 +217,7 @@ def test_a_missing_file_is_told_and_added_in_a_second_run(copy, tmp_path):
     assert prepare(KTH(copy), tmp_path / "prepared", partial=True)["counts"] == {"train": 96, "test": 24}
     videos = PreparedVideos(tmp_path / "prepared", "test", clip_length=5)
     assert videos.fps == 25 and videos[0]["frames"].shape == (5, 1, 64, 64)
+    assert videos.conditions["label"]["n_values"] == 6
     labels = [int(videos.read_conditions(i, 0, 5)["label"]) for i in range(24)]
     assert labels == [label for label in range(6) for _ in RANGES]
     start = first_number(22, "boxing") + RANGES[2][0] - 1

@@ -130,7 +130,7 @@ def prepare(benchmark, output, *, workers=0, partial=False):
 def _prepare(benchmark, output, workers, partial):
     videos = benchmark.videos()
     writers = {
-        split: shards.ShardWriter(output / split, KIND, _job(benchmark, split, names))
+        split: shards.ShardWriter(output / split, KIND, _job(benchmark, split, names), growing=benchmark.growing)
         for split, names in videos.items()
         if names
     }
@@ -143,6 +143,8 @@ def _prepare(benchmark, output, workers, partial):
             gaps = [shard for shard, away in writer.away().items() if _any_is_back(benchmark, split, writer, away)]
         writer.redo(gaps, keep=True)
     _write_shards(benchmark, writers, workers)
+    while _extend(benchmark, writers):
+        _write_shards(benchmark, writers, workers)
     for name, source in benchmark.files().items():
         path = output / name
         if not (path.is_file() and filecmp.cmp(source, path, shallow=False)):
@@ -152,7 +154,8 @@ def _prepare(benchmark, output, workers, partial):
     notes = {split: writer.notes() for split, writer in writers.items()}
     counts = {split: sum(len(note["videos"]) for note in written) for split, written in notes.items()}
     skipped = {split: [r for note in written for r in note["skipped"].values()] for split, written in notes.items()}
-    expected = {split: len(names) for split, names in videos.items()} | benchmark.expected_counts()
+    expected = dict.fromkeys(videos, 0) | {split: len(writer.job["videos"]) for split, writer in writers.items()}
+    expected |= benchmark.expected_counts()
     wrong = [split for split in expected if counts.get(split, 0) != expected[split] or skipped.get(split)]
     incomplete = None
     if wrong and not partial:
@@ -205,6 +208,18 @@ def _prepare(benchmark, output, workers, partial):
         "bytes": sum(note["bytes"] for written in notes.values() for note in written),
         "output": str(output),
     } | benchmark.figures(output)
+
+
+def _extend(benchmark, writers):
+    """Plan what ``Benchmark.more`` asks for -> whether there is any; not beyond videos that are missing."""
+    extended = False
+    for split, writer in writers.items():
+        notes = writer.notes()
+        lengths = [facts["n_frames"] for note in notes for facts in note["videos"].values()]
+        if len(lengths) == len(writer.job["videos"]) and (names := benchmark.more(split, len(lengths), sum(lengths))):
+            writer.extend([{"name": name} for name in names])
+            extended = True
+    return extended
 
 
 def _accepted(output):
@@ -401,17 +416,49 @@ def _any_is_back(benchmark, split, writer, videos):
 
 
 def prepared_videos(
-    root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0, fresh=False, flip=None
+    root,
+    split,
+    clip_length,
+    size=None,
+    channels=None,
+    *,
+    name=None,
+    frame_stride=1,
+    seed=0,
+    fresh=False,
+    flip=None,
+    actions=False,
 ):
     """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
 
     Args: see PreparedVideos; videos that are made keep the set's own seed. ``fresh``: draw the train split's videos
-        anew in every epoch, of sets that make them. ``flip``: see VideoDataset.
+        anew in every epoch, of sets that make them. ``flip``: see VideoDataset. ``actions``: priors are told the
+        condition ``action``; clips are then not mirrored, for in a mirror an action leads elsewhere.
+    Raises:
+        ValueError: also for ``actions`` of a set without them, or of some frames only (``frame_stride``).
     """
     check_split(split)
+    if not isinstance(actions, bool):
+        raise ValueError(f"actions: expected true or false, found {actions!r}")
     dataset = _open(root, split, clip_length, size, channels, name, frame_stride, seed, fresh)
-    dataset.flip = check_flip(flip)
+    dataset.flip, dataset.actions = check_flip(flip), actions
+    if actions:
+        _check_actions(root, dataset, frame_stride)
+        if flip is not None:
+            logger.warning("flip: %s is left out with actions: in a mirror an action leads elsewhere", flip)
+            dataset.flip = None
     return dataset
+
+
+def _check_actions(root, dataset, frame_stride):
+    if "action" not in dataset.conditions:
+        name, found = read_set_manifest(root)["name"], ", ".join(dataset.conditions) or "no conditions"
+        again = "; it was prepared when they had another name: prepare it again" if "actions" in found else ""
+        raise ValueError(f"actions: {root}: {name} has no condition 'action', found {found}{again}")
+    if frame_stride != 1:
+        raise ValueError(
+            f"frame_stride: expected 1 with actions, as those of frames between would be lost, found {frame_stride}"
+        )
 
 
 def _open(root, split, clip_length, size, channels, name, frame_stride, seed, fresh):

@@ -32,10 +32,11 @@ class Benchmark:
         name: of the data set, on the command line and in manifests.
         protocols: names of the ways to split and crop in use, the default first; ``--split`` chooses one.
         needs_source: whether there is something to read; False for simulations.
+        growing: whether videos are added as they are made; see ``more``.
         frame_size: H = W of prepared frames, pixels.
         channels: 1 or 3.
         fps: frames per second.
-        conditions: name -> {"shape": list, "dtype": "float32" or "int64", "per": "frame" or "video"}.
+        conditions: see VideoDataset.
         shard_videos: videos a file.
         provenance: JSON-able facts for the manifest: class names, checksums of index files, physical parameters.
     """
@@ -43,6 +44,7 @@ class Benchmark:
     name: str
     protocols: tuple = ("standard",)
     needs_source = True
+    growing = False
     frame_size = 64
     channels = 3
     fps = 10.0
@@ -73,6 +75,11 @@ class Benchmark:
             OSError, ValueError: the source is not laid out as published; names the file, what was expected and found.
         """
         raise NotImplementedError
+
+    def more(self, split, n_videos, n_frames):
+        """Names of further videos for a split whose ``n_videos``, ``n_frames`` frames in all, stand; [] where it is
+        complete. For sets whose length shows when they are made; must follow from the arguments."""
+        return []
 
     def expected_counts(self):
         """split -> number of videos that the published set has under this protocol, or {} where there is no such."""

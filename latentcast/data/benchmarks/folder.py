@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import logging
 
 import torch
 
 from ...files import file_sha256
+from ..action_tables import ActionTables
 from ..base import SPLITS
 from ..image_frames import is_sequence, numbered_pictures, read_pictures
 from ..video_folder import (
@@ -22,6 +24,8 @@ from ..video_folder import (
 )
 from ..video_reader import VideoAwayError, VideoInfo, iter_clip, look, neat_rate
 from .base import Benchmark, Clip
+
+NO_ACTIONS = "expected one frame rate, that of all videos, with --actions: frames left out or repeated have none"
 
 
 class Folder(Benchmark):
@@ -43,8 +47,12 @@ class Folder(Benchmark):
         val_fraction, test_fraction: share of the videos in these splits, for "hash".
         seed: of the hash.
         square_pixels: stretch files whose pixels are not square, as players do; else they are named in the log.
+        actions: pattern of the path of each video's table of actions, a csv, npy or parquet file (see ActionTables),
+            which become the condition ``action``. Needs videos of one frame rate.
+        action_rows, action_columns, action_dtype, action_values: see ActionTables, whose defaults None stands for.
     Raises:
-        ValueError: options that make no sense; no videos; one or two of the split's folders only.
+        ValueError: options that make no sense; no videos; one or two of the split's folders only; tables of
+            which not one can be read, or not one that may hold the largest whole number.
     """
 
     name = "folder"
@@ -64,6 +72,11 @@ class Folder(Benchmark):
         test_fraction=0.05,
         seed=0,
         square_pixels=False,
+        actions=None,
+        action_rows=None,
+        action_columns=None,
+        action_dtype=None,
+        action_values=None,
     ):
         super().__init__(source, protocol)
         check_whole(frame_size=frame_size, frame_stride=frame_stride)
@@ -73,6 +86,15 @@ class Folder(Benchmark):
         self.asked_fps, self.image_fps = fps, image_fps
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
         self.square_pixels = square_pixels
+        options = {"rows": action_rows, "columns": action_columns, "dtype": action_dtype, "values": action_values}
+        given = {name: value for name, value in options.items() if value is not None}
+        self.tables = None
+        if actions is not None:
+            if fps is not None:
+                raise ValueError(f"fps: {NO_ACTIONS}, found fps={fps}")
+            self.tables = ActionTables(self.source, self._names, actions, frame_stride, **given)
+        elif given:
+            raise ValueError(f"action_{next(iter(given))}: expected --actions beside it, found none")
         there = [split for split in SPLITS if (self.source / split).is_dir()]
         if protocol is None and not there:
             self.protocol = "hash"
@@ -102,7 +124,11 @@ class Folder(Benchmark):
     @functools.cached_property
     def _sampling(self):
         """(frame_stride, fps) by which frames are taken; fps is None where videos are read at their own rate."""
-        rate = None if self.asked_fps else rate_for_all(self._rates, self.source)
+        level = logging.WARNING if self.tables is None else logging.DEBUG
+        rate = None if self.asked_fps else rate_for_all(self._rates, self.source, level=level)
+        if rate is not None and self.tables is not None:
+            low, high = min(self._rates.values()), max(self._rates.values())
+            raise ValueError(f"{self.source}: {NO_ACTIONS}, found {low:g} to {high:g} frames per second")
         if rate is not None:
             return 1, neat_rate(rate / self.frame_stride)
         return self.frame_stride, self.asked_fps
@@ -114,27 +140,33 @@ class Folder(Benchmark):
         return float(fps or neat_rate(next(iter(self._rates.values()), self.image_fps) / stride))
 
     def read(self, split, name):
-        path = self.source / name
+        path, conditions, table = self.source / name, {}, None
+        sampling = self._sampling
+        if self.tables is not None:
+            sampling, table = (1, None), self.tables.read(name)
         if path.is_dir():
             paths = numbered_pictures(path)
             info = VideoInfo(len(paths), self.image_fps, 0, 0)
-            n_frames, _ = sampled_rate(info, *self._sampling)
-            places = sampled_places(info, range(n_frames), *self._sampling)
-            frames, digest = read_pictures((paths[place] for place in places), self.frame_size), file_sha256(*paths)
+            n_frames, _ = sampled_rate(info, *sampling)
+            places = sampled_places(info, range(n_frames), *sampling)
+            frames, files = read_pictures((paths[place] for place in places), self.frame_size), paths
         elif path.is_file():
             square = {"square_pixels": self.square_pixels}
-            frames = iter_clip(path, self.frame_size, *self._sampling, **square)
-            digest = file_sha256(path)
+            frames, files = iter_clip(path, self.frame_size, *sampling, **square), [path]
         else:
             raise VideoAwayError(f"{path}: no such file or folder; it was there when the videos were listed")
+        if table is not None:
+            frames, files = table.along(frames, conditions), [*files, table.path]
         if self.channels == 1:
             frames = (luma(piece).round().to(torch.uint8) for piece in frames)
-        return Clip(frames, sha256=digest)
+        return Clip(frames, conditions, file_sha256(*files))
 
     def describe(self):
         split = {"square_pixels": True} if self.square_pixels else {}
         if self.protocol == "hash":
             split |= {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction, "seed": self.seed}
+        if self.tables is not None:
+            split["actions"] = self.tables.describe()
         return {
             "protocol": self.protocol,
             "frame_size": self.frame_size,
@@ -154,6 +186,11 @@ class Folder(Benchmark):
                 f"{self.source}: expected videos ({', '.join(SUFFIXES)}) or folders of numbered pictures, found neither"
             )
         return names
+
+    @property
+    def conditions(self):
+        """Those of ``--actions``."""
+        return {} if self.tables is None else {"action": self.tables.condition}
 
     def _rate(self, name):
         return self.image_fps if (self.source / name).is_dir() else look(self.source / name).rate

@@ -15,6 +15,7 @@ from .base import Benchmark, Clip
 
 logger = logging.getLogger("latentcast")
 
+N_CLASSES = 600
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
 
@@ -39,12 +40,12 @@ class Kinetics600(Benchmark):
         frame_size: H = W of the frames, pixels.
     Raises:
         FileNotFoundError: no list, or a folder of videos without its list.
-        ValueError: a wrong option; a list without its columns, or with a row that cannot be read.
+        ValueError: a wrong option; a list without its columns, or with a row that cannot be read; more than 600 labels.
     """
 
     name = "kinetics600"
     fps = 25.0
-    conditions = {"label": {"shape": [], "dtype": "int64", "per": "video"}}  # noqa: RUF012
+    conditions = {"label": {"shape": [], "dtype": "int64", "per": "video", "n_values": N_CLASSES}}  # noqa: RUF012
     shard_videos = 128
 
     def __init__(self, source=None, protocol=None, *, fps=25.0, max_frames=None, frame_size=64):
@@ -57,6 +58,8 @@ class Kinetics600(Benchmark):
         if not self.lists:
             raise FileNotFoundError(f"{self.source}: expected train.csv or kinetics_600_train.csv, found neither")
         classes = sorted({label for split in self.lists for _, label, _ in self._rows(split)})
+        if len(classes) > N_CLASSES:
+            raise ValueError(f"{self.source}: expected lists of at most {N_CLASSES} labels, found {len(classes)}")
         checksums = {path.name: file_sha256(path) for path in self.lists.values()}
         self.provenance = {"classes": classes, "lists": checksums}
         if fps is None:

@@ -78,7 +78,7 @@ class KTH(Benchmark):
     protocols = tuple(PROTOCOLS)
     channels = 1
     fps = 25.0
-    conditions = {"label": {"shape": [], "dtype": "int64", "per": "video"}}  # noqa: RUF012
+    conditions = {"label": {"shape": [], "dtype": "int64", "per": "video", "n_values": len(CLASSES)}}  # noqa: RUF012
 
     def __init__(self, source=None, protocol=None, *, resize=None, frame_size=64, sequences=None):
         super().__init__(source, protocol)
