@@ -38,10 +38,10 @@ class VideoDataset(Dataset):
     Attributes: ``split``, ``clip_length``, ``size`` (H = W, pixels), ``channels`` (1 or 3), ``fps`` (frames per second
     of the clips, for writing previews), ``seed`` (of the random windows), ``flip`` (of FLIPS: the train split's clips
     are mirrored so every other time, but not their conditions), ``actions`` (whether priors that train on it are told
-    the condition ``action``), and ``conditions``: what is known of each frame or
-    video beside its pixels, name -> ``{"shape": list, "dtype": "float32" or "int64", "per": "frame" or "video"}``, with
-    ``"n_values"`` where they are whole numbers from 0 to below that. What is known of frame t is what led to it: an
-    action of frame t was taken between frames t - 1 and t, and that of a video's first frame says nothing.
+    the condition ``action``), and ``conditions``: what is known of each frame or video beside its pixels, name ->
+    ``{"shape": list, "dtype": "float32" or "int64", "per": "frame" or "video"}``, with ``"n_values"`` where they are
+    whole numbers from 0 to below that, and ``"names"`` where these have some. What is known of frame t is what led to
+    it: an action of frame t was taken between frames t - 1 and t, and that of a video's first frame says nothing.
     """
 
     split: str

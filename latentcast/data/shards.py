@@ -54,6 +54,7 @@ class Condition(Schema):
     dtype: DType
     per: Literal["frame", "video"]
     n_values: Count = None
+    names: list[Text] = None
 
 
 class Video(Schema):

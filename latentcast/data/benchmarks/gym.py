@@ -118,7 +118,7 @@ class Gym(Benchmark):
         check_rate(fps=1 if fps is None else fps)
         self.fps = float(rate / frame_skip if fps is None else fps)
         self.conditions = {
-            "action": _action_spec(self.env, self._playing.action_space),
+            "action": _action_spec(self.env, self._playing),
             "reward": {"shape": [], "dtype": "float32", "per": "frame"},
             "end": {"shape": [], "dtype": "int64", "per": "frame", "n_values": 2},
         }
@@ -368,8 +368,9 @@ def _kind(space):
     return type(space).__name__
 
 
-def _action_spec(env, space):
-    """The condition ``action`` of an action space."""
+def _action_spec(env, playing):
+    """The condition ``action`` of an environment; Atari games name their actions."""
+    space = playing.action_space
     kind = _kind(space)
     if kind == "Box":
         return {"shape": list(space.shape), "dtype": "float32", "per": "frame"}
@@ -382,7 +383,9 @@ def _action_spec(env, space):
         raise ValueError(
             f"--env {env}: expected actions of the kind Discrete, MultiDiscrete, MultiBinary or Box, found {space}"
         )
-    return {"shape": list(space.shape), "dtype": "int64", "per": "frame", "n_values": int(n_values())}
+    spec = {"shape": list(space.shape), "dtype": "int64", "per": "frame", "n_values": int(n_values())}
+    name_actions = getattr(playing.unwrapped, "get_action_meanings", None)
+    return spec | {"names": list(name_actions())} if name_actions else spec
 
 
 def _zero(space):
