@@ -177,7 +177,7 @@ def test_numbers_are_measured():
     far = 1000 + 5 * torch.randn(50, 4, 2)
     before = embedding({"state": far}, 50, 4)
     embedding.measure([{"state": clip[None]} for clip in far])
-    network = embedding.networks["condition_0"]
+    network = embedding.networks[0]
     assert torch.allclose(network.mean, far.flatten(0, 1).mean(0)) and torch.allclose(
         network.spread, far.flatten(0, 1).std(0, correction=0)
     )
