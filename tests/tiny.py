@@ -165,6 +165,17 @@ TOLD_PRIORS = {
     "video_transformer_spatiotemporal": lambda **told: VideoTransformer(
         CODES_SPEC, subscale=[2, 2, 2], **SMALL_TRANSFORMER, **told
     ),
+    "st_pixelcnn": lambda **told: STPixelCNN(CODES_SPEC, **SMALL_PIXELCNN, **told),
+    "st_pixelcnn_shared": lambda **told: STPixelCNN(
+        CODES_SPEC, layers="shared", attention="factorised", **SMALL_PIXELCNN, **told
+    ),
+    "sde_diffusion": small_sde_diffusion,
+    "ode_diffusion_latents": lambda **told: small_sde_diffusion(
+        "kl_vae", motion="ode", prediction_type="sample", **told
+    ),
+    "latent_sde_diffusion": lambda **told: small_sde_diffusion(
+        diffusion_output="softplus", motion_kl_weight=1.0, previous_frame="immediate", **told
+    ),
 }
 
 

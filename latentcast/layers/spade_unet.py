@@ -136,6 +136,7 @@ class SpadeUNet(nn.Module):
             if isinstance(module, Attention):
                 module.heads = n_heads or module.inner_dim // head_dim
                 module.scale = (module.inner_dim // module.heads) ** -0.5
+        self.time_channels = self.unet.time_embedding.linear_2.out_features
         levels = [*range(n_levels), n_levels - 1, *reversed(range(n_levels))]
         count = itertools.count()
         for level, block in zip(levels, self._blocks()):
@@ -155,7 +156,7 @@ class SpadeUNet(nn.Module):
     def _blocks(self):
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 
-    def forward(self, x, t, feature, maps=None):
+    def forward(self, x, t, feature, maps=None, told=None):
         """Predict.
 
         Args:
@@ -164,11 +165,13 @@ class SpadeUNet(nn.Module):
             feature: (N, condition_channels, h, w), the condition.
             maps: ``self.maps(feature)``, or None to compute each where it is used, which training does: gradient
                 checkpointing then keeps none of them.
+            told: (N, time_channels), added to the embedding of the time; None: nothing.
         Returns:
             (N, out_channels, H, W).
         """
         unet = self.unet
-        time = F.silu(unet.time_embedding(unet.time_proj(t).to(x.dtype)))
+        time = unet.time_embedding(unet.time_proj(t).to(x.dtype))
+        time = F.silu(time if told is None else time + told)
         conditions = Conditions(time, feature, maps)
         h = unet.conv_in(x)
         skips = (h,)
