@@ -100,7 +100,6 @@ def server(tmp_path_factory):
     yield process
     if process.poll() is None:
         process.kill()
-        process.wait()
 
 
 def ask(server, what, kind="application/json", **asked):

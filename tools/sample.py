@@ -55,6 +55,13 @@ def make_parser():
     parser.add_argument(
         "--image-fps", type=float, help="rate at which pictures in folders were taken (default: that of training)"
     )
+    parser.add_argument(
+        "--conditions",
+        metavar="FILE.npz",
+        type=user_path,
+        help="what the prior is told of every video, arrays by name: a row for each given and predicted frame of those "
+        "per frame; default: nothing",
+    )
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of the prior's sampler")
     return parser
 
@@ -115,6 +122,7 @@ def main(args):
         logger.info("%s draws nothing: one future of each video is all there is", type(pipe.prior).__name__)
         args.num_samples = 1
     n_context = args.n_context or pipe.config.n_context or max(5, pipe.prior.min_context)
+    conditions = None if args.conditions is None else read_conditions(args.conditions, pipe.prior.conditions)
     outputs, skipped, failed, predicting, n_predicted = [], {}, {}, 0.0, 0
     sheet = Sheet(output / SHEET, side)
     given = {"start": args.start, "fps": args.fps, "frame_stride": args.frame_stride}
@@ -139,6 +147,7 @@ def main(args):
                 num_samples=args.num_samples,
                 generator=torch.Generator().manual_seed(args.seed),  # each video's futures depend on it alone
                 value_range=(-1, 1),
+                conditions=conditions,
                 **sampler,
             ).frames[0]
             futures = futures.cpu()
@@ -181,6 +190,22 @@ def main(args):
         first = next(iter(failed.values()))
         raise Findings(f"{args.input}: {len(failed)} of {len(videos)} videos failed, first: {first}", figures)
     return figures
+
+
+def read_conditions(path, declared):
+    """The arrays of an npz file -> name -> tensor; UserError for a file that is none or has others than the prior's."""
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: torch.from_numpy(file[name]) for name in file.files}
+    except Exception as error:  # whatever lies there
+        raise UserError(f"--conditions {path}: expected an npz file of numbers, found {error}") from None
+    if found.keys() != declared.keys():
+        names = [", ".join(sorted(side)) or "none" for side in (declared, found)]
+        raise UserError(f"--conditions {path}: expected the arrays {names[0]}, found {names[1]}")
+    return found
 
 
 def find_videos(path):
