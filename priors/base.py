@@ -70,7 +70,6 @@ class Prior(VideoModel):
     deterministic = False  # True: ``sample`` draws nothing; all samples of a context are one and the same
     eval_seed = 0  # of the noise of ``forward`` in eval mode; validation gives each batch its own
     explains = ()  # the names of what ``explain`` gives
-    conditioner = None  # a ConditionEmbedding, of a prior with conditions
 
     @property
     def conditions(self):
@@ -78,9 +77,14 @@ class Prior(VideoModel):
         return self.config.get("conditions") or {}
 
     def make_conditioner(self, dim):
-        """Set ``conditioner``, which embeds conditions as vectors of ``dim`` numbers, where there are any."""
+        """Add the ``conditioner``, which embeds conditions as vectors of ``dim`` numbers, where there are any."""
         if self.conditions:
-            self.conditioner = ConditionEmbedding(self.conditions, dim, self.config.condition_dropout)
+            self.condition_embedding = ConditionEmbedding(self.conditions, dim, self.config.condition_dropout)
+
+    @property
+    def conditioner(self):
+        """The ConditionEmbedding of a prior with conditions, else None."""
+        return self._modules.get("condition_embedding")
 
     def condition_vectors(self, conditions, batch, n_frames):
         """Conditions of ``batch`` clips of ``n_frames`` -> (batch, n_frames, dim), of a prior without any None."""
@@ -158,6 +162,8 @@ class Prior(VideoModel):
         SamplerOption, sorted. The kind follows from the default where ``sampler_ranges`` says nothing of it."""
         common = {"context", "n_frames", "num_samples", "generator", "progress", "conditions"}
         found, ranges = inspect.signature(self.sample).parameters, self.sampler_ranges()
+        if not self.conditions and "guidance_scale" in found:
+            ranges = ranges | {"guidance_scale": {"least": 1, "most": 1}}  # see ``check_guidance``
         options = {}
         for name in sorted(found.keys() - common):
             default = found[name].default

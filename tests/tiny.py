@@ -165,6 +165,14 @@ TOLD_PRIORS = {
     "video_transformer_spatiotemporal": lambda **told: VideoTransformer(
         CODES_SPEC, subscale=[2, 2, 2], **SMALL_TRANSFORMER, **told
     ),
+    "recurrent_vae": lambda **told: small_recurrent_vae(
+        PixelTokenizer(1, 8, 16, levels=None).latent_spec, n_groups=2, **told
+    ),
+    "recurrent_vae_latents": lambda **told: small_recurrent_vae(CODES_SPEC, n_groups=3, **told),
+    "residual_diffusion": small_residual_diffusion,
+    "residual_diffusion_latents": lambda **told: small_residual_diffusion(
+        "kl_vae", learned_sigma=True, shared_step=False, **told
+    ),
 }
 
 

@@ -31,10 +31,11 @@ class ConditionEmbedding(nn.Module):
         super().__init__()
         if not 0 <= dropout < 1:
             raise ValueError(f"condition_dropout: expected at least 0 and below 1, found {one_line(dropout)}")
-        self.declared, self.dropout = {name: dict(spec) for name, spec in conditions.items()}, dropout
+        # In one order, whatever that of the mapping: a saved config sorts it.
+        self.declared, self.dropout = {name: dict(spec) for name, spec in sorted(conditions.items())}, dropout
         self.null = nn.Parameter(torch.zeros(dim))
-        self.networks = nn.ModuleDict()
-        for i, (name, spec) in enumerate(self.declared.items()):
+        self.networks = nn.ModuleList()
+        for name, spec in self.declared.items():
             if not {"shape", "dtype", "per"} <= spec.keys():
                 raise ValueError(f"conditions: {name}: expected shape, dtype and per, found {one_line(spec)}")
             size = math.prod(spec["shape"])
@@ -44,7 +45,7 @@ class ConditionEmbedding(nn.Module):
                 network = WholeNumbers(size, spec["n_values"], dim)
             else:
                 raise ValueError(f"conditions: {name}: expected n_values of whole numbers, found {one_line(spec)}")
-            self.networks[f"condition_{i}"] = network  # a name may hold what a module's may not
+            self.networks.append(network)
 
     def forward(self, conditions, batch, n_frames):
         """-> (batch, n_frames, dim).
@@ -60,7 +61,7 @@ class ConditionEmbedding(nn.Module):
             return nothing
         found = check_conditions(conditions, self.declared, batch, n_frames)
         total = 0
-        for (name, spec), network in zip(self.declared.items(), self.networks.values()):
+        for (name, spec), network in zip(self.declared.items(), self.networks):
             value = found[name].to(self.null.device, non_blocking=True)
             vectors = network(value.flatten(-len(spec["shape"])) if spec["shape"] else value[..., None])
             total = total + (vectors if spec["per"] == "frame" else vectors[:, None])
@@ -74,7 +75,7 @@ class ConditionEmbedding(nn.Module):
     def measure(self, clips):
         """Told before training what the numbers are like: an iterable over some clips' conditions, name -> tensor."""
         clips = list(clips)
-        for (name, spec), network in zip(self.declared.items(), self.networks.values()):
+        for (name, spec), network in zip(self.declared.items(), self.networks):
             if isinstance(network, Numbers) and clips:
                 network.measure(torch.cat([clip[name].reshape(-1, math.prod(spec["shape"])) for clip in clips]))
 
@@ -115,7 +116,8 @@ class Numbers(nn.Module):
 def check_conditions(conditions, declared, batch, n_frames):
     """Refuse conditions that are not what was declared -> name -> tensor.
 
-    Values on a GPU are taken as they are: looking at them would wait for it, and training's are the data set's own.
+    Values on a GPU are taken as they are: looking at them would wait for it, and training's are the data set's own. So
+    are those of a compiled graph, which looking would break.
 
     Args:
         conditions: name -> tensor, or numbers. declared: as for ConditionEmbedding. batch, n_frames: see there.
@@ -142,7 +144,7 @@ def check_conditions(conditions, declared, batch, n_frames):
         whole = spec["dtype"] != "float32"
         if whole and (value.is_floating_point() or value.is_complex()):
             raise ValueError(f"conditions: {name}: expected whole numbers, found {value.dtype}")
-        if value.device.type == "cpu" and value.numel():
+        if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
             if whole and not 0 <= value.min() <= value.max() < spec["n_values"]:
                 wrong = value[(value < 0) | (value >= spec["n_values"])][0].item()
                 raise ValueError(f"conditions: {name}: expected 0 to {spec['n_values'] - 1}, found {wrong}")
