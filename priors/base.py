@@ -162,6 +162,8 @@ class Prior(VideoModel):
         SamplerOption, sorted. The kind follows from the default where ``sampler_ranges`` says nothing of it."""
         common = {"context", "n_frames", "num_samples", "generator", "progress", "conditions"}
         found, ranges = inspect.signature(self.sample).parameters, self.sampler_ranges()
+        if not self.conditions and "guidance_scale" in found:
+            ranges = ranges | {"guidance_scale": {"least": 1, "most": 1}}  # see ``check_guidance``
         options = {}
         for name in sorted(found.keys() - common):
             default = found[name].default

@@ -7,7 +7,7 @@ import torch
 
 from latentcast.config import one_line
 
-GUIDANCE = {"guidance_scale": {"least": 0}}  # ``Prior.sampler_ranges`` of what ``check_guidance`` checks
+GUIDANCE = {"guidance_scale": {"least": 0, "most": 100}}  # ``Prior.sampler_ranges`` of what ``check_guidance`` checks
 DRAWING = {  # ... and of what ``check_sampling`` checks
     "temperature": {"least": 0},
     "top_k": {"kind": int, "least": 1},
@@ -29,10 +29,11 @@ def check_guidance(scale, prior):
     """Whether ``guidance_scale`` asks for predictions without conditions beside those with them.
 
     Raises:
-        ValueError: a scale that is no number of at least 0, or other than 1 for a prior without conditions.
+        ValueError: a scale out of the range of ``GUIDANCE``, or other than 1 for a prior without conditions.
     """
-    if not (is_number(scale) and scale >= 0):
-        raise ValueError(f"guidance_scale: expected a number >= 0, found {one_line(scale)}")
+    least, most = GUIDANCE["guidance_scale"].values()
+    if not (is_number(scale) and least <= scale <= most):
+        raise ValueError(f"guidance_scale: expected a number from {least} to {most}, found {one_line(scale)}")
     if scale != 1 and prior.conditioner is None:
         raise ValueError(f"guidance_scale: expected 1 for a {type(prior).__name__} without conditions, found {scale}")
     return scale != 1

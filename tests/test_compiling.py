@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import TINY_PRIORS, random_clip, random_frames, tiny_tokenizer
+from tiny import TINY_PRIORS, random_clip, random_conditions, random_frames, tiny_tokenizer, told_prior
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,16 @@ def test_a_priors_training_is_one_graph(name):
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
     losses[1].backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["video_transformer", "residual_diffusion"])
+def test_a_told_priors_training_is_one_graph(name):
+    model = told_prior(name)
+    clip, told = random_clip(model), random_conditions()
+    expected, found = (forward(clip, 2, told).loss for forward in (model, compiled(model)))
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert model.conditioner.networks[0].table.weight.grad.any()
 
 
 @pytest.mark.parametrize("name", ["vqvae", "sliced_vqvae"])

@@ -14,7 +14,7 @@ from tiny import (
     told_prior,
 )
 
-from latentcast import VideoTransformer, load_model
+from latentcast import PixelTokenizer, RecurrentVAE, ResidualDiffusion, VideoTransformer, load_model
 from latentcast.layers.conditions import ConditionEmbedding, check_conditions
 
 
@@ -24,7 +24,7 @@ def prior(request):
     prior = told_prior(request.param)
     with torch.no_grad():
         for parameter in prior.parameters():
-            if parameter.ndim < 2 or not parameter.any():
+            if parameter.ndim <= 2 or not parameter.any():
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     return prior
 
@@ -53,6 +53,7 @@ def sample(prior, context, n_frames, conditions=None, num_samples=2, **options):
 
 
 def loss(prior, clip, conditions):
+    torch.manual_seed(0)  # of priors that draw noise
     with torch.no_grad():
         return prior(clip, 2, conditions).loss.item()
 
@@ -89,12 +90,10 @@ def test_what_comes_later_is_not_known(stepwise):
 def test_a_batch_is_told_row_by_row(prior):
     """Of two contexts each has its own conditions, and one row of them stands for all."""
     clip, told = random_clip(prior), random_conditions()
-    with torch.no_grad():
-        whole = prior(clip, 2, {name: value[:1] for name, value in told.items()}).loss
-        repeated = prior(clip, 2, {name: value[[0, 0]] for name, value in told.items()}).loss
-        swapped = prior(clip, 2, {name: value[[1, 0]] for name, value in told.items()}).loss
-    assert torch.equal(whole, repeated)
-    assert swapped != prior(clip, 2, told).loss
+    whole = loss(prior, clip, {name: value[:1] for name, value in told.items()})
+    repeated = loss(prior, clip, {name: value[[0, 0]] for name, value in told.items()})
+    swapped = loss(prior, clip, {name: value[[1, 0]] for name, value in told.items()})
+    assert whole == repeated and swapped != loss(prior, clip, told)
 
 
 def test_guidance_goes_from_untold_to_told_and_beyond(prior):
@@ -102,8 +101,9 @@ def test_guidance_goes_from_untold_to_told_and_beyond(prior):
         pytest.skip("takes none")
     context, told = random_clip(prior, n_frames=2), random_conditions(n_frames=5)
     assert torch.equal(sample(prior, context, 3, told, guidance_scale=1.0), sample(prior, context, 3, told))
-    nothing = sample(prior, context, 3)
-    assert torch.allclose(sample(prior, context, 3, told, guidance_scale=0.0).float(), nothing.float(), atol=1e-4)
+    nothing = sample(prior, context, 3).float()
+    none = sample(prior, context, 3, told, guidance_scale=0.0).float()
+    assert torch.allclose(none, nothing, rtol=0, atol=1e-3 * nothing.std().item())
     assert not torch.equal(sample(prior, context, 3, told, guidance_scale=3.0), sample(prior, context, 3, told))
 
 
@@ -234,11 +234,26 @@ def test_a_rollout_refuses_a_step_and_goes_on(stepwise):
 MOVES = torch.tensor([0, 1, -1])
 STEER = {"action": {"shape": [], "dtype": "int64", "per": "frame", "n_values": 3}}
 RING_OF_CODES = CODES_SPEC | {"height": 2, "width": 4, "codebook_sizes": [2]}
+RING_OF_PIXELS = PixelTokenizer(1, 8, 8, levels=None).latent_spec
 # name -> the prior, training steps and learning rate in which it learns
 STEERED = {
     "video_transformer": (
         lambda: VideoTransformer(RING_OF_CODES, subscale=[4, 1, 1], conditions=STEER, **SMALL_TRANSFORMER),
         *(150, 1e-2),
+    ),
+    "recurrent_vae": (
+        lambda: RecurrentVAE(
+            RING_OF_PIXELS, dim=16, hidden_channels=8, group_dim=2, cells=32, beta=1e-2, conditions=STEER
+        ),
+        *(150, 1e-2),
+    ),
+    "residual_diffusion": (
+        lambda: ResidualDiffusion(
+            PixelTokenizer(1, 4, 4, levels=None).latent_spec,
+            **{"width": 8, "denoising_multipliers": [1], "transform_multipliers": [1]},
+            **{"sigma": 0.1, "residual_bound_sigmas": 3, "mu_weight": 1.0, "detach_mu": True, "conditions": STEER},
+        ),
+        *(60, 2e-2),
     ),
 }
 

@@ -176,6 +176,14 @@ TOLD_PRIORS = {
     "latent_sde_diffusion": lambda **told: small_sde_diffusion(
         diffusion_output="softplus", motion_kl_weight=1.0, previous_frame="immediate", **told
     ),
+    "recurrent_vae": lambda **told: small_recurrent_vae(
+        PixelTokenizer(1, 8, 16, levels=None).latent_spec, n_groups=2, **told
+    ),
+    "recurrent_vae_latents": lambda **told: small_recurrent_vae(CODES_SPEC, n_groups=3, **told),
+    "residual_diffusion": small_residual_diffusion,
+    "residual_diffusion_latents": lambda **told: small_residual_diffusion(
+        "kl_vae", learned_sigma=True, shared_step=False, **told
+    ),
 }
 
 

@@ -116,7 +116,8 @@ class Numbers(nn.Module):
 def check_conditions(conditions, declared, batch, n_frames):
     """Refuse conditions that are not what was declared -> name -> tensor.
 
-    Values on a GPU are taken as they are: looking at them would wait for it, and training's are the data set's own.
+    Values on a GPU are taken as they are: looking at them would wait for it, and training's are the data set's own. So
+    are those of a compiled graph, which looking would break.
 
     Args:
         conditions: name -> tensor, or numbers. declared: as for ConditionEmbedding. batch, n_frames: see there.
@@ -143,7 +144,7 @@ def check_conditions(conditions, declared, batch, n_frames):
         whole = spec["dtype"] != "float32"
         if whole and (value.is_floating_point() or value.is_complex()):
             raise ValueError(f"conditions: {name}: expected whole numbers, found {value.dtype}")
-        if value.device.type == "cpu" and value.numel():
+        if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
             if whole and not 0 <= value.min() <= value.max() < spec["n_values"]:
                 wrong = value[(value < 0) | (value >= spec["n_values"])][0].item()
                 raise ValueError(f"conditions: {name}: expected 0 to {spec['n_values'] - 1}, found {wrong}")
