@@ -79,7 +79,7 @@ def test_what_led_to_each_frame(videos, tmp_path, suffix, kind):
     for name, first in FIRST.items():
         shown, actions = prepared(benchmark, tmp_path / "set")[f"{name}.mp4"]
         assert shown == list(range(first, first + N_FRAMES)) and actions[0].tolist() == [0, 0]
-        led = torch.tensor(shown[1:]) - (kind != "before")  # after frame n was done n, which led to n + 1
+        led = torch.tensor(shown[1:]) - int(kind != "before")  # after frame n was done n, which led to n + 1
         assert torch.equal(actions[1:], torch.stack([led, led / 2], 1).float())
 
 

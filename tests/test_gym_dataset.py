@@ -1,14 +1,14 @@
 """Recorded environments: real Atari, and a small world whose pictures tell which actions led to them."""
 
 import json
+import multiprocessing
 import re
-import subprocess
+import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
-from tiny_experiment import TOOLS
 
 gymnasium = pytest.importorskip("gymnasium", reason="the extra latentcast[gym] is not installed")
 pytest.importorskip("ale_py", reason="the extra latentcast[gym] is not installed")
@@ -38,14 +38,12 @@ def episode(data, index):
     return frames, data.read_conditions(index, 0, n_frames)
 
 
-def test_pong_is_recorded_with_what_led_to_each_frame(tmp_path):
-    """By the tool, in processes; playing the stored actions again gives the stored pictures and rewards."""
-    tool = [sys.executable, TOOLS / "prepare_dataset.py", "gym", "--env", "ALE/Pong-v5", "--policy", "random"]
-    options = ["--frames", "180", "--output", tmp_path / "pong", "--workers", "2"]
+def test_pong_is_recorded_with_what_led_to_each_frame(tmp_path, prepare_dataset):
+    """By the tool; playing the stored actions again gives the stored pictures and rewards."""
+    options = ["--policy", "random", "--frames", 180, "--output", tmp_path / "pong", "--workers", 0]
     keys = ["crop=[34,0,160,160]", "max_frames=90", "frame_skip=6", "repeat=4", "val_fraction=.25", "test_fraction=.25"]
-    done = subprocess.run([*tool, *options, *keys], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
+    status, figures, err = prepare_dataset("--env", "ALE/Pong-v5", *options, *keys)
+    assert status == 0, err
     assert figures["counts"] == {"train": 1, "val": 1, "test": 1} and figures["frames"] == 180
     manifest = json.loads((tmp_path / "pong/manifest.json").read_text())
     assert manifest["conditions"] == {
@@ -67,6 +65,20 @@ def test_pong_is_recorded_with_what_led_to_each_frame(tmp_path):
         field = torch.from_numpy(env.render()[34:194]).permute(2, 0, 1)[None].float()
         expected = torch.nn.functional.interpolate(field, (64, 64), mode="bilinear", antialias=True)[0]
         assert (frames[t].float() - expected).abs().max() <= 1.5 and reward == conditions["reward"][t]
+
+
+def test_an_episode_does_not_depend_on_those_before_it():
+    """Of a game that is random itself: its sticky actions are seeded, too."""
+    options = {"env": "ALE/Pong-v5", "frames": 100, "max_frames": 40, "env_options": {"repeat_action_probability": 0.5}}
+
+    def played(benchmark, name):
+        clip = benchmark.read("train", name)
+        return torch.cat(list(clip.frames)), clip.conditions["action"]
+
+    one, other = Gym(**options), Gym(**options)
+    first, second, again = (played(one, f"episode-00000{i}") for i in (0, 1, 0))
+    assert all(torch.equal(a, b) for a, b in zip(second, played(other, "episode-000001")))
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], second[0])
 
 
 def test_episodes_are_added_until_there_are_the_frames_whatever_the_workers(tmp_path):
@@ -178,6 +190,24 @@ def test_a_policy_that_raises_loses_nothing_and_a_rerun_goes_on(tmp_path):
     assert one == two
 
 
+@pytest.mark.parametrize("n_steps", [2, 11, 29])
+def test_a_killed_recording_goes_on(tmp_path, n_steps):
+    """Episodes of five frames where one of 2048 was planned for: they are added by ones, twos, fours and eights."""
+    options = {"env": CORRIDOR, "frames": 100, "frame_size": SIZE, "frame_skip": 1, "max_frames": 2048}
+    whole = prepare(Gym(policy=f"{policy(tmp_path)}:right", **options), tmp_path / "whole")
+    assert whole["counts"]["train"] == 18
+    steps = tmp_path / "steps"
+    line = f"open({str(steps)!r}, 'a').write('.')\n    "
+    line += f"import os; os.path.getsize({str(steps)!r}) == {n_steps} and os.kill(os.getpid(), 9)"
+    killed = Gym(policy=f"{policy(tmp_path, line)}:right", **options)
+    run = multiprocessing.get_context("fork").Process(target=prepare, args=(killed, tmp_path / "set"))
+    run.start()
+    run.join(60)
+    assert run.exitcode == -signal.SIGKILL and not (tmp_path / "set/manifest.json").exists()
+    prepare(Gym(policy=f"{policy(tmp_path, line)}:right", **options), tmp_path / "set")
+    assert contents(tmp_path / "set/train") == contents(tmp_path / "whole/train")
+
+
 @pytest.mark.parametrize(
     "returned, found",
     [("7", "7"), ("'up'", "'up'"), ("None", "None"), ("[5, 5]", r"\[5, 5\]"), ("5.5", "5.5"), ("float('nan')", "nan")],
@@ -229,7 +259,7 @@ def test_what_cannot_be_played_is_one_line(tmp_path, prepare_dataset):
         status, figures, err = prepare_dataset(*arguments, *output)
         assert status == 1 and figures is None
         last = err.strip().splitlines()[-1]
-        assert last.startswith("error: ") and re.search(message, last), (message, err)
+        assert last == err.strip() and last.startswith("error: ") and re.search(message, last), (message, err)
     assert not (tmp_path / "set").exists() or not list((tmp_path / "set").iterdir())
 
 

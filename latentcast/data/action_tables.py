@@ -203,7 +203,7 @@ def read_actions(path, columns=None):
 def _csv(path, columns):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file, skipinitialspace=True)]
     except (csv.Error, UnicodeDecodeError) as error:
         raise VideoError(f"{path}: not a readable csv file ({error})") from None
     while rows and not any(rows[-1]):

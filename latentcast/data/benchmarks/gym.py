@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +284,9 @@ class Gym(Benchmark):
     def _look(self):
         """Make the environment and draw it once -> (H, W)"""
         try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*render_mode")  # of what is an error here
+                self._playing  # noqa: B018
             modes = self._playing.metadata.get("render_modes") or []
             if "rgb_array" not in modes:
                 raise ValueError(f"expected the render mode rgb_array, found {', '.join(map(str, modes)) or 'none'}")
@@ -333,6 +337,7 @@ def _register_atari(gymnasium):
         import ale_py
     except ImportError:
         return
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # else each process says its name
     gymnasium.register_envs(ale_py)
 
 
@@ -397,7 +402,8 @@ def _checked(action, space):
     try:
         found = np.asarray(action)
         whole = _kind(space) == "Box" or (found == np.floor(found)).all()
-        found = found.astype(np.int64 if _kind(space) == "Discrete" else space.dtype)
+        with np.errstate(invalid="ignore"):
+            found = found.astype(np.int64 if _kind(space) == "Discrete" else space.dtype)
         fits = whole and found.shape == tuple(space.shape)
         found = int(found) if fits and _kind(space) == "Discrete" else found
         fits = fits and space.contains(found)
