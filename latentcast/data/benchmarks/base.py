@@ -32,8 +32,9 @@ class Benchmark:
         name: of the data set, on the command line and in manifests.
         protocols: names of the ways to split and crop in use, the default first; ``--split`` chooses one.
         needs_source: whether there is something to read; False for simulations.
-        frame_size: H = W of prepared frames, pixels.
-        channels: 1 or 3.
+        frame_size: H = W of prepared frames in pixels, or [H, W].
+        crop: how videos of another shape get to that, see ``video_reader.fit_frames``.
+        channels: 3 (RGB), 1 (grey), or any number of other data.
         fps: frames per second.
         conditions: name -> {"shape": list, "dtype": "float32" or "int64", "per": "frame" or "video"}.
         shard_videos: videos a file.
@@ -44,6 +45,7 @@ class Benchmark:
     protocols: tuple = ("standard",)
     needs_source = True
     frame_size = 64
+    crop = "center"
     channels = 3
     fps = 10.0
     conditions: dict = {}  # noqa: RUF012
