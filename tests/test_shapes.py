@@ -529,6 +529,6 @@ def test_data_of_other_channels_from_end_to_end(n_channels, tokenizer, tmp_path)
     message = f"metrics: fvd is of frames of 1 or 3 channels, the data set serves {n_channels}; leave it out"
     with pytest.raises(ValueError, match=message):
         check_fit(pipe, prepared_videos(tmp_path / "set", "test", 4), protocol)
-    encode(tmp_path / "clip.mp4", picture(4, 32, 48))
+    encode(tmp_path / "clip.mp4", picture(12, 32, 48))
     with pytest.raises(latentcast.cli.UserError, match=rf"a video has 1 \(grey\) or 3 \(RGB\), found {n_channels}"):
         sampled(tmp_path / "run/pipeline", tmp_path, tmp_path / "clip.mp4", "--n-frames", "2")
