@@ -309,7 +309,7 @@ def _measured(samples, truth, videos):
     best_of_n = BestOfN(names)
     best_of_n.update(samples, truth, range(len(truth)))
     found = best_of_n.compute(video_of, gather=False)
-    if size >= SMALLEST_LPIPS:
+    if size >= SMALLEST_LPIPS and truth.shape[-3] in (1, 3):
         perceptual = BestOfN(("lpips",))
         try:
             perceptual.update(samples, truth, range(len(truth)))

@@ -3,6 +3,7 @@
 import difflib
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -10,6 +11,8 @@ import torch
 from diffusers.utils import BaseOutput
 
 from latentcast.config import check_counts, one_line
+from latentcast.data.video_reader import CROPS, check_crop
+from latentcast.figures.sheets import shown_channels
 from latentcast.modeling import eval_mode
 from latentcast.schemas import Count, Rate
 from latentcast.tokenizers.base import check_frames
@@ -25,8 +28,8 @@ class VideoPipelineOutput(BaseOutput):
     """What a pipeline returns, for B contexts with S futures each.
 
     frames: "pt": (B, S, T, C, H, W) float32 tensor in [-1, 1]; "np": (B, S, T, H, W, C) float32 array in [0, 1];
-        "pil": lists of lists of lists of images, [B][S][T]; "latent": what the prior predicted, not decoded: codes
-        (B, S, T, h, w, n_codebooks), latents (B, S, T, D, h, w), or the frames themselves.
+        "pil": lists of lists of lists of images, [B][S][T], see ``shown_channels``; "latent": what the prior predicted,
+        not decoded: codes (B, S, T, h, w, n_codebooks), latents (B, S, T, D, h, w), or the frames themselves.
     """
 
     frames: torch.Tensor | np.ndarray | list
@@ -40,6 +43,7 @@ class VideoPredictionIndex(PipelineIndex):
     scheduler: Component | None = None
     n_context: Count | None = None
     fps: Rate | None = None
+    crop: Literal[CROPS] = "center"
 
 
 class VideoPredictionPipeline(VideoPipeline):
@@ -51,6 +55,8 @@ class VideoPredictionPipeline(VideoPipeline):
         scheduler: noise scheduler, for priors whose sampler takes one.
         n_context: number of context frames that the prior was trained with; kept for tools.
         fps: frames per second of the clips that the prior was trained on; kept for tools.
+        crop: how the videos that it was trained on got to the shape of its frames (see ``video_reader.fit_frames``), by
+            which tools bring others to it, and this pipeline images.
     Raises:
         ValueError: the prior was trained on the latents of another tokenizer, or does not take the scheduler.
     """
@@ -59,7 +65,7 @@ class VideoPredictionPipeline(VideoPipeline):
     _optional_components = ["tokenizer", "scheduler"]  # noqa: RUF012 (diffusers' name)
     model_cpu_offload_seq = "tokenizer->prior"  # and back
 
-    def __init__(self, prior, tokenizer=None, scheduler=None, n_context=None, fps=None):
+    def __init__(self, prior, tokenizer=None, scheduler=None, n_context=None, fps=None, crop="center"):
         super().__init__()
         spec = prior.config.latent_spec
         if tokenizer is None and prior.accepts != "pixels":
@@ -78,7 +84,7 @@ class VideoPredictionPipeline(VideoPipeline):
         if scheduler is not None and "scheduler" not in prior.sampler_options():
             raise ValueError(f"{type(prior).__name__}: its sampler takes no scheduler")
         self.register_modules(prior=prior, tokenizer=tokenizer, scheduler=scheduler)
-        self.register_to_config(n_context=n_context, fps=fps)
+        self.register_to_config(n_context=n_context, fps=fps, crop=check_crop(crop))
 
     @torch.no_grad()
     def __call__(
@@ -99,8 +105,8 @@ class VideoPredictionPipeline(VideoPipeline):
         """Predict futures.
 
         Args:
-            frames: (B, T, C, H, W) or (T, C, H, W) float in [-1, 1], the context; or uint8, arrays, PIL images and
-                lists of them, see ``as_frames``.
+            frames: (B, T, C, H, W) or (T, C, H, W) float in [-1, 1], the context; or uint8, arrays, PIL images, which
+                are brought to the model's size, and lists of them, see ``as_frames``.
             n_frames: number of frames to predict; None: one for each of ``frame_times``, or 16.
             num_samples: number of futures for each context.
             generator: torch.Generator; the same seed gives the same futures. A list, one for each context: each is
@@ -192,7 +198,7 @@ class VideoPredictionPipeline(VideoPipeline):
     def _as_frames(self, frames, value_range):
         spec = self.prior.config.latent_spec
         sizes = (spec[f"frame_{name}"] for name in ("channels", "height", "width"))
-        return as_frames(frames, *sizes, value_range=value_range)
+        return as_frames(frames, *sizes, value_range=value_range, crop=self.config.crop)
 
     def _batched(self, conditions):
         """Conditions with a batch axis, where they come without; the prior checks them."""
@@ -357,6 +363,6 @@ def _convert(frames, output_type):
     array = ((frames + 1) / 2).movedim(-3, -1).cpu().numpy()
     if output_type == "np":
         return array
-    pixels = (array * 255).round().astype(np.uint8)
+    pixels = shown_channels((array * 255).round().astype(np.uint8), axis=-1)
     pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     return [[[PIL.Image.fromarray(image) for image in future] for future in futures] for futures in pixels]

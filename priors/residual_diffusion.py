@@ -20,6 +20,7 @@ from latentcast.config import check_counts
 from latentcast.layers.linear_attention import LinearAttention
 from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResBlock, double, halve
 from latentcast.modeling import eval_mode
+from latentcast.sizes import nearest_fit
 from latentcast.tokenizers.base import check_frames, check_latents
 
 from .base import Prior, PriorOutput, check_widths, no_progress
@@ -654,10 +655,16 @@ def _widths(latent_spec, width, name, multipliers):
     """Channels of a network's levels; refuses frames whose sides cannot be halved from level to level."""
     check_widths(**{name: multipliers})
     sides, stride = (latent_spec["height"], latent_spec["width"]), 2 ** (len(multipliers) - 1)
+    alone = width == 8  # a number in each group of the normalisation, which takes more than one position then
+    nearest = nearest_fit(latent_spec, stride, positions=1 + alone)
     if any(side % stride for side in sides):
         raise ValueError(
             f"{name}: {len(multipliers)} levels need height and width that are multiples of {stride}, found "
-            f"{sides[0]} x {sides[1]}; give fewer levels"
+            f"{sides[0]} x {sides[1]}; give fewer levels; {nearest}"
+        )
+    if alone and sides == (stride, stride):
+        raise ValueError(
+            f"width: expected more than 8, since {name} leave a single position at the last level, found 8; {nearest}"
         )
     return [width * multiplier for multiplier in multipliers]
 

@@ -20,6 +20,7 @@ from latentcast.config import check_counts, is_whole, one_line
 from latentcast.layers.conv_gru import ConvGRUCell
 from latentcast.layers.neural_sde import NeuralSDE, Path
 from latentcast.layers.spade_unet import SpadeUNet
+from latentcast.sizes import nearest_fit
 from latentcast.tokenizers.base import check_frames, check_latents
 
 from .base import Prior, PriorOutput, check_widths, no_progress
@@ -224,10 +225,13 @@ class SDEDiffusion(Prior):
                 f"motion_kernels: expected an odd number for each of motion_channels={list(motion_channels)}, found "
                 f"{list(motion_kernels)}"
             )
-        if any(side % 2 ** (len(motion_channels) - 1) for side in size):
+        stride = 2 ** (len(motion_channels) - 1)
+        if any(side % stride for side in size):
+            stride = max(stride, 2 ** (len(block_channels) - 1))
             raise ValueError(
                 f"motion_channels: {len(motion_channels)} of them halve the size {len(motion_channels) - 1} times, "
-                f"which {size[0]} x {size[1]} does not allow; take fewer"
+                f"which {size[0]} x {size[1]} does not allow; take fewer; "
+                f"{nearest_fit(latent_spec, stride, positions=2)}"
             )
         width = motion_channels[-1]
         self.motion_encoder = MotionEncoder(channels, motion_channels, motion_kernels)

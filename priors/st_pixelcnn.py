@@ -26,6 +26,7 @@ from latentcast.config import check_counts, one_line
 from latentcast.layers.causal_attention import CausalWindowAttention
 from latentcast.layers.masked_convolutions import AxisCausalConv3d, shifted
 from latentcast.layers.positions import sinusoidal_positions_3d
+from latentcast.sizes import as_size, sides
 from latentcast.tokenizers.base import check_codes
 
 from .base import Prior, PriorOutput, no_progress
@@ -197,7 +198,8 @@ class STPixelCNN(Prior):
         attention: "full", over all earlier positions; "factorised", over those of the same frame and then over those
             at the same place in earlier frames; "windowed", over those of all frames in the same of the windows that
             tile a frame; "none".
-        window: height and width of these windows in positions; divides h and w, or exceeds them.
+        window: height and width of these windows in positions, a number or [height, width]; each divides h or w, or
+            exceeds it.
         n_heads, head_dim: attention heads, and the width of each.
         conditions, condition_dropout: see Prior; what is told of a frame is a bias of every gated layer there.
     Raises:
@@ -245,7 +247,7 @@ class STPixelCNN(Prior):
         forms = {  # (window, over_time) of each module
             "full": [(frame, True)],
             "factorised": [(frame, False), ((1, 1), True)],
-            "windowed": [(tuple(min(window, size) for size in frame), True)],
+            "windowed": [(tuple(map(min, sides(as_size(window, "window")), frame)), True)],
             "none": [],
         }
 

@@ -20,6 +20,7 @@ from latentcast.config import check_counts
 from latentcast.layers.adaptive import AdaptiveSoftmax, AdaptiveTable, TiedSoftmax, cluster_bounds
 from latentcast.layers.masked_convolutions import CausalConv3d
 from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
+from latentcast.sizes import nearest_divisors
 from latentcast.tokenizers.base import check_codes
 
 from .base import Prior, PriorOutput, no_progress
@@ -327,7 +328,10 @@ class VideoTransformer(Prior):
         grid = (n_frames, latent_spec["height"], latent_spec["width"])
         subscale = tuple(subscale)
         if len(subscale) != 3 or any(not isinstance(s, int) or s < 1 or n % s for s, n in zip(subscale, grid)):
-            raise ValueError(f"subscale: expected three divisors of (T, h, w) = {grid}, found {list(subscale)}")
+            nearest = f"; the nearest are {nearest_divisors(grid, subscale)}" if len(subscale) == 3 else ""
+            raise ValueError(
+                f"subscale: expected three divisors of (T, h, w) = {grid}, found {list(subscale)}{nearest}"
+            )
         for name, value, known in (
             ("attention", attention, ATTENTION_FORMS),
             ("decoder_input", decoder_input, ("embedding", "adaptive")),

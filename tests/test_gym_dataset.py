@@ -19,6 +19,7 @@ from latentcast import prepared_videos  # noqa: E402
 from latentcast.data.benchmarks.gym import Gym  # noqa: E402
 from latentcast.data.prepared import IncompleteError, prepare  # noqa: E402
 
+MEANINGS = ["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE"]
 CORRIDOR = "corridor:Corridor-v0"
 
 
@@ -41,13 +42,20 @@ def episode(data, index):
 def test_pong_is_recorded_with_what_led_to_each_frame(tmp_path, prepare_dataset):
     """By the tool; playing the stored actions again gives the stored pictures and rewards."""
     options = ["--policy", "random", "--frames", 180, "--output", tmp_path / "pong", "--workers", 0]
-    keys = ["crop=[34,0,160,160]", "max_frames=90", "frame_skip=6", "repeat=4", "val_fraction=.25", "test_fraction=.25"]
+    keys = [
+        "region=[34,0,160,160]",
+        "max_frames=90",
+        "frame_skip=6",
+        "repeat=4",
+        "val_fraction=.25",
+        "test_fraction=.25",
+    ]
     status, figures, err = prepare_dataset("--env", "ALE/Pong-v5", *options, *keys)
     assert status == 0, err
     assert figures["counts"] == {"train": 1, "val": 1, "test": 1} and figures["frames"] == 180
     manifest = json.loads((tmp_path / "pong/manifest.json").read_text())
     assert manifest["conditions"] == {
-        "action": {"shape": [], "dtype": "int64", "per": "frame", "n_values": 6},
+        "action": {"shape": [], "dtype": "int64", "per": "frame", "n_values": 6, "names": MEANINGS},
         "reward": {"shape": [], "dtype": "float32", "per": "frame"},
         "end": {"shape": [], "dtype": "int64", "per": "frame", "n_values": 2},
     }
@@ -248,8 +256,8 @@ def test_what_cannot_be_played_is_one_line(tmp_path, prepare_dataset):
         ((*corridor, *ten, "--policy", "greedy"), "--policy greedy: expected random or FILE.py:function"),
         ((*corridor, *ten, "--policy", f"{broken}:f"), "cannot be loaded .ModuleNotFoundError.*nowhere_to_be_found"),
         ((*corridor, *ten, "--policy", f"{file}:right", "repeat=2"), "repeat: .*expected 1"),
-        ((*corridor, *ten, "crop=[0,0,40,8]"), r"crop: expected \[top, left, height, width\] within 9 x 9 pixels"),
-        ((*corridor, *ten, "crop=center"), "crop: expected"),
+        ((*corridor, *ten, "region=[0,0,40,8]"), r"region: expected \[top, left, height, width\] within 9 x 9 pixels"),
+        ((*corridor, *ten, "region=center"), "region: expected"),
         ((*corridor, *ten, "frame_skip=0"), "frame_skip: expected a whole number of at least 1, found 0"),
         ((*corridor, "--frames", 2), "frames: expected one at least for each split with a share, found 2"),
         (corridor, "gym: missing argument 'frames'"),
@@ -271,7 +279,7 @@ def test_without_gymnasium_the_extra_is_named(tmp_path, prepare_dataset, monkeyp
 
 def test_a_shape_of_its_own_keeps_its_proportions(tmp_path):
     """The central square of what is kept is resized."""
-    clip = Gym(env=CORRIDOR, frames=10, frame_size=5, crop=[1, 1, 5, 7], frame_skip=1).read("train", "episode-000000")
+    clip = Gym(env=CORRIDOR, frames=10, frame_size=5, region=[1, 1, 5, 7], frame_skip=1).read("train", "episode-000000")
     frame = next(iter(clip.frames))[0]
     env = Corridor()
     env.reset(seed=0)

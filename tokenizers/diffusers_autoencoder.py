@@ -8,6 +8,7 @@ from diffusers.configuration_utils import register_to_config
 
 from latentcast.config import check_counts, one_line
 from latentcast.layers.gaussian import kl_to_standard_normal, sample_moments, scale_moments
+from latentcast.sizes import check_stride
 
 from .base import (
     FrameTokenizer,
@@ -77,8 +78,7 @@ class DiffusersTokenizer(FrameTokenizer):
             raise ValueError(
                 f"autoencoder: expected as many channels out as in, found {inner.in_channels} and {inner.out_channels}"
             )
-        if height % self._stride or width % self._stride:
-            raise ValueError(f"height, width: expected multiples of the stride {self._stride}, found {height}, {width}")
+        check_stride(height, width, self._stride)
         self.register_to_config(  # the weights may have stood anywhere
             path=None,
             subfolder=None,

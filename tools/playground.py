@@ -46,9 +46,6 @@ def serve(args, folder, port, files):
 
     device = pick_device(args.device)
     pipe = VideoPipeline.from_pretrained(folder, dtype=pick_dtype(args.dtype, device)).to(device)
-    spec = pipe.prior.config.latent_spec
-    if spec["frame_height"] != spec["frame_width"]:
-        raise UserError(f"{args.pipeline}: expected square frames, found {spec['frame_height']}x{spec['frame_width']}")
     examples = read_examples(folder) if (folder / EXAMPLES).is_file() else None
     title, limits = Path(folder).resolve().name, {"most_mb": args.max_mb, "most_read": args.max_frames}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # files go then, too

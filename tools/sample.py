@@ -101,14 +101,10 @@ def main(args):
     if output.resolve() == (args.input if args.input.is_dir() else args.input.parent).resolve():
         raise UserError(f"--output {output}: this is where the input lies; its videos could be overwritten")
     spec = pipe.prior.config.latent_spec
-    if spec["frame_height"] != spec["frame_width"]:
-        raise UserError(f"{args.pipeline}: expected square frames, found {spec['frame_height']}x{spec['frame_width']}")
-    side = spec["frame_height"] + 2 * BORDER
-    scale, columns = layout(args.num_samples + 1, side)
+    size = tuple(spec[f"frame_{side}"] + 2 * BORDER for side in ("height", "width"))
+    scale, columns = layout(args.num_samples + 1, *size)
     try:
-        check_video(
-            Path("a.mp4"), *labelled_size(args.num_samples + 1, side, side, scale, columns)
-        )  # GIFs may be larger
+        check_video(Path("a.mp4"), *labelled_size(args.num_samples + 1, *size, scale, columns))  # GIFs may be larger
     except ValueError as error:
         raise UserError(f"--num-samples {args.num_samples}: {str(error).partition(': ')[2]}") from None
     prepare_run_dir(output, "--output")
@@ -124,9 +120,9 @@ def main(args):
     n_context = args.n_context or pipe.config.n_context or max(5, pipe.prior.min_context)
     conditions = None if args.conditions is None else read_conditions(args.conditions, pipe.prior.conditions)
     outputs, skipped, failed, predicting, n_predicted = [], {}, {}, 0.0, 0
-    sheet = Sheet(output / SHEET, side)
+    sheet = Sheet(output / SHEET, *size)
     given = {"start": args.start, "fps": args.fps, "frame_stride": args.frame_stride}
-    given |= {"image_fps": args.image_fps, "trained_fps": pipe.config.fps}
+    given |= {"image_fps": args.image_fps, "trained_fps": pipe.config.fps, "crop": pipe.config.crop}
 
     def leave_out(where, video, error):
         where[str(video)] = told(error, video)

@@ -46,11 +46,11 @@ def train(config, run):
     shown = preview_clips(videos, config.preview.n_clips)
     data = videos if over_frames else open_cache(config, tokenizer, prior, videos)
     match_conditions(prior.conditions, type(prior).__name__, data.train_set.conditions, "the data set")
-    sampler = to_container(config.preview.sampler)
+    sampler, crop = to_container(config.preview.sampler), videos.train_set.crop
 
     def make_pipeline(prior):
         used = None if prior.accepts == "pixels" else tokenizer
-        return VideoPredictionPipeline(prior, used, n_context=config.n_context, fps=shown.fps)
+        return VideoPredictionPipeline(prior, used, n_context=config.n_context, fps=shown.fps, crop=crop)
 
     # Predict one frame now: a mistake in preview.sampler must not wait for the first preview.
     trial = make_pipeline(prior)

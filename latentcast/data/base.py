@@ -10,8 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.data import Dataset, default_collate
 
+from ..sizes import sides
+
 SPLITS = ("train", "val", "test")
 FLIPS = {None: (), "horizontal": (-1,), "vertical": (-2,), "both": (-1, -2)}  # axes of (T, C, H, W), each for itself
+# What brings frames to their size, as usual; descriptions name what is otherwise, so those without a key mean this.
+FITTING = {"square_pixels": False, "crop": "center"}
 
 
 class EmptySplitError(ValueError):
@@ -30,28 +34,30 @@ class VideoEntry:
 class VideoDataset(Dataset):
     """Clips for training, whole videos for caching latents.
 
-    ``dataset[i]`` is ``{"frames": (clip_length, C, size, size) float32 in [-1, 1], "conditions": {name: tensor}}``. An
-    epoch takes ``n_frames // clip_length`` clips of each video: at random places in the train split (fresh ones each
-    epoch, the same for any number of workers: see ``set_epoch``), side by side in the others. Whole videos are read in
-    pieces, so that long ones never sit in memory.
+    ``dataset[i]`` is ``{"frames": (clip_length, C, H, W) float32 in [-1, 1], "conditions": {name: tensor}}``. An epoch
+    takes ``n_frames // clip_length`` clips of each video: at random places in the train split (fresh ones each epoch,
+    the same for any number of workers: see ``set_epoch``), side by side in the others. Whole videos are read in pieces,
+    so that long ones never sit in memory.
 
-    Attributes: ``split``, ``clip_length``, ``size`` (H = W, pixels), ``channels`` (1 or 3), ``fps`` (frames per second
-    of the clips, for writing previews), ``seed`` (of the random windows), ``flip`` (of FLIPS: the train split's clips
-    are mirrored so every other time, but not their conditions), ``actions`` (whether priors that train on it are told
-    the condition ``action``), and ``conditions``: what is known of each frame or video beside its pixels, name ->
-    ``{"shape": list, "dtype": "float32" or "int64", "per": "frame" or "video"}``, with ``"n_values"`` where they are
-    whole numbers from 0 to below that, and ``"names"`` where these have some. What is known of frame t is what led to
-    it: an action of frame t was taken between frames t - 1 and t, and that of a video's first frame says nothing.
+    Attributes: ``split``, ``clip_length``, ``size`` (H = W in pixels, or [H, W]), ``channels`` (3: RGB, 1: grey, or any
+    number of other data), ``crop`` (how videos of another shape get to ``size``, see ``video_reader.fit_frames``),
+    ``fps`` (frames per second of the clips, for writing previews), ``seed`` (of the random windows), ``flip`` (of
+    FLIPS: the train split's clips are mirrored so every other time, but not their conditions), ``actions`` (whether
+    priors that train on it are told the condition ``action``), and ``conditions``: what is known of each frame or video
+    beside its pixels, name -> ``{"shape": list, "dtype": "float32" or "int64", "per": "frame" or "video"}``, with
+    ``"n_values"`` where they are whole numbers from 0 to below that, and ``"names"`` where these have some. What is
+    known of frame t is what led to it: an action of frame t was taken between frames t - 1 and t, and that of a video's
+    first frame says nothing.
     """
 
     split: str
     clip_length: int
-    size: int
+    size: int | list
     channels: int
     fps: float
     seed = 0
     flip: str | None = None
-    actions = False
+    crop = FITTING["crop"]
     conditions: dict = {}  # noqa: RUF012
     actions = False  # priors that are trained on it are told of its condition "action"
 
@@ -66,8 +72,13 @@ class VideoDataset(Dataset):
         """list of VideoEntry, in a stable order."""
         raise NotImplementedError
 
+    @property
+    def frame_shape(self):
+        """(C, H, W) of the frames."""
+        return (self.channels, *sides(self.size))
+
     def read_video(self, index, start, stop):
-        """Frames ``start:stop`` of video ``index`` -> (stop - start, C, size, size) float32 in [-1, 1].
+        """Frames ``start:stop`` of video ``index`` -> (stop - start, C, H, W) float32 in [-1, 1].
 
         Raises VideoError (see video_reader) when the video turns out to be unreadable."""
         raise NotImplementedError
@@ -217,6 +228,12 @@ class ClipWindows:
         if self.split == "train":
             start = window_start(self.seed, epoch, index, self.lengths[video] - self.clip_length + 1)
         return video, start, start + self.clip_length
+
+
+def unusual_fit(dataset):
+    """What of FITTING is not as usual with a data set, for its description."""
+    found = {name: getattr(dataset, name, usual) for name, usual in FITTING.items()}
+    return {name: value for name, value in found.items() if value != FITTING[name]}
 
 
 def check_split(split):

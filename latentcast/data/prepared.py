@@ -24,13 +24,14 @@ from ..figures.sheets import labelled_sheet, scale_for
 from ..files import locked, read_json, replacing, told, write_json
 from ..progress import Bar
 from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
+from ..sizes import as_size, as_square, sides
 from . import shards
-from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
+from .base import FITTING, SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
 from .benchmarks.base import Clip
 from .loading import end_with_parent, worker_context
 from .moving_digits import MAX_SPEED, MOTIONS, MovingDigits
 from .video_folder import luma
-from .video_reader import VideoAwayError, VideoError, is_away
+from .video_reader import VideoAwayError, VideoError, check_crop, is_away
 from .video_writer import write_image
 
 logger = logging.getLogger("latentcast")
@@ -72,7 +73,7 @@ class SetManifest(Schema):
     expected_counts: dict[Split, Whole]
     complete: bool
     frame_size: Annotated[list[Count], Field(min_length=2, max_length=2)]
-    channels: Literal[1, 3]
+    channels: Count
     fps: Rate
     conditions: dict[Text, shards.Condition]
     generated: dict[Split, Generator]
@@ -86,8 +87,8 @@ class SetManifest(Schema):
         if self.counts.keys() != known:
             found = ", ".join(sorted(known)) or "none"
             raise ValueError(f"generated, sha256: expected the splits {', '.join(sorted(self.counts))}, found {found}")
-        if self.frame_size[0] != self.frame_size[1]:
-            raise ValueError(f"frame_size: expected one height and width, found {self.frame_size}")
+        if self.generated:
+            as_square(self.frame_size, "frame_size", "frames that are generated")
         return self
 
 
@@ -186,7 +187,7 @@ def _prepare(benchmark, output, workers, partial):
             "counts": counts,
             "expected_counts": expected,
             "complete": not wrong,
-            "frame_size": [benchmark.frame_size, benchmark.frame_size],
+            "frame_size": list(sides(benchmark.frame_size)),
             "channels": benchmark.channels,
             "fps": benchmark.fps,
             "conditions": benchmark.conditions,
@@ -236,7 +237,7 @@ def _job(benchmark, split, names):
         "protocol": benchmark.describe(),
         "split": split,
         "fps": benchmark.fps,
-        "frame_shape": [benchmark.channels, benchmark.frame_size, benchmark.frame_size],
+        "frame_shape": [benchmark.channels, *sides(benchmark.frame_size)],
         "dtype": "uint8",
         "conditions": benchmark.conditions,
         "shard_videos": benchmark.shard_videos,
@@ -488,8 +489,9 @@ class PreparedVideos(VideoDataset):
         root: folder of the set.
         split: "train", "val" or "test".
         clip_length: frames a clip. Shorter videos are counted, logged and left out.
-        size: H = W that is expected, pixels; None: as prepared. Frames are not resized again.
+        size: H = W that is expected in pixels, or [H, W]; None: as prepared. Frames are not resized again.
         channels: 1 (grey frames; colour ones turn grey by BT.601) or 3 (grey ones are repeated); None: as prepared.
+            Other numbers of channels are as prepared.
         name: of the set that is expected, "bair" say; None: any.
         frame_stride: take every ``frame_stride``-th frame (and condition).
         seed: of the random windows.
@@ -504,14 +506,16 @@ class PreparedVideos(VideoDataset):
         for argument, value in (("clip_length", clip_length), ("frame_stride", frame_stride)):
             if value < 1:
                 raise ValueError(f"{argument}: expected at least 1, found {value}")
-        if channels not in (None, 1, 3):
-            raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), found {channels}")
         self.root, self.split, self.clip_length, self.frame_stride = Path(str(root)), split, clip_length, frame_stride
         self.seed = seed
         self.manifest = read_set_manifest(self.root, name)
         _check_size(root, self.manifest, size)
-        self.size, self.stored_channels = self.manifest["frame_size"][0], self.manifest["channels"]
-        self.channels = channels or self.stored_channels
+        self.size, self.stored_channels = as_size(self.manifest["frame_size"]), self.manifest["channels"]
+        self.channels, self.crop = channels or self.stored_channels, crop_of(self.manifest["protocol"])
+        known = {1, 3} if self.stored_channels in (1, 3) else {self.stored_channels}
+        if self.channels not in known:
+            expected = "1 (grey) or 3 (RGB)" if len(known) > 1 else f"{self.stored_channels}, as prepared"
+            raise ValueError(f"channels: expected {expected}, found {channels}")
         self.fps, self.conditions = self.manifest["fps"] / frame_stride, self.manifest["conditions"]
         if split not in self.manifest["counts"]:
             found = ", ".join(self.manifest["counts"])
@@ -579,10 +583,17 @@ def check_split_of(root, manifest, stored):
         )
 
 
+def crop_of(protocol):
+    """How the videos of a set were brought to its shape, by its description: of CROPS."""
+    crop = "none" if protocol.get("resize") == "squeeze" else protocol.get("crop")  # KTH's own word
+    return FITTING["crop"] if crop is None else check_crop(crop)
+
+
 def _check_size(root, manifest, size):
-    found = manifest["frame_size"][0]
-    if size is not None and size != found:
+    found = as_size(manifest["frame_size"])
+    if size is not None and as_size(size, "size") != found:
+        found, asked = (str(value).replace(" ", "") for value in (found, as_size(size)))  # as on the command line
         raise ValueError(
-            f"{root}: {manifest['name']} holds frames of {found} pixels, asked for {size}: set frame_size={found}, or "
-            f"prepare it again with frame_size={size}"
+            f"{root}: {manifest['name']} holds frames of {found} pixels, asked for {asked}: set frame_size={found}, or "
+            f"prepare it again with frame_size={asked}"
         )

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -34,6 +35,7 @@ from latentcast.metrics.statistics import ClipValues
 from latentcast.metrics.weights import find_weights
 from latentcast.modeling import eval_mode, fingerprint
 from latentcast.progress import Bar
+from latentcast.sizes import as_size, sides
 
 from .protocol import BEST_OF, METRICS, UNDRAWN, Protocol, without_other_splits
 
@@ -504,7 +506,7 @@ def fitting_futures(device, dataset, protocol):
     if torch.device(device).type == "cuda":
         return 512
     # Frames as floats, sixteen times: those of the samples, what their decoding holds, and what metrics make of them.
-    bytes_each = 16 * 4 * protocol.n_frames * dataset.channels * protocol.frame_size**2
+    bytes_each = 16 * 4 * protocol.n_frames * dataset.channels * math.prod(sides(protocol.frame_size))
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
     futures = 64
     while futures > 1 and futures * bytes_each > room:
@@ -516,18 +518,25 @@ def check_fit(pipe, dataset, protocol):
     """Refuse a pipeline, a data set and a protocol that do not belong together, naming both sides."""
     spec = pipe.prior.config.latent_spec
     model = (spec["frame_channels"], spec["frame_height"], spec["frame_width"])
-    data = (dataset.channels, dataset.size, dataset.size)
-    if model != data:
-        raise ValueError(f"the pipeline predicts frames of (C, H, W) = {model}, the data set serves {data}")
+    if model != dataset.frame_shape:
+        raise ValueError(
+            f"the pipeline predicts frames of (C, H, W) = {model}, the data set serves {dataset.frame_shape}"
+        )
     match_conditions(pipe.prior.conditions, type(pipe.prior).__name__, dataset.conditions, "the data set")
     if protocol.fps_multiplier > 1 and any(spec["per"] == "frame" for spec in pipe.prior.conditions.values()):
         raise ValueError(
             f"protocol {protocol.name}: fps_multiplier: expected 1 for a prior that is told of each frame, found "
             f"{protocol.fps_multiplier}"
         )
-    if protocol.frame_size != dataset.size:
+    if protocol.frame_size != as_size(dataset.size):
         raise ValueError(
             f"protocol {protocol.name}: frame_size: expected {protocol.frame_size}, the data set serves {dataset.size}"
+        )
+    networks = [metric for metric in ("lpips", "ilpips", "fvd") if metric in protocol.metrics]
+    if networks and dataset.channels not in (1, 3):
+        raise ValueError(
+            f"protocol {protocol.name}: metrics: {networks[0]} is of frames of 1 or 3 channels, the data set serves "
+            f"{dataset.channels}; leave it out"
         )
     if dataset.clip_length != protocol.n_frames:
         raise ValueError(

@@ -9,6 +9,8 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from ..sizes import nearest_multiples, size_text
+
 
 class Spade(nn.Module):
     """Spatially-adaptive denormalisation (Park et al. 2019): instance normalisation, then a scale and a shift for
@@ -191,7 +193,9 @@ def check_size(size, n_levels):
     height, width = size
     factor = 2 ** (n_levels - 1)
     if height % factor or width % factor or height * width == factor**2:
+        nearest = nearest_multiples(height, width, factor, positions=2)
         raise ValueError(
             f"block_channels: {n_levels} of them need multiples of {factor} in height and width, and more than one "
-            f"position at the last level, found {height} x {width}; take fewer"
+            f"position at the last level, found {height} x {width}; take fewer, or the nearest size that fits, "
+            f"{size_text(nearest)}"
         )

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import torch
 
+from ...sizes import as_size
 from ..action_tables import led_to
 from ..tfrecord import RecordFile, feature_values, parse_example, tar_members
 from ..video_reader import VideoError
@@ -52,7 +53,7 @@ class BAIR(Benchmark):
         super().__init__(source, protocol)
         if view not in VIEWS:
             raise ValueError(f"view: expected one of {', '.join(VIEWS)}, found {view!r}")
-        if frame_size != SIZE:
+        if as_size(frame_size) != SIZE:
             raise ValueError(f"frame_size: the frames of {self.name} are {SIZE} x {SIZE} pixels, found {frame_size}")
         self.view = view
         self.provenance = {"fps": "nominal: none is published"}

@@ -33,8 +33,9 @@ class Benchmark:
         protocols: names of the ways to split and crop in use, the default first; ``--split`` chooses one.
         needs_source: whether there is something to read; False for simulations.
         growing: whether videos are added as they are made; see ``more``.
-        frame_size: H = W of prepared frames, pixels.
-        channels: 1 or 3.
+        frame_size: H = W of prepared frames in pixels, or [H, W].
+        crop: how videos of another shape get to that, see ``video_reader.fit_frames``.
+        channels: 3 (RGB), 1 (grey), or any number of other data.
         fps: frames per second.
         conditions: see VideoDataset.
         shard_videos: videos a file.
@@ -46,6 +47,7 @@ class Benchmark:
     needs_source = True
     growing = False
     frame_size = 64
+    crop = "center"
     channels = 3
     fps = 10.0
     conditions: dict = {}  # noqa: RUF012

@@ -7,8 +7,9 @@ import logging
 import torch
 
 from ...files import file_sha256
+from ...sizes import as_size
 from ..action_tables import ActionTables
-from ..base import SPLITS
+from ..base import SPLITS, unusual_fit
 from ..image_frames import is_sequence, numbered_pictures, read_pictures
 from ..video_folder import (
     SUFFIXES,
@@ -22,7 +23,7 @@ from ..video_folder import (
     sampled_rate,
     splits_of,
 )
-from ..video_reader import VideoAwayError, VideoInfo, iter_clip, look, neat_rate
+from ..video_reader import VideoAwayError, VideoInfo, check_crop, iter_clip, look, neat_rate
 from .base import Benchmark, Clip
 
 NO_ACTIONS = "expected one frame rate, that of all videos, with --actions: frames left out or repeated have none"
@@ -31,14 +32,15 @@ NO_ACTIONS = "expected one frame rate, that of all videos, with --actions: frame
 class Folder(Benchmark):
     """Every video below a folder: files (see ``list_videos``), and folders without any whose png or jpg files, two at
     least, end in evenly spaced numbers (a size may follow: ``image-007_64x64.png``), which are frames in the order of
-    these, upright as EXIF says. The central square is resized, bilinear with antialiasing.
+    these, upright as EXIF says. They are resized bilinear with antialiasing.
 
     Args:
         source: the folder.
         protocol: "folders": the splits are the folders ``train``, ``val`` and ``test`` below ``source``; "hash": a
             video's split follows from a hash of its path below ``source``, as in VideoFolder. None: "folders" where all
             three are there, "hash" where none is.
-        frame_size: H = W of the frames, pixels.
+        frame_size: H = W of the frames in pixels, or [H, W].
+        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video_reader.fit_frames``.
         channels: 3 (RGB) or 1 (grey, BT.601 luma).
         frame_stride: take every ``frame_stride``-th frame.
         fps: take the frames nearest in time to this rate instead (slower videos then repeat frames). None: as the
@@ -77,12 +79,14 @@ class Folder(Benchmark):
         action_columns=None,
         action_dtype=None,
         action_values=None,
+        crop="center",
     ):
         super().__init__(source, protocol)
-        check_whole(frame_size=frame_size, frame_stride=frame_stride)
+        check_whole(frame_stride=frame_stride)
         check_options(channels, frame_stride, fps, val_fraction, test_fraction)
         check_rate(image_fps=image_fps)
-        self.frame_size, self.channels, self.frame_stride = frame_size, channels, frame_stride
+        self.frame_size, self.crop = as_size(frame_size), check_crop(crop)
+        self.channels, self.frame_stride = channels, frame_stride
         self.asked_fps, self.image_fps = fps, image_fps
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
         self.square_pixels = square_pixels
@@ -149,10 +153,10 @@ class Folder(Benchmark):
             info = VideoInfo(len(paths), self.image_fps, 0, 0)
             n_frames, _ = sampled_rate(info, *sampling)
             places = sampled_places(info, range(n_frames), *sampling)
-            frames, files = read_pictures((paths[place] for place in places), self.frame_size), paths
+            frames, files = read_pictures((paths[place] for place in places), self.frame_size, crop=self.crop), paths
         elif path.is_file():
-            square = {"square_pixels": self.square_pixels}
-            frames, files = iter_clip(path, self.frame_size, *sampling, **square), [path]
+            fit = {"square_pixels": self.square_pixels, "crop": self.crop}
+            frames, files = iter_clip(path, self.frame_size, *sampling, **fit), [path]
         else:
             raise VideoAwayError(f"{path}: no such file or folder; it was there when the videos were listed")
         if table is not None:
@@ -162,7 +166,7 @@ class Folder(Benchmark):
         return Clip(frames, conditions, file_sha256(*files))
 
     def describe(self):
-        split = {"square_pixels": True} if self.square_pixels else {}
+        split = unusual_fit(self)
         if self.protocol == "hash":
             split |= {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction, "seed": self.seed}
         if self.tables is not None:

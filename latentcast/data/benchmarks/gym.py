@@ -15,9 +15,10 @@ import torch
 from latentcast.config import check_counts, is_whole, one_line
 
 from ...files import file_sha256, read_json
-from ..base import SPLITS
+from ...sizes import as_size
+from ..base import SPLITS, unusual_fit
 from ..video_folder import check_options, check_rate, luma
-from ..video_reader import VideoError, fit_pieces
+from ..video_reader import VideoError, check_crop, fit_pieces
 from .base import Benchmark, Clip
 
 EXTRA = "pip install 'latentcast[gym]'"
@@ -50,9 +51,10 @@ class Gym(Benchmark):
             policy must not depend on earlier ones.
         repeat: the random policy holds each action for 1 to ``repeat`` frames. Where single random moves lead nowhere
             (the paddle of Pong) 4 to 8 show more.
-        frame_size: H = W of the frames, pixels. The central square is resized, bilinear with antialiasing.
+        frame_size: H = W of the frames in pixels, or [H, W].
+        crop: how the picture gets to that, bilinear with antialiasing, see ``video_reader.fit_frames``.
         channels: 3 (RGB) or 1 (grey, BT.601 luma).
-        crop: [top, left, height, width] of the pixels of the rendered picture that are kept; None: all.
+        region: [top, left, height, width] of the pixels of the rendered picture that are kept; None: all.
         frame_skip: steps of the environment a frame, in which the action is held.
         max_frames: of a video; longer episodes are cut.
         env_options: further arguments of the environment. Atari games get ``frameskip=1`` and
@@ -81,7 +83,8 @@ class Gym(Benchmark):
         repeat=1,
         frame_size=64,
         channels=3,
-        crop=None,
+        crop="center",
+        region=None,
         frame_skip=4,
         max_frames=500,
         env_options=None,
@@ -91,7 +94,7 @@ class Gym(Benchmark):
         seed=0,
     ):
         super().__init__(source, protocol)
-        check_counts(frames=frames, repeat=repeat, frame_size=frame_size, frame_skip=frame_skip, max_frames=max_frames)
+        check_counts(frames=frames, repeat=repeat, frame_skip=frame_skip, max_frames=max_frames)
         check_options(channels, 1, None, val_fraction, test_fraction)
         check_counts(0, seed=seed)
         self.frames, self.val_fraction, self.test_fraction = frames, val_fraction, test_fraction
@@ -100,7 +103,8 @@ class Gym(Benchmark):
         if not isinstance(env_options or {}, dict):
             raise ValueError(f"env_options: expected {{name: value}}, found {one_line(env_options)}")
         self.env, self.policy, self.repeat = str(env), str(policy), repeat
-        self.frame_size, self.channels, self.frame_skip, self.max_frames = frame_size, channels, frame_skip, max_frames
+        self.frame_size, self.crop = as_size(frame_size), check_crop(crop)
+        self.channels, self.frame_skip, self.max_frames = channels, frame_skip, max_frames
         self.seed = seed
         self.shard_videos = max(1, SHARD_FRAMES // max_frames)
         if self.policy != RANDOM:
@@ -111,8 +115,8 @@ class Gym(Benchmark):
             self._chosen_by_file  # noqa: B018  # loads it
         spec, package = self._spec()
         self.env_options = (ATARI if package == "ale_py" else {}) | (env_options or {})
-        self.crop = None
-        self.crop = _check_crop(crop, *self._look())
+        self.region = None
+        self.region = _check_region(region, *self._look())
         rate = self._playing.metadata.get("render_fps") or RATE
         if package == "ale_py" and is_whole(self.env_options["frameskip"], 1):
             rate = ATARI_RATE / self.env_options["frameskip"]
@@ -137,7 +141,7 @@ class Gym(Benchmark):
 
     def read(self, split, name):
         conditions = {}
-        frames = fit_pieces(self._play(split, name, conditions), self.frame_size)
+        frames = fit_pieces(self._play(split, name, conditions), self.frame_size, crop=self.crop)
         if self.channels == 1:
             frames = (luma(piece).round().to(torch.uint8) for piece in frames)
         return Clip(frames, conditions)
@@ -153,14 +157,14 @@ class Gym(Benchmark):
             "frames": self.frames,
             "frame_size": self.frame_size,
             "channels": self.channels,
-            "crop": self.crop,
+            "region": self.region,
             "frame_skip": self.frame_skip,
             "max_frames": self.max_frames,
             "val_fraction": self.val_fraction,
             "test_fraction": self.test_fraction,
             "seed": self.seed,
             "resample": "bilinear",
-        }
+        } | unusual_fit(self)
 
     def figures(self, root):
         notes = [note for split in SPLITS if (root / split).is_dir() for note in _notes(root / split)]
@@ -248,7 +252,7 @@ class Gym(Benchmark):
         found = getattr(picture, "shape", None), getattr(picture, "dtype", None)
         if found[1] != np.uint8 or len(found[0]) != 3 or found[0][2] != 3:
             raise ValueError(f"render: expected an RGB picture, (H, W, 3) uint8, found {_told(picture)}")
-        top, left, height, width = self.crop or (0, 0, *found[0][:2])
+        top, left, height, width = self.region or (0, 0, *found[0][:2])
         return picture[top : top + height, left : left + width]
 
     # ---------------------------------------------------------------------------------------- environment and policy
@@ -346,17 +350,17 @@ def _notes(folder):
     return read_json(folder / "manifest.json", 512)["shards"]
 
 
-def _check_crop(crop, height, width):
-    """``crop`` itself, as a list: a part of a picture."""
-    if crop is None:
+def _check_region(region, height, width):
+    """``region`` itself, as a list: a part of a picture."""
+    if region is None:
         return None
-    fits = isinstance(crop, list | tuple) and len(crop) == 4 and all(is_whole(n, 0) for n in crop)
-    if not fits or not 0 < crop[2] <= height - crop[0] or not 0 < crop[3] <= width - crop[1]:
+    fits = isinstance(region, list | tuple) and len(region) == 4 and all(is_whole(n, 0) for n in region)
+    if not fits or not 0 < region[2] <= height - region[0] or not 0 < region[3] <= width - region[1]:
         raise ValueError(
-            f"crop: expected [top, left, height, width] within {height} x {width} pixels (H x W), "
-            f"found {one_line(crop)}"
+            f"region: expected [top, left, height, width] within {height} x {width} pixels (H x W), "
+            f"found {one_line(region)}"
         )
-    return list(crop)
+    return list(region)
 
 
 def _one_line(error):
