@@ -198,6 +198,13 @@ def test_a_policy_that_raises_loses_nothing_and_a_rerun_goes_on(tmp_path):
     assert one == two
 
 
+def test_a_policy_that_exits_ends_its_episode_alone(tmp_path):
+    file = policy(tmp_path, "raise SystemExit(3)")
+    benchmark = Gym(env=CORRIDOR, policy=f"{file}:right", frames=10)
+    with pytest.raises(IncompleteError, match=r"train episode-000000, step 1: .*policy\.py:right: SystemExit: 3"):
+        prepare(benchmark, tmp_path / "set")
+
+
 @pytest.mark.parametrize("n_steps", [2, 11, 29])
 def test_a_killed_recording_goes_on(tmp_path, n_steps):
     """Episodes of five frames where one of 2048 was planned for: they are added by ones, twos, fours and eights."""

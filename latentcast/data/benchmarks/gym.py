@@ -226,7 +226,7 @@ class Gym(Benchmark):
                 told["reward"].append(reward)
                 told["end"].append(int(end))
                 yield self._picture(env)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.__dict__.pop("_playing", None)  # whatever state it is in
             raise VideoError(f"{split} {name}, step {step}: {what}: {_one_line(error)}") from error
         for condition, values in told.items():
@@ -315,7 +315,7 @@ class Gym(Benchmark):
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"{where}: cannot be loaded ({_one_line(error)})") from error
         function = getattr(module, self._function, None)
         if not callable(function):
