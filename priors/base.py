@@ -159,8 +159,11 @@ class Prior(VideoModel):
 
     def sampler_options(self):
         """What ``sample`` takes beyond the common arguments, and ``pipe(..., **sampler)`` may pass -> dict of name ->
-        SamplerOption, sorted. The kind follows from the default where ``sampler_ranges`` says nothing of it."""
+        SamplerOption, sorted. The kind follows from the default where ``sampler_ranges`` says nothing of it. A prior
+        without conditions has nothing to be guided by."""
         common = {"context", "n_frames", "num_samples", "generator", "progress", "conditions"}
+        if self.conditioner is None:
+            common.add("guidance_scale")
         found, ranges = inspect.signature(self.sample).parameters, self.sampler_ranges()
         if not self.conditions and "guidance_scale" in found:
             ranges = ranges | {"guidance_scale": {"least": 1, "most": 1}}  # see ``check_guidance``

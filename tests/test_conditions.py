@@ -5,6 +5,8 @@ import torch
 from tiny import (
     CODES_SPEC,
     CONDITIONS,
+    SMALL_PIXELCNN,
+    SMALL_SDE_DIFFUSION,
     SMALL_TRANSFORMER,
     TINY_PRIORS,
     TOLD_PRIORS,
@@ -14,7 +16,15 @@ from tiny import (
     told_prior,
 )
 
-from latentcast import PixelTokenizer, RecurrentVAE, ResidualDiffusion, VideoTransformer, load_model
+from latentcast import (
+    PixelTokenizer,
+    RecurrentVAE,
+    ResidualDiffusion,
+    SDEDiffusion,
+    STPixelCNN,
+    VideoTransformer,
+    load_model,
+)
 from latentcast.layers.conditions import ConditionEmbedding, check_conditions
 
 
@@ -254,6 +264,19 @@ STEERED = {
             **{"sigma": 0.1, "residual_bound_sigmas": 3, "mu_weight": 1.0, "detach_mu": True, "conditions": STEER},
         ),
         *(60, 2e-2),
+    ),
+    "st_pixelcnn": (
+        lambda: STPixelCNN(RING_OF_CODES, attention="none", conditions=STEER, **SMALL_PIXELCNN),
+        *(50, 2e-2),
+    ),
+    "sde_diffusion": (
+        lambda: SDEDiffusion(
+            PixelTokenizer(1, 4, 4, levels=None).latent_spec,
+            conditions=STEER,
+            **SMALL_SDE_DIFFUSION
+            | {"block_channels": [16, 16], "prediction_type": "sample", "previous_frame": "immediate"},
+        ),
+        *(80, 1e-2),
     ),
 }
 
