@@ -274,7 +274,7 @@ STEERED = {
             PixelTokenizer(1, 4, 4, levels=None).latent_spec,
             conditions=STEER,
             **SMALL_SDE_DIFFUSION
-            | {"block_channels": [16, 16], "prediction_type": "sample", "previous_frame": "immediate"},
+            | {"block_channels": [16], "dt": 1.0, "prediction_type": "sample", "previous_frame": "immediate"},
         ),
         *(80, 1e-2),
     ),
