@@ -351,9 +351,9 @@ def test_the_residual_is_what_is_drawn_around_mu():
     clip, mus = moving(), []
     predict_frame = prior.predict_frame
 
-    def watched(memory):
-        mus.append(predict_frame(memory)[0])
-        return predict_frame(memory)
+    def watched(*args):
+        mus.append(predict_frame(*args)[0])
+        return predict_frame(*args)
 
     prior.predict_frame = watched
     with torch.no_grad():
