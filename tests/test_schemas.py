@@ -207,7 +207,7 @@ def pipeline(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name, number", [("model_index.json", 30), ("prior/config.json", 40)])
+@pytest.mark.parametrize("name, number", [("model_index.json", 60), ("prior/config.json", 40)])
 def test_saved_models(pipeline, name, number):
     def use():
         if name == "model_index.json":
@@ -224,6 +224,7 @@ def test_saved_models(pipeline, name, number):
         ("model_index.json", {"prior": 5}, r"model_index.json: prior: expected \[latentcast or diffusers, a class\]"),
         ("model_index.json", {"prior": ["os", "system"]}, "prior: expected .latentcast or diffusers, a class"),
         ("model_index.json", {"fps": "x"}, "model_index.json: fps: expected a number, found 'x'"),
+        ("model_index.json", {"crop": "x"}, "model_index.json: crop: expected one of center, none, pad, found 'x'"),
         ("model_index.json", {"n_context": "x"}, "model_index.json: n_context: expected a whole number, found 'x'"),
         ("model_index.json", {"n_context": True}, "model_index.json: n_context: expected a whole number, found True"),
         ("prior/config.json", {"_class_name": [1]}, r"config.json: _class_name: expected text, found \[1\]"),
