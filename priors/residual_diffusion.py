@@ -16,10 +16,10 @@ from torch import nn
 
 from latentcast.config import check_counts
 from latentcast.layers.linear_attention import LinearAttention
-from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResBlock, double, halve
+from latentcast.layers.residual_unet import NORM_GROUPS, LevelNetwork, RecurrentEncoder, ResBlock, double, halve
 from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, check_widths, no_progress
+from .base import Prior, PriorOutput, check_widths, levels_for, no_progress
 from .denoising import SCHEDULERS, check_steps, denoise, make_scheduler, noise_schedule, noised, precise
 from .sampling import check_switches
 
@@ -189,6 +189,8 @@ class ResidualDiffusion(Prior):
             over pixels 2, or 1 where the frame itself is diffused, over latents 10.
         residual_bound_sigmas: the same in units of sigma, in the place of ``residual_bound``.
         gradient_checkpointing: recompute each level's activations in the backward pass: less memory, more time.
+        fit_levels: leave out the last levels of ``denoising_multipliers`` and ``transform_multipliers`` where the
+            frames cannot be halved so often; False: refuse such lists.
     Raises:
         ValueError: an unknown name, a width that is no multiple of 8, a frame that cannot be halved often enough, a
             negative weight, a bound in two units, or an option of the residual without one.
@@ -217,6 +219,7 @@ class ResidualDiffusion(Prior):
         anchor=None,
         detach_mu=False,
         residual_bound_sigmas=None,
+        fit_levels=False,
     ):
         super().__init__()
         if width < 8 or width % 8:
@@ -252,7 +255,17 @@ class ResidualDiffusion(Prior):
         networks = {"denoising_multipliers": denoising_multipliers}
         if residual and transform_multipliers is not None:
             networks["transform_multipliers"] = transform_multipliers
-        widths = {name: _widths(latent_spec, width, name, value) for name, value in networks.items()}
+        check_widths(**networks)
+        networks = {name: levels_for(latent_spec, fit_levels, name, value)[0] for name, value in networks.items()}
+        self.register_to_config(**networks, fit_levels=False)  # what is saved is of the levels that there are
+        widths = {name: [width * multiplier for multiplier in value] for name, value in networks.items()}
+        for name, value in networks.items():
+            alone = latent_spec["height"] * latent_spec["width"] == 4 ** (len(value) - 1)
+            if alone and widths[name][-1] < 2 * NORM_GROUPS:  # a number normalised by itself is 0
+                raise ValueError(
+                    f"width: expected at least {2 * NORM_GROUPS} of a level of a single position, the last of "
+                    f"{name}={value}, found {widths[name][-1]}"
+                )
         self.schedule = noise_schedule(n_diffusion_steps, "cosine", "epsilon")
         # No buffer: in bf16 the first of them would round to 1, which is no noise at all.
         self.alpha_bars = make_scheduler("ddpm", self.schedule).alphas_cumprod
@@ -539,18 +552,6 @@ class ResidualDiffusion(Prior):
         if self.accepts == "latents":
             return LATENT_BOUND
         return PIXEL_BOUND if self.config.residual else PIXEL_BOUND / 2
-
-
-def _widths(latent_spec, width, name, multipliers):
-    """Channels of a network's levels; refuses frames whose sides cannot be halved from level to level."""
-    check_widths(**{name: multipliers})
-    sides, stride = (latent_spec["height"], latent_spec["width"]), 2 ** (len(multipliers) - 1)
-    if any(side % stride for side in sides):
-        raise ValueError(
-            f"{name}: {len(multipliers)} levels need height and width that are multiples of {stride}, found "
-            f"{sides[0]} x {sides[1]}; give fewer levels"
-        )
-    return [width * multiplier for multiplier in multipliers]
 
 
 def _rows(memory, index):

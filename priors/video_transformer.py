@@ -22,7 +22,7 @@ from latentcast.layers.masked_convolutions import CausalConv3d
 from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
 from latentcast.tokenizers.base import check_codes
 
-from .base import Prior, PriorOutput, no_progress
+from .base import Prior, PriorOutput, need_codes, no_progress
 from .sampling import DRAWING, check_sampling, check_switches, draw, record_graph, sliding_windows
 
 # Positions of slices in one pass of ``log_prob``, which bounds its memory: as many as in a training step of the paper.
@@ -304,8 +304,7 @@ class VideoTransformer(Prior):
     ):
         super().__init__()
         sizes = list(latent_spec["codebook_sizes"])
-        if not sizes:
-            raise ValueError(f"latent_spec: the video transformer needs codes, found kind {latent_spec['kind']!r}")
+        need_codes(latent_spec, "the video transformer")
         check_counts(n_frames=n_frames, dim=dim, embed_dim=embed_dim, n_heads=n_heads)
         check_counts(head_dim=head_dim, n_layers=n_layers)
         grid = (n_frames, latent_spec["height"], latent_spec["width"])
