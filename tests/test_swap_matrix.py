@@ -1,8 +1,9 @@
-"""Every tokenizer with every prior, by ``tokenizer=X prior=Y`` alone, through all tools; docs/matrix.md says the same."""
+"""Every tokenizer with every prior by ``tokenizer=X prior=Y`` alone, through all tools, as docs/matrix.md says it."""
 
 import functools
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import yaml
 from tiny_experiment import EXPERIMENT, call_main
 
 from latentcast import VideoPredictionPipeline
-from latentcast.config import config_root
+from latentcast.config import MisfitError, config_root, instantiate, load_config
+from latentcast.pairing import plan_prior, plan_tokenizer
 
 TOKENIZERS, PRIORS = (
     sorted(path.stem for path in (config_root() / group).glob("*.yaml")) for group in ("tokenizer", "prior")
@@ -46,7 +48,8 @@ SIZES = {
         "fsq": CONVOLUTIONS | {"levels": [8, 6, 5]},
         "lfq": CONVOLUTIONS | {"embedding_dim": 4, "n_codebooks": 2},
         "kl_vae": {"block_channels": [8, 16], "norm_groups": 4, "latent_channels": 3},
-        **dict.fromkeys(("dcgan", "vgg"), {"embedding_dim": 8, "hidden_channels": 4}),
+        "dcgan": {"embedding_dim": 8, "hidden_channels": 4},
+        "vgg": {"embedding_dim": 8, "hidden_channels": 4},
         "diffusers": {
             "autoencoder": {"_class_name": "AutoencoderTiny", **dict(zip(LEVELS, [[8] * 3] * 2 + [[1] * 3] * 2))}
         },
@@ -168,3 +171,86 @@ def test_a_fresh_process_predicts_the_same(trained):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [futures(folder) for folder in folders]
+
+
+def planned(experiment, **overrides):
+    """Tokenizer, prior -> what the prior works on, or the MisfitError."""
+    settings = [f"{name}={value}" for name, value in overrides.items()]
+
+    def with_(choice):
+        return load_config(experiment, [*settings, choice], "train_prior")
+
+    tokenizers = {name: plan_tokenizer(with_(f"tokenizer={name}")) for name in TOKENIZERS}
+    priors = {name: with_(f"prior={name}") for name in PRIORS}
+    found = {}
+    for name, tokenizer in tokenizers.items():
+        for prior, config in priors.items():
+            try:
+                plan = plan_prior(config, tokenizer)
+                plan.check_context(config.n_context, config.clip_length)
+                found[name, prior] = plan.accepts
+            except MisfitError as error:
+                found[name, prior] = error
+    return found
+
+
+def test_the_docs_say_what_the_code_says():
+    """With the sizes for small machines, as with those of the groups' files."""
+    text = (Path(__file__).parents[1] / "docs/matrix.md").read_text()
+    head, _, *rows = (line.strip("| ").split(" | ") for line in re.findall(r"^\|.*", text, re.MULTILINE))
+    head = [re.sub(r"[`| ]", "", name) for name in head]
+    said = {(row[0].strip("`"), prior): cell.strip("*") for row in rows for prior, cell in zip(head, row[1:])}
+    small = planned("video_folder_small", **{"data.root": "x"})
+    reasons = {"codes": "– no codes", "positions": "– one position"}
+    shown = {cell: found if isinstance(found, str) else reasons[found.needs] for cell, found in small.items()}
+    assert said == shown
+    large = planned("quickstart", frame_size=16)  # whose least latents are 2 x 2
+    assert {cell for cell, found in large.items() if isinstance(found, str)} == {*CELLS}
+
+
+@pytest.mark.parametrize(
+    "tool, swap, expected",
+    [
+        (
+            "train_tokenizer",
+            ["tokenizer=kl_vae"],
+            "VideoTransformer over KLVAE: the video transformer needs codes, found",
+        ),
+        (
+            "encode_dataset",
+            ["tokenizer=vgg", "prior=sde_diffusion"],
+            "SDEDiffusion over VGGAutoencoder: STDiff normalises",
+        ),
+        (
+            "train_prior",
+            ["tokenizer=pixel", "tokenizer.levels=null"],
+            r"continuous pixels \(tokenizer.levels=256 makes",
+        ),
+    ],
+)
+def test_what_cannot_fit_is_refused_at_once_with_what_would(experiment, tmp_path, tool, swap, expected):
+    run_dir = tmp_path / "run"
+    with pytest.raises(MisfitError, match=expected) as caught:
+        call_main(tool, experiment, *swap, f"run_dir={run_dir}")
+    assert not run_dir.exists() and "\n" not in str(caught.value)
+    tokenizers, priors = re.search("what fits: tokenizer=(.*), or prior=(.*)", str(caught.value)).groups()
+    tokenizer, prior = swap[0].partition("=")[2], "sde_diffusion" if "vgg" in swap[0] else "video_transformer"
+    assert tokenizers.split(" or ") == [name for name in TOKENIZERS if fits(name, prior)]
+    over = {"pixel": "kl_vae"}.get(tokenizer, tokenizer)  # continuous
+    assert priors.split(" or ") == [name for name in PRIORS if fits(over, name)]
+
+
+def test_levels_are_cut_to_the_latents_or_the_longest_that_fit_is_named(experiment, caplog):
+    caplog.set_level("INFO")
+    config = load_config(experiment, ["tokenizer=lfq", "prior=sde_diffusion"], "train_prior")  # 4 x 4 latents
+    tokenizer = plan_tokenizer(config)
+    found = plan_prior(config, tokenizer).config
+    assert (found.block_channels, found.motion_channels, found.motion_kernels) == ([8, 16], [6, 8, 8], [3, 3, 3])
+    assert not found.fit_levels and not caplog.messages  # the model itself, when it is built, says it
+    instantiate(config.prior, latent_spec=tokenizer.latent_spec)
+    assert "prior.block_channels=[8, 16, 16]: cut to [8, 16], for latents of 4 x 4" in caplog.messages
+    config.prior.fit_levels = False
+    with pytest.raises(
+        MisfitError, match=r"prior.motion_channels: 4 of them .*found 4 x 4; take at most 3, \[6, 8, 8\]"
+    ):
+        plan_prior(config, tokenizer)
