@@ -41,6 +41,7 @@ setup(
     packages=[*find_packages(include=["latentcast", "latentcast.*"]), *mounted],
     package_dir={"": "."} if editable else {"latentcast": "latentcast", **mounted},
     package_data={
+        "latentcast": ["*.html"],
         "latentcast.reporting": ["*.j2"],
         **{name: ["*.yaml"] for name in mounted if name.startswith("latentcast.configs")},
     },
@@ -74,9 +75,11 @@ setup(
         "wandb": ["wandb>=0.28.2", "wandb-workspaces>=0.4.13"],
         "tensorboard": ["tensorboard>=2.16"],
         "trackio": ["trackio>=0.43"],
-        "demo": ["gradio>=6"],
+        "demo": ["gradio>=6", "starlette", "uvicorn"],
+        "gym": ["gymnasium>=1.0", "ale-py>=0.10.1"],  # which brings the games
+        "parquet": ["pyarrow>=16"],
         "dev": [
-            "latentcast[demo,tensorboard,trackio,wandb]",
+            "latentcast[demo,gym,parquet,tensorboard,trackio,wandb]",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

@@ -29,6 +29,7 @@ from latentcast import LatentCacheWriter, PriorModule, TokenizerModule, VideoDat
 from latentcast.config import to_container
 from latentcast.data.base import VideoEntry
 from latentcast.data.datamodules import LatentDataModule
+from latentcast.sizes import sides
 from latentcast.training.run import TrainingRun
 
 # name -> stage, experiment of the paper's size, clips a batch on a CPU and on a GPU. An experiment's own clip length.
@@ -93,6 +94,7 @@ def measure(name, side):
         overrides = (
             f"run_dir={folder}",
             "wandb.mode=disabled",
+            "lr_scheduler=null",  # whose warm-up may be longer than this
             "trainer.max_epochs=null",
             f"trainer.max_steps={STEPS}",
         )
@@ -102,7 +104,7 @@ def measure(name, side):
         )
         tokenizer = instantiate(config.tokenizer)
         arguments = (instantiate(config.optimizer), to_container(config.lr_scheduler))
-        frames = (config.clip_length, config.channels, config.frame_size, config.frame_size)
+        frames = (config.clip_length, config.channels, *sides(config.frame_size))
         if stage == "tokenizer":
             module, clips = TokenizerModule(tokenizer, *arguments), (frames, ())
         else:

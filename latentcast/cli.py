@@ -260,3 +260,17 @@ def prepare_run_dir(path, name="run_dir"):
     except OSError as error:
         raise UserError(f"{name} {path}: not writable ({error.strerror})") from None
     return path
+
+
+def usable_port(host, port):
+    """The port, or for 0 any free one; UserError where it cannot be had."""
+    if not 0 <= port < 65536:
+        raise UserError(f"--port: expected 0 to 65535, found {port}")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+            return trial.getsockname()[1]
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot be had ({error.strerror}); choose another") from None

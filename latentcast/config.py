@@ -7,7 +7,6 @@ import importlib
 import logging
 import os
 import re
-from numbers import Integral
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -16,6 +15,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from latentcast.files import MANIFEST_MB, read_json
 from latentcast.saved import is_location, pipeline_settings, tokenizer_folder, tokenizer_settings, used_tokenizer
 from latentcast.schemas import LatentSpec, check
+from latentcast.sizes import as_size, is_whole
 from latentcast.targets import (
     ANYWHERE,
     PLACES,
@@ -47,7 +47,10 @@ ALLOW = "allow_targets"  # of the command line alone
 OPEN = "open"  # flag of mappings whose names only their reader knows: {} in base.yaml, and arguments that are mappings
 WHERE = ("name", "run_dir", "tokenizer_dir", "cache.root")  # keys that say where what was trained is
 NOT_KEPT = ("path", "subfolder")  # of a trained tokenizer: where its weights came from
+SIZES = ("frame_size", "size")  # keys of what is a number or [height, width]
+SIDES = ("height", "width")  # arguments that take the two apart
 REFERENCE = re.compile(r"\$\{(\.*[\w-]+(?:\.[\w-]+|\[\w+\])*)\}")
+OF_SIZE = re.compile(r"\$\{frame_size(\[[01]\])?\}")
 
 
 class MisfitError(ValueError):
@@ -257,6 +260,7 @@ def _take_trained(config, folder, trained):
         target = trained["tokenizer"]["_target_"]
         known = {"_target_", *arguments_of(target, "tokenizer")[0]}
         trained["tokenizer"] = {name: value for name, value in trained["tokenizer"].items() if name in known}
+    _divide_size(config)
     before = {name: _resolved(config, name) for name in trained}
     changed = [
         f"{name}={one_line(new)} (the experiment says {one_line(old)})" for name, old, new in _unlike(before, trained)
@@ -369,22 +373,19 @@ def load_pipeline_config(folder, data, overrides=(), **settings):
     spec = check(f"{model}: latent_spec", LatentSpec, read_json(model).get("latent_spec"))
     run_dir = Path(folder).resolve().parent
     index = Path(folder) / "model_index.json"
-    n_context = read_json(index).get("n_context") if index.is_file() else None
+    saved = read_json(index) if index.is_file() else {}
+    n_context, crop = saved.get("n_context"), saved.get("crop")
     experiment = {
         "name": run_dir.name,
         "run_dir": str(run_dir),
         "defaults": {"data": data},
-        "frame_size": spec["frame_height"],
+        **({"data": {"crop": crop}} if data == "video_folder" and isinstance(crop, str) else {}),
+        "frame_size": [spec["frame_height"], spec["frame_width"]],
         "channels": spec["frame_channels"],
         **({"n_context": n_context} if is_whole(n_context, 1) else {}),
         **settings,
     }
     return load_config(experiment, overrides, tool="evaluate")
-
-
-def is_whole(value, least=float("-inf")):
-    """Whether ``value`` is a whole number (False and True are not) of at least ``least``."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def check_counts(least=1, **counts):
@@ -420,7 +421,8 @@ def instantiate(config, **kwargs):
         place = re.sub(r"\[\d+\]", "", config._get_full_key(None))
         if not place and (isinstance(config, ListConfig) or "_target_" in config):  # no part of an experiment
             place = ANYWHERE
-        sources, config = _sources(config), to_container(config)
+        plain = to_container(config)
+        sources, config = _sources(config), plain
         run_dir = OmegaConf.select(root, "run_dir") if place else None
     allows = functools.partial(_allows, root)
     check_targets(config, place, run_dir, allows)
@@ -452,13 +454,14 @@ def _naming_keys(sources, config, place):
 
 
 def _sources(config):
-    """Arguments that a config takes from another key (``height: ${frame_size}``) -> that key."""
+    """Arguments that a config takes from another key (``height: ${frame_size[0]}``) -> that key and its value."""
     found = {}
     for name in config if _is_mapping(config) else ():
         node = config._get_node(name)
         reference = REFERENCE.fullmatch(str(node._value())) if node._is_interpolation() else None
         if reference and not reference[1].startswith("."):
-            found[name] = reference[1]
+            key = reference[1].partition("[")[0]
+            found[name] = key, OmegaConf.select(config._get_root(), key)
     return found
 
 
@@ -471,12 +474,12 @@ def _of_its_key(error, sources, config, place):
     if place in (None, ANYWHERE) or not {*named} <= config.keys():
         return error
     arguments = ", ".join(f"{place}.{name}" if place else name for name in named)
-    key = sources.get(named[0])
+    key, value = sources.get(named[0], (None, None))
     if key == about:
         return error
     if key is None:
         return type(error)(f"{arguments}: {rest}")
-    return type(error)(f"{key}={config[named[0]]} (as {arguments}): {rest}")
+    return type(error)(f"{key}={value} (as {arguments}): {rest}")
 
 
 def call(target, arguments, name, partial=False):
@@ -604,6 +607,7 @@ def _check(config, experiment):
     _name(config, experiment)
     try:
         _measure(config, {})
+        _divide_size(config)
         found = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{experiment}: {str(error).partition(chr(10))[0]}") from None
@@ -613,6 +617,23 @@ def _check(config, experiment):
         if name in PLACES and value is not None and not (isinstance(value, dict) and "_target_" in value):
             raise ConfigError(f"{name}: expected a mapping with _target_, found {short(value)}")
     check_targets(found, "", found["run_dir"], functools.partial(_allows, config))
+
+
+def _divide_size(config):
+    """Bring ``frame_size`` into its one form, and where that is [height, width], give each argument ``height`` and
+    ``width`` that is ``${frame_size}`` its own part."""
+    size = _resolved(config, "frame_size")
+    if size is None or size == "???":
+        return
+    size = as_size(size)
+    if not config._get_node("frame_size")._is_interpolation():
+        config.frame_size = size
+    for group in _groups():
+        node = config._get_node(group)
+        for place, side in enumerate(SIDES) if _is_mapping(node) else ():
+            inner = node._get_node(side)
+            if inner is not None and OF_SIZE.fullmatch(str(inner._value())):
+                node[side] = "${frame_size}" if isinstance(size, int) else f"${{frame_size[{place}]}}"
 
 
 def _measure(node, sizes, level=0):
@@ -780,11 +801,14 @@ def _check_kind(name, current, value, own):
     if value._is_interpolation():
         return
     key = name.rpartition(".")[2]
+    found = _kind(value, text=True)
+    if (key in SIZES and found in ("a number", "a list")) or (key in SIDES and found == "a number"):
+        return
     expected = _kind(current) or ("text" if is_text(key) and not isinstance(value, ListConfig) else None)
     if value._is_none():
         if own and not current._is_none() and (is_path(key) or expected not in (None, "text")):
             raise ConfigError(f"{name}: expected {expected}, found null")
-    elif expected and _kind(value, text=True) != expected:
+    elif expected and found != expected:
         raise ConfigError(f"{name}: expected {expected}, found {_shown(value)}")
 
 

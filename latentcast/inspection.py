@@ -133,11 +133,15 @@ class Subject:
     def truth(self):
         return self.clips.frames[:, self.n_context :]
 
-    def predict(self, context, n_frames, num_samples=1, **options):
-        """Futures of given frames, by the subject's sampler and seed -> (N, S, T, ...) on the CPU."""
+    def predict(self, context, n_frames, num_samples=1, clips=None, **options):
+        """Futures of given frames, the first ones of ``clips`` (None: the subject's), by the subject's sampler and seed
+        -> (N, S, T, ...) on the CPU."""
         generator = torch.Generator().manual_seed(self.seed)
         settings = {"num_samples": num_samples, "generator": generator, "value_range": (-1, 1)}
-        return self.pipe(context, n_frames, **settings, **self.sampler | options).frames.cpu()
+        options = self.sampler | options
+        n_told = self.prior.told_frames(context.shape[1], n_frames, **options)
+        told = (clips or self.clips).told(self.prior.conditions, len(context), n_told)
+        return self.pipe(context, n_frames, conditions=told, **settings, **options).frames.cpu()
 
     @functools.cached_property
     def predicted(self):
@@ -169,9 +173,9 @@ class Subject:
         longest = self.prior.config.get("n_frames") if self.prior.accepts == "codes" else None
         with torch.no_grad(), eval_mode(self.prior, self.tokenizer):
             clip = self.pipe.encode(frames[:, :longest])
-            found = self.prior.explain(
-                clip, self.n_context, num_samples=num_samples, generator=generator, **self.sampler
-            )
+            told = self.clips.told(self.prior.conditions, len(clip), clip.shape[1])
+            settings = {"num_samples": num_samples, "generator": generator, "conditions": told}
+            found = self.prior.explain(clip, self.n_context, **settings, **self.sampler)
         return {name: values.float().cpu() for name, values in found.items()}
 
     def longer(self, n_frames):
@@ -305,7 +309,7 @@ def _measured(samples, truth, videos):
     best_of_n = BestOfN(names)
     best_of_n.update(samples, truth, range(len(truth)))
     found = best_of_n.compute(video_of, gather=False)
-    if size >= SMALLEST_LPIPS:
+    if size >= SMALLEST_LPIPS and truth.shape[-3] in (1, 3):
         perceptual = BestOfN(("lpips",))
         try:
             perceptual.update(samples, truth, range(len(truth)))
@@ -416,7 +420,7 @@ def drift(subject):
     n_frames = ROLLOUT * horizon
     clips = subject.longer(n + n_frames)
     context, truth = clips.frames[:, :n].float(), clips.frames[:, n : n + n_frames].float()
-    future = subject.predict(context, n_frames)[:, 0]
+    future = subject.predict(context, n_frames, clips=clips)[:, 0]
     known = truth.shape[1]
     pairs = {MODEL: future[:, :known], COPY: copy_last_frame(context, known)}
     errors = {}

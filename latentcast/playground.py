@@ -14,8 +14,6 @@ os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": 
 
 import gradio as gr
 import torch
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from latentcast.cli import error_line
 from latentcast.data.futures import Sheet, held, labelled_futures, layout, read_context
@@ -31,7 +29,9 @@ from latentcast.figures.sheets import (
     labelled_size,
     rows_of,
     scale_for,
+    shown_channels,
 )
+from latentcast.serving import LOCAL, guards
 from latentcast.yaml_text import override_value
 
 logger = logging.getLogger("latentcast")
@@ -43,11 +43,6 @@ GIVEN_SHOWN = 12  # frames of a long context that are shown
 TOLD_EVERY = 0.3  # seconds from one word on the progress to the next
 WAITING = 8  # jobs that may wait for their turn
 HOUR = 3600  # seconds for which files are kept
-LOCAL = ("127.0.0.1", "localhost", "::1")
-PAGE_ONLY = (
-    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'; frame-ancestors 'self'; "
-    "base-uri 'self'"
-)
 CSS = """
 .gradio-container .main { max-width: 1240px !important; padding: 8px 16px !important; }
 #given, #sheet, #video { background: white; }
@@ -84,7 +79,7 @@ class Playground:
     """What the page's buttons do.
 
     Args:
-        pipe: a VideoPredictionPipeline over square frames, on its device.
+        pipe: a VideoPredictionPipeline, on its device.
         examples: (N, T, C, H, W) in [-1, 1], or None.
         folder: for the files of the latest prediction.
         most_read: frames of an uploaded video that may be decoded.
@@ -119,8 +114,9 @@ class Playground:
         start = whole("first frame", start, 0, self.most_read)
         n_context = whole("given frames", n_context, self.pipe.prior.min_context, self.most_read)
         if clip.frames is None:
-            rates = {"start": start, "trained_fps": self.pipe.config.fps, "most": self.most_read}
-            return read_context(clip.path, self.spec, n_context, n_frames, multiplier, **rates)
+            read = {"start": start, "trained_fps": self.pipe.config.fps, "most": self.most_read}
+            read |= {"crop": self.pipe.config.crop}
+            return read_context(clip.path, self.spec, n_context, n_frames, multiplier, **read)
         end, available = start + n_context, len(clip.frames)
         if available < end:
             raise ValueError(f"{clip.name}: {end} frames are needed, {available} are there")
@@ -160,12 +156,12 @@ class Playground:
         multiplier = multiplier if multiplier > 0 else 1  # what it may be is the sampler's to say
         if self.pipe.prior.deterministic:
             num_samples = 1  # all there is
-        side = self.spec["frame_height"] + 2 * BORDER
-        scale, columns = layout(num_samples + 1, side)
-        most = MOST_PIXELS // ((num_samples + 1) * (scale * side) ** 2)
+        size = tuple(self.spec[f"frame_{side}"] + 2 * BORDER for side in ("height", "width"))
+        scale, columns = layout(num_samples + 1, *size)
+        most = MOST_PIXELS // ((num_samples + 1) * scale**2 * math.prod(size))
         if n_frames > most:
             raise ValueError(f"frames to predict: expected at most {most} of {num_samples} futures, found {n_frames}")
-        check_video("a.mp4", *labelled_size(num_samples + 1, side, side, scale, columns))
+        check_video("a.mp4", *labelled_size(num_samples + 1, *size, scale, columns))
 
         context, truth, fps = self.read(clip, start, n_context, n_frames, multiplier)
         self.pipe.set_progress_bar_config(desc=clip.name, on_update=on_update)
@@ -185,7 +181,7 @@ class Playground:
         shutil.rmtree(self.folder, ignore_errors=True)  # what came before is gradio's by now
         stem = self.folder / f"{Path(clip.name).stem.replace(' ', '-')}-seed-{seed}"
         frames = labelled_futures(rows, n_frames, fps, scale, columns)
-        sheet = Sheet(stem.with_name(f"{stem.name}.png"), side)
+        sheet = Sheet(stem.with_name(f"{stem.name}.png"), *size)
         sheet.add("", rows, len(context))
         files = [*write_both(stem, frames, fps), sheet.path]
         self.n_predicted += 1
@@ -427,22 +423,7 @@ def offered_frames(clip, playground):
 def thumbnail(playground, clip):
     """A clip's last given frame, (H, W, 3) uint8."""
     frame = clip.frames[min(playground.n_context, len(clip.frames)) - 1]
-    return to_uint8(enlarge(frame[None], scale_for(len(frame[0])))[0], n_dims=3)
-
-
-class OwnFilesOnly:
-    """Every answer tells the browser to load nothing from elsewhere, whatever stands in it."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        async def with_policy(message):
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", PAGE_ONLY.encode())]
-            await send(message)
-
-        await self.app(scope, receive, with_policy if scope["type"] == "http" else send)
+    return to_uint8(enlarge(shown_channels(frame)[None], scale_for(len(frame[0])))[0], n_dims=3)
 
 
 @contextlib.contextmanager
@@ -463,8 +444,6 @@ def serving(pipe, examples, title, folder, host, port, most_mb, most_read):
     playground = Playground(pipe, examples, Path(folder) / "futures", most_read)
     page = build(playground, title)
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
-    hosts = [*LOCAL, host] if host in LOCAL else ["*"]
-    guards = [Middleware(OwnFilesOnly), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
     fonts = [["system-ui", "sans-serif"], ["ui-monospace", "monospace"]]
     _, address, _ = page.launch(
         server_name=host,
@@ -482,7 +461,7 @@ def serving(pipe, examples, title, folder, host, port, most_mb, most_read):
         enable_monitoring=False,
         run_history=False,
         footer_links=[],
-        app_kwargs={"middleware": guards},
+        app_kwargs={"middleware": guards(host)},
         theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]),
         css=CSS,
     )

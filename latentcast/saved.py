@@ -7,6 +7,7 @@ from pydantic import Field
 
 import latentcast
 from latentcast.schemas import LatentSpec, Schema, Text, read_checked, short
+from latentcast.sizes import as_size, is_whole
 from latentcast.yaml_text import parse
 
 CONFIG, INDEX = "config.json", "model_index.json"  # of a model, of a pipeline
@@ -163,5 +164,5 @@ def pipeline_settings(folder):
 
 
 def _sizes(height, width, channels):
-    found = {"frame_size": height if height == width else None, "channels": channels}
-    return {name: value for name, value in found.items() if isinstance(value, int)}
+    found = {"channels": channels} if is_whole(channels) else {}
+    return found | ({"frame_size": as_size([height, width])} if is_whole(height, 1) and is_whole(width, 1) else {})

@@ -4,17 +4,20 @@ import numpy as np
 import PIL.Image
 import torch
 
+from latentcast.data.video_reader import fit_frames
+
 RANGES = ((-1, 1), (0, 1))
 
 
-def as_frames(frames, channels, height, width, value_range=None):
+def as_frames(frames, channels, height, width, value_range=None, crop="center"):
     """Bring clips of any usual kind into the one form that models take.
 
     Args:
         frames: (B, T, C, H, W) or (T, C, H, W) tensor; array, with the channels last as output_type="np" gives them or
             before the height as in tensors; list of PIL images; or a list of such clips. Integers are uint8.
         channels, height, width: of the frames that are expected: they tell where an array's channels are, and images
-            become grey or RGB.
+            become grey or RGB, and of that size.
+        crop: how images of another shape get to it, see ``fit_frames``.
         value_range: (-1, 1) or (0, 1), of floats. None: arrays are in [0, 1], as diffusers' are, and tensors in
             [-1, 1]; those that look like [0, 1] are refused.
     Returns:
@@ -24,8 +27,11 @@ def as_frames(frames, channels, height, width, value_range=None):
     """
     if value_range is not None and tuple(value_range) not in RANGES:
         raise ValueError(f"value_range: expected (-1, 1), (0, 1) or None, found {value_range!r}")
-    frames, is_array = _stacked(frames, channels)
-    if is_array:
+    frames, kind = _stacked(frames, channels)
+    is_array = kind != "tensor"
+    if kind == "images":
+        frames = _fitted(frames, (height, width), crop)
+    elif is_array:
         frames = _channels_first(frames, (channels, height, width))
     if not torch.is_tensor(frames):
         return frames
@@ -54,22 +60,30 @@ def as_frames(frames, channels, height, width, value_range=None):
 
 
 def _stacked(frames, channels):
-    """-> (one tensor, array, or what cannot be told; whether it is an array or pictures)"""
+    """-> (one tensor, array, or what cannot be told; whether it is a "tensor", an "array" or "images")"""
     if isinstance(frames, PIL.Image.Image):
         return np.asarray(frames.convert("L" if channels == 1 else "RGB")).reshape(
             frames.height, frames.width, -1
-        ), True
+        ), "images"
     if isinstance(frames, (list, tuple)) and frames:
         parts = [_stacked(part, channels) for part in frames]
-        kinds = {is_array for _, is_array in parts}
+        kinds = {kind for _, kind in parts}
+        kinds = {"array"} if kinds == {"images", "array"} else kinds
         parts = [part for part, _ in parts]
         if len(kinds) > 1 or not all(isinstance(part, (torch.Tensor, np.ndarray)) for part in parts):
-            return frames, False
+            return frames, "tensor"
         shapes = sorted({tuple(part.shape) for part in parts})
         if len(shapes) > 1:
             raise ValueError(f"frames: expected one shape, found {shapes[0]} and {shapes[1]}")
-        return (np.stack(parts), True) if kinds.pop() else (torch.stack(parts), False)
-    return frames, isinstance(frames, np.ndarray)
+        (kind,) = kinds
+        return (torch.stack if kind == "tensor" else np.stack)(parts), kind
+    return frames, "array" if isinstance(frames, np.ndarray) else "tensor"
+
+
+def _fitted(images, size, crop):
+    """(..., H, W, C) uint8 array of images -> (..., C, *size) tensor."""
+    frames = fit_frames(images.reshape(-1, *images.shape[-3:]), size, crop=crop)
+    return frames.reshape(*images.shape[:-3], *frames.shape[1:])
 
 
 def _channels_first(array, size):

@@ -3,6 +3,7 @@
 import difflib
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -10,6 +11,8 @@ import torch
 from diffusers.utils import BaseOutput
 
 from latentcast.config import check_counts, one_line
+from latentcast.data.video_reader import CROPS, check_crop
+from latentcast.figures.sheets import shown_channels
 from latentcast.modeling import eval_mode
 from latentcast.schemas import Count, Rate
 from latentcast.tokenizers.base import check_frames
@@ -25,8 +28,8 @@ class VideoPipelineOutput(BaseOutput):
     """What a pipeline returns, for B contexts with S futures each.
 
     frames: "pt": (B, S, T, C, H, W) float32 tensor in [-1, 1]; "np": (B, S, T, H, W, C) float32 array in [0, 1];
-        "pil": lists of lists of lists of images, [B][S][T]; "latent": what the prior predicted, not decoded: codes
-        (B, S, T, h, w, n_codebooks), latents (B, S, T, D, h, w), or the frames themselves.
+        "pil": lists of lists of lists of images, [B][S][T], see ``shown_channels``; "latent": what the prior predicted,
+        not decoded: codes (B, S, T, h, w, n_codebooks), latents (B, S, T, D, h, w), or the frames themselves.
     """
 
     frames: torch.Tensor | np.ndarray | list
@@ -40,6 +43,7 @@ class VideoPredictionIndex(PipelineIndex):
     scheduler: Component | None = None
     n_context: Count | None = None
     fps: Rate | None = None
+    crop: Literal[CROPS] = "center"
 
 
 class VideoPredictionPipeline(VideoPipeline):
@@ -51,6 +55,8 @@ class VideoPredictionPipeline(VideoPipeline):
         scheduler: noise scheduler, for priors whose sampler takes one.
         n_context: number of context frames that the prior was trained with; kept for tools.
         fps: frames per second of the clips that the prior was trained on; kept for tools.
+        crop: how the videos that it was trained on got to the shape of its frames (see ``video_reader.fit_frames``), by
+            which tools bring others to it, and this pipeline images.
     Raises:
         ValueError: the prior was trained on the latents of another tokenizer, or does not take the scheduler.
     """
@@ -59,7 +65,7 @@ class VideoPredictionPipeline(VideoPipeline):
     _optional_components = ["tokenizer", "scheduler"]  # noqa: RUF012 (diffusers' name)
     model_cpu_offload_seq = "tokenizer->prior"  # and back
 
-    def __init__(self, prior, tokenizer=None, scheduler=None, n_context=None, fps=None):
+    def __init__(self, prior, tokenizer=None, scheduler=None, n_context=None, fps=None, crop="center"):
         super().__init__()
         spec = prior.config.latent_spec
         if tokenizer is None and prior.accepts != "pixels":
@@ -78,7 +84,7 @@ class VideoPredictionPipeline(VideoPipeline):
         if scheduler is not None and "scheduler" not in prior.sampler_options():
             raise ValueError(f"{type(prior).__name__}: its sampler takes no scheduler")
         self.register_modules(prior=prior, tokenizer=tokenizer, scheduler=scheduler)
-        self.register_to_config(n_context=n_context, fps=fps)
+        self.register_to_config(n_context=n_context, fps=fps, crop=check_crop(crop))
 
     @torch.no_grad()
     def __call__(
@@ -92,14 +98,15 @@ class VideoPredictionPipeline(VideoPipeline):
         decode_batch=256,
         num_inference_steps=None,
         value_range=None,
+        conditions=None,
         return_dict=True,
         **sampler,
     ):
         """Predict futures.
 
         Args:
-            frames: (B, T, C, H, W) or (T, C, H, W) float in [-1, 1], the context; or uint8, arrays, PIL images and
-                lists of them, see ``as_frames``.
+            frames: (B, T, C, H, W) or (T, C, H, W) float in [-1, 1], the context; or uint8, arrays, PIL images, which
+                are brought to the model's size, and lists of them, see ``as_frames``.
             n_frames: number of frames to predict; None: one for each of ``frame_times``, or 16.
             num_samples: number of futures for each context.
             generator: torch.Generator; the same seed gives the same futures. A list, one for each context: each is
@@ -110,6 +117,9 @@ class VideoPredictionPipeline(VideoPipeline):
             decode_batch: number of frames decoded at once, which bounds the memory.
             num_inference_steps: diffusers' name of the sampler option ``n_steps``.
             value_range: (-1, 1) or (0, 1), of ``frames`` that are floats; None: see ``as_frames``.
+            conditions: what the prior is told, of all in ``prior.conditions``: name -> (B, T, *shape) of those per
+                frame, T the context's and the predicted ones together, (B, *shape) of those per video, or the same
+                without B, for all contexts. What stands at frame t is what led to it. None: nothing is told.
             return_dict: False gives the plain tuple (frames,).
             **sampler: options of the prior's sampler; ``prior.sampler_options()`` lists them. ``scheduler``, where the
                 prior takes one, only in a pipeline without that component.
@@ -132,10 +142,7 @@ class VideoPredictionPipeline(VideoPipeline):
                 )
                 raise ValueError(f"num_inference_steps: expected a prior with n_steps, and these once, found {found}")
             sampler["n_steps"] = num_inference_steps
-        spec = self.prior.config.latent_spec
-        frames = as_frames(
-            frames, *(spec[f"frame_{name}"] for name in ("channels", "height", "width")), value_range=value_range
-        )
+        frames, conditions = self._as_frames(frames, value_range), self._batched(conditions)
         self.check_inputs(frames, n_frames, num_samples, output_type, frame_times, sampler, decode_batch)
         self._check_generator(generator, len(frames))
         if frame_times is not None:
@@ -150,24 +157,72 @@ class VideoPredictionPipeline(VideoPipeline):
                 parts = []
                 for i, own in enumerate(generator):
                     options = self.prior.options_of(sampler, i, len(frames), n_frames)
+                    told = conditions and {n: x[i : i + 1] if len(x) > 1 else x for n, x in conditions.items()}
                     parts.append(
-                        self._predict(frames[i : i + 1], n_frames, num_samples, own, bar, options, decode_batch)
+                        self._predict(frames[i : i + 1], n_frames, num_samples, own, bar, told, options, decode_batch)
                     )
                 predicted = torch.cat(parts)
             else:
-                bar = self.progress_bar
-                predicted = self._predict(frames, n_frames, num_samples, generator, bar, sampler, decode_batch)
+                own, bar = generator, self.progress_bar
+                predicted = self._predict(frames, n_frames, num_samples, own, bar, conditions, sampler, decode_batch)
         self.maybe_free_model_hooks()
         predicted = _convert(predicted, output_type)
         return VideoPipelineOutput(frames=predicted) if return_dict else (predicted,)
 
-    def _predict(self, frames, n_frames, num_samples, generator, progress, sampler, decode_batch):
+    @torch.no_grad()
+    def rollout(self, frames, num_samples=1, generator=None, conditions=None, value_range=None, **sampler):
+        """Begin futures that are predicted one frame at a time, each told as it comes what leads to it: a world model.
+
+        Args:
+            frames, num_samples, value_range: as for a call.
+            generator: torch.Generator; with the same seed and conditions, frames are those of a call.
+            conditions: of the context's frames, as for a call; None: nothing is told of them.
+            **sampler: options of the prior's sampler.
+        Returns:
+            VideoRollout
+        Raises:
+            ValueError: as for a call; or a prior that predicts several frames together.
+        """
+        frames = self._as_frames(frames, value_range)
+        self.check_inputs(frames, 1, num_samples, "pt", None, sampler)
+        self._check_generator(generator, len(frames))
+        if isinstance(generator, (list, tuple)):
+            raise ValueError(f"generator: expected one for a rollout, found a list of {len(generator)}")
+        if self.scheduler is not None:
+            sampler["scheduler"] = self.scheduler
+        with eval_mode(self.prior, self.tokenizer):
+            context = self.encode(frames)
+        settings = {"num_samples": num_samples, "generator": generator, "conditions": self._batched(conditions)}
+        return VideoRollout(self, self.prior.rollout(context, **settings, **sampler))
+
+    def _as_frames(self, frames, value_range):
+        spec = self.prior.config.latent_spec
+        sizes = (spec[f"frame_{name}"] for name in ("channels", "height", "width"))
+        return as_frames(frames, *sizes, value_range=value_range, crop=self.config.crop)
+
+    def _batched(self, conditions):
+        """Conditions with a batch axis, where they come without; the prior checks them."""
+        if not hasattr(conditions, "items"):
+            return conditions
+        found = {}
+        for name, value in conditions.items():
+            spec = self.prior.conditions.get(name)
+            if spec is not None:
+                try:
+                    value = torch.as_tensor(value)
+                except (TypeError, ValueError, RuntimeError, OverflowError):
+                    raise ValueError(f"conditions: {name}: expected numbers, found {one_line(value)}") from None
+                if value.ndim == len(spec["shape"]) + (spec["per"] == "frame"):
+                    value = value[None]
+            found[name] = value
+        return found
+
+    def _predict(self, frames, n_frames, num_samples, generator, progress, conditions, sampler, decode_batch):
         """Encode, continue, and decode but for ``decode_batch`` None."""
         context = self.encode(frames)
         _onload(self.prior)
-        future = self.prior.sample(
-            context, n_frames, num_samples=num_samples, generator=generator, progress=progress, **sampler
-        )
+        settings = {"num_samples": num_samples, "generator": generator, "progress": progress, "conditions": conditions}
+        future = self.prior.sample(context, n_frames, **settings, **sampler)
         return future if decode_batch is None else self.decode(future, decode_batch)
 
     def _check_generator(self, generator, n_contexts):
@@ -230,6 +285,39 @@ class VideoPredictionPipeline(VideoPipeline):
                 raise ValueError(f"unknown sampler option {name!r}{hint} (known: {', '.join(known) or 'none'})")
 
 
+class VideoRollout:
+    """Futures of some contexts, predicted frame by frame; see ``VideoPredictionPipeline.rollout``."""
+
+    def __init__(self, pipe, rollout):
+        self.pipe, self._rollout = pipe, rollout
+
+    @torch.no_grad()
+    def step(self, conditions=None):
+        """The next frame of each future -> (B, num_samples, C, H, W) float32 in [-1, 1].
+
+        Args:
+            conditions: what leads to it: name -> (B, *shape), or (*shape) for all contexts, of all conditions per
+                frame; a value alone where there is but one. None: nothing is told.
+        """
+        declared = {name: spec for name, spec in self.pipe.prior.conditions.items() if spec["per"] == "frame"}
+        if conditions is not None and not hasattr(conditions, "items"):
+            if len(declared) != 1:
+                raise ValueError(
+                    f"conditions: expected values by name, of {', '.join(declared) or 'none'}, found "
+                    f"{one_line(conditions)}"
+                )
+            conditions = {next(iter(declared)): conditions}
+        if conditions is not None:
+            conditions = dict(conditions)
+            for name, spec in declared.items():
+                if name in conditions:
+                    value = torch.as_tensor(conditions[name])
+                    conditions[name] = value[None] if value.ndim == len(spec["shape"]) else value
+        frame = self._rollout.step(conditions)
+        with eval_mode(self.pipe.tokenizer):
+            return self.pipe.decode(frame[:, :, None])[:, :, 0]
+
+
 class OneBar:
     """One progress bar for the ``n`` calls of a sampler that follow one another, each as long as the first."""
 
@@ -275,6 +363,6 @@ def _convert(frames, output_type):
     array = ((frames + 1) / 2).movedim(-3, -1).cpu().numpy()
     if output_type == "np":
         return array
-    pixels = (array * 255).round().astype(np.uint8)
+    pixels = shown_channels((array * 255).round().astype(np.uint8), axis=-1)
     pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     return [[[PIL.Image.fromarray(image) for image in future] for future in futures] for futures in pixels]

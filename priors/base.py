@@ -8,7 +8,9 @@ import torch
 from diffusers.utils import BaseOutput
 
 from latentcast.config import MisfitError, is_whole
-from latentcast.modeling import VideoModel
+from latentcast.layers.conditions import ConditionEmbedding
+from latentcast.modeling import VideoModel, eval_mode
+from latentcast.sizes import nearest_fit
 
 logger = logging.getLogger("latentcast")
 
@@ -54,6 +56,15 @@ class Prior(VideoModel):
     is saved with the model. ``accepts`` names the space of the clips that the prior is trained on: "codes"
     (B, T, h, w, n_codebooks), "latents" (B, T, D, h, w) or "pixels" (B, T, C, H, W) in [-1, 1].
 
+    Two more init arguments are common to all: ``conditions``, what the prior is told beside the frames, as the data
+    declare it (see VideoDataset), and ``condition_dropout``, the share of training's clips that are told nothing.
+    Methods take ``conditions``: name -> tensor, (B, T, *shape) of those per frame, for context and future, and
+    (B, *shape) of those per video, with a batch of 1 for all; None: nothing is told. What stands at frame t is what led
+    to it.
+
+    A subclass calls ``make_conditioner`` in its ``__init__``, and says in ``stream`` how futures are drawn frame by
+    frame.
+
     Contract, tested for every subclass: any ``n_frames``, any ``n_context`` from ``min_context`` up, seeded sampling is
     reproducible, and no future frame leaks into the past (by gradient).
     """
@@ -63,16 +74,44 @@ class Prior(VideoModel):
     deterministic = False  # True: ``sample`` draws nothing; all samples of a context are one and the same
     eval_seed = 0  # of the noise of ``forward`` in eval mode; validation gives each batch its own
     explains = ()  # the names of what ``explain`` gives
-    conditions: dict = {}  # noqa: RUF012  (what the prior needs of each frame or video, as in VideoDataset)
+
+    @property
+    def conditions(self):
+        """What the prior is told of each frame or video, as in VideoDataset."""
+        return self.config.get("conditions") or {}
+
+    def make_conditioner(self, dim):
+        """Add the ``conditioner``, which embeds conditions as vectors of ``dim`` numbers, where there are any."""
+        if self.conditions:
+            self.condition_embedding = ConditionEmbedding(self.conditions, dim, self.config.condition_dropout)
+
+    @property
+    def conditioner(self):
+        """The ConditionEmbedding of a prior with conditions, else None."""
+        return self._modules.get("condition_embedding")
+
+    def condition_vectors(self, conditions, batch, n_frames):
+        """Conditions of ``batch`` clips of ``n_frames`` -> (batch, n_frames, dim), of a prior without any None."""
+        if self.conditioner is not None:
+            return self.conditioner(conditions, batch, n_frames)
+        if conditions:
+            raise ValueError(
+                f"conditions: {type(self).__name__} was trained without any, found {', '.join(conditions)}"
+            )
+        return None
+
+    def told_frames(self, n_context, n_frames, **options):
+        """How many frames the conditions per frame are of, that ``sample`` takes with these options."""
+        return n_context + n_frames
 
     def prepare(self, clips):
         """Told before training what there is to learn: an iterable over some clips (1, T, ...) of the train split."""
 
-    def forward(self, clip, n_context):
+    def forward(self, clip, n_context, conditions=None):
         """Training loss of predicting ``clip[:, n_context:]`` by teacher forcing -> PriorOutput."""
         raise NotImplementedError
 
-    def sample(self, context, n_frames, *, num_samples=1, generator=None, progress=None):
+    def sample(self, context, n_frames, *, num_samples=1, generator=None, progress=None, conditions=None):
         """Continue ``context`` (B, n_context, ...) by ``n_frames`` frames -> (B, num_samples, n_frames, ...).
 
         Subclasses add sampler options as keyword arguments, and take ``progress``: a callable like ``tqdm`` that
@@ -80,11 +119,35 @@ class Prior(VideoModel):
         """
         raise NotImplementedError
 
-    def log_prob(self, clip, n_context):
+    def stream(self, context, told, *, num_samples=1, generator=None, **options):
+        """A Python generator of the frames that ``sample`` gives at once, without an end: (B, num_samples, ...) each.
+
+        It keeps what the next frame needs and no more, so that each costs the same time and memory.
+
+        Args:
+            context, num_samples, generator: as for ``sample``.
+            told: ``told(t)`` -> (B, dim), what ``condition_vectors`` gives of frame t, counted from the context's
+                first. Those of the context are there until the first frame is drawn, and that of a frame that is to be
+                predicted while it is. Not called by priors without conditions.
+            **options: sampler options.
+        """
+        raise NotImplementedError
+
+    def rollout(self, context, *, num_samples=1, generator=None, conditions=None, **options):
+        """Begin futures of ``context`` (B, n_context, ...) that are predicted one frame at a time -> Rollout.
+
+        Args:
+            num_samples, generator: as for ``sample``; with the same, the frames are the same.
+            conditions: of the context's frames, and those per video.
+            **options: sampler options.
+        """
+        return Rollout(self, context, num_samples, generator, conditions, options)
+
+    def log_prob(self, clip, n_context, conditions=None):
         """Log-likelihood in nats of ``clip[:, n_context:]`` given the context -> (B,). Likelihood priors only."""
         raise NotImplementedError(f"{type(self).__name__} has no tractable likelihood")
 
-    def explain(self, clip, n_context, *, num_samples=1, generator=None, **options):
+    def explain(self, clip, n_context, *, num_samples=1, generator=None, conditions=None, **options):
         """What lies behind the predictions of ``clip[:, n_context:]``, for figures: name -> tensor, the batch first.
 
         The names, those in ``explains``, say what: ``nats`` (B, T - n_context, h, w, n_codebooks), what each code
@@ -93,16 +156,21 @@ class Prior(VideoModel):
         motion features from the last given frame on.
 
         Args:
-            clip: as for ``forward``. num_samples, generator: as for ``sample``, of priors that draw here.
+            clip, conditions: as for ``forward``. num_samples, generator: as for ``sample``, of priors that draw here.
             **options: sampler options.
         """
         return {}
 
     def sampler_options(self):
         """What ``sample`` takes beyond the common arguments, and ``pipe(..., **sampler)`` may pass -> dict of name ->
-        SamplerOption, sorted. The kind follows from the default where ``sampler_ranges`` says nothing of it."""
-        common = {"context", "n_frames", "num_samples", "generator", "progress"}
+        SamplerOption, sorted. The kind follows from the default where ``sampler_ranges`` says nothing of it. A prior
+        without conditions has nothing to be guided by."""
+        common = {"context", "n_frames", "num_samples", "generator", "progress", "conditions"}
+        if self.conditioner is None:
+            common.add("guidance_scale")
         found, ranges = inspect.signature(self.sample).parameters, self.sampler_ranges()
+        if not self.conditions and "guidance_scale" in found:
+            ranges = ranges | {"guidance_scale": {"least": 1, "most": 1}}  # see ``check_guidance``
         options = {}
         for name in sorted(found.keys() - common):
             default = found[name].default
@@ -132,6 +200,41 @@ class Prior(VideoModel):
             raise ValueError(f"n_context: expected at least {self.min_context}, found {n_context}")
         if n_context >= n_total:
             raise ValueError(f"n_context: expected fewer than the clip's {n_total} frames, found {n_context}")
+
+
+class Rollout:
+    """Futures of some contexts, predicted frame by frame, see ``Prior.rollout``."""
+
+    def __init__(self, prior, context, num_samples, generator, conditions, options):
+        self.prior, self._batch, self._next = prior, *context.shape[:2]
+        prior.check_context(self._next, self._next + 1)
+        per = {name: spec["per"] for name, spec in prior.conditions.items()}
+        self._of_video = {name: value for name, value in (conditions or {}).items() if per.get(name) == "video"}
+        self._all_of_video = "frame" not in per.values()
+        with torch.no_grad(), eval_mode(prior):
+            vectors = prior.condition_vectors(conditions, self._batch, self._next)
+        self._vectors = {} if vectors is None else dict(enumerate(vectors.unbind(1)))  # that are not asked for yet
+        settings = {"num_samples": num_samples, "generator": generator}
+        self._frames = prior.stream(context, lambda t: self._vectors[t], **settings, **options)
+
+    @torch.no_grad()
+    def step(self, conditions=None):
+        """The next frame of each future -> (B, num_samples, ...).
+
+        Args:
+            conditions: what leads to it: name -> (B, *shape), of all conditions per frame. None: nothing is told.
+        """
+        if conditions is not None or self._all_of_video:
+            of_frame = {name: torch.as_tensor(value)[:, None] for name, value in (conditions or {}).items()}
+            conditions = {**self._of_video, **of_frame} or None
+        with eval_mode(self.prior):
+            vectors = self.prior.condition_vectors(conditions, self._batch, 1)
+            if vectors is not None:
+                self._vectors[self._next] = vectors[:, 0]
+            frame = next(self._frames)
+        self._vectors.clear()
+        self._next += 1
+        return frame
 
 
 def check_widths(**lists):
@@ -171,7 +274,7 @@ def levels_for(latent_spec, fit, name, values, *beside, single=True):
         if not fit:
             raise MisfitError(
                 f"{name}: {len(values)} of them need multiples of {stride} in height and width{one}, found {height} x "
-                f"{width}; take at most {most}, {kept}"
+                f"{width}; take at most {most}, {kept}, or {nearest_fit(latent_spec, stride, positions=2 - single)}"
             )
         logger.info("prior.%s=%s: cut to %s, for latents of %d x %d", name, list(values), kept, height, width)
     return [list(each[:most]) for each in (values, *beside)]

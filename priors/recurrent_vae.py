@@ -12,8 +12,11 @@ deterministic form.
 Shape letters: B clips, S samples, R rows (a batch of (clip, sample) pairs), Z = n_groups * group_dim numbers of z.
 """
 
+import collections
 import contextlib
 import functools
+import itertools
+import math
 from collections.abc import Mapping
 
 import torch
@@ -78,6 +81,7 @@ class RecurrentVAE(Prior):
             predicted one (an option of SVG's published code); False: those of the last observed frame.
         kl_reduction: KL_t is the mean over clips of the KL in nats summed over the numbers of z ("sum", SVG's), or also
             their mean ("mean"), with which beta means the same for any Z.
+        conditions, condition_dropout: see Prior; concatenated to what all LSTMs read.
     Raises:
         ValueError: an unknown name, a negative number of groups, or groups without numbers.
     """
@@ -101,6 +105,8 @@ class RecurrentVAE(Prior):
         beta: float = 1e-4,
         kl_reduction: str = "sum",
         last_frame_skip: bool = False,
+        conditions: dict | None = None,
+        condition_dropout: float = 0.1,
     ):
         super().__init__()
         self.over_pixels = latent_spec["kind"] == "pixels"
@@ -133,21 +139,23 @@ class RecurrentVAE(Prior):
             aligned = aligner != "none" and affordable and height * width > 1
             self.joins.append(FeatureAligner(channels, aligner) if aligned else SkipConnection())
         self.decoder = make_decoder(*sizes, joined=[join.joined for join in self.joins])
-        groups = (n_groups, group_dim)
-        self.posterior = GaussianGroups(dim, *groups, cells)
-        self.prior = StandardGroups(*groups) if fixed_prior else GaussianGroups(dim, *groups, cells)
-        self.predictor = FramePredictor(dim + n_groups * group_dim, dim, cells, predictor_layers)
+        n_read, groups = dim * (2 if conditions else 1), (n_groups, group_dim)  # by LSTMs of each frame, see ``beside``
+        self.posterior = GaussianGroups(n_read, *groups, cells)
+        self.prior = StandardGroups(*groups) if fixed_prior else GaussianGroups(n_read, *groups, cells)
+        self.predictor = FramePredictor(n_read + n_groups * group_dim, dim, cells, predictor_layers)
+        self.make_conditioner(dim)
         self.to(memory_format=self.memory_format)
 
     # Training -----------------------------------------------------------------------------------------------------
 
-    def forward(self, clip, n_context):
+    def forward(self, clip, n_context, conditions=None):
         """The negative ELBO, per clip; one draw of z.
 
         Args:
             clip: (B, T, C, H, W) in [-1, 1], or latents (B, T, D, h, w). n_context: how many of its frames the decoder
                 may take features from. As published the loss is that of all frames after the first, in and after the
                 context.
+            conditions: see Prior.
         Returns:
             PriorOutput; ``logs``, all means over the frames: ``mse``, ``kl`` and ``kl_group_1`` ... (nats, summed over
             the group), ``active_units`` and ``active_units_group_1`` ... (numbers of z with a KL of at least 0.01 nats;
@@ -158,8 +166,9 @@ class RecurrentVAE(Prior):
         B, T = clip.shape[:2]
         h, features = self.encoder(clip.to(self.dtype).flatten(0, 1))
         h = h.unflatten(0, (B, T))
-        z, kl = self._posterior_kl(h, draw)
-        predicted, _ = self.predictor(torch.cat([h[:, :-1], z], -1))
+        before, after = self._transitions(h, conditions)
+        z, kl = self._posterior_kl(before, after, draw)
+        predicted, _ = self.predictor(torch.cat([before, z], -1))
 
         # Frame t has the features of the frame before it, and after the context those of the last observed one.
         n_shown = T - 1 if self.config.last_frame_skip else n_context
@@ -183,15 +192,22 @@ class RecurrentVAE(Prior):
         """``kl``, where there is a z."""
         return ("kl",) if self._z_dim else ()
 
-    def _posterior_kl(self, h, choose):
-        """Frames' vectors h (B, T, dim) -> z of the frames after the first, and the KL of each of its numbers from the
+    def _transitions(self, h, conditions):
+        """Frames' vectors h (B, T, dim) -> what the LSTMs read of each frame after the first, (B, T - 1, n_read) both:
+        the frame before it, for prior and predictor, and the frame itself, for the posterior."""
+        vectors = self.condition_vectors(conditions, *h.shape[:2])
+        told = None if vectors is None else vectors[:, 1:]
+        return beside(h[:, :-1], told), beside(h[:, 1:], told)
+
+    def _posterior_kl(self, before, after, choose):
+        """What ``_transitions`` gives -> z of the frames after the first, and the KL of each of its numbers from the
         prior in nats, (B, T - 1, Z) both."""
-        z, mean, logvar, _ = self.posterior(h[:, 1:], choose)
-        _, prior_mean, prior_logvar, _ = self.prior(h[:, :-1], self._given(z))
+        z, mean, logvar, _ = self.posterior(after, choose)
+        _, prior_mean, prior_logvar, _ = self.prior(before, self._given(z))
         return z, kl_gaussians(mean, logvar, prior_mean, prior_logvar)
 
     @torch.no_grad()
-    def explain(self, clip, n_context, *, generator=None, **options):
+    def explain(self, clip, n_context, *, generator=None, conditions=None, **options):
         """As Prior's: ``kl`` of each number of z, of all frames after the first; {} without z."""
         self._check(clip, "clip")
         self.check_context(n_context, clip.shape[1])
@@ -201,7 +217,7 @@ class RecurrentVAE(Prior):
         noise = self._noise((B, T - 1, self._z_dim), generator)
         with eval_mode(self):
             h = self.encoder(clip.to(self.dtype).flatten(0, 1))[0].unflatten(0, (B, T))
-            kl = self._posterior_kl(h, self._drawn(noise))[1]
+            kl = self._posterior_kl(*self._transitions(h, conditions), self._drawn(noise))[1]
         return {"kl": kl.unflatten(-1, (self.config.n_groups, self.config.group_dim))}
 
     def _kl_logs(self, kl):
@@ -269,6 +285,7 @@ class RecurrentVAE(Prior):
         num_samples=1,
         generator=None,
         progress=None,
+        conditions=None,
         z_groups=None,
         sample_batch=128,
         batch_statistics=False,
@@ -285,6 +302,7 @@ class RecurrentVAE(Prior):
             generator: a ``torch.Generator`` for reproducible samples. What it draws depends neither on ``sample_batch``
                 nor on ``z_groups``, and the first frames of a longer future are those of a shorter one.
             progress: a callable like ``tqdm``; counts predicted frames, those of one batch at once.
+            conditions: see Prior.
             z_groups: groups of z, counted from 1, that are not drawn in the future -> their value: a number for all of
                 the group ({1: 0}: Figure 8), or numbers (group_dim,), (n_frames, group_dim) or
                 (B, n_frames, group_dim), as ``infer`` gives.
@@ -294,62 +312,128 @@ class RecurrentVAE(Prior):
         Raises:
             ValueError: too short a context, unknown groups or values that do not fit.
         """
+        check_counts(n_frames=n_frames)
+        fixed = self._check_sampling(context, n_frames, num_samples, z_groups, sample_batch, batch_statistics)
+        B, n_context = context.shape[:2]
+        n_rows = B * self._n_drawn(num_samples)
+        future = torch.empty(n_rows, n_frames, *context.shape[2:], dtype=context.dtype, device=context.device)
+        with self._sampling(batch_statistics):
+            vectors = self.condition_vectors(conditions, B, n_context + n_frames)
+            futures = self._futures(context, lambda t: vectors[:, t], n_rows, generator, fixed, sample_batch)
+            with (progress or no_progress)(total=n_frames * math.ceil(n_rows / int(sample_batch))) as bar:
+                for rows, frames in futures:
+                    for t, frame in zip(range(n_frames), frames):
+                        future[rows, t] = frame.to(future.dtype)
+                        bar.update(1)
+        return self._by_context(future, B, num_samples)
+
+    def stream(
+        self,
+        context,
+        told,
+        *,
+        num_samples=1,
+        generator=None,
+        z_groups=None,
+        sample_batch=128,
+        batch_statistics=False,
+    ):
+        """As Prior's. Values in ``z_groups`` are those of every frame: a number, (group_dim,) or (B, 1, group_dim)."""
+        fixed = self._check_sampling(context, 1, num_samples, z_groups, sample_batch, batch_statistics)
+        n_rows = len(context) * self._n_drawn(num_samples)
+        futures = self._futures(context, told, n_rows, generator, fixed, sample_batch)
+        frames = self._together(futures, batch_statistics)
+        return (self._by_context(frame.to(context.dtype), len(context), num_samples) for frame in frames)
+
+    def _check_sampling(self, context, n_frames, num_samples, z_groups, sample_batch, batch_statistics):
+        """Refuse what cannot be sampled -> the values in ``z_groups``: group, from 0 -> (B, n_frames, group_dim)."""
         self._check(context, "context")
-        check_counts(n_frames=n_frames, num_samples=num_samples, sample_batch=sample_batch)
+        check_counts(num_samples=num_samples, sample_batch=sample_batch)
         check_switches(batch_statistics=batch_statistics)
         B, n_context = context.shape[:2]
         self.check_context(n_context, n_context + n_frames)
-        sample_batch = min(int(sample_batch), 2**31)  # torch counts no further
-        shape = (B, n_frames, self.config.group_dim)
-        fixed = {group: value.expand(shape) for group, value in self._fixed_groups(z_groups, B, n_frames).items()}
-        # Nothing is drawn without z: one future is all there is.
-        S = num_samples if self._z_dim else 1
-        # Step by step, so that a longer future begins like a shorter one.
-        noise = [self._noise((B * S, self._z_dim), generator) for _ in range(n_context - 1 + n_frames)]
-        future = torch.empty(B * S, n_frames, *context.shape[2:], dtype=context.dtype, device=context.device)
-        with eval_mode(self), by_batch_statistics(self) if batch_statistics else contextlib.nullcontext():
-            decoder = SteadyDecoder(self.decoder)
-            h, memories = self._encode_context(context, decoder, sample_batch)
-            chunks = torch.arange(B * S, device=context.device).split(sample_batch)
-            with (progress or no_progress)(total=n_frames * len(chunks)) as bar:
-                for rows in chunks:
-                    clips = rows // S
-                    step_noise = torch.stack([step[rows] for step in noise], 1)
-                    rows_memories = [memory.map(lambda x: x[clips]) for memory in memories]  # noqa: B023 - called at once
-                    values = {j: value[clips] for j, value in fixed.items()}
-                    frames = self._roll_out(h[clips], decoder, rows_memories, n_frames, step_noise, values)
-                    for t, frame in enumerate(frames):
-                        future[rows, t] = frame.to(future.dtype)
-                        bar.update(1)
-        future = future.unflatten(0, (B, S))
-        return future.expand(B, num_samples, *future.shape[2:]).contiguous()
+        fixed = self._fixed_groups(z_groups, B, n_frames)
+        return {group: value.expand(B, n_frames, self.config.group_dim) for group, value in fixed.items()}
 
-    def _roll_out(self, h, decoder, memories, n_frames, noise, fixed):
-        """Yield the predicted frames of R rows, (R, C, H, W) each.
+    def _n_drawn(self, num_samples):
+        """How many futures of a context there are to draw: without z, all of them are one and the same."""
+        return num_samples if self._z_dim else 1
+
+    @staticmethod
+    def _by_context(rows, n_contexts, num_samples):
+        """What each row has, (R, ...) -> (B, num_samples, ...)."""
+        rows = rows.unflatten(0, (n_contexts, -1))
+        return rows.expand(n_contexts, num_samples, *rows.shape[2:]).contiguous()
+
+    @contextlib.contextmanager
+    def _sampling(self, batch_statistics):
+        with eval_mode(self), by_batch_statistics(self) if batch_statistics else contextlib.nullcontext():
+            yield
+
+    @torch.no_grad()
+    def _together(self, futures, batch_statistics):
+        """Yield the frames of ``_futures``, those of all rows at once; between two of them the model is as it was."""
+        with self._sampling(batch_statistics):
+            chunks = [frames for _, frames in futures]
+        while True:
+            with self._sampling(batch_statistics):
+                frame = torch.cat([next(frames) for frames in chunks])
+            yield frame
+
+    def _futures(self, context, told, n_rows, generator, fixed, sample_batch):
+        """Begin ``n_rows`` futures, as many of each context; yield those that are advanced at once: their indices, and
+        their frames (R, C, H, W) without an end.
 
         Args:
-            h: (R, n_context, dim). decoder, memories: see ``_encode_context``. noise: (R, n_context - 1 + n_frames, Z).
-            fixed: group, from 0 -> (R, n_frames, group_dim).
+            told: see ``stream``. fixed: group, from 0 -> (B, n_frames, group_dim); what the last frame has, later ones
+                have too.
         """
-        known = h.shape[1] - 1
-        prior_state = predictor_state = None
-        if known:
-            z, *_ = self.posterior(h[:, 1:], self._drawn(noise[:, :known]))
-            *_, prior_state = self.prior(h[:, :-1], self._given(z))
-            _, predictor_state = self.predictor(torch.cat([h[:, :-1], z], -1))
+        sample_batch = min(int(sample_batch), 2**31)  # torch counts no further
+        decoder = SteadyDecoder(self.decoder)
+        h, memories = self._encode_context(context, decoder, sample_batch)
+        chunks = torch.arange(n_rows, device=context.device).split(sample_batch)
+        # Step by step, so that a longer future begins like a shorter one; of all rows at once, whatever the chunks.
+        noise = (self._noise((n_rows, self._z_dim), generator) for _ in itertools.count())
+        for rows, own in zip(chunks, shared(noise, len(chunks))):
+            clips = rows // (n_rows // len(context))
+            yield rows, self._roll_out(rows, clips, h, memories, decoder, own, told, fixed)
+
+    def _roll_out(self, rows, clips, h, memories, decoder, noise, told, fixed):
+        """Yield the predicted frames of R rows, (R, C, H, W) each, without an end.
+
+        Args:
+            rows, clips: (R,), which rows these are, and the context of each. h, memories: see ``_encode_context``.
+            noise: iterator over the steps, of all rows (n_rows, Z).
+            told, fixed: see ``_futures``.
+        """
+        h, memories = h[clips], [memory.map(lambda x: x[clips]) for memory in memories]
+        fixed = {j: value[clips] for j, value in fixed.items()}
+
+        def beside_told(h, first):
+            """``beside`` of the transitions to the frames from ``first`` on."""
+            if self.conditioner is None:
+                return h
+            return beside(h, torch.stack([told(first + i)[clips] for i in range(h.shape[1])], 1))
+
+        n_context, prior_state, predictor_state = h.shape[1], None, None
+        if n_context > 1:
+            choose = self._drawn(torch.stack([next(noise)[rows] for _ in range(n_context - 1)], 1))
+            z, *_ = self.posterior(beside_told(h[:, 1:], 1), choose)
+            before = beside_told(h[:, :-1], 1)
+            *_, prior_state = self.prior(before, self._given(z))
+            _, predictor_state = self.predictor(torch.cat([before, z], -1))
         last = h[:, -1:]
-        for t in range(n_frames):
-            values = {j: value[:, t : t + 1] for j, value in fixed.items()}
-            choose = self._drawn(noise[:, known + t : known + t + 1], values)
-            z, _, _, prior_state = self.prior(last, choose, prior_state)
-            predicted, predictor_state = self.predictor(torch.cat([last, z.to(last.dtype)], -1), predictor_state)
+        for t in itertools.count():
+            values = {j: value[:, min(t, value.shape[1] - 1), None] for j, value in fixed.items()}
+            before = beside_told(last, n_context + t)
+            z, _, _, prior_state = self.prior(before, self._drawn(next(noise)[rows, None], values), prior_state)
+            predicted, predictor_state = self.predictor(torch.cat([before, z.to(before.dtype)], -1), predictor_state)
             frame = self._decode(decoder, predicted[:, 0], memories)
             yield frame
-            if t + 1 < n_frames:
-                h, features = self.encoder(frame.to(self.dtype))
-                last = h[:, None]
-                if self.config.last_frame_skip:
-                    memories = self._remember(decoder, features)
+            h, features = self.encoder(frame.to(self.dtype))
+            last = h[:, None]
+            if self.config.last_frame_skip:
+                memories = self._remember(decoder, features)
 
     def _encode_context(self, context, decoder, chunk):
         """context (B, n_context, ...) -> h (B, n_context, dim), and of each level the Memory of the last frames.
@@ -383,12 +467,12 @@ class RecurrentVAE(Prior):
         return decoder(predicted, [memory.features for memory in memories], join)
 
     @torch.no_grad()
-    def infer(self, clip, *, generator=None):
+    def infer(self, clip, *, generator=None, conditions=None):
         """z of the frames after the first, a draw from the posterior, which sees the frames themselves.
 
         Args:
             clip: (B, T, C, H, W) in [-1, 1], or latents (B, T, D, h, w), of at least 2 frames.
-            generator: of the draw.
+            generator: of the draw. conditions: see Prior.
         Returns:
             dict from group, counted from 1, to (B, T - 1, group_dim). ``sample(..., z_groups=...)`` takes those of the
             frames that it is to predict: reconstructed, or in between two clips where theirs are interpolated.
@@ -399,21 +483,22 @@ class RecurrentVAE(Prior):
         noise = self._noise((B, T - 1, self._z_dim), generator)
         with eval_mode(self):
             h = self.encoder(clip.to(self.dtype).flatten(0, 1))[0].unflatten(0, (B, T))
-            z, *_ = self.posterior(h[:, 1:], self._drawn(noise))
+            z, *_ = self.posterior(self._transitions(h, conditions)[1], self._drawn(noise))
         return {j + 1: z[..., self._slice(j)] for j in range(self.config.n_groups)}
 
-    def reconstruct(self, clip, n_context, *, generator=None):
+    def reconstruct(self, clip, n_context, *, generator=None, conditions=None):
         """What z can say about a clip: ``clip[:, n_context:]`` as sampled with z from the posterior.
 
         Args:
             clip: (B, T, C, H, W) in [-1, 1], or latents (B, T, D, h, w). generator: of the draws.
+            conditions: see Prior.
         Returns:
             (B, T - n_context, C, H, W).
         """
         self.check_context(n_context, clip.shape[1])
-        z = {j: group[:, n_context - 1 :] for j, group in self.infer(clip, generator=generator).items()}
-        n_frames = clip.shape[1] - n_context
-        return self.sample(clip[:, :n_context], n_frames, generator=generator, z_groups=z)[:, 0]
+        settings = {"generator": generator, "conditions": conditions}
+        z = {j: group[:, n_context - 1 :] for j, group in self.infer(clip, **settings).items()}
+        return self.sample(clip[:, :n_context], clip.shape[1] - n_context, z_groups=z, **settings)[:, 0]
 
     def _noise(self, shape, generator):
         device = self.device if generator is None else generator.device
@@ -465,6 +550,29 @@ def by_batch_statistics(model):
     finally:
         for norm in norms:
             norm.training, norm.track_running_stats = False, True
+
+
+def beside(h, vectors):
+    """What LSTMs read: frames' vectors h (B, T, dim), and beside each what the model is told, (B, T, dim) or None."""
+    return h if vectors is None else torch.cat([h, vectors], -1)
+
+
+def shared(iterator, n):
+    """``n`` iterators over the same endless items, each of which is kept until all have had it (``itertools.tee`` keeps
+    dozens more)."""
+    waiting = [collections.deque() for _ in range(n)]
+
+    def hand_out(item):
+        for queue in waiting:
+            queue.append(item)
+
+    def own(queue):
+        while True:
+            if not queue:
+                hand_out(next(iterator))
+            yield queue.popleft()
+
+    return [own(queue) for queue in waiting]
 
 
 def last_repeated(x, n):

@@ -7,6 +7,8 @@ of convolutional GRUs. The first section of this file holds the networks of appe
 Where many frames are handled at once, they lie along the batch axis, time before batch: (T * N, C, H, W).
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
@@ -16,12 +18,13 @@ from torch import nn
 
 from latentcast.config import check_counts
 from latentcast.layers.linear_attention import LinearAttention
-from latentcast.layers.residual_unet import NORM_GROUPS, LevelNetwork, RecurrentEncoder, ResBlock, double, halve
+from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResBlock, double, halve
+from latentcast.modeling import eval_mode
 from latentcast.tokenizers.base import check_frames, check_latents
 
 from .base import Prior, PriorOutput, check_widths, levels_for, no_progress
 from .denoising import SCHEDULERS, check_steps, denoise, make_scheduler, noise_schedule, noised, precise
-from .sampling import check_switches
+from .sampling import GUIDANCE, check_guidance, check_switches, guided
 
 PIXEL_BOUND = 2.0  # two frames in [-1, 1] differ by no more
 LATENT_BOUND = 10.0  # latents have unit variance: hardly ever reached, but it keeps the noisiest steps from exploding
@@ -50,11 +53,12 @@ class TransformNetwork(LevelNetwork):
         in_channels: C of the frames.
         widths: channels of the levels, from the finest.
         learned_scale: a second output, from the same features but without gradient to them, for the scale of Eq. 5.
+        told_dim: see ``RecurrentEncoder``.
     """
 
-    def __init__(self, in_channels, widths, learned_scale):
+    def __init__(self, in_channels, widths, learned_scale, told_dim=None):
         super().__init__()
-        self.encoder = RecurrentEncoder(in_channels, widths)
+        self.encoder = RecurrentEncoder(in_channels, widths, told_dim)
         finer = [widths[0], *widths[:-1]]
         self.levels = nn.ModuleList(
             TransformLevel(wide * (1 if i == len(widths) - 1 else 2), narrow, i == 0)
@@ -191,6 +195,8 @@ class ResidualDiffusion(Prior):
         gradient_checkpointing: recompute each level's activations in the backward pass: less memory, more time.
         fit_levels: leave out the last levels of ``denoising_multipliers`` and ``transform_multipliers`` where the
             frames cannot be halved so often; False: refuse such lists.
+        conditions, condition_dropout: see Prior. Both recurrent networks read, beside each frame, what leads to the
+            next: a bias of each level's channels.
     Raises:
         ValueError: an unknown name, a width that is no multiple of 8, a frame that cannot be halved often enough, a
             negative weight, a bound in two units, or an option of the residual without one.
@@ -220,6 +226,8 @@ class ResidualDiffusion(Prior):
         detach_mu=False,
         residual_bound_sigmas=None,
         fit_levels=False,
+        conditions=None,
+        condition_dropout=0.1,
     ):
         super().__init__()
         if width < 8 or width % 8:
@@ -256,26 +264,23 @@ class ResidualDiffusion(Prior):
         if residual and transform_multipliers is not None:
             networks["transform_multipliers"] = transform_multipliers
         check_widths(**networks)
-        networks = {name: levels_for(latent_spec, fit_levels, name, value)[0] for name, value in networks.items()}
+        single = width > 8  # else each group of the normalisation has one number, and needs more than one position
+        if not single and latent_spec["height"] * latent_spec["width"] == 1:
+            raise ValueError("width: expected more than 8 of latents of a single position, found 8")
+        for name, value in networks.items():
+            networks[name] = levels_for(latent_spec, fit_levels, name, value, single=single)[0]
         self.register_to_config(**networks, fit_levels=False)  # what is saved is of the levels that there are
         widths = {name: [width * multiplier for multiplier in value] for name, value in networks.items()}
-        for name, value in networks.items():
-            alone = latent_spec["height"] * latent_spec["width"] == 4 ** (len(value) - 1)
-            if alone and widths[name][-1] < 2 * NORM_GROUPS:  # a number normalised by itself is 0
-                raise ValueError(
-                    f"width: expected at least {2 * NORM_GROUPS} of a level of a single position, the last of "
-                    f"{name}={value}, found {widths[name][-1]}"
-                )
         self.schedule = noise_schedule(n_diffusion_steps, "cosine", "epsilon")
         # No buffer: in bf16 the first of them would round to 1, which is no noise at all.
         self.alpha_bars = make_scheduler("ddpm", self.schedule).alphas_cumprod
 
-        channels = latent_spec["channels"]
-        self.context = RecurrentEncoder(channels, widths["denoising_multipliers"])
+        channels, told_dim = latent_spec["channels"], width if conditions else None
+        self.context = RecurrentEncoder(channels, widths["denoising_multipliers"], told_dim)
         self.denoiser = DenoisingUNet(channels, widths["denoising_multipliers"])
         self.transform = None
         if "transform_multipliers" in widths:
-            self.transform = TransformNetwork(channels, widths["transform_multipliers"], learned_sigma)
+            self.transform = TransformNetwork(channels, widths["transform_multipliers"], learned_sigma, told_dim)
             if anchor:
                 nn.init.zeros_(self.transform.to_mu.weight)
                 nn.init.zeros_(self.transform.to_mu.bias)
@@ -283,6 +288,7 @@ class ResidualDiffusion(Prior):
             self.predict_mean = None  # there is no mu
         if sigma == "auto":
             self.register_buffer("residual_rms", torch.zeros(()))  # 0: nothing seen yet
+        self.make_conditioner(width)
         if gradient_checkpointing:
             self.enable_gradient_checkpointing()
 
@@ -321,11 +327,12 @@ class ResidualDiffusion(Prior):
 
     # The past -----------------------------------------------------------------------------------------------------
 
-    def observe(self, frames, n_frames=1, memory=None):
+    def observe(self, frames, n_frames=1, memory=None, vectors=None):
         """Both recurrent networks read frames (n_frames * N, C, H, W), time before batch.
 
         Args:
             memory: what they held before these frames, of N rows; None: nothing.
+            vectors: (n_frames * N, width), what leads to the frame after each; None: nothing is told.
         Returns:
             dict network -> list over its levels of (n_frames * N, width, h, w): the memory after each frame; with an
             anchor also "last" -> the frames themselves.
@@ -333,11 +340,18 @@ class ResidualDiffusion(Prior):
         encoders = {"context": self.context}
         if self.transform is not None:
             encoders["transform"] = self.transform.encoder
-        read = {name: encoder(frames, n_frames, (memory or {}).get(name)) for name, encoder in encoders.items()}
+        held = memory or {}
+        read = {name: encoder(frames, n_frames, held.get(name), vectors) for name, encoder in encoders.items()}
         return read | {"last": [frames]} if self.config.anchor else read
 
-    def predict_frame(self, memory):
-        """mu and sigma of Eq. 5 -> mu (N, C, H, W) or 0, sigma (N, C, H, W) or a number; at least fp32."""
+    def predict_frame(self, memory, guidance_scale=1.0):
+        """mu and sigma of Eq. 5 -> mu (N, C, H, W) or 0, sigma (N, C, H, W) or a number; at least fp32.
+
+        Args:
+            guidance_scale: other than 1, the memory has rows that were told and then the same untold, and mu is guided
+                as the noise is: the frame that the two make up then moves as a whole, and 0 gives what is predicted
+                untold. So is the raw scale, which keeps sigma in its range.
+        """
         if not self.config.residual:
             return 0.0, 1.0
         mu, sigma, scale = 0.0, self._sigma, None
@@ -346,13 +360,15 @@ class ResidualDiffusion(Prior):
             mu = precise(mu)
         if self.config.anchor:
             mu = precise(memory["last"][0]) + mu
+        if guidance_scale != 1:
+            mu, scale = guided(mu, guidance_scale), None if scale is None else guided(precise(scale), guidance_scale)
         if scale is not None:
             sigma = sigma * (LEAST_SCALE + (1 - LEAST_SCALE) * precise(scale).sigmoid())
         return mu, sigma
 
     # Training -----------------------------------------------------------------------------------------------------
 
-    def forward(self, clip, n_context):
+    def forward(self, clip, n_context, conditions=None):
         """The loss of Eq. 9 and 10 with teacher forcing, a mean over frames and numbers.
 
         All predicted frames of all clips go through the U-Net at once. In eval mode noise and diffusion steps are the
@@ -361,6 +377,7 @@ class ResidualDiffusion(Prior):
         Args:
             clip: (B, T, C, H, W) frames in [-1, 1], or latents. n_context: context frames, which the loss skips; two
                 in the paper.
+            conditions: see Prior.
         Returns:
             PriorOutput; ``logs`` has ``noise_loss`` and, where there is a mu, ``mu_error``, its mean squared error.
         """
@@ -369,7 +386,10 @@ class ResidualDiffusion(Prior):
         n_clips, n_frames = clip.shape[:2]
         frames = clip.transpose(0, 1)
         past, target = frames[:-1].flatten(0, 1), precise(frames[n_context:].flatten(0, 1))
-        memory = _rows(self.observe(past.to(self.dtype), n_frames - 1), slice((n_context - 1) * n_clips, None))
+        vectors = self.condition_vectors(conditions, n_clips, n_frames)
+        leading = None if vectors is None else vectors[:, 1:].transpose(0, 1).flatten(0, 1)
+        memory = self.observe(past.to(self.dtype), n_frames - 1, vectors=leading)
+        memory = _rows(memory, slice((n_context - 1) * n_clips, None))
 
         mu, sigma = self.predict_frame(memory)
         if self.config.sigma == "auto" and self.training:
@@ -416,7 +436,8 @@ class ResidualDiffusion(Prior):
 
     def sampler_ranges(self):
         steps = {"least": 1, "most": self.config.n_diffusion_steps}
-        return {"n_steps": steps, "sample_batch": {"least": 1}, "scheduler": {"choices": tuple(SCHEDULERS)}}
+        ranges = {"n_steps": steps, "sample_batch": {"least": 1}, "scheduler": {"choices": tuple(SCHEDULERS)}}
+        return ranges | GUIDANCE
 
     @torch.no_grad()
     def sample(
@@ -427,8 +448,10 @@ class ResidualDiffusion(Prior):
         num_samples=1,
         generator=None,
         progress=None,
+        conditions=None,
         scheduler="sde-dpmsolver++_logsnr",
         n_steps=25,
+        guidance_scale=1.0,
         sample_batch=64,
         use_cache=True,
     ):
@@ -444,103 +467,186 @@ class ResidualDiffusion(Prior):
             num_samples: futures for each context, which is read once a chunk.
             generator: a ``torch.Generator`` for reproducible samples.
             progress: a callable like ``tqdm``; counts denoising steps.
+            conditions: see Prior.
             scheduler: a name in ``denoising.SCHEDULERS`` or a scheduler of diffusers. The steps of the default are even
                 in log-SNR: residuals are a few percent of sigma, and few steps even in time end before they take shape.
                 And it is stochastic: deterministic solvers end far from mu where the network is still a little wrong.
             n_steps: denoising steps for each frame.
+            guidance_scale: moves mu and noise away from what is predicted without conditions (above 1), or towards it
+                (below); each future is then computed twice.
             sample_batch: futures computed at once, which bounds the memory.
             use_cache: False computes what the context adds to the U-Net at every denoising step anew, instead of once
                 a frame (a reference for tests and benchmarks).
         """
-        self.check_clip(context, "context")
-        check_counts(n_frames=n_frames, num_samples=num_samples, sample_batch=sample_batch)
-        check_switches(use_cache=use_cache)
-        check_steps(n_steps, self.config.n_diffusion_steps)
+        options = {"scheduler": scheduler, "n_steps": n_steps, "guidance_scale": guidance_scale, "use_cache": use_cache}
+        check_counts(n_frames=n_frames)
+        self._check_sampling(context, num_samples, sample_batch, **options)
         n_clips, n_context = context.shape[:2]
         self.check_context(n_context, n_context + n_frames)
-        device = "cpu" if generator is None else generator.device
-        seeds = torch.randint(2**62, (n_clips * num_samples,), generator=generator, device=device).tolist()
-        chunks = torch.arange(len(seeds)).split(min(int(sample_batch), len(seeds)))
-        options = {"scheduler": scheduler, "n_steps": n_steps, "use_cache": use_cache}
-        futures = []
+        told = self._told(conditions, n_clips, n_context + n_frames)
+        chunks, futures = self._chunks(n_clips * num_samples, generator, sample_batch), []
         with (progress or no_progress)(total=len(chunks) * n_frames * n_steps) as bar:
             for chunk in chunks:
-                rows = (chunk // num_samples).unique(return_inverse=True)
-                clips, owner = (index.to(context.device, non_blocking=True) for index in rows)
-                memory = None
-                for frame in context[clips].to(self.dtype).unbind(1):  # one by one: flat memory for any length
-                    memory = self.observe(frame, memory=memory)
-                memory = _rows(memory, owner)
-                generators = [torch.Generator().manual_seed(seeds[row]) for row in chunk.tolist()]
-                futures.append(self._continue(memory, n_frames, generators, bar, **options))
+                frames = self._continue(context, told, num_samples, *chunk, bar.update, **options)
+                futures.append(torch.stack([next(frames) for _ in range(n_frames)], 1))
         return torch.cat(futures).unflatten(0, (n_clips, num_samples)).to(context.dtype)
 
-    def _continue(self, memory, n_frames, generators, bar, scheduler, n_steps, use_cache):
-        """The right side of Algorithm 1 for N futures: a memory of N rows -> (N, n_frames, C, H, W), at least fp32."""
-        spec = self.config.latent_spec
-        shape = (len(generators), spec["channels"], spec["height"], spec["width"])
-        future = []
-        for t in range(n_frames):
-            mu, sigma = self.predict_frame(memory)
+    def stream(
+        self,
+        context,
+        told,
+        *,
+        num_samples=1,
+        generator=None,
+        scheduler="sde-dpmsolver++_logsnr",
+        n_steps=25,
+        guidance_scale=1.0,
+        sample_batch=64,
+        use_cache=True,
+    ):
+        """As Prior's."""
+        options = {"scheduler": scheduler, "n_steps": n_steps, "guidance_scale": guidance_scale, "use_cache": use_cache}
+        self._check_sampling(context, num_samples, sample_batch, **options)
+        chunks = self._chunks(len(context) * num_samples, generator, sample_batch)
+        futures = [self._continue(context, told, num_samples, *chunk, **options) for chunk in chunks]
+        together = (torch.cat(frames) for frames in zip(*futures))
+        return (frames.unflatten(0, (-1, num_samples)).to(context.dtype) for frames in together)
+
+    def _check_sampling(self, context, num_samples, sample_batch, scheduler, n_steps, guidance_scale, use_cache):
+        self.check_clip(context, "context")
+        check_counts(num_samples=num_samples, sample_batch=sample_batch)
+        check_switches(use_cache=use_cache)
+        check_guidance(guidance_scale, self)
+        make_scheduler(scheduler, self.schedule)
+        check_steps(n_steps, self.config.n_diffusion_steps)
+
+    def _told(self, conditions, n_clips, n_frames):
+        """``told`` of ``stream``, from the conditions of all frames."""
+        with eval_mode(self.conditioner):
+            vectors = self.condition_vectors(conditions, n_clips, n_frames)
+        return lambda t: vectors[:, t]
+
+    def _chunks(self, n_futures, generator, sample_batch):
+        """The futures that are computed at once -> list of (their indices, the seed of each)."""
+        device = "cpu" if generator is None else generator.device
+        seeds = torch.randint(2**62, (n_futures,), generator=generator, device=device).tolist()
+        chunks = torch.arange(n_futures).split(min(int(sample_batch), n_futures))
+        return [(chunk, [seeds[row] for row in chunk.tolist()]) for chunk in chunks]
+
+    def _read(self, frames, t, memory, told, clips, is_guided=False):
+        """``observe`` the frames (N, C, H, W) before the frame ``t``, with what leads to it in the clips (N,) of which
+        they are; guided, the memory has rows that are told and then the same untold."""
+        if self.conditioner is None:
+            return self.observe(frames, memory=memory)
+        vectors = told(t)[clips]
+        if is_guided:
+            frames = frames.repeat(2, 1, 1, 1)
+            vectors = torch.cat([vectors, self.conditioner.null.expand_as(vectors)])
+        return self.observe(frames, memory=memory, vectors=vectors)
+
+    @torch.no_grad()
+    def _continue(
+        self,
+        context,
+        told,
+        num_samples,
+        chunk,
+        seeds,
+        on_step=None,
+        *,
+        scheduler,
+        n_steps,
+        guidance_scale,
+        use_cache,
+    ):
+        """Algorithm 1 for the N futures in ``chunk``: yield their frames (N, C, H, W) without an end, at least fp32."""
+        n_context, is_guided = context.shape[1], guidance_scale != 1
+        rows = (chunk // num_samples).unique(return_inverse=True)
+        clips, owner = (index.to(context.device, non_blocking=True) for index in rows)
+        memory = None
+        for t, frame in enumerate(context[clips].to(self.dtype).unbind(1), start=1):  # one by one: flat memory
+            memory = self._read(frame, t, memory, told, clips, is_guided)
+        memory = _rows(memory, torch.cat([owner, owner + len(clips)]) if is_guided else owner)
+        clips = clips[owner]
+
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = (len(seeds), *context.shape[2:])
+        for t in itertools.count(n_context + 1):
+            mu, sigma = self.predict_frame(memory, guidance_scale)
             noise = randn_tensor(shape, generators, "cpu", torch.float32).to(self.device, non_blocking=True)
             y = denoise(
-                self._noise_predictor(memory["context"], use_cache),
+                self._noise_predictor(memory["context"], guidance_scale, use_cache),
                 noise,
                 make_scheduler(scheduler, self.schedule),
                 n_steps,
                 generators,
                 clamp=self.config.residual_bound_sigmas or self._bound / sigma,
-                on_step=bar.update,
+                on_step=on_step,
             )
             x = self._in_range(mu + sigma * y)
-            future.append(x)
-            if t + 1 < n_frames:
-                memory = self.observe(x.to(self.dtype), memory=memory)
-        return torch.stack(future, 1)
+            yield x
+            memory = self._read(x.to(self.dtype), t, memory, told, clips, is_guided)
 
     @torch.no_grad()
-    def predict_mean(self, context, n_frames):
+    def predict_mean(self, context, n_frames, conditions=None):
         """mu alone, rolled out: the deterministic prediction under the diffusion. None without a residual.
 
         Args:
-            context: (B, n_context, C, H, W), as for ``sample``.
+            context: (B, n_context, C, H, W), as for ``sample``. conditions: see Prior.
         Returns:
             (B, n_frames, C, H, W).
         """
         self.check_clip(context, "context")
         check_counts(n_frames=n_frames)
-        self.check_context(context.shape[1], context.shape[1] + n_frames)
-        memory, future = None, []
-        for frame in context.to(self.dtype).unbind(1):
-            memory = self.observe(frame, memory=memory)
-        for _ in range(n_frames):
-            future.append(self._in_range(self.predict_frame(memory)[0]))
-            memory = self.observe(future[-1].to(self.dtype), memory=memory)
-        return torch.stack(future, 1).to(context.dtype)
+        n_clips, n_context = context.shape[:2]
+        self.check_context(n_context, n_context + n_frames)
+        told = self._told(conditions, n_clips, n_context + n_frames)
+        return self._in_range(self._means(context, n_context, n_frames, told)).to(context.dtype)
 
     @torch.no_grad()
-    def explain(self, clip, n_context, *, generator=None, **options):
+    def explain(self, clip, n_context, *, generator=None, conditions=None, guidance_scale=1.0, **options):
         """As Prior's: ``future``, one sample, and the ``mu`` of each of its frames; {} without a residual."""
         if not self.config.residual:
             return {}
-        n_clips, n_frames = len(clip), clip.shape[1] - n_context
-        future = self.sample(clip[:, :n_context], n_frames, generator=generator, **options)[:, 0]
-        past = torch.cat([clip[:, :n_context], future[:, :-1]], 1).transpose(0, 1)
-        memory = self.observe(past.flatten(0, 1).to(self.dtype), len(past))
-        mu, _ = self.predict_frame(_rows(memory, slice((n_context - 1) * n_clips, None)))
-        return {"mu": mu.unflatten(0, (n_frames, n_clips)).transpose(0, 1).to(clip.dtype), "future": future}
+        n_clips, n_frames = clip.shape[:2]
+        shared = {"conditions": conditions, "guidance_scale": guidance_scale}
+        context, n_predicted = clip[:, :n_context], n_frames - n_context
+        future = self.sample(context, n_predicted, generator=generator, **shared, **options)[:, 0]
+        told = self._told(conditions, n_clips, n_frames)
+        mu = self._means(torch.cat([context, future], 1), n_context, n_predicted, told, guidance_scale)
+        return {"mu": mu.to(clip.dtype), "future": future}
+
+    def _means(self, frames, n_context, n_frames, told, guidance_scale=1.0):
+        """mu of the ``n_frames`` after a context -> (B, n_frames, C, H, W), at least fp32.
+
+        Args:
+            frames: (B, n, C, H, W), the context and what follows; in the place of what lacks stands mu itself.
+            told: see ``stream``.
+        """
+        frames, memory, means = list(frames.unbind(1)), None, []
+        for t in range(1, n_context + n_frames):
+            last = frames[t - 1].to(self.dtype)
+            memory = self._read(last, t, memory, told, slice(None), guidance_scale != 1)
+            if t >= n_context:
+                means.append(self.predict_frame(memory, guidance_scale)[0])
+            if t == len(frames):
+                frames.append(self._in_range(means[-1]))
+        return torch.stack(means, 1)
 
     def _in_range(self, x):
         return x.clamp(-1, 1) if self.accepts == "pixels" else x
 
-    def _noise_predictor(self, context, use_cache):
-        """``predict(y, n)`` for the denoising steps of one frame."""
+    def _noise_predictor(self, context, guidance_scale, use_cache):
+        """``predict(y, n)`` for the denoising steps of one frame; guided, the context has two rows for each of y's."""
         dtype = self.dtype
         cached = self.denoiser.conditions(context) if use_cache else None
 
         def predict(y, n):
             conditions = cached if use_cache else self.denoiser.conditions(context)
-            return self.denoiser(y.to(dtype), n, conditions)
+            if guidance_scale == 1:
+                return self.denoiser(y.to(dtype), n, conditions)
+            both = self.denoiser(y.to(dtype).repeat(2, 1, 1, 1), n.repeat(2), conditions)
+            return guided(precise(both), guidance_scale)
 
         return predict
 

@@ -7,7 +7,8 @@ import torch
 
 from latentcast.config import one_line
 
-DRAWING = {  # ``Prior.sampler_ranges`` of what ``check_sampling`` checks
+GUIDANCE = {"guidance_scale": {"least": 0, "most": 100}}  # ``Prior.sampler_ranges`` of what ``check_guidance`` checks
+DRAWING = {  # ... and of what ``check_sampling`` checks
     "temperature": {"least": 0},
     "top_k": {"kind": int, "least": 1},
     "top_p": {"kind": float, "above": 0, "most": 1},
@@ -22,6 +23,27 @@ def check_sampling(temperature, top_k, top_p):
         raise ValueError(f"top_k: expected an integer >= 1 or None, found {one_line(top_k)}")
     if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
         raise ValueError(f"top_p: expected a number in (0, 1] or None, found {one_line(top_p)}")
+
+
+def check_guidance(scale, prior):
+    """Whether ``guidance_scale`` asks for predictions without conditions beside those with them.
+
+    Raises:
+        ValueError: a scale out of the range of ``GUIDANCE``, or other than 1 for a prior without conditions.
+    """
+    least, most = GUIDANCE["guidance_scale"].values()
+    if not (is_number(scale) and least <= scale <= most):
+        raise ValueError(f"guidance_scale: expected a number from {least} to {most}, found {one_line(scale)}")
+    if scale != 1 and prior.conditioner is None:
+        raise ValueError(f"guidance_scale: expected 1 for a {type(prior).__name__} without conditions, found {scale}")
+    return scale != 1
+
+
+def guided(output, scale):
+    """Classifier-free guidance (Ho and Salimans 2022): rows with conditions, then the same without -> half the rows,
+    ``scale`` of the way from what is predicted without to what is predicted with them."""
+    told, untold = output.chunk(2)
+    return untold + scale * (told - untold)
 
 
 def is_number(value):

@@ -8,6 +8,8 @@ Times are counted in frame intervals from the last context frame, which the pape
 S samples of each, P frames to predict.
 """
 
+import itertools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch import nn
 
 from latentcast.config import MisfitError, check_counts, is_whole, one_line
 from latentcast.layers.conv_gru import ConvGRUCell
-from latentcast.layers.neural_sde import NeuralSDE
+from latentcast.layers.neural_sde import NeuralSDE, Path
 from latentcast.layers.spade_unet import SpadeUNet
 from latentcast.tokenizers.base import check_frames, check_latents
 
@@ -31,7 +33,7 @@ from .denoising import (
     noised,
     precise,
 )
-from .sampling import check_switches, is_number
+from .sampling import GUIDANCE, check_guidance, check_switches, guided, is_number
 
 LONGEST = 10_000  # frame intervals that may be left out between frames that are asked for, and the most in one interval
 
@@ -52,17 +54,28 @@ class MotionEncoder(nn.Sequential):
         super().__init__(*layers)
 
 
-def motion_coefficient(channels, in_channels=None):
+class MotionCoefficient(nn.Sequential):
     """f_theta of Eq. 13, for the drift or for the diffusion: four convolutions with tanh between them.
 
-    The last one starts at zero: before training, the motion feature stays what it is.
+    The last one starts at zero: before training, the motion feature stays what it is. What the drift is told is added
+    to what comes out of the first one, a number for each channel.
     """
-    layers = [nn.Conv2d(in_channels or channels, channels, 3, padding=1)]
-    for _ in range(3):
-        layers += [nn.Tanh(), nn.Conv2d(channels, channels, 3, padding=1)]
-    nn.init.zeros_(layers[-1].weight)
-    nn.init.zeros_(layers[-1].bias)
-    return nn.Sequential(*layers)
+
+    def __init__(self, channels, in_channels=None):
+        layers = [nn.Conv2d(in_channels or channels, channels, 3, padding=1)]
+        for _ in range(3):
+            layers += [nn.Tanh(), nn.Conv2d(channels, channels, 3, padding=1)]
+        nn.init.zeros_(layers[-1].weight)
+        nn.init.zeros_(layers[-1].bias)
+        super().__init__(*layers)
+
+    def forward(self, m, told=None):
+        """m (N, in_channels, h, w) and what it is told (N, C) or None -> (N, C, h, w)."""
+        for number, layer in enumerate(self):
+            m = layer(m)
+            if number == 0 and told is not None:
+                m = m + told[..., None, None]
+        return m
 
 
 class PositiveNoise(nn.Module):
@@ -85,7 +98,7 @@ class MotionPosterior(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.gru = ConvGRUCell(channels, channels)
-        self.network = motion_coefficient(channels, 2 * channels)
+        self.network = MotionCoefficient(channels, 2 * channels)
 
     def read(self, features):
         """Features of the future's difference images (B, n, C, h, w) -> [c_1, ..., c_n], each (B, C, h, w)."""
@@ -137,6 +150,9 @@ class SDEDiffusion(Prior):
             ``enable_gradient_checkpointing()``.
         fit_levels: leave out the last of ``motion_channels``, with their kernels, and of ``block_channels`` where the
             frames or latents cannot be halved so often; False: refuse such lists.
+        conditions, condition_dropout: see Prior. Conditions enter in two places: the drift of the motion is told, on
+            the way to each frame, what leads to it, and the U-Net, beside the diffusion time, what leads to the frame
+            that it denoises. Those of the context are what its frames show already, and are not looked at.
     Raises:
         ValueError: an option that is not known or sizes that do not fit each other.
     """
@@ -174,6 +190,8 @@ class SDEDiffusion(Prior):
         previous_frame="sampled",
         gradient_checkpointing=False,
         fit_levels=False,
+        conditions=None,
+        condition_dropout=0.1,
     ):
         super().__init__()
         for name, value, known in (
@@ -224,8 +242,8 @@ class SDEDiffusion(Prior):
         self.gru = ConvGRUCell(width, width)
         diffusion = None
         if motion == "sde":  # as one sequence: the names of the weights are the same whatever comes last
-            diffusion = nn.Sequential(*motion_coefficient(width), DIFFUSION_OUTPUTS[diffusion_output]())
-        self.motion_sde = NeuralSDE(motion_coefficient(width), diffusion, sde_type, solver, dt, adjoint)
+            diffusion = nn.Sequential(*MotionCoefficient(width), DIFFUSION_OUTPUTS[diffusion_output]())
+        self.motion_sde = NeuralSDE(MotionCoefficient(width), diffusion, sde_type, solver, dt, adjoint)
         self.motion_posterior = None if motion_kl_weight is None else MotionPosterior(width)
         self.unet = SpadeUNet(
             *(2 * channels, channels, width, size, block_channels, n_blocks),
@@ -234,6 +252,9 @@ class SDEDiffusion(Prior):
         self.schedule = noise_schedule(n_diffusion_steps, betas, prediction_type)
         # No buffer: half precision would round the first of them to 1.
         self.alpha_bars = make_scheduler("ddpm", self.schedule).alphas_cumprod
+        self.make_conditioner(width)
+        if self.conditioner is not None:
+            self.tell_drift, self.tell_unet = nn.Linear(width, width), nn.Linear(width, self.unet.time_channels)
         self.to(memory_format=self.memory_format)
         if gradient_checkpointing:
             self.enable_gradient_checkpointing()
@@ -259,9 +280,16 @@ class SDEDiffusion(Prior):
         differences = frames[:, 1:] - frames[:, :-1]
         return self.motion_encoder(differences.flatten(0, 1)).unflatten(0, differences.shape[:2])
 
+    def _tell_motion(self, vectors, first):
+        """What is told of frames (N, T, width) -> what the drift is told in each interval, for NeuralSDE; the first one
+        leads to the frame ``first``."""
+        if vectors is None:
+            return None
+        return lambda k: self.tell_drift(vectors[:, min(first + k, vectors.shape[1]) - 1])
+
     # Training ---------------------------------------------------------------------------------------------------
 
-    def forward(self, clip, n_context):
+    def forward(self, clip, n_context, conditions=None):
         """The loss of Eq. 12, a mean over numbers, by Algorithm 1.
 
         In training on a random subset of each clip's future frames; in eval mode on all of them, with noise and
@@ -269,6 +297,7 @@ class SDEDiffusion(Prior):
 
         Args:
             clip: (B, T, D, h, w) latents, or frames in [-1, 1]. n_context: context frames, which the loss skips.
+            conditions: see Prior.
         Returns:
             PriorOutput; ``logs`` has ``mse``, the unweighted squared error of the U-Net's output, of an SDE
             ``motion_noise``, the root mean square of sigma at m_N, and with a posterior ``motion_kl``, nats a clip.
@@ -288,32 +317,35 @@ class SDEDiffusion(Prior):
             seeds = [(self.eval_seed, row) for row in range(batch)]
             source = {"generator": torch.Generator().manual_seed(self.eval_seed)}
 
+        vectors = self.condition_vectors(conditions, *clip.shape[:2])
         start = self.encode_motion(clip[:, :n_context].to(self.dtype))
-        kl = None
+        kl, told = None, self._tell_motion(vectors, n_context)
         if self.motion_posterior is None:
-            feature = self.motion_sde(start, steps, seeds)  # line 10; Eqs. 13 and 14
+            feature = self.motion_sde(start, steps, seeds, told=told)  # line 10; Eqs. 13 and 14
         else:
-            told = self.motion_posterior.read(self._encode_differences(clip[:, n_context - 1 :].to(self.dtype)))
+            future = self.motion_posterior.read(self._encode_differences(clip[:, n_context - 1 :].to(self.dtype)))
             feature, kl = self.motion_sde(
                 start,
                 steps,
                 seeds,
-                control=lambda m, time: self.motion_posterior(m, told[min(int(time), n_future - 1)]),
+                control=lambda m, time: self.motion_posterior(m, future[min(int(time), n_future - 1)]),
+                told=told,
             )
         feature = feature.flatten(0, 1)
         before = steps - 1
         if config.previous_frame == "sampled":
             before = torch.cat([torch.zeros_like(steps[:, :1]), steps[:, :-1]], 1)
         rows = torch.arange(batch, device=device)[:, None]
-        shown = (n_context - 1 + index.to(device, non_blocking=True) for index in (steps, before))
-        x_0, previous = (precise(clip[rows, index]).flatten(0, 1) for index in shown)
+        wanted, shown = (n_context - 1 + index.to(device, non_blocking=True) for index in (steps, before))
+        x_0, previous = (precise(clip[rows, index]).flatten(0, 1) for index in (wanted, shown))
+        told = None if vectors is None else self.tell_unet(vectors[rows, wanted].flatten(0, 1))
 
         times = torch.randint(config.n_diffusion_steps, (len(x_0),), **source).to(device)  # line 11
         noise = torch.randn(x_0.shape, **source).to(x_0)
         alpha_bar = self.alpha_bars.to(x_0, non_blocking=True)[times].view(-1, 1, 1, 1)
         x_l, target = noised(x_0, noise, alpha_bar, config.prediction_type)  # line 12, gamma_l^2 = alpha_bar
         noisy = torch.cat([x_l, previous], 1).to(self.dtype)
-        error = precise(self.unet(noisy, times, feature.to(self.dtype))) - target
+        error = precise(self.unet(noisy, times, feature.to(self.dtype), told=told)) - target
         loss = error.abs() if config.loss == "l1" else error.square()  # line 14
         if config.min_snr_gamma is not None:
             loss = loss * min_snr_weight(alpha_bar, config.min_snr_gamma, config.prediction_type)
@@ -333,7 +365,7 @@ class SDEDiffusion(Prior):
         check(clip, spec["channels"], spec["height"], spec["width"], name=name)
 
     @torch.no_grad()
-    def explain(self, clip, n_context, *, num_samples=1, generator=None, motion_seed=None, **options):
+    def explain(self, clip, n_context, *, num_samples=1, generator=None, conditions=None, motion_seed=None, **options):
         """As Prior's: ``motion`` features at the last given frame and each frame after it, of ``num_samples`` paths."""
         self._check(clip, "clip")
         self.check_context(n_context, clip.shape[1])
@@ -342,10 +374,16 @@ class SDEDiffusion(Prior):
         seeds = row_seeds("motion_seed", seed, batch, num_samples)
         times = frame_times_of(n_frames, batch, None, 1).repeat_interleave(num_samples, 0)
         start = self.encode_motion(clip[:, :n_context].to(self.dtype)).repeat_interleave(num_samples, 0)
-        features = torch.cat([start[:, None], self.motion_sde(start, times, seeds)], 1)
+        vectors = self._of_rows(self.condition_vectors(conditions, *clip.shape[:2]), num_samples)
+        features = self.motion_sde(start, times, seeds, told=self._tell_motion(vectors, n_context))
+        features = torch.cat([start[:, None], features], 1)
         return {"motion": features.unflatten(0, (batch, num_samples))}
 
     # Sampling ---------------------------------------------------------------------------------------------------
+
+    def told_frames(self, n_context, n_frames, *, frame_times=None, fps_multiplier=1, **options):
+        """As Prior's: of the context's frames and of each interval up to the last time, whatever is predicted there."""
+        return n_context + int(intervals_of(frame_times_of(n_frames, None, frame_times, fps_multiplier)).max())
 
     def options_of(self, options, index, n_contexts, n_frames):
         """As Prior's; ``motion_seed`` and ``image_seed`` may be lists, a seed for each context."""
@@ -361,7 +399,7 @@ class SDEDiffusion(Prior):
         seed = {"kind": int, "least": 0}
         rate = {"kind": float, "above": 0, "most": LONGEST}
         steps = {"least": 1, "most": self.config.n_diffusion_steps}
-        ranges = {"n_steps": steps, "horizon": {"kind": int, "least": 1}, "fps_multiplier": rate}
+        ranges = {"n_steps": steps, "horizon": {"kind": int, "least": 1}, "fps_multiplier": rate} | GUIDANCE
         return ranges | {"motion_seed": seed, "image_seed": seed, "scheduler": {"choices": tuple(SCHEDULERS)}}
 
     @torch.no_grad()
@@ -373,6 +411,7 @@ class SDEDiffusion(Prior):
         num_samples=1,
         generator=None,
         progress=None,
+        conditions=None,
         frame_times=None,
         fps_multiplier=1,
         motion_seed=None,
@@ -380,6 +419,7 @@ class SDEDiffusion(Prior):
         scheduler="sde-dpmsolver++",
         n_steps=15,
         horizon=None,
+        guidance_scale=1.0,
         use_cache=True,
     ):
         """Continue latents or frames (B, n_context, D, h, w) -> (B, num_samples, n_frames, D, h, w).
@@ -396,6 +436,8 @@ class SDEDiffusion(Prior):
             num_samples: futures for each context.
             generator: a ``torch.Generator``, from which the seeds are drawn that are not given.
             progress: a callable like ``tqdm``; counts denoising steps.
+            conditions: see Prior; of as many frames as ``told_frames`` says: those per frame are of the context's
+                intervals, whatever the times to predict.
             frame_times: (n_frames,) or (B, n_frames) increasing times above 0, in frame intervals after the last
                 context frame; None: 1, 2, ... over ``fps_multiplier``.
             fps_multiplier: frames to predict in an interval of the context's.
@@ -408,71 +450,172 @@ class SDEDiffusion(Prior):
             horizon: frame intervals, a whole number; after so many the last frames, as many as the context has, are
                 taken as context, and a new path begins there. In the published code the number of future frames that
                 the model was trained on. ``fps_multiplier`` then is a whole number, and ``frame_times`` None.
+            guidance_scale: moves what the U-Net says away from what it says without conditions (above 1), or towards
+                it. What it says without them is of a motion without them, on the same Brownian path.
             use_cache: False computes the SPADE maps at every step, as the published code does, instead of once a frame;
                 the same bits (a reference for tests and benchmarks).
         Raises:
             ValueError: an option outside its range. FloatingPointError: the motion exploded.
         """
-        self._check(context, "context")
-        check_counts(n_frames=n_frames, num_samples=num_samples)
-        check_switches(use_cache=use_cache)
-        check_steps(n_steps, self.config.n_diffusion_steps)
-        make_scheduler(scheduler, self.schedule)  # a mistake must not wait for the first frame
+        check_counts(n_frames=n_frames)
+        settings = {"scheduler": scheduler, "n_steps": n_steps, "guidance_scale": guidance_scale}
+        settings |= {"use_cache": use_cache, "num_samples": num_samples}
+        self._check_sampling(context, horizon, **settings)
         batch, n_context = context.shape[:2]
-        self.check_context(n_context, n_context + n_frames)
-        times = frame_times_of(n_frames, batch, frame_times, fps_multiplier).repeat_interleave(num_samples, 0)
-        part_length = n_frames
+        times = frame_times_of(n_frames, batch, frame_times, fps_multiplier)
+        rate, part_length = 1, n_frames
         if horizon is not None:
-            check_counts(horizon=horizon)
             if frame_times is not None or fps_multiplier % 1:
                 found = f"fps_multiplier={fps_multiplier}" if frame_times is None else "frame_times"
                 raise ValueError(f"horizon: expected None, or a whole fps_multiplier and no frame_times, found {found}")
             rate = int(fps_multiplier)
             part_length = min(int(horizon) * rate, n_frames)
-        drawn = draw_seeds(generator)
-        motion_seeds, image_seeds = (
-            row_seeds(name, default if seed is None else seed, batch, num_samples)
-            for name, seed, default in zip(("motion_seed", "image_seed"), (motion_seed, image_seed), drawn)
-        )
-        noises = [torch.Generator().manual_seed(seed_number(seed)) for seed in image_seeds]
-        shape, pixels, dtype = context.shape[2:], self.accepts == "pixels", self.dtype
+        seeds = seeds_of(generator, motion_seed, image_seed, batch, num_samples)
+        n_told = n_context + int(intervals_of(times).max())
+        vectors = self._of_rows(self.condition_vectors(conditions, batch, n_told), num_samples, guidance_scale)
 
-        observed = context.float().repeat_interleave(num_samples, 0)
-        previous, future = observed[:, -1], []
+        def move(part, start, seeds):
+            """All frames of a part at once."""
+            part_times = times[:, : min(part_length, n_frames - part * part_length)].repeat_interleave(num_samples, 0)
+            part_times = part_times.repeat(len(start) // len(part_times), 1)
+            first = n_context + part * (part_length // rate)  # the frame at time 1
+            features = self.motion_sde(start, part_times, seeds, told=self._tell_motion(vectors, first)).unbind(1)
+            if vectors is None:
+                return zip(features, itertools.repeat(None))
+            frames = (first - 1 + intervals_of(part_times)).to(context.device, non_blocking=True)
+            rows = torch.arange(len(start), device=context.device)[:, None]
+            return zip(features, vectors[rows, frames].unbind(1))
+
         with (progress or no_progress)(total=n_frames * n_steps) as bar:
-            for part, part_times in enumerate(times.split(part_length, 1)):
-                if part == 0:
-                    start = self.encode_motion(context.to(dtype)).repeat_interleave(num_samples, 0)
-                else:
-                    known = torch.cat([observed, torch.stack(future[rate - 1 :: rate], 1)], 1)[:, -n_context:]
-                    start, part_times = self.encode_motion(known.to(dtype)), times[:, : part_times.shape[1]]
-                    motion_seeds = [(seed_number(seed), part) for seed in motion_seeds]
-                features = self.motion_sde(start, part_times, motion_seeds).to(dtype)
-                for feature in features.unbind(1):
-                    maps = self.unet.maps(feature) if use_cache else None
+            frames = self._stream(context, move, rate, seeds, bar, **settings)
+            future = torch.stack([next(frames) for _ in range(n_frames)], 1)
+        return future.unflatten(0, (batch, num_samples)).to(context.dtype)
 
-                    def predict(x, t, previous=previous, feature=feature, maps=maps):
-                        return self.unet(torch.cat([x, previous], 1).to(dtype), t, feature, maps)
+    def stream(
+        self,
+        context,
+        told,
+        *,
+        num_samples=1,
+        generator=None,
+        frame_times=None,
+        fps_multiplier=1,
+        motion_seed=None,
+        image_seed=None,
+        scheduler="sde-dpmsolver++",
+        n_steps=15,
+        horizon=None,
+        guidance_scale=1.0,
+        use_cache=True,
+    ):
+        """As Prior's: frames at the times 1, 2, ..., and no others."""
+        if frame_times is not None or fps_multiplier != 1:
+            found = f"fps_multiplier={one_line(fps_multiplier)}" if frame_times is None else "frame_times"
+            raise ValueError(f"rollout: expected fps_multiplier=1 and no frame_times, found {found}")
+        settings = {"scheduler": scheduler, "n_steps": n_steps, "guidance_scale": guidance_scale}
+        settings |= {"use_cache": use_cache, "num_samples": num_samples}
+        self._check_sampling(context, horizon, **settings)
+        batch, n_context = context.shape[:2]
+        seeds = seeds_of(generator, motion_seed, image_seed, batch, num_samples)
 
-                    previous = denoise(
-                        predict,
-                        torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(
-                            context.device, non_blocking=True
-                        ),
-                        make_scheduler(scheduler, self.schedule),
-                        n_steps,
-                        generator=noises,
-                        clamp=1 if pixels else None,
-                        on_step=lambda: bar.update(1),
-                    )
-                    previous = previous.clamp(-1, 1) if pixels else previous
-                    future.append(previous)
-        return torch.stack(future, 1).unflatten(0, (batch, num_samples)).to(context.dtype)
+        def move(part, start, seeds):
+            """Frame by frame, for ever or up to the horizon."""
+            first, is_told = n_context + part * int(horizon or 0), self.conditioner is not None  # the frame at time 1
+
+            def vectors(k):
+                return self._of_rows(told(first + k - 1), num_samples, guidance_scale)
+
+            path = Path(
+                self.motion_sde, start, seeds, told=(lambda k: self.tell_drift(vectors(k))) if is_told else None
+            )
+            for k in itertools.count(1) if horizon is None else range(1, int(horizon) + 1):
+                yield path.at(k), vectors(k) if is_told else None
+
+        frames = self._stream(context, move, 1, seeds, no_progress(), **settings)
+        return (frame.unflatten(0, (batch, num_samples)).to(context.dtype) for frame in frames)
+
+    def _check_sampling(self, context, horizon, num_samples, scheduler, n_steps, guidance_scale, use_cache):
+        self._check(context, "context")
+        check_counts(num_samples=num_samples)
+        check_switches(use_cache=use_cache)
+        check_guidance(guidance_scale, self)
+        check_steps(n_steps, self.config.n_diffusion_steps)
+        make_scheduler(scheduler, self.schedule)  # a mistake must not wait for the first frame
+        self.check_context(context.shape[1], context.shape[1] + 1)
+        if horizon is not None:
+            check_counts(horizon=horizon)
+
+    def _of_rows(self, vectors, num_samples, guidance_scale=1):
+        """What is told of each context (B, ...) -> of each row that the networks see: of its samples, and with guidance
+        of as many rows that are told nothing."""
+        if vectors is None:
+            return None
+        rows = vectors.repeat_interleave(num_samples, 0)
+        return rows if guidance_scale == 1 else torch.cat([rows, self.conditioner.null.expand_as(rows)])
+
+    def _stream(self, context, move, rate, seeds, bar, num_samples, scheduler, n_steps, guidance_scale, use_cache):
+        """Yield predicted frames (B * num_samples, D, h, w), float32, without an end.
+
+        With guidance the networks see every row twice, see ``guided``.
+
+        Args:
+            move: the motion of a part, which begins where the motion is taken from frames: function (number of the
+                part, motion features there, seeds of the paths) -> for each frame its motion features and what it is
+                told.
+            rate: frames in an interval.
+            seeds: of ``seeds_of``.
+        """
+        pixels, dtype, n_copies = self.accepts == "pixels", self.dtype, 1 if guidance_scale == 1 else 2
+
+        def copied(x):
+            return x if n_copies == 1 else x.repeat(n_copies, *[1] * (x.ndim - 1))
+
+        motion_seeds, image_seeds = seeds
+        noises = [torch.Generator().manual_seed(seed_number(seed)) for seed in image_seeds]
+        start = self.encode_motion(context.to(dtype)).repeat_interleave(num_samples, 0)
+        known = [*context.float().repeat_interleave(num_samples, 0).unbind(1)]  # the last frames at whole times
+        previous = known[-1]
+        for part in itertools.count():
+            if part > 0:
+                start = self.encode_motion(torch.stack(known, 1).to(dtype))
+                motion_seeds = [(seed_number(seed), part) for seed in motion_seeds]
+            for number, (feature, vectors) in enumerate(move(part, copied(start), motion_seeds * n_copies), start=1):
+                feature = feature.to(dtype)
+                maps = self.unet.maps(feature) if use_cache else None
+                told = None if vectors is None else self.tell_unet(vectors)
+
+                def predict(x, t, previous=previous, feature=feature, maps=maps, told=told):
+                    noisy = copied(torch.cat([x, previous], 1).to(dtype))
+                    output = self.unet(noisy, copied(t), feature, maps, told=told)
+                    return output if n_copies == 1 else guided(output, guidance_scale)
+
+                previous = denoise(
+                    predict,
+                    torch.stack([torch.randn(previous.shape[1:], generator=noise) for noise in noises]).to(
+                        context.device, non_blocking=True
+                    ),
+                    make_scheduler(scheduler, self.schedule),
+                    n_steps,
+                    generator=noises,
+                    clamp=1 if pixels else None,
+                    on_step=lambda: bar.update(1),
+                )
+                previous = previous.clamp(-1, 1) if pixels else previous
+                if number % rate == 0:
+                    known = [*known[1:], previous]
+                yield previous
+
+
+def intervals_of(times):
+    """The frame intervals that times lie in, (k - 1, k], as whole numbers k."""
+    near = times.round()
+    return torch.where((times - near).abs() < 1e-5, near, times).ceil().long()
 
 
 def frame_times_of(n_frames, batch, frame_times, fps_multiplier):
     """The times to predict, (batch, n_frames) float32; refuses those that are not positive and increasing, and those
-    so far away that the solver, which takes every step on the way, would hardly come there."""
+    so far away that the solver, which takes every step on the way, would hardly come there. ``batch`` None: of as many
+    contexts as there are times of."""
     furthest = LONGEST + n_frames
     if frame_times is None:
         if not (is_number(fps_multiplier) and fps_multiplier > 0):
@@ -482,13 +625,15 @@ def frame_times_of(n_frames, batch, frame_times, fps_multiplier):
                 f"fps_multiplier: expected {n_frames / furthest:.2g} to {LONGEST} for {n_frames} frames, found "
                 f"{fps_multiplier:.3g}"
             )
-        return (torch.arange(1, n_frames + 1) / fps_multiplier).expand(batch, n_frames)
+        return (torch.arange(1, n_frames + 1) / fps_multiplier).expand(batch or 1, n_frames)
     if not (is_number(fps_multiplier) and fps_multiplier == 1):
         raise ValueError(f"fps_multiplier: expected 1 where frame_times are given, found {one_line(fps_multiplier)}")
     try:
         times = torch.as_tensor(frame_times, dtype=torch.float32).cpu()
     except (TypeError, ValueError, RuntimeError, OverflowError):  # not numbers, or of uneven lengths
         raise ValueError(f"frame_times: expected numbers, found {one_line(frame_times)}") from None
+    if batch is None:
+        batch = len(times) if times.ndim == 2 else 1
     if tuple(times.shape) not in ((n_frames,), (batch, n_frames)):
         raise ValueError(
             f"frame_times: expected shape ({n_frames},) or ({batch}, {n_frames}), found {tuple(times.shape)}"
@@ -501,6 +646,14 @@ def frame_times_of(n_frames, batch, frame_times, fps_multiplier):
     if times.max() > furthest:
         raise ValueError(f"frame_times: expected at most {furthest} frame intervals, found {times.max().item():g}")
     return times.expand(batch, n_frames)
+
+
+def seeds_of(generator, motion_seed, image_seed, batch, num_samples):
+    """Seeds of each sample's Brownian path and of its images' noise, see ``row_seeds``; those not given are drawn."""
+    return [
+        row_seeds(name, default if seed is None else seed, batch, num_samples)
+        for name, seed, default in zip(("motion_seed", "image_seed"), (motion_seed, image_seed), draw_seeds(generator))
+    ]
 
 
 def draw_seeds(generator):

@@ -20,10 +20,21 @@ from latentcast.config import check_counts
 from latentcast.layers.adaptive import AdaptiveSoftmax, AdaptiveTable, TiedSoftmax, cluster_bounds
 from latentcast.layers.masked_convolutions import CausalConv3d
 from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
+from latentcast.sizes import nearest_divisors
 from latentcast.tokenizers.base import check_codes
 
 from .base import Prior, PriorOutput, need_codes, no_progress
-from .sampling import DRAWING, check_sampling, check_switches, draw, record_graph, sliding_windows
+from .sampling import (
+    DRAWING,
+    GUIDANCE,
+    check_guidance,
+    check_sampling,
+    check_switches,
+    draw,
+    guided,
+    record_graph,
+    sliding_windows,
+)
 
 # Positions of slices in one pass of ``log_prob``, which bounds its memory: as many as in a training step of the paper.
 POSITIONS_AT_ONCE = 64 * 256
@@ -119,15 +130,18 @@ class SliceEncoder(nn.Module):
         self.register_buffer("tap_rows", torch.arange(n_taps)[:, None] * n_rows, persistent=False)
         self.register_buffer("positions", sinusoidal_positions_3d(grid, dim) * absolute, persistent=False)
 
-    def forward(self, rows, seen, slice_ids):
-        """rows (M, N, taps, n_codebooks) int64 and seen (M, N, taps) bool, slice_ids (M,) -> (M, N, d)."""
+    def forward(self, rows, seen, slice_ids, told=None):
+        """rows (M, N, taps, n_codebooks) int64 and seen (M, N, taps) bool, slice_ids (M,), and what is told of each
+        position's frame (M, N, d) or None -> (M, N, d)."""
         index = torch.where(seen[..., None], rows + self.tap_rows, self.unseen)
         x = self.taps(index.flatten(2).flatten(0, 1)).unflatten(0, index.shape[:2])
         x = self.project(x + self.slice_embedding(slice_ids)[:, None])
         x = x + self.positions.to(x.dtype)
+        if told is not None:
+            x = x + told
         for block in self.blocks:
             x = block(x, block.relative())
-        return x
+        return x if told is None else x + told  # once more, for the decoder
 
 
 class SliceDecoder(nn.Module):
@@ -275,6 +289,7 @@ class VideoTransformer(Prior):
             of them, the paper's 218 of 512, and the rest.
         weight_init: "default", or "published": the published code's distributions, Xavier's uniform one for what it
             computes by convolutions and linear layers, N(0, 1) for embeddings.
+        conditions, condition_dropout: see Prior; added to what encoder and decoder hold of each position.
     """
 
     accepts = "codes"
@@ -301,6 +316,8 @@ class VideoTransformer(Prior):
         tied="none",
         cutoffs=None,
         weight_init="default",
+        conditions=None,
+        condition_dropout=0.1,
     ):
         super().__init__()
         sizes = list(latent_spec["codebook_sizes"])
@@ -310,7 +327,10 @@ class VideoTransformer(Prior):
         grid = (n_frames, latent_spec["height"], latent_spec["width"])
         subscale = tuple(subscale)
         if len(subscale) != 3 or any(not isinstance(s, int) or s < 1 or n % s for s, n in zip(subscale, grid)):
-            raise ValueError(f"subscale: expected three divisors of (T, h, w) = {grid}, found {list(subscale)}")
+            nearest = f"; the nearest are {nearest_divisors(grid, subscale)}" if len(subscale) == 3 else ""
+            raise ValueError(
+                f"subscale: expected three divisors of (T, h, w) = {grid}, found {list(subscale)}{nearest}"
+            )
         for name, value, known in (
             ("attention", attention, ATTENTION_FORMS),
             ("decoder_input", decoder_input, ("embedding", "adaptive")),
@@ -361,6 +381,7 @@ class VideoTransformer(Prior):
             ends = [0, *itertools.accumulate(sizes)]
             logits = [TiedSoftmax(dim, tables, slice(*rows)) for rows in itertools.pairwise(ends)]
         self.head = ChannelHead(sizes, dim, logits)
+        self.make_conditioner(dim)
         if weight_init == "published":
             self._draw_published_weights(len(taps))
 
@@ -398,25 +419,26 @@ class VideoTransformer(Prior):
 
     # Likelihood -------------------------------------------------------------------------------------------------
 
-    def slice_logits(self, codes, slice_ids):
+    def slice_logits(self, codes, slice_ids, vectors=None):
         """Teacher-forced logits of one slice a row.
 
         Args:
-            codes: (M, T, h, w, n_codebooks); slice_ids: (M,).
+            codes: (M, T, h, w, n_codebooks); slice_ids: (M,). vectors: of ``condition_vectors``, (M, T, d) or None.
         Returns:
             list over codebooks of (M, N, size_k), and the slice's own codes (M, N, n_codebooks).
         """
         rows = (codes + self.first_row).flatten(1, 3)
-        memory = self._encode(rows, slice_ids)
+        memory = self._encode(rows, slice_ids, vectors)
         own = self._take(rows, self.slice_pixels[slice_ids])
         return self.head(self.decoder(own, memory), own), own - self.first_row
 
-    def _encode(self, rows, slice_ids):
-        """The encoder's memory: rows (M, T * h * w, n_codebooks), slice_ids (M,) -> (M, N, d)."""
+    def _encode(self, rows, slice_ids, vectors=None):
+        """The encoder's memory: rows (M, T * h * w, n_codebooks), slice_ids (M,), vectors (M, T, d) -> (M, N, d)."""
         neighbours = self.neighbours[slice_ids]
         seen = neighbours < rows.shape[1]
         near = self._take(rows, neighbours.clamp(max=rows.shape[1] - 1))
-        return self.encoder(near, seen, slice_ids)
+        told = None if vectors is None else self._take(vectors, self._times(slice_ids))
+        return self.encoder(near, seen, slice_ids, told)
 
     @staticmethod
     def _take(rows, index):
@@ -424,18 +446,18 @@ class VideoTransformer(Prior):
         batch = torch.arange(rows.shape[0], device=rows.device).view(-1, *[1] * (index.ndim - 1))
         return rows[batch, index]
 
-    def _slice_log_prob(self, codes, slice_ids, n_context):
+    def _slice_log_prob(self, codes, slice_ids, n_context, vectors=None):
         """Summed log-probability of the predicted codes of a slice (M,), in nats, and how many codes that are (M,)."""
         future = self._times(slice_ids) >= n_context  # (M, N)
-        nll = self._code_nats(codes, slice_ids)
+        nll = self._code_nats(codes, slice_ids, vectors)
         total = 0
         for nll_k in nll:
             total = total - (nll_k * future).sum(1)
         return total, future.sum(1) * len(nll)
 
-    def _code_nats(self, codes, slice_ids):
+    def _code_nats(self, codes, slice_ids, vectors=None):
         """Negative log-probability of each code of a slice, in nats: a list over codebooks of (M, N)."""
-        logits, own = self.slice_logits(codes, slice_ids)
+        logits, own = self.slice_logits(codes, slice_ids, vectors)
         return [
             F.cross_entropy(logits_k.float().transpose(1, 2), own[..., k], reduction="none")
             for k, logits_k in enumerate(logits)
@@ -461,7 +483,7 @@ class VideoTransformer(Prior):
         """The frames that a slice has positions in, as many in each; known without a look at the device."""
         return range(index // math.prod(self.subscale[1:]), self.grid[0], self.subscale[0])
 
-    def forward(self, clip, n_context):
+    def forward(self, clip, n_context, conditions=None):
         """Mean cross-entropy of the codes after the context, in nats a code.
 
         In training on ``slices_per_clip`` random slices of each clip; in eval mode on all of them, so a validation
@@ -469,62 +491,72 @@ class VideoTransformer(Prior):
 
         Args:
             clip: (B, T, h, w, n_codebooks) int64. n_context: context frames, which the loss skips.
+            conditions: see Prior.
         """
         self._check_clip(clip, n_context)
         if not self.training:
-            loss = -self._mean_log_prob(clip, n_context).mean()
+            loss = -self._mean_log_prob(clip, n_context, conditions).mean()
         else:
             slices = self._predicted_slices(n_context)
             per_clip = min(self.config.slices_per_clip or len(slices), len(slices))
             order = torch.rand(clip.shape[0], len(slices), device=clip.device).argsort(1)[:, :per_clip]
+            vectors = self.condition_vectors(conditions, *clip.shape[:2])
             log_prob, count = self._slice_log_prob(
-                clip.repeat_interleave(per_clip, 0), slices[order].flatten(), n_context
+                clip.repeat_interleave(per_clip, 0),
+                slices[order].flatten(),
+                n_context,
+                None if vectors is None else vectors.repeat_interleave(per_clip, 0),
             )
             loss = -log_prob.sum() / count.sum()
         return PriorOutput(loss=loss, logs={"bits_per_code": loss.detach() / math.log(2)})
 
-    def log_prob(self, clip, n_context):
+    def log_prob(self, clip, n_context, conditions=None):
         """Log-likelihood of the codes after the context, in nats: (B, T, h, w, n_codebooks) -> (B,).
 
         The product of the conditionals in generation order (section 3.2), as the paper's bits/dim: each code given
         all codes before it in that order.
         """
         total, batch = 0, len(clip)
-        for rows, slices in self._passes(clip, n_context):
-            log_prob, _ = self._slice_log_prob(rows, slices, n_context)
+        for rows, slices, vectors in self._passes(clip, n_context, conditions):
+            log_prob, _ = self._slice_log_prob(rows, slices, n_context, vectors)
             total = total + log_prob.view(-1, batch).sum(0)
         return total
 
-    def _passes(self, clip, n_context):
-        """Clips and their slices with codes to predict, as many as are computed at once: (M, T, ...), (M,)."""
+    def _passes(self, clip, n_context, conditions=None):
+        """Clips and their slices with codes to predict, as many as are computed at once, and what is told of them:
+        (M, T, ...), (M,), (M, T, d) or None."""
         self._check_clip(clip, n_context)
+        vectors = self.condition_vectors(conditions, *clip.shape[:2])
         slices, batch = self._predicted_slices(n_context), len(clip)
         at_once = max(1, POSITIONS_AT_ONCE // (batch * self.slice_pixels.shape[1]))
         for some in slices.split(at_once):
-            yield clip.repeat(len(some), 1, 1, 1, 1), some.repeat_interleave(batch)
+            told = None if vectors is None else vectors.repeat(len(some), 1, 1)
+            yield clip.repeat(len(some), 1, 1, 1, 1), some.repeat_interleave(batch), told
 
     @torch.no_grad()
-    def explain(self, clip, n_context, **options):
+    def explain(self, clip, n_context, conditions=None, **options):
         """As Prior's: ``nats`` of each code."""
         batch, n = len(clip), len(self.codebook_sizes)
         nats = torch.zeros(batch, math.prod(self.grid), n, device=clip.device)
-        for rows, slices in self._passes(clip, n_context):
-            found = torch.stack(self._code_nats(rows, slices), -1).unflatten(0, (-1, batch))  # (slices, B, N, n)
+        for rows, slices, vectors in self._passes(clip, n_context, conditions):
+            found = torch.stack(self._code_nats(rows, slices, vectors), -1).unflatten(
+                0, (-1, batch)
+            )  # (slices, B, N, n)
             for part, pixels in zip(found, self.slice_pixels[slices[::batch]]):
                 nats[:, pixels] = part
         return {"nats": nats.unflatten(1, self.grid)[:, n_context:]}
 
-    def _mean_log_prob(self, clip, n_context):
-        return self.log_prob(clip, n_context) / (clip[0, n_context:].numel())
+    def _mean_log_prob(self, clip, n_context, conditions=None):
+        return self.log_prob(clip, n_context, conditions) / (clip[0, n_context:].numel())
 
-    def bits_per_code(self, clip, n_context):
+    def bits_per_code(self, clip, n_context, conditions=None):
         """The paper's bits/dim: -log2 of the likelihood, averaged over the predicted latent codes -> (B,)."""
-        return -self._mean_log_prob(clip, n_context) / math.log(2)
+        return -self._mean_log_prob(clip, n_context, conditions) / math.log(2)
 
     # Sampling ---------------------------------------------------------------------------------------------------
 
     def sampler_ranges(self):
-        return DRAWING
+        return DRAWING | GUIDANCE
 
     @torch.no_grad()
     def sample(
@@ -535,9 +567,11 @@ class VideoTransformer(Prior):
         num_samples=1,
         generator=None,
         progress=None,
+        conditions=None,
         temperature=1.0,
         top_k=None,
         top_p=None,
+        guidance_scale=1.0,
         use_cache=True,
     ):
         """Continue codes (B, n_context, h, w, n_codebooks) -> (B, num_samples, n_frames, h, w, n_codebooks).
@@ -550,30 +584,95 @@ class VideoTransformer(Prior):
             num_samples: futures for each context; what they share is computed once.
             generator: a ``torch.Generator`` for reproducible samples.
             progress: a callable like ``tqdm``; counts generated positions.
+            conditions: see Prior.
             temperature: divides the logits; 0 is greedy. top_k, top_p: truncate the distribution.
+            guidance_scale: moves the logits away from those without conditions (above 1), or towards them.
             use_cache: False re-runs the decoder over the whole slice for each position, as the published sampler does
                 (a reference for tests and benchmarks).
         """
+        self._check_sampling(context, num_samples, temperature, top_k, top_p, guidance_scale, use_cache)
+        check_counts(n_frames=n_frames)
+        batch, n_context = context.shape[:2]
+        self.check_context(n_context, n_context + n_frames)
+        windows = sliding_windows(n_context, n_frames, self.grid[0], self._overlap)
+        n_steps = sum(self.slice_pixels.shape[1] - start for window in windows for _, start in self._plan(*window))
+        vectors = self.condition_vectors(conditions, batch, n_context + n_frames)
+        with (progress or no_progress)(total=n_steps) as bar:
+            frames = self._stream(
+                context,
+                lambda t: vectors[:, t] if t < vectors.shape[1] else self.conditioner.null.expand_as(vectors[:, 0]),
+                *(num_samples, generator, guidance_scale, use_cache, bar),
+                choose={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+            )
+            future = torch.stack([next(frames) for _ in range(n_frames)], 1)
+        return future.unflatten(0, (-1, num_samples))
+
+    def stream(
+        self,
+        context,
+        told,
+        *,
+        num_samples=1,
+        generator=None,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        guidance_scale=1.0,
+        use_cache=True,
+    ):
+        """As Prior's. A model whose slices span several frames generates a window of frames together: told what leads
+        to each, it would have to know so beforehand, which is refused."""
+        self._check_sampling(context, num_samples, temperature, top_k, top_p, guidance_scale, use_cache)
+        if self.conditioner is not None and not self.single_frame:
+            raise ValueError(
+                f"rollout: expected subscale=[{self.grid[0]}, 1, 1], a frame at a time, of a prior with conditions, "
+                f"found {list(self.subscale)}"
+            )
+        choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        frames = self._stream(
+            context, told, num_samples, generator, guidance_scale, use_cache, no_progress(), choose=choose
+        )
+        return (frame.unflatten(0, (-1, num_samples)) for frame in frames)
+
+    def _check_sampling(self, context, num_samples, temperature, top_k, top_p, guidance_scale, use_cache):
         check_sampling(temperature, top_k, top_p)
+        check_guidance(guidance_scale, self)
         check_switches(use_cache=use_cache)
         check_codes(context, self.codebook_sizes, self.grid[1:], name="context")
-        check_counts(n_frames=n_frames, num_samples=num_samples)
-        n_context = context.shape[1]
-        self.check_context(n_context, n_context + n_frames)
-        overlap = self.grid[0] - 1 if self.single_frame else max(1, self.grid[0] // 2)
-        windows = sliding_windows(n_context, n_frames, self.grid[0], overlap)
+        check_counts(num_samples=num_samples)
 
-        choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    @property
+    def _overlap(self):
+        """Frames of the window before that the next one begins with."""
+        return self.grid[0] - 1 if self.single_frame else max(1, self.grid[0] // 2)
+
+    def _stream(self, context, told, num_samples, generator, guidance_scale, use_cache, bar, choose):
+        """Yield predicted frames (B * num_samples, h, w, n_codebooks), without an end.
+
+        Single frames are a window each, since nothing after them has to be generated.
+        """
+        n_seen, length = context.shape[1], self.grid[0]  # n_seen: frames there are, the context's and those predicted
         video = context.repeat_interleave(num_samples, 0)
-        plans = [self._plan(*window) for window in windows]
-        n_steps = sum(self.slice_pixels.shape[1] - start for plan in plans for _, start in plan)
-        stepper = (CachedStepper if use_cache else FullStepper)(self, len(video), choose)
-        with (progress or no_progress)(total=n_steps) as bar:
-            for index, ((known, new), plan) in enumerate(zip(windows, plans)):
-                shared = num_samples if index == 0 else 1
-                window = self._sample_window(video[:, -known:], plan, shared, generator, stepper, bar)
-                video = torch.cat([video, window[:, known : known + new]], 1)
-        return video[:, n_context:].unflatten(0, (-1, num_samples))
+        stepper = (CachedStepper if use_cache else FullStepper)(self, len(video), choose, guidance_scale)
+        shared, vectors = num_samples, []  # of the frames in ``video``
+        if self.conditioner is not None and not self.single_frame:
+            vectors = [told(t) for t in range(n_seen)]
+        while True:
+            known = n_seen if n_seen < length else self._overlap
+            new = 1 if self.single_frame else length - known
+            window_vectors = None
+            if self.conditioner is not None:
+                if self.single_frame:  # a slice sees what is told of its own frame
+                    window_vectors = told(n_seen)[:, None].expand(-1, length, -1)
+                else:
+                    vectors += [told(n_seen + i) for i in range(new)]
+                    window_vectors = torch.stack(vectors[-length:], 1)
+                window_vectors = window_vectors.repeat_interleave(num_samples, 0)
+            plan = self._plan(known, new)
+            window = self._sample_window(video[:, -known:], plan, shared, generator, stepper, bar, window_vectors)
+            yield from window[:, known : known + new].unbind(1)
+            n_seen, shared = n_seen + new, 1
+            video, vectors = torch.cat([video, window[:, known : known + new]], 1)[:, -length:], vectors[-length:]
 
     def _plan(self, known, new):
         """(slice, first position) to generate from, when ``known`` frames are given and ``new`` wanted.
@@ -589,8 +688,8 @@ class VideoTransformer(Prior):
                 plan.append((index, start))
         return plan
 
-    def _sample_window(self, known, plan, num_shared, generator, stepper, bar):
-        """Fill one window: known (M, n, h, w, n_codebooks) -> (M, T, h, w, n_codebooks).
+    def _sample_window(self, known, plan, num_shared, generator, stepper, bar, vectors):
+        """Fill one window: known (M, n, h, w, n_codebooks), vectors (M, T, d) or None -> (M, T, h, w, n_codebooks).
 
         Rows come in groups of ``num_shared`` with the same known frames, so the first slice's memory is computed once
         a group.
@@ -602,7 +701,12 @@ class VideoTransformer(Prior):
         for order, (index, start) in enumerate(plan):
             share = num_shared if order == 0 else 1
             slice_ids = torch.full((n_rows // share,), index, device=known.device)
-            memory = self._encode(rows[::share], slice_ids).repeat_interleave(share, 0)
+            told = None if vectors is None else vectors[::share]
+            memory = self._encode(rows[::share], slice_ids, told)
+            if stepper.is_guided:
+                untold = self.conditioner.null.expand_as(told)
+                memory = torch.cat([memory, self._encode(rows[::share], slice_ids, untold)])
+            memory = memory.repeat_interleave(share, 0)
             own = rows[:, self.slice_pixels[index]]
             shape = (own.shape[1], n_rows, len(self.codebook_sizes))
             source = generator.device if generator is not None else known.device
@@ -611,51 +715,68 @@ class VideoTransformer(Prior):
             for position in range(start, own.shape[1]):
                 stepper.step(position)
                 bar.update(1)
-            rows[:, self.slice_pixels[index]] = stepper.own
+            rows[:, self.slice_pixels[index]] = stepper.own[:n_rows]
         return (rows - self.first_row).unflatten(1, self.grid)
 
-    def _draw_codes(self, y, uniform, choose):
-        """Sample one position channel by channel: y (M, d), uniform (M, n_codebooks) -> rows (M, n_codebooks)."""
+    def _draw_codes(self, y, uniform, choose, guidance_scale):
+        """Sample one position channel by channel: y (M, d), uniform (M, n_codebooks) -> rows (M, n_codebooks).
+
+        With guidance y has 2 M rows, see ``guided``, and so has what is returned.
+        """
         features = self.head.features(y)
         rows = torch.empty(y.shape[0], 0, dtype=torch.int64, device=y.device)
         for k in range(len(self.codebook_sizes)):
-            code = draw(self.head.channel(features, k, rows), uniform[:, k], **choose)
+            logits = self.head.channel(features, k, rows)
+            if guidance_scale != 1:
+                logits = guided(logits, guidance_scale)
+            code = draw(logits, uniform[:, k], **choose)
+            code = code.repeat(len(rows) // len(code))
             rows = torch.cat([rows, (code + self.first_row[k])[:, None]], 1)
         return rows
 
 
-class FullStepper:
+class Stepper:
+    """What draws the codes of ``n_rows`` futures position by position; with guidance, of two copies of each."""
+
+    def __init__(self, model, n_rows, choose, guidance_scale):
+        self.model, self.choose, self.guidance_scale = model, choose, guidance_scale
+        self.is_guided = guidance_scale != 1
+        self.n_copies = 1 + self.is_guided
+
+    def draw(self, y, uniform):
+        return self.model._draw_codes(y, uniform, self.choose, self.guidance_scale)
+
+
+class FullStepper(Stepper):
     """Reference sampler: the decoder re-runs over the whole slice for every position."""
 
-    def __init__(self, model, n_rows, choose):
-        self.model, self.choose = model, choose
-
     def start_slice(self, memory, own, start, uniform):
-        self.memory, self.own, self.uniform = memory, own.clone(), uniform
+        self.memory, self.own, self.uniform = memory, own.repeat(self.n_copies, 1, 1), uniform
 
     def step(self, position):
         y = self.model.decoder(self.own, self.memory)[:, position]
-        self.own[:, position] = self.model._draw_codes(y, self.uniform[position], self.choose)
+        self.own[:, position] = self.draw(y, self.uniform[position])
 
 
-class CachedStepper:
+class CachedStepper(Stepper):
     """Key/value cache: a position costs one column of work.
 
     Everything a step touches lives in fixed buffers and its position in a tensor, so on CUDA the step is recorded once
     as a graph and replayed: at this size, launching the kernels one by one would take longer than running them.
     """
 
-    def __init__(self, model, n_rows, choose):
-        self.model, self.choose, self.device = model, choose, model.device
+    def __init__(self, model, n_rows, choose, guidance_scale):
+        super().__init__(model, n_rows, choose, guidance_scale)
+        self.device = model.device
         n, n_codebooks = model.slice_pixels.shape[1], len(model.codebook_sizes)
-        self.state = DecoderState(model.decoder, n_rows, model.dtype, self.device)
-        self.own = torch.zeros(n_rows, n, n_codebooks, dtype=torch.int64, device=self.device)
+        self.state = DecoderState(model.decoder, n_rows * self.n_copies, model.dtype, self.device)
+        self.own = torch.zeros(n_rows * self.n_copies, n, n_codebooks, dtype=torch.int64, device=self.device)
         self.uniform = torch.zeros(n, n_rows, n_codebooks, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.graph = record_graph(lambda: self._step(n), self.device) if self.device.type == "cuda" else None
 
     def start_slice(self, memory, own, start, uniform):
-        self.own.copy_(own)
+        self.own.copy_(own.repeat(self.n_copies, 1, 1))
         self.uniform.copy_(uniform)
         self.state.start_slice(memory)
         if start:  # the known positions, all at once
@@ -673,7 +794,7 @@ class CachedStepper:
     def _step(self, stop):
         """Generate the position held in ``self.position``, attending to the first ``stop`` cached ones."""
         y = self.model.decoder.advance(self.state, self.position, stop)[:, 0]
-        rows = self.model._draw_codes(y, self.uniform.index_select(0, self.position)[0], self.choose)
+        rows = self.draw(y, self.uniform.index_select(0, self.position)[0])
         self.own.index_copy_(1, self.position, rows[:, None])
         self.state.feed(rows[:, None], self.position)
 

@@ -7,6 +7,7 @@ import torch
 
 from latentcast.data.benchmarks.base import Benchmark, Clip
 from latentcast.data.video_reader import VideoError
+from latentcast.sizes import sides
 
 LENGTHS = {"train": (5, 12, 9, 3, 7), "test": (8, 6)}
 
@@ -49,10 +50,10 @@ class Noise(Benchmark):
 
 
 def noise(split, name, size=15, channels=3):
-    """(n_frames, channels, size, size) uint8"""
+    """(n_frames, channels, *size) uint8"""
     n_frames = LENGTHS[split][int(name[-1])]
     seed = torch.Generator().manual_seed(100 * len(split) + int(name[-1]))
-    return torch.randint(256, (n_frames, channels, size, size), generator=seed, dtype=torch.uint8)
+    return torch.randint(256, (n_frames, channels, *sides(size)), generator=seed, dtype=torch.uint8)
 
 
 def actions(frames):

@@ -71,10 +71,10 @@ def equals(clip, seed, view="aux1"):
     expected = bair_clip(seed)
     (frames,) = clip.frames
     assert frames.shape == (30, 3, 64, 64) and frames.dtype == torch.uint8
-    assert set(clip.conditions) == {"actions", "states"}
-    for name, width in (("actions", 4), ("states", 3)):
-        assert clip.conditions[name].shape == (30, width) and clip.conditions[name].dtype == torch.float32
-        assert torch.equal(clip.conditions[name], torch.from_numpy(expected[name]))
+    led = torch.cat([torch.zeros(1, 4), torch.from_numpy(expected["actions"])[:-1]])  # published: what leads on
+    for name, numbers in (("action", led), ("state", torch.from_numpy(expected["states"]))):
+        assert clip.conditions[name].dtype == torch.float32 and torch.equal(clip.conditions[name], numbers)
+    assert set(clip.conditions) == {"action", "state"}
     return torch.equal(frames, torch.from_numpy(expected[view]).permute(0, 3, 1, 2))
 
 
@@ -112,8 +112,8 @@ def test_the_other_camera(source):
 def test_what_the_set_declares(source):
     benchmark = BAIR(source)
     assert benchmark.conditions == {
-        "actions": {"shape": [4], "dtype": "float32", "per": "frame"},
-        "states": {"shape": [3], "dtype": "float32", "per": "frame"},
+        "action": {"shape": [4], "dtype": "float32", "per": "frame"},
+        "state": {"shape": [3], "dtype": "float32", "per": "frame"},
     }
     assert benchmark.expected_counts() == {"train": 43264, "test": 256} and 43264 == 169 * 256
 
@@ -245,7 +245,7 @@ def test_a_truncated_file_is_told_and_mended_in_a_second_run(source, tmp_path):
     videos = PreparedVideos(output, "train", clip_length=30)
     clip = bair_clip(2)
     assert videos.videos[1].name == "traj_0_to_1/001"
-    assert torch.equal(videos[1]["conditions"]["actions"], torch.from_numpy(clip["actions"]))
+    assert torch.equal(videos[1]["conditions"]["action"][1:], torch.from_numpy(clip["actions"])[:-1])
     frames = torch.from_numpy(clip["aux1"]).permute(0, 3, 1, 2) / 127.5 - 1
     assert torch.allclose(videos[1]["frames"], frames, atol=1e-6)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import TINY_PRIORS, random_clip, random_frames, tiny_tokenizer
+from tiny import TINY_PRIORS, random_clip, random_conditions, random_frames, tiny_tokenizer, told_prior
 
 
 @pytest.fixture(autouse=True)
@@ -15,14 +15,17 @@ def compiled(model):
     return torch.compile(model, backend="eager", fullgraph=True)
 
 
-@pytest.mark.parametrize("name", ["video_transformer", "residual_diffusion"])
-def test_a_priors_training_is_one_graph(name):
+@pytest.mark.parametrize(
+    "name, told", [("video_transformer", False), ("residual_diffusion", False), ("residual_diffusion", True)]
+)
+def test_a_priors_training_is_one_graph(name, told):
     torch.manual_seed(0)
-    model = TINY_PRIORS[name]().train()
-    clip, losses = random_clip(model), []
+    smallest = {"denoising_multipliers": [1], "transform_multipliers": [1]}  # compiling takes its time
+    model = (told_prior(name, **smallest) if told else TINY_PRIORS[name]()).train()
+    clip, conditions, losses = random_clip(model), random_conditions() if told else None, []
     for forward in (model, compiled(model)):
         torch.manual_seed(1)
-        losses.append(forward(clip, 2).loss)
+        losses.append(forward(clip, 2, conditions).loss)
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
     losses[1].backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

@@ -199,6 +199,10 @@ def test_cityscapes_sequences_are_found_and_read(cityscapes):
     paths = sorted((cityscapes / "leftImg8bit_sequence" / "val" / "frankfurt").glob("*.png"))
     assert benchmark.read("val", videos["val"][0]).sha256 == sha256(paths)
     assert frames_of(Cityscapes(cityscapes, frame_size=64), "val", videos["val"][0]).shape == (30, 3, 64, 64)
+    wide = frames_of(Cityscapes(cityscapes, frame_size=[64, 128]), "val", videos["val"][0])  # as the pictures are
+    assert wide.shape == (30, 3, 64, 128) and read_counter(wide) == list(range(200, 230))
+    padded = frames_of(Cityscapes(cityscapes, frame_size=64, crop="pad"), "val", videos["val"][0])
+    assert not padded[:, :, :16].any() and not padded[:, :, -16:].any() and padded[:, :, 16:-16].any(1).all()
     assert (benchmark.fps, benchmark.expected_counts()) == (17, {"train": 2975, "val": 500, "test": 1525})
     assert [len(cities.split()) for cities in CITIES.values()] == [18, 3, 6]
 
@@ -241,7 +245,7 @@ def test_cityscapes_damage_is_named(cityscapes, tmp_path, caplog):
         FileNotFoundError, match=r"copy: expected leftImg8bit_sequence/\{train,val,test\}/CITY, found no"
     ):
         Cityscapes(root).videos()
-    with pytest.raises(ValueError, match="frame_size: expected at least 1, found 'big'"):
+    with pytest.raises(ValueError, match=r"frame_size: expected pixels, .* found 'big'"):
         Cityscapes(root, frame_size="big")
 
 
@@ -287,6 +291,10 @@ def test_kitti_drives_are_read(kitti):
     right = KITTI(kitti, camera="image_03", frame_size=64)
     assert read_counter(frames_of(right, "test", SEVENTY)) == list(range(140, 154))
     assert right.describe() != benchmark.describe()
+    road = KITTI(kitti, frame_size=[32, 96], crop="none")
+    assert frames_of(road, "test", SEVENTY).shape == (14, 3, 32, 96)
+    assert (road.describe()["frame_size"], road.describe()["crop"]) == ([32, 96], "none")
+    assert "crop" not in benchmark.describe()
     paths = sorted((kitti / FIVE / "image_02" / "data").iterdir())
     assert benchmark.read("val", FIVE).sha256 == sha256(paths) and benchmark.fps == 10
 
@@ -466,7 +474,7 @@ def test_folder_names_what_cannot_be_read(tree, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frame_size": 0}, "frame_size: expected at least 1, found 0"),
+        ({"frame_size": 0}, "frame_size: expected pixels, .* found 0"),
         ({"frame_stride": 1.5}, "frame_stride: expected at least 1, found 1.5"),
         ({"channels": 4}, "channels: expected 1"),
         ({"fps": 0.0}, "fps: expected a rate above 0, found 0.0"),

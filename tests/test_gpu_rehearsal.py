@@ -22,7 +22,15 @@ import torch
 from fake_gpu import CPU, GPU, FakeGPU
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from tiny import TINY_PRIORS, TINY_TOKENIZERS, random_clip, random_frames
+from tiny import (
+    TINY_PRIORS,
+    TINY_TOKENIZERS,
+    TOLD_PRIORS,
+    random_clip,
+    random_conditions,
+    random_frames,
+    told_prior,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -229,6 +237,27 @@ def test_priors(gpu, name):
         model(clip, 2)
         if getattr(model, "predict_mean", None):
             model.predict_mean(clip[:, :2], 1)
+
+
+@pytest.mark.parametrize("name", TOLD_PRIORS)
+def test_told_priors(gpu, name):
+    """What a prior is told travels with the batch in training, and to the device without a wait in sampling."""
+    model = told_prior(name).cuda()
+    clip, told = random_clip(model).cuda(), random_conditions()
+    there = {name: value.cuda() for name, value in told.items()}
+    for _ in train(model, lambda: model(clip, 2, there), 2, "bf16"):
+        gpu.reset()
+    assert gpu.waits == IN_TRAINING.get(name, {}), gpu.where
+
+    model.eval()
+    few = {"n_steps": 2} if "n_steps" in model.sampler_options() else {}
+    guided = {"guidance_scale": 2.0} if "guidance_scale" in model.sampler_options() else {}
+    gpu.reset()
+    future = model.sample(clip[:, :2], 2, num_samples=2, conditions=told, **few, **guided)
+    assert future.device == GPU and gpu.waits == IN_SAMPLING.get(name, {"down": 1}), gpu.where
+    with torch.no_grad():
+        if getattr(model, "predict_mean", None):
+            model.predict_mean(clip[:, :2], 2, conditions=told)
 
 
 class FakeAccelerator(CPUAccelerator):

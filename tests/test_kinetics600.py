@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -80,6 +81,11 @@ def test_frames_are_central_squares_resized_by_lanczos(source):
     assert (frames.float() - torch.stack(bilinear).float()).abs().max() > 10
     assert read_counter(frames) == list(range(20, 40))
     assert frames_of(Kinetics600(source, frame_size=48), "train", name).shape == (20, 3, 48, 48)
+    wide = Kinetics600(source, frame_size=[48, 64], crop="none")
+    frames = frames_of(wide, "train", name)
+    squashed = [Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((64, 48), Image.LANCZOS) for frame in whole]
+    assert torch.equal(frames, torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) for one in squashed]))
+    assert (wide.describe()["frame_size"], wide.describe()["crop"]) == ([48, 64], "none")
 
 
 def test_every_file_is_brought_to_one_rate(source):
@@ -105,6 +111,7 @@ def test_prepared_set_holds_frames_and_labels(source, tmp_path):
     figures = prepare(Kinetics600(source), tmp_path / "set")
     assert figures["counts"] == {"train": 3, "val": 2}
     dataset = PreparedVideos(tmp_path / "set", "val", 8)
+    assert dataset.conditions["label"]["n_values"] == 600
     labels = [int(dataset.read_conditions(i, 0, 8)["label"]) for i in range(2)]
     assert labels == [0, 1] and [video.n_frames for video in dataset.videos] == [10, 10]
     assert read_counter(dataset.read_video(1, 2, 10)) == list(range(124, 140, 2))
@@ -190,7 +197,7 @@ def test_repeated_rows_count_once(copy, caplog):
         ({"fps": 0}, "fps: expected a rate above 0, found 0"),
         ({"fps": "fast"}, "fps: expected a rate above 0, found 'fast'"),
         ({"max_frames": 0}, "max_frames: expected at least 1, found 0"),
-        ({"frame_size": 0}, "frame_size: expected at least 1, found 0"),
+        ({"frame_size": 0}, "frame_size: expected pixels, .* found 0"),
         ({"protocol": "mini"}, "--split: kinetics600 has standard, found 'mini'"),
     ],
 )

@@ -11,8 +11,8 @@ from PIL import Image
 from video_files import counter_frames, cut_off, encode, overwrite_middle, read_counter
 
 from latentcast.data.benchmarks.kth import CLASSES, KTH, read_sequences
-from latentcast.data.prepared import IncompleteError, PreparedVideos, prepare
-from latentcast.data.video_reader import VideoError, probe, read_clip
+from latentcast.data.prepared import IncompleteError, PreparedVideos, crop_of, prepare
+from latentcast.data.video_reader import CROPS, VideoError, probe, read_clip
 
 HEADING = """
 This database contains sequences of six classes of actions performed by
@@ -136,7 +136,7 @@ def test_frames_become_square_as_pillow_does_it(source, protocol, frame_size):
     whole = read_clip(avi(source), range(14, 24)).permute(0, 2, 3, 1).numpy()
     box = (20, 0, 140, 120) if protocol == "stdiff" else (0, 0, 160, 120)
     benchmark = KTH(source, protocol, frame_size=frame_size)
-    assert benchmark.resize == ("crop" if protocol == "stdiff" else "squeeze")
+    assert benchmark.crop == ("center" if protocol == "stdiff" else "none")
     (frames,) = benchmark.read("train", "person12_jogging_d2_15-24").frames
     for frame, picture in zip(frames, whole, strict=True):
         grey = Image.fromarray(picture).convert("L")  # Pillow's is BT.601 luma too
@@ -144,6 +144,22 @@ def test_frames_become_square_as_pillow_does_it(source, protocol, frame_size):
         expected = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(frame_size, frame_size)
         error = frame[0].float() - expected.float()
         assert error.abs().max() <= 1 and error.mean().abs() < 0.1  # the mean tells rounding from truncation
+
+
+def test_any_shape_by_any_crop(source):
+    name = "person12_jogging_d2_15-24"
+    whole = [KTH(source, frame_size=[48, 64], crop=crop).read("train", name).frames[0] for crop in CROPS]
+    assert whole[0].shape == (10, 1, 48, 64) and all(torch.equal(frames, whole[0]) for frames in whole)
+    padded = KTH(source, "stdiff", crop="pad")
+    (frames,) = padded.read("train", name).frames
+    assert frames.shape == (10, 1, 64, 64) and not frames[:, :, :8].any() and not frames[:, :, -8:].any()
+    assert torch.equal(frames[:, :, 8:-8], whole[0]) and padded.describe()["crop"] == "pad"
+    for crop, resize in (("none", "squeeze"), ("center", "crop")):  # two words for one thing
+        described = KTH(source, resize=resize).describe()
+        assert KTH(source, crop=crop).describe() == described and crop_of(described) == crop
+    assert crop_of(padded.describe()) == "pad" and crop_of({"protocol": "standard"}) == "center"
+    with pytest.raises(ValueError, match="crop: expected null beside resize=crop, found 'pad'"):
+        KTH(source, crop="pad", resize="crop")
 
 
 def test_resize_is_an_option_and_is_described(source):
@@ -217,6 +233,7 @@ def test_a_missing_file_is_told_and_added_in_a_second_run(copy, tmp_path):
     assert prepare(KTH(copy), tmp_path / "prepared", partial=True)["counts"] == {"train": 96, "test": 24}
     videos = PreparedVideos(tmp_path / "prepared", "test", clip_length=5)
     assert videos.fps == 25 and videos[0]["frames"].shape == (5, 1, 64, 64)
+    assert videos.conditions["label"]["n_values"] == 6
     labels = [int(videos.read_conditions(i, 0, 5)["label"]) for i in range(24)]
     assert labels == [label for label in range(6) for _ in RANGES]
     start = first_number(22, "boxing") + RANGES[2][0] - 1
@@ -267,7 +284,7 @@ def test_bad_arguments(source):
     for arguments, message in (
         ({"protocol": "srvp"}, "--split: kth has svg, stdiff, official, found 'srvp'"),
         ({"resize": "pad"}, "resize: expected one of squeeze, crop, found 'pad'"),
-        ({"frame_size": 0}, "frame_size: expected a whole number of pixels above 0, found 0"),
+        ({"frame_size": 0}, "frame_size: expected pixels, .* found 0"),
         ({"frame_size": "small"}, "frame_size: .* found 'small'"),
     ):
         with pytest.raises(ValueError, match=message):

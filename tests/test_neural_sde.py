@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentcast.layers.neural_sde import SOLVERS, NeuralSDE, SeededBrownian
+from latentcast.layers.neural_sde import SOLVERS, NeuralSDE, Path, SeededBrownian
 
 
 class Coefficient(nn.Module):
@@ -224,3 +224,86 @@ def test_a_control_is_told_the_time_and_none_changes_nothing():
     assert (kl == 0).all() and [int(time) for time in sorted(set(times))] == [0] * 10 + [1] * 10
     again, _ = model(torch.ones(1, 1, 2, 2), torch.tensor([[2.0]]), [(5,)], lambda m, time: torch.zeros_like(m))
     assert torch.equal(m, again)
+
+
+# Told drifts, and paths that are followed step by step --------------------------------------------------------------
+
+
+class Told(nn.Module):
+    """A drift that is moved by what it is told."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, m, told=None):
+        return self.network(m if told is None else m + told[..., None, None])
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(
+    "sde_type, solver, dt, n_frames",
+    [
+        *((*solver, 0.3, 4) for solver in [*EVERY_SOLVER, ("stratonovich", None)]),
+        ("stratonovich", "euler_heun", 0.1, 8),  # across a block of the seeded path
+        ("stratonovich", "reversible_heun", 1.0, 4),
+    ],
+)
+def test_where_a_path_pauses_changes_no_bit(sde_type, solver, dt, n_frames, told):
+    """Of every solver, those that remember the last drift too, whether the frames lie on its grid or not."""
+    diffusion, options = (None, {}) if solver is None else (network(1), {"sde_type": sde_type, "solver": solver})
+    model = NeuralSDE(Told(network(0)), diffusion, dt=dt, **options)
+    start, seeds, vectors = torch.randn(2, 2, 4, 3), [(7, 0), (7, 1)], torch.randn(2, n_frames, 2)
+    tell = (lambda k: vectors[:, k - 1]) if told else None
+    with torch.no_grad():
+        whole = model(start, torch.arange(1.0, n_frames + 1).expand(2, -1), seeds, told=tell)
+        path = Path(model, start, seeds, told=tell)
+        assert torch.equal(torch.stack([path.at(k) for k in range(1, n_frames + 1)], 1), whole)
+
+
+@pytest.mark.parametrize("sde_type, solver", [*EVERY_SOLVER, ("stratonovich", None)])
+@pytest.mark.parametrize("dt", [0.5, 0.3])
+def test_what_is_told_of_a_later_interval_is_not_known_before(sde_type, solver, dt):
+    diffusion, options = (None, {}) if solver is None else (network(1), {"sde_type": sde_type, "solver": solver})
+    model = NeuralSDE(Told(network(0)), diffusion, dt=dt, **options)
+    start, times, vectors = torch.randn(1, 2, 4, 3), torch.tensor([[0.5, 1.0, 2.0, 2.7]]), torch.randn(1, 3, 2)
+    other = torch.cat([vectors[:, :2], -vectors[:, 2:]], 1)
+    with torch.no_grad():
+        one, two = (model(start, times, [(0,)], told=lambda k, v=v: v[:, k - 1]) for v in (vectors, other))
+    assert torch.equal(one[:, :3], two[:, :3]) and not torch.equal(one[:, 3], two[:, 3])
+
+
+@pytest.mark.parametrize("diffusion", [None, full(1e-3)])
+def test_what_is_told_holds_from_frame_to_frame(diffusion):
+    """dm = c_k dt + sigma dW: m is the sum of the intervals' c up to its time."""
+    model = NeuralSDE(Told(Coefficient(lambda m: m)), diffusion and Coefficient(diffusion), dt=0.1)
+    model.drift.forward = lambda m, told: told[..., None, None].expand_as(m)
+    c = torch.tensor([[1.0, -2.0, 5.0]])
+    found = model(
+        torch.zeros(1, 1, 2, 2), torch.tensor([[0.5, 1, 1.5, 2, 3]]), [(0,)], told=lambda k: c[:, k - 1, None]
+    )
+    expected = torch.tensor([0.5, 1, 0, -1, 4]).view(1, 5, 1, 1, 1).expand_as(found)
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
+
+
+def test_the_divergence_counts_what_the_control_adds_and_not_what_is_told():
+    model = NeuralSDE(Told(Coefficient(lambda m: -0.7 * m)), Coefficient(full(0.5)), dt=0.25)
+    torch.manual_seed(0)
+    told = {"told": lambda k: torch.full((4, 2), float(k))}
+    times = torch.tensor([[0.5, 2.3]] * 4)
+    _, kl = model(torch.randn(4, 2, 3, 2), times, control=lambda m, time: full(0.2)(m), **told)
+    torch.testing.assert_close(kl, torch.full((4,), 12 * 0.5 * 0.2**2 / 0.5**2 * 2.5))
+
+
+def test_the_adjoint_gives_the_gradients_of_what_is_told():
+    start, times = torch.randn(2, 2, 3, 3), torch.tensor([[0.5, 1.7], [0.2, 0.8]])
+    networks, found = (Told(network(2)), network(3)), []
+    for adjoint in (False, True):
+        model = NeuralSDE(*networks, solver="reversible_heun", adjoint=adjoint)
+        leaf = torch.linspace(-1, 1, 8).view(2, 2, 2).requires_grad_()
+        vectors = 2 * leaf  # computed, as those of a network are
+        torch.manual_seed(5)
+        loss = model(start, times, told=lambda k, vectors=vectors: vectors[:, k - 1]).square().sum()
+        found.append(torch.autograd.grad(loss, [leaf, *model.parameters()]))
+    for ours, theirs in zip(*found):
+        assert ours.any() and (ours - theirs).norm() < 1e-4 * ours.norm()

@@ -328,7 +328,7 @@ def test_the_progress_bar_follows_the_sampler(frames, capfd):
             r"frames: expected values in \[0, 1\], found \[-1, -1\]; value_range",
         ),
         ({"frames": [torch.zeros(2, 1, 8, 16), torch.zeros(3, 1, 8, 16)]}, "frames: expected one shape, found"),
-        ({"frames": [PIL.Image.new("RGB", (17, 8))] * 2}, r"frames: expected W = 16, found \(1, 2, 1, 8, 17\)"),
+        ({"frames": np.zeros((2, 8, 17, 1), np.uint8)}, r"frames: expected W = 16, found \(1, 2, 1, 8, 17\)"),
         (
             {"frames": torch.linspace(0, 1, 256).view(2, 1, 8, 16)},
             r"found none below 0, as in \[0, 1\]; give value_range",

@@ -28,7 +28,8 @@ from latentcast.figures.sheets import BORDER, LINE
 from latentcast.zoo import export
 
 gradio = pytest.importorskip("gradio")
-webdriver = pytest.importorskip("selenium.webdriver")
+pytest.importorskip("selenium")
+from chromium import open_chromium  # noqa: E402
 from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -89,14 +90,7 @@ class Browser:
     """Chromium, with one page."""
 
     def __init__(self, downloads):
-        options = webdriver.ChromeOptions()
-        options.binary_location = shutil.which("chromium")
-        for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1200,1000"):
-            options.add_argument(f"--{argument}")
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-        service = webdriver.ChromeService(shutil.which("chromedriver"))
-        self.driver = webdriver.Chrome(options=options, service=service)
-        self.driver.set_page_load_timeout(PATIENCE)
+        self.driver = open_chromium(PATIENCE)
         self.downloads = downloads
         allowed = {"behavior": "allow", "downloadPath": str(downloads)}
         self.driver.execute_cdp_cmd("Browser.setDownloadBehavior", allowed)

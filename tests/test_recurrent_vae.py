@@ -1,11 +1,13 @@
 """SVG-LP and HAF-SVG: published sizes, the loss and the sampler step by step, control of z, what is logged."""
 
 import copy
+import itertools
 import logging
+import weakref
 
 import pytest
 import torch
-from tiny import CODES_SPEC, TINY_PRIORS, random_clip, small_recurrent_vae, tiny_prior
+from tiny import CODES_SPEC, TINY_PRIORS, random_clip, random_conditions, small_recurrent_vae, tiny_prior, told_prior
 from tiny_experiment import call_tool
 from torch import nn
 from torch.distributions import Normal, kl_divergence
@@ -14,7 +16,7 @@ from latentcast import PixelTokenizer, RecurrentVAE, VideoPredictionPipeline, in
 from latentcast.layers.aligner import FeatureAligner
 from latentcast.layers.latent_cnn import LatentDecoder, LatentEncoder
 from latentcast.layers.lstm import GaussianGroups
-from latentcast.priors.recurrent_vae import kl_gaussians
+from latentcast.priors.recurrent_vae import kl_gaussians, shared
 from latentcast.training.callbacks import sample_diversity
 from latentcast.training.metrics_file import read_metrics
 
@@ -228,6 +230,36 @@ def test_the_prior_of_a_frame_sees_only_the_frames_before_it():
         }
         assert reached["prior"].tolist() == [i < t for i in range(5)]
         assert reached["posterior"].tolist() == [0 < i <= t for i in range(5)]
+
+
+def test_lstms_know_what_led_to_their_frame_and_nothing_of_later_ones():
+    model = told_prior("recurrent_vae")
+    seen, clip, told = {}, random_clip(model, n_frames=5), random_conditions(n_frames=5)
+    for name in ("prior", "posterior", "predictor"):
+        pick = 0 if name == "predictor" else 1
+        getattr(model, name).register_forward_hook(
+            lambda module, args, output, name=name, pick=pick: seen.update({name: output[pick]})
+        )
+    told["state"].requires_grad_()
+    model(clip, 2, told)
+    for t in range(1, 5):
+        for name, output in seen.items():
+            (gradient,) = torch.autograd.grad(output[0, t - 1].sum(), told["state"], retain_graph=True)
+            assert gradient[0].any(1).tolist() == [0 < i <= t for i in range(5)], name
+            assert not gradient[1].any()
+
+
+def test_a_reconstruction_knows_the_conditions_of_context_and_future():
+    model = told_prior("recurrent_vae_latents")
+    clip, told = random_clip(model), random_conditions()
+    settings = [{"generator": seeded(), "conditions": conditions} for conditions in (told, told, None)]
+    one, again, nothing = (model.reconstruct(clip, 2, **each) for each in settings)
+    assert torch.equal(one, again) and not torch.equal(one, nothing)
+    kl, others = (model.explain(clip, 2, generator=seeded(), conditions=each)["kl"] for each in (told, None))
+    assert kl.shape == others.shape and not torch.equal(kl, others)
+    model.train()  # what training leaves out, sampling does not
+    model.conditioner.dropout = 0.9
+    assert torch.equal(model.reconstruct(clip, 2, generator=seeded(), conditions=told), one)
 
 
 def test_what_says_nothing_is_not_active():
@@ -450,6 +482,35 @@ def test_bad_sampler_options(options, message):
     with pytest.raises(ValueError, match=message) as caught:
         model.sample(random_clip(model, n_frames=1), 3, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_rollout_advances_all_chunks_and_leaves_the_model_as_it_is():
+    """Frame by frame the same as at once, whatever the chunks; between two frames the model trains as before."""
+    model = build("haf_svg_3").train()
+    context, values = random_clip(model, batch=3, n_frames=3), torch.randn(3, 1, 3)
+    for options in ({"sample_batch": 5}, {"sample_batch": 4, "batch_statistics": True}):
+        expected = model.sample(
+            context, 4, num_samples=4, generator=seeded(), z_groups={1: 0, 3: values.expand(-1, 4, -1)}, **options
+        )
+        rollout = model.rollout(context, num_samples=4, generator=seeded(), z_groups={1: 0, 3: values}, **options)
+        for t in range(4):
+            assert torch.equal(rollout.step(), expected[:, :, t])
+            assert all(module.training for module in model.modules())
+            assert all(norm.track_running_stats for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))
+    with pytest.raises(ValueError, match=r"z_groups: group 1: expected .* = \(3, 1, 3\), found \(4, 3\)"):
+        model.rollout(context, z_groups={1: torch.zeros(4, 3)})
+
+
+def test_items_that_iterators_share_are_not_kept():
+    made, kept = itertools.count(), []
+    one, two = shared((torch.tensor(i) for i in made), 2)
+    for i in range(5):
+        items = next(one), next(two)
+        assert [item.item() for item in items] == [i, i]
+        kept.append(weakref.ref(items[0]))
+    del items
+    assert not any(ref() is not None for ref in kept)
+    assert [next(two).item() for _ in range(3)] == [next(one).item() for _ in range(3)] == [5, 6, 7]
 
 
 def test_no_groups_to_fix():

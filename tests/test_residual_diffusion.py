@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, DEISMultistepScheduler
 from diffusers.optimization import get_scheduler
 from test_denoising import oracle
-from tiny import SMALL_RESIDUAL_DIFFUSION, TINY_TOKENIZERS, random_frames, small_residual_diffusion, tiny_tokenizer
+from tiny import (
+    SMALL_RESIDUAL_DIFFUSION,
+    TINY_TOKENIZERS,
+    random_conditions,
+    random_frames,
+    small_residual_diffusion,
+    tiny_tokenizer,
+    told_prior,
+)
 
 from latentcast import PixelTokenizer, ResidualDiffusion, VideoPredictionPipeline, instantiate, load_config
 from latentcast.config import to_container
@@ -311,6 +319,95 @@ def test_nothing_of_the_future_reaches_the_past():
             (gradient,) = torch.autograd.grad(output.unflatten(0, (5, 2))[t].sum(), clip, retain_graph=True)
             reached = gradient.flatten(2).abs().amax((0, 2)) > 0
             assert reached.tolist() == [True] * (t + 1) + [False] * (4 - t)
+
+
+def test_what_leads_to_a_frame_reaches_it_and_no_earlier_one():
+    """Vectors stand beside the frame before the one that they lead to."""
+    model = told_prior("residual_diffusion")
+    frames = random_pixels(n_frames=5).transpose(0, 1).flatten(0, 1)
+    vectors = torch.randn(len(frames), model.config.width, requires_grad=True)
+    memory = model.observe(frames, 5, vectors=vectors)
+    noise = model.denoiser(frames, torch.full((len(frames),), 700), model.denoiser.conditions(memory["context"]))
+    for output in (model.predict_frame(memory)[0], noise):
+        for t in range(5):
+            (gradient,) = torch.autograd.grad(output.unflatten(0, (5, 2))[t, 0].sum(), vectors, retain_graph=True)
+            reached = gradient.unflatten(0, (5, 2)).any(-1)
+            assert reached[:, 0].tolist() == [i <= t for i in range(5)] and not reached[:, 1].any()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"anchor": "last_frame", "transform_multipliers": None}, {"residual": False}, {"sigma": "auto"}]
+)
+def test_every_form_is_told_what_leads_to_the_frames_it_predicts(options):
+    """The last action of a clip leads to its last frame; what led to the first leads to none that is predicted."""
+    model = told_prior("residual_diffusion", **options)
+    clip, told = random_pixels(), random_conditions()
+    told["state"].requires_grad_()
+    (gradient,) = torch.autograd.grad(model(clip, 2, told).loss, told["state"])
+    assert gradient.any(-1).tolist() == [[False, True, True, True]] * 2
+    future = [sample(model, clip[:, :2], 2, n_steps=2, conditions=each) for each in (told, None)]
+    assert not torch.equal(*future)
+
+
+def test_a_guided_frame_moves_as_a_whole():
+    """mu and raw scale are guided as the noise is; a memory holds told rows, then the same untold."""
+    model = told_prior("residual_diffusion_latents", anchor="last_frame")
+    for layer in (model.transform.to_mu, model.transform.to_scale):
+        torch.nn.init.normal_(layer.weight)
+    frames, told = torch.randn(2, 3, 4, 8), torch.randn(2, model.config.width)
+    nothing = model.conditioner.null.expand(2, -1)
+    own = [model.observe(frames, vectors=vectors) for vectors in (told, nothing)]
+    both = model.observe(frames.repeat(2, 1, 1, 1), vectors=torch.cat([told, nothing]))
+    (mu, sigma), (mu_0, sigma_0) = (model.predict_frame(memory) for memory in own)
+    for scale in (0.0, 2.5, 1e3):
+        found, spread = model.predict_frame(both, scale)
+        torch.testing.assert_close(found, mu_0 + scale * (mu - mu_0), rtol=1e-4, atol=1e-3)
+        assert ((spread > 0) & (spread <= model.config.sigma)).all()
+    torch.testing.assert_close(model.predict_frame(both, 0.0)[1], sigma_0)
+    assert not torch.allclose(sigma, sigma_0)
+
+
+def test_mean_and_explanation_are_told_and_guided():
+    model, clip, told = told_prior("residual_diffusion"), random_pixels(), random_conditions()
+    mean = model.predict_mean(clip[:, :2], 2, told)
+    assert torch.equal(mean, model.predict_mean(clip[:, :2], 2, conditions=told))
+    assert not torch.equal(mean, model.predict_mean(clip[:, :2], 2))
+    given = {"n_steps": 2, "conditions": told}
+    for scale in (1.0, 3.0):
+        generator = torch.Generator().manual_seed(0)
+        found = model.explain(clip, 2, generator=generator, guidance_scale=scale, **given)
+        future = sample(model, clip[:, :2], 2, guidance_scale=scale, **given)[:, 0]
+        assert torch.equal(found["future"], future)
+        means = model._means(clip[:, :2], 2, 1, model._told(told, 2, 4), scale)[:, 0]
+        torch.testing.assert_close(found["mu"][:, 0], means)
+        assert torch.allclose(model._in_range(means), mean[:, 0]) == (scale == 1)
+    model.train()  # what training leaves out, sampling does not
+    model.conditioner.dropout = 0.9
+    assert torch.equal(model.predict_mean(clip[:, :2], 2, told), mean)
+    assert torch.equal(sample(model, clip[:, :2], 2, guidance_scale=3.0, **given)[:, 0], future)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_a_rollout_in_chunks_is_that_of_sample(guidance_scale):
+    model, told = told_prior("residual_diffusion_latents"), random_conditions(batch=3, n_frames=5)
+    context = torch.randn(3, 2, 3, 4, 8)
+    options = {"num_samples": 3, "sample_batch": 4, "n_steps": 3, "guidance_scale": guidance_scale}
+    expected = sample(model, context, 3, conditions=told, **options)
+    known = {name: value if name == "label" else value[:, :2] for name, value in told.items()}
+    generator = torch.Generator().manual_seed(0)
+    rollout = model.rollout(context, generator=generator, conditions=known, **options)
+    for t in range(3):
+        frame = rollout.step({name: told[name][:, 2 + t] for name in ("action", "state")})
+        assert torch.equal(frame, expected[:, :, t])
+
+
+def test_checkpointing_takes_conditions():
+    clip, told, gradients = random_pixels(), random_conditions(), []
+    for checkpointing in (False, True):
+        model = told_prior("residual_diffusion", gradient_checkpointing=checkpointing)
+        parameters = [p for name, p in model.named_parameters() if name != "condition_embedding.null"]
+        gradients.append(torch.autograd.grad(model(clip, 2, told).loss, parameters))
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_learned_scale_is_the_spread_of_the_residual():

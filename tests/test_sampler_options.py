@@ -4,13 +4,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from tiny import TINY_PRIORS, random_clip, tiny_prior
+from tiny import TINY_PRIORS, TOLD_PRIORS, random_clip, tiny_prior, told_prior
 
 from latentcast import VideoPredictionPipeline
 from latentcast.priors.sampling import draw
 
-# The first instance of every class.
+# The first instance of every class; one that may be told something, to be guided.
 CLASSES = {type(tiny_prior(name)).__name__: name for name in reversed(TINY_PRIORS)}
+
+
+def instance(name):
+    return told_prior(name) if name in TOLD_PRIORS else tiny_prior(name)
+
+
 ABSURD = [
     *(0, -1, 1, 1.5, 2.0, float("nan"), float("inf"), -float("inf"), 1e-300, -1e-300, 1e300, 10**400, 2**70),
     *(True, False, "", "x", "1", b"1", 1j, None, (), [], [1, 2], [[1], [1, 2]], ["x"], [None], {}, {1: 2}, {"a": []}),
@@ -31,10 +37,10 @@ def fits(prior, future, shape):
 
 
 @pytest.mark.parametrize(
-    "name, option", [(name, option) for name in CLASSES.values() for option in tiny_prior(name).sampler_options()]
+    "name, option", [(name, option) for name in CLASSES.values() for option in instance(name).sampler_options()]
 )
 def test_absurd_values_are_refused_by_name_or_taken(name, option):
-    prior = tiny_prior(name)
+    prior = instance(name)
     clip = random_clip(prior, batch=1, n_frames=2)
     steps = {"n_steps": 2} if "n_steps" in prior.sampler_options() else {}
     refused = 0
@@ -66,7 +72,7 @@ def beyond(option):
 @pytest.mark.parametrize("name", CLASSES.values())
 def test_options_have_the_kind_and_the_range_that_the_sampler_keeps(name):
     """What lies at the ends is taken, what lies beyond is refused; all options have ranges, but for lists and dicts."""
-    prior = tiny_prior(name)
+    prior = instance(name)
     options, clip = prior.sampler_options(), random_clip(prior, batch=2, n_frames=2)
     steps = {"n_steps": 2} if "n_steps" in options else {}
 
@@ -108,3 +114,12 @@ def test_the_least_of_each_draws_the_most_likely_code():
     assert torch.equal(draw(large, uniform, temperature=1e-20), likeliest)
     uniformly = torch.bincount(draw(logits[:1].expand(5000, -1), torch.rand(5000), temperature=1e300), minlength=9)
     assert (uniformly > 400).all()
+
+
+def test_what_was_told_nothing_is_not_guided():
+    prior = tiny_prior("residual_diffusion")
+    option = prior.sampler_options()["guidance_scale"]
+    assert (option.default, option.least, option.most) == (1.0, 1, 1)
+    for scale in (0.0, 2.0):
+        with pytest.raises(ValueError, match=f"^guidance_scale: expected 1 for .* without conditions, found {scale}"):
+            prior.sample(random_clip(prior, batch=1, n_frames=2), 1, n_steps=2, guidance_scale=scale)

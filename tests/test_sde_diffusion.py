@@ -630,6 +630,113 @@ def test_an_exploding_motion_stops_training_and_sampling(make):
         assert "\n" not in str(caught.value)
 
 
+# Conditions and rollouts --------------------------------------------------------------------------------------------
+
+ACTION = {"action": {"shape": [], "dtype": "int64", "per": "frame", "n_values": 5}}
+
+
+@pytest.fixture
+def told(make):
+    """A prior that is told actions, and some of them, (2, 9)."""
+    prior = make(conditions=ACTION)
+    nn.init.normal_(prior.conditioner.null)
+    return prior, {"action": torch.arange(18).view(2, 9) % 5}
+
+
+def cut(conditions, n_frames):
+    return {"action": conditions["action"][:, :n_frames]}
+
+
+def test_conditions_are_of_intervals_whatever_the_times(told):
+    prior, actions = told
+    context = random_clip(prior, n_frames=3)
+    told_by_unet = record(prior.tell_unet, outputs=False)
+    half = sample(prior, context, 4, fps_multiplier=2, conditions=cut(actions, 5), motion_seed=1, image_seed=1)
+    vectors = prior.condition_vectors(cut(actions, 5), 2, 5)
+    assert [torch.equal(seen, vectors[:, frame]) for (seen,), frame in zip(told_by_unet, (3, 3, 4, 4))] == [True] * 4
+    assert half.shape[2] == 4
+    # Each context at its own times: the second one's frames lie in the intervals 1 and 3.
+    told_by_unet.clear()
+    times = torch.tensor([[0.5, 1.0], [1.0, 2.5]])
+    sample(prior, context, 2, frame_times=times, conditions=cut(actions, 6))
+    vectors = prior.condition_vectors(cut(actions, 6), 2, 6)
+    assert torch.equal(told_by_unet[1][0], torch.stack([vectors[0, 3], vectors[1, 5]]))
+    assert prior.told_frames(3, 2, frame_times=times) == 6 and prior.told_frames(3, 4, fps_multiplier=2) == 5
+    assert prior.told_frames(3, 4) == 7 and prior.told_frames(3, 1, frame_times=[0.2], n_steps=2) == 4
+    with pytest.raises(ValueError, match=r"conditions: action: expected \(2, 5\) \(5 frames\), found \(2, 7\)"):
+        sample(prior, context, 4, fps_multiplier=2, conditions=cut(actions, 7))
+    # Whole times are told the same things, whatever lies between them.
+    motion = record(prior.motion_sde)
+    sample(prior, context, 4, fps_multiplier=2, conditions=cut(actions, 5), motion_seed=1)
+    sample(prior, context, 2, conditions=cut(actions, 5), motion_seed=1)
+    assert torch.equal(motion[0][:, 1::2], motion[1])
+
+
+@pytest.mark.parametrize("previous_frame", ["sampled", "immediate"])
+def test_training_tells_the_drift_of_each_interval_and_the_unet_of_its_frame(make, previous_frame):
+    prior = make(conditions=ACTION, n_sampled_frames=2, previous_frame=previous_frame, condition_dropout=0.0).train()
+    clip, actions = random_clip(prior, n_frames=6), {"action": torch.arange(12).view(2, 6) % 5}
+    vectors = prior.condition_vectors(actions, 2, 6)
+    drift, unet = (record(module, outputs=False) for module in (prior.tell_drift, prior.tell_unet))
+    times = record(prior.motion_sde, outputs=False)
+    prior(clip, 2, actions)
+    steps = times[0][1]
+    assert len(drift) == steps.max() and all(torch.equal(seen, vectors[:, 2 + k]) for k, (seen,) in enumerate(drift))
+    assert torch.equal(unet[0][0], vectors[torch.arange(2)[:, None], 1 + steps].flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    "options, other",
+    [
+        ({"solver": "reversible_heun"}, {"adjoint": True}),
+        ({}, {"gradient_checkpointing": True}),
+        (LATENT_SDE, {"gradient_checkpointing": True}),
+    ],
+)
+def test_told_priors_have_the_gradients_of_plain_training(make, options, other):
+    gradients = []
+    for kind in (options, options | other):
+        prior = make(conditions=ACTION, **kind).train()
+        torch.manual_seed(3)
+        prior(random_clip(prior, n_frames=5), 2, {"action": torch.arange(10).view(2, 5) % 5}).loss.backward()
+        gradients.append({name: p.grad for name, p in prior.named_parameters()})
+    assert gradients[0]["tell_drift.weight"].any()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_explained_motion_is_told(told):
+    prior, actions = told
+    clip = random_clip(prior, n_frames=5)
+    features = record(prior.motion_sde)
+    sample(prior, clip[:, :2], 3, conditions=cut(actions, 5), motion_seed=4, num_samples=2)
+    found = prior.explain(clip, 2, conditions=cut(actions, 5), motion_seed=4, num_samples=2)["motion"]
+    assert torch.equal(found[:, :, 1:].flatten(0, 1), features[0])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"horizon": 2}, {"guidance_scale": 2.5}, {"horizon": 3, "guidance_scale": 0.5}]
+)
+def test_a_told_rollout_is_sample_frame_by_frame(make, options):
+    prior = make(conditions=ACTION, dt=0.3)  # frames are not on the solver's grid
+    nn.init.normal_(prior.conditioner.null)
+    context, actions = random_clip(prior, n_frames=3), {"action": torch.arange(16).view(2, 8) % 5}
+    settings = {"num_samples": 2, "n_steps": 2, "motion_seed": [3, 4], "image_seed": 5, **options}
+    expected = prior.sample(context, 5, conditions=actions, **settings)
+    rollout = prior.rollout(context, conditions=cut(actions, 3), **settings)
+    frames = [rollout.step({"action": actions["action"][:, t]}) for t in range(3, 8)]
+    assert torch.equal(torch.stack(frames, 2), expected)
+
+
+@pytest.mark.parametrize(
+    "options, found", [({"fps_multiplier": 2}, "fps_multiplier=2"), ({"frame_times": [1.0]}, "frame_times")]
+)
+def test_a_rollout_has_the_datas_rate(make, options, found):
+    prior = make()
+    with pytest.raises(ValueError, match=f"rollout: expected fps_multiplier=1 and no frame_times, found {found}"):
+        prior.rollout(random_clip(prior, n_frames=2), **options)
+
+
 # In a pipeline ------------------------------------------------------------------------------------------------------
 
 

@@ -331,6 +331,26 @@ def test_cached_samples_equal_uncached_past_the_trained_length(layers, attention
     assert 0 <= cached.min() and cached[..., 0].max() < 3 and cached[..., 1].max() < 4
 
 
+@pytest.mark.parametrize("layers, attention", FORMS)
+def test_what_is_told_is_the_same_with_and_without_caches(layers, attention):
+    """Past the trained length, too, and with guidance, where each row is there twice."""
+    action = {"action": {"shape": [], "dtype": "int64", "per": "frame", "n_values": 5}}
+    model = tiny(spec((3, 4), 2, 2), layers=layers, attention=attention, conditions=action)
+    context, told = random_codes(frames=2, height=2, width=2), {"action": torch.arange(10).view(2, 5) % 5}
+    options = {"conditions": told, "guidance_scale": 2.5, "overlap": 3}
+    assert torch.equal(*cached_and_uncached(model, context, 3, **options))
+    future, found = stepwise_logits(
+        model, context, 2, num_samples=2, conditions=told | {"action": told["action"][:, :4]}
+    )
+    clip = torch.cat([context.repeat_interleave(2, 0), future.flatten(0, 1)], 1)
+    with torch.no_grad():
+        expected = model(clip, 2, {"action": told["action"][:, :4].repeat_interleave(2, 0)}).logits
+        untold = model(clip, 2).logits
+    for a, b, c in zip(found, expected, untold):
+        torch.testing.assert_close(a, b)
+        assert not torch.allclose(a, c, atol=1e-2)
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0.7, "top_k": 2}, {"top_p": 0.8}, {"temperature": 0}])
 def test_cached_samples_equal_uncached_under_every_option(options):
     model = tiny(spec((3, 4), 2, 2), n_frames=3)
@@ -374,9 +394,11 @@ def test_a_step_needs_no_host_synchronisation():
     choose = {"temperature": 0.9, "top_k": 3, "top_p": 0.9}
     for attention in ATTENTION:
         model = tiny(attention=attention)
-        state = LayerState(model.network(1), 1, model.grid, 3, choose, model.first_row[1])
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            state._step()
+        for guidance_scale in (1.0, 2.0):
+            options = choose | {"guidance_scale": guidance_scale}
+            state = LayerState(model.network(1), 1, model.grid, 4, options, model.first_row[1])
+            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+                state._step()
 
 
 @pytest.mark.gpu

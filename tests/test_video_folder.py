@@ -279,7 +279,7 @@ def test_bad_arguments(wide, arguments, message):
     [
         ("data.fps=-1", r"^data\.fps: expected a rate above 0"),
         ("data.val_fraction=2", r"^data\.val_fraction, data\.test_fraction: not shares"),
-        ("frame_size=0", r"^frame_size=0 \(as data\.size\): expected at least 1"),
+        ("frame_size=0", r"^frame_size: expected pixels, a whole number from 1 on or \[height, width\], found 0"),
         ("clip_length=0", r"^clip_length: expected at least 1"),
     ],
 )

@@ -154,6 +154,57 @@ TINY_PRIORS = {
 }
 
 
+# What priors are told in tests: of each frame an action and two numbers, of each video a label.
+CONDITIONS = {
+    "action": {"shape": [], "dtype": "int64", "per": "frame", "n_values": 3},
+    "state": {"shape": [2], "dtype": "float32", "per": "frame"},
+    "label": {"shape": [], "dtype": "int64", "per": "video", "n_values": 4},
+}
+TOLD_PRIORS = {
+    "video_transformer": lambda **told: VideoTransformer(CODES_SPEC, subscale=[4, 1, 1], **SMALL_TRANSFORMER, **told),
+    "video_transformer_spatiotemporal": lambda **told: VideoTransformer(
+        CODES_SPEC, subscale=[2, 2, 2], **SMALL_TRANSFORMER, **told
+    ),
+    "st_pixelcnn": lambda **told: STPixelCNN(CODES_SPEC, **SMALL_PIXELCNN, **told),
+    "st_pixelcnn_shared": lambda **told: STPixelCNN(
+        CODES_SPEC, layers="shared", attention="factorised", **SMALL_PIXELCNN, **told
+    ),
+    "sde_diffusion": small_sde_diffusion,
+    "ode_diffusion_latents": lambda **told: small_sde_diffusion(
+        "kl_vae", motion="ode", prediction_type="sample", **told
+    ),
+    "latent_sde_diffusion": lambda **told: small_sde_diffusion(
+        diffusion_output="softplus", motion_kl_weight=1.0, previous_frame="immediate", **told
+    ),
+    "recurrent_vae": lambda **told: small_recurrent_vae(
+        PixelTokenizer(1, 8, 16, levels=None).latent_spec, n_groups=2, **told
+    ),
+    "recurrent_vae_latents": lambda **told: small_recurrent_vae(CODES_SPEC, n_groups=3, **told),
+    "residual_diffusion": small_residual_diffusion,
+    "residual_diffusion_latents": lambda **told: small_residual_diffusion(
+        "kl_vae", learned_sigma=True, shared_step=False, **told
+    ),
+}
+
+
+def random_conditions(batch=2, n_frames=4, seed=0):
+    """Of CONDITIONS, for clips of ``n_frames``."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "action": torch.randint(3, (batch, n_frames), generator=generator),
+        "state": torch.randn(batch, n_frames, 2, generator=generator),
+        "label": torch.randint(4, (batch,), generator=generator),
+    }
+
+
+def told_prior(name, conditions=CONDITIONS, **options):
+    """A tiny prior with conditions, whose vectors of them differ enough to matter before training."""
+    torch.manual_seed(0)
+    prior = TOLD_PRIORS[name](conditions=conditions, **options).eval()
+    torch.nn.init.normal_(prior.conditioner.null)
+    return prior
+
+
 def random_clip(prior, batch=2, n_frames=4, seed=0):
     """A clip in the space that the prior accepts: codes, standard normal latents, or pixels in [-1, 1]."""
     spec = prior.config.latent_spec

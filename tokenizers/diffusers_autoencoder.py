@@ -8,6 +8,7 @@ from diffusers.configuration_utils import register_to_config
 
 from latentcast.config import check_counts, one_line
 from latentcast.layers.gaussian import kl_to_standard_normal, sample_moments, scale_moments
+from latentcast.sizes import check_stride
 
 from .base import (
     FrameTokenizer,
@@ -82,8 +83,7 @@ class DiffusersTokenizer(FrameTokenizer):
             )
         if in_channels not in (None, inner.in_channels):
             raise ValueError(f"in_channels: expected the autoencoder's {inner.in_channels}, found {in_channels}")
-        if height % self._stride or width % self._stride:
-            raise ValueError(f"height, width: expected multiples of the stride {self._stride}, found {height}, {width}")
+        check_stride(height, width, self._stride)
         self.register_to_config(  # the weights may have stood anywhere
             path=None,
             subfolder=None,

@@ -5,6 +5,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 
 from latentcast.layers.gaussian import kl_to_standard_normal, sample_moments, scale_moments
+from latentcast.sizes import check_stride
 
 from .base import FrameTokenizer, ReconstructionOutput, TokenizerOutput, check_frames, check_latents
 from .losses import check_reconstruction_options, reconstruction_loss
@@ -20,7 +21,7 @@ class KLVAE(FrameTokenizer):
     f = 4 model, which has ``block_channels=[128, 256, 512]``, ``n_blocks=2``, ``latent_channels=3``.
 
     Args:
-        in_channels: C of the frames, 3 (RGB) or 1 (grey).
+        in_channels: C of the frames: 3 (RGB), 1 (grey), or any number of other data.
         height, width: H and W of the frames in pixels, multiples of the stride.
         block_channels: width of the network at each resolution; n of them make a stride of 2^(n - 1) pixels a latent.
         n_blocks: residual blocks at each resolution of the encoder; the decoder has one more.
@@ -57,8 +58,7 @@ class KLVAE(FrameTokenizer):
         if norm_groups < 1 or not block_channels or any(channels % norm_groups for channels in block_channels):
             raise ValueError(f"block_channels: expected multiples of norm_groups={norm_groups}, found {block_channels}")
         stride = self._stride
-        if height % stride or width % stride:
-            raise ValueError(f"height, width: expected multiples of the stride {stride}, found {height}, {width}")
+        check_stride(height, width, stride)
         n = len(block_channels)
         network = {
             "block_out_channels": tuple(block_channels),

@@ -22,7 +22,7 @@ class PixelTokenizer(FrameTokenizer):
     channel: 256 levels reproduce 8-bit video exactly. Without, the latents are the frames and there are no codes.
 
     Args:
-        in_channels: C of the frames, 3 (RGB) or 1 (grey).
+        in_channels: C of the frames: 3 (RGB), 1 (grey), or any number of other data.
         height, width: H and W of the frames in pixels.
         levels: values of a channel, at least 2, or None for continuous pixels.
     """

@@ -18,7 +18,7 @@ class VectorAutoencoder(FrameTokenizer):
     ``decode`` in either mode: a frame's latents depend on no other frame.
 
     Args:
-        in_channels: C of the frames, 3 (RGB) or 1 (grey).
+        in_channels: C of the frames: 3 (RGB), 1 (grey), or any number of other data.
         height, width: H and W of the frames in pixels, even and at least 8. They are halved as long as they are even
             and at least 8, and the last convolution covers what is left, so the weights are for one size. Published:
             64x64 and 128x128; sizes that can seldom be halved make that convolution large.

@@ -7,6 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from latentcast.layers.convolutions import ResidualBlock
+from latentcast.sizes import check_stride
 
 from .base import (
     FrameTokenizer,
@@ -45,10 +46,7 @@ class ConvolutionalVQ(FrameTokenizer):
             raise ValueError(f"padding_mode: expected 'zeros' or 'replicate', found {padding_mode!r}")
         if stride not in (2, 4, 8, 16):
             raise ValueError(f"stride: expected 2, 4, 8 or 16, found {stride}")
-        if config.height % stride or config.width % stride:
-            raise ValueError(
-                f"height, width: expected multiples of the stride {stride}, found {config.height}, {config.width}"
-            )
+        check_stride(config.height, config.width, stride)
         n_halvings = stride.bit_length() - 1
         widths = [config.in_channels, hidden_channels // 2] + [hidden_channels] * (n_halvings - 1)
 
@@ -181,7 +179,7 @@ class VQVAE(ConvolutionalVQ):
     ``VQVAE.from_pretrained(path, height=128, width=128)`` reuses a trained model.
 
     Args:
-        in_channels: C of the frames, 3 (RGB) or 1 (grey).
+        in_channels: C of the frames: 3 (RGB), 1 (grey), or any number of other data.
         height, width: H and W of the frames in pixels, multiples of ``stride``.
         hidden_channels: width of the network; the outermost convolution has half of it.
         residual_channels: width inside a residual block.

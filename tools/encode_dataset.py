@@ -18,7 +18,7 @@ def main(args):
     config = load_config(args.experiment, args.overrides, tool="encode_dataset", go_on=True)
     check_data(config)
     announce(config)
-    from latentcast.data.base import match_conditions  # which takes seconds: mistakes in the config show before
+    from latentcast.data.base import conditions_by_name  # which takes seconds: mistakes in the config show before
     from latentcast.data.encoding import encode_dataset
     from latentcast.data.latent_cache import choose_store
     from latentcast.distributed import process_group, rank_and_world, rank_zero_first
@@ -48,8 +48,8 @@ def main(args):
             if dataset is not None:
                 root = cache_root(config) / split
                 loading = {"num_workers": config.num_workers, "read_timeout": config.read_timeout}
+                conditions_by_name(config.conditions, dataset)  # refuses unknown ones
                 if prior is not None and prior.accepts != "pixels":
-                    match_conditions(prior.conditions, type(prior).__name__, dataset.conditions, "the data set")
                     options["store"] = choose_store(config.cache.store, prior, tokenizer, root, config.cache.overwrite)
                 figures[split] = encode_dataset(dataset, tokenizer, root, **loading, **options)
         rank = rank_and_world()[0]

@@ -8,12 +8,11 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import tempfile
 import threading
 from pathlib import Path
 
-from latentcast.cli import UserError, add_pipeline_arguments, pick_device, pick_dtype, run_tool
+from latentcast.cli import UserError, add_pipeline_arguments, pick_device, pick_dtype, run_tool, usable_port
 
 logger = logging.getLogger("latentcast")
 
@@ -23,8 +22,6 @@ PORT = 7860
 def main(args):
     from latentcast.saved import pipeline_folder
 
-    if not 0 <= args.port < 65536:
-        raise UserError(f"--port: expected 0 to 65535, found {args.port}")
     for name, least in (("max_mb", 0), ("max_frames", 1)):
         if not least <= getattr(args, name) < float("inf") or not getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, found {getattr(args, name)}")
@@ -49,9 +46,6 @@ def serve(args, folder, port, files):
 
     device = pick_device(args.device)
     pipe = VideoPipeline.from_pretrained(folder, dtype=pick_dtype(args.dtype, device)).to(device)
-    spec = pipe.prior.config.latent_spec
-    if spec["frame_height"] != spec["frame_width"]:
-        raise UserError(f"{args.pipeline}: expected square frames, found {spec['frame_height']}x{spec['frame_width']}")
     examples = read_examples(folder) if (folder / EXAMPLES).is_file() else None
     title, limits = Path(folder).resolve().name, {"most_mb": args.max_mb, "most_read": args.max_frames}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # files go then, too
@@ -62,18 +56,6 @@ def serve(args, folder, port, files):
         except KeyboardInterrupt:
             logger.info("ending")
     return {"address": address, "predictions": served.n_predicted}
-
-
-def usable_port(host, port):
-    """The port, or for 0 any free one; UserError where it cannot be had."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(address)
-            return trial.getsockname()[1]
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: cannot be had ({error.strerror}); choose another") from None
 
 
 if __name__ == "__main__":

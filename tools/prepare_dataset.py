@@ -9,6 +9,8 @@ import os
 
 from latentcast.cli import Findings, UserError, parse_options, prepare_run_dir, run_tool, user_path
 
+OWN = ("env", "policy", "frames", "actions")  # options of single sets that have an argument of their own
+
 
 def main(args):
     if args.name == "check":
@@ -24,7 +26,8 @@ def main(args):
         raise UserError(f"--workers: expected at least 0, found {args.workers}")
     if args.output is None:
         raise UserError("--output: expected the folder to prepare into")
-    fixed = {"source": args.source, "protocol": args.split}
+    given = {name: value for name in OWN if (value := getattr(args, name)) is not None}
+    fixed = {"source": args.source, "protocol": args.split} | given
     benchmark = call(import_name(BENCHMARKS[args.name]), parse_options(args.arguments) | fixed, args.name)
     output = prepare_run_dir(args.output, "--output")
     return prepare(benchmark, output, workers=args.workers, partial=args.partial)
@@ -50,6 +53,18 @@ if __name__ == "__main__":
     parser.add_argument("--source", type=user_path, help="folder or archive as published")
     parser.add_argument("--output", type=user_path, help="folder of the prepared set")
     parser.add_argument("--split", help="protocol: which of the splits in use (the first one documented by default)")
+    parser.add_argument("--env", help="gym: the environment, ALE/Pong-v5 say")
+    parser.add_argument(
+        "--policy", help="gym: random (the default), or FILE.py:function of (observation, env, generator)"
+    )
+    parser.add_argument("--frames", type=int, help="gym: how many to record, of all splits together")
+    parser.add_argument(
+        "--actions",
+        metavar="PATTERN",
+        help="folder: each video's table of actions, csv, npy or parquet, '{folder}/{stem}.csv' say; its row t was "
+        "done after frame t, as in LeRobot; action_rows=between: the same without one of the last frame, as in Minari; "
+        "action_rows=before: row t led to frame t",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core; 0: none)")
     parser.add_argument("--partial", action="store_true", help="accept a set with fewer videos than published")
     parser.add_argument("--clip-length", type=int, default=1, help="check: shorter videos are named")

@@ -77,7 +77,7 @@ def show(overrides):
     ordered = samples[torch.arange(N_SHOWN)[:, None], quality.argsort(1, descending=True)]
     shown = [rows_of(*parts) for parts in zip(context, future, ordered)]
     ranks = ["truth", "best sample", *(f"sample {rank}" for rank in range(2, 1 + N_SAMPLES))]
-    scale, names = scale_for(config.frame_size, 64), frame_names(n_context, future.shape[1])
+    scale, names = scale_for(future.shape[-2], 64), frame_names(n_context, future.shape[1])
     cells = [(rank, clip) for rank, row in zip(ranks, zip(*(clip.values() for clip in shown))) for clip in row]
     video = labelled_videos(cells, [f"frame {name}" for name in names], scale, columns=N_SHOWN)
     files = dict(zip(("mp4", "gif"), write_both(run_dir / "samples" / "futures", video, fps=5)))

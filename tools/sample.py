@@ -55,6 +55,13 @@ def make_parser():
     parser.add_argument(
         "--image-fps", type=float, help="rate at which pictures in folders were taken (default: that of training)"
     )
+    parser.add_argument(
+        "--conditions",
+        metavar="FILE.npz",
+        type=user_path,
+        help="what the prior is told of every video, arrays by name: a row for each given and predicted frame of those "
+        "per frame; default: nothing",
+    )
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of the prior's sampler")
     return parser
 
@@ -94,14 +101,10 @@ def main(args):
     if output.resolve() == (args.input if args.input.is_dir() else args.input.parent).resolve():
         raise UserError(f"--output {output}: this is where the input lies; its videos could be overwritten")
     spec = pipe.prior.config.latent_spec
-    if spec["frame_height"] != spec["frame_width"]:
-        raise UserError(f"{args.pipeline}: expected square frames, found {spec['frame_height']}x{spec['frame_width']}")
-    side = spec["frame_height"] + 2 * BORDER
-    scale, columns = layout(args.num_samples + 1, side)
+    size = tuple(spec[f"frame_{side}"] + 2 * BORDER for side in ("height", "width"))
+    scale, columns = layout(args.num_samples + 1, *size)
     try:
-        check_video(
-            Path("a.mp4"), *labelled_size(args.num_samples + 1, side, side, scale, columns)
-        )  # GIFs may be larger
+        check_video(Path("a.mp4"), *labelled_size(args.num_samples + 1, *size, scale, columns))  # GIFs may be larger
     except ValueError as error:
         raise UserError(f"--num-samples {args.num_samples}: {str(error).partition(': ')[2]}") from None
     prepare_run_dir(output, "--output")
@@ -115,10 +118,11 @@ def main(args):
         logger.info("%s draws nothing: one future of each video is all there is", type(pipe.prior).__name__)
         args.num_samples = 1
     n_context = args.n_context or pipe.config.n_context or max(5, pipe.prior.min_context)
+    conditions = None if args.conditions is None else read_conditions(args.conditions, pipe.prior.conditions)
     outputs, skipped, failed, predicting, n_predicted = [], {}, {}, 0.0, 0
-    sheet = Sheet(output / SHEET, side)
+    sheet = Sheet(output / SHEET, *size)
     given = {"start": args.start, "fps": args.fps, "frame_stride": args.frame_stride}
-    given |= {"image_fps": args.image_fps, "trained_fps": pipe.config.fps}
+    given |= {"image_fps": args.image_fps, "trained_fps": pipe.config.fps, "crop": pipe.config.crop}
 
     def leave_out(where, video, error):
         where[str(video)] = told(error, video)
@@ -139,6 +143,7 @@ def main(args):
                 num_samples=args.num_samples,
                 generator=torch.Generator().manual_seed(args.seed),  # each video's futures depend on it alone
                 value_range=(-1, 1),
+                conditions=conditions,
                 **sampler,
             ).frames[0]
             futures = futures.cpu()
@@ -181,6 +186,22 @@ def main(args):
         first = next(iter(failed.values()))
         raise Findings(f"{args.input}: {len(failed)} of {len(videos)} videos failed, first: {first}", figures)
     return figures
+
+
+def read_conditions(path, declared):
+    """The arrays of an npz file -> name -> tensor; UserError for a file that is none or has others than the prior's."""
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: torch.from_numpy(file[name]) for name in file.files}
+    except Exception as error:  # whatever lies there
+        raise UserError(f"--conditions {path}: expected an npz file of numbers, found {error}") from None
+    if found.keys() != declared.keys():
+        names = [", ".join(sorted(side)) or "none" for side in (declared, found)]
+        raise UserError(f"--conditions {path}: expected the arrays {names[0]}, found {names[1]}")
+    return found
 
 
 def find_videos(path):

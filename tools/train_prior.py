@@ -27,7 +27,7 @@ def train(config, run):
 
     from latentcast import VideoPredictionPipeline
     from latentcast.config import cache_root, instantiate, to_container
-    from latentcast.data.base import match_conditions
+    from latentcast.data.base import conditions_by_name, match_conditions
     from latentcast.data.datamodules import VideoDataModule
     from latentcast.modeling import find_tokenizer
     from latentcast.saved import used_tokenizer
@@ -39,20 +39,20 @@ def train(config, run):
     seed_everything(config.seed)
     tokenizer = find_tokenizer(config, run.run_dir).requires_grad_(False)
     over_frames = config.joint or tokenizer.latent_spec["kind"] == "pixels"
-    prior = instantiate(config.prior, latent_spec=tokenizer.latent_spec)
-    prior.check_context(config.n_context, config.clip_length)
-
     videos = VideoDataModule(
         instantiate(config.data), config.batch_size, config.num_workers, config.seed, config.read_timeout
     )
+    told = conditions_by_name(config.conditions, videos.train_set)
+    prior = instantiate(config.prior, latent_spec=tokenizer.latent_spec, **({"conditions": told} if told else {}))
+    prior.check_context(config.n_context, config.clip_length)
     shown = preview_clips(videos, config.preview.n_clips)
     data = videos if over_frames else open_cache(config, tokenizer, prior, videos)
     match_conditions(prior.conditions, type(prior).__name__, data.train_set.conditions, "the data set")
-    sampler = to_container(config.preview.sampler)
+    sampler, crop = to_container(config.preview.sampler), videos.train_set.crop
 
     def make_pipeline(prior):
         used = None if prior.accepts == "pixels" else tokenizer
-        return VideoPredictionPipeline(prior, used, n_context=config.n_context, fps=shown.fps)
+        return VideoPredictionPipeline(prior, used, n_context=config.n_context, fps=shown.fps, crop=crop)
 
     # Predict one frame now: a mistake in preview.sampler must not wait for the first preview.
     trial = make_pipeline(prior)

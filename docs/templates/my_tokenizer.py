@@ -3,6 +3,8 @@
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from latentcast.sizes import check_stride
+
 from .base import FrameTokenizer, ReconstructionOutput, TokenizerOutput, check_frames, check_latents
 from .losses import check_reconstruction_options, reconstruction_loss
 
@@ -11,7 +13,7 @@ class MyTokenizer(FrameTokenizer):
     """A continuous tokenizer: one convolution to the latents of patches, two layers back.
 
     Args:
-        in_channels: C of the frames, 3 (RGB) or 1 (grey).
+        in_channels: C of the frames: 3 (RGB), 1 (grey), or any number of other data.
         height, width: H and W of the frames in pixels, multiples of the patch.
         patch: pixels a latent, in height and width.
         latent_channels: D.
@@ -33,8 +35,7 @@ class MyTokenizer(FrameTokenizer):
     ):
         super().__init__()
         check_reconstruction_options(reconstruction_loss, lpips_weight)
-        if height % patch or width % patch:
-            raise ValueError(f"height, width: expected multiples of the patch {patch}, found {height}, {width}")
+        check_stride(height, width, patch, "the patch")
         self.encoder = nn.Conv2d(in_channels, latent_channels, patch, patch)
         self.decoder = nn.Sequential(
             nn.ConvTranspose2d(latent_channels, 32, patch, patch), nn.SiLU(), nn.Conv2d(32, in_channels, 3, padding=1)

@@ -5,13 +5,17 @@ import functools
 import hashlib
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
+
+from ..sizes import sides
 
 SPLITS = ("train", "val", "test")
 FLIPS = {None: (), "horizontal": (-1,), "vertical": (-2,), "both": (-1, -2)}  # axes of (T, C, H, W), each for itself
+# What brings frames to their size, as usual; descriptions name what is otherwise, so those without a key mean this.
+FITTING = {"square_pixels": False, "crop": "center"}
 
 
 class EmptySplitError(ValueError):
@@ -30,27 +34,32 @@ class VideoEntry:
 class VideoDataset(Dataset):
     """Clips for training, whole videos for caching latents.
 
-    ``dataset[i]`` is ``{"frames": (clip_length, C, size, size) float32 in [-1, 1], "conditions": {name: tensor}}``. An
-    epoch takes ``n_frames // clip_length`` clips of each video: at random places in the train split (fresh ones each
-    epoch, the same for any number of workers: see ``set_epoch``), side by side in the others. Whole videos are read in
-    pieces, so that long ones never sit in memory.
+    ``dataset[i]`` is ``{"frames": (clip_length, C, H, W) float32 in [-1, 1], "conditions": {name: tensor}}``. An epoch
+    takes ``n_frames // clip_length`` clips of each video: at random places in the train split (fresh ones each epoch,
+    the same for any number of workers: see ``set_epoch``), side by side in the others. Whole videos are read in pieces,
+    so that long ones never sit in memory.
 
-    Attributes: ``split``, ``clip_length``, ``size`` (H = W, pixels), ``channels`` (1 or 3), ``fps`` (frames per second
-    of the clips, for writing previews), ``seed`` (of the random windows), ``flip`` (of FLIPS: the train split's clips
-    are mirrored so every other time, but not their conditions), and ``conditions``: what is known of each frame or
-    video beside its pixels, name -> ``{"shape": list, "dtype": "float32" or "int64", "per": "frame" or "video"}``, with
-    ``"n_values"`` where they are whole numbers from 0 to below that. What is known of frame t is what led to it: an
-    action of frame t was taken between frames t - 1 and t, and that of a video's first frame says nothing.
+    Attributes: ``split``, ``clip_length``, ``size`` (H = W in pixels, or [H, W]), ``channels`` (3: RGB, 1: grey, or any
+    number of other data), ``crop`` (how videos of another shape get to ``size``, see ``video_reader.fit_frames``),
+    ``fps`` (frames per second of the clips, for writing previews), ``seed`` (of the random windows), ``flip`` (of
+    FLIPS: the train split's clips are mirrored so every other time, but not their conditions), ``actions`` (whether
+    priors that train on it are told the condition ``action``), and ``conditions``: what is known of each frame or video
+    beside its pixels, name -> ``{"shape": list, "dtype": "float32" or "int64", "per": "frame" or "video"}``, with
+    ``"n_values"`` where they are whole numbers from 0 to below that, and ``"names"`` where these have some. What is
+    known of frame t is what led to it: an action of frame t was taken between frames t - 1 and t, and that of a video's
+    first frame says nothing.
     """
 
     split: str
     clip_length: int
-    size: int
+    size: int | list
     channels: int
     fps: float
     seed = 0
     flip: str | None = None
+    crop = FITTING["crop"]
     conditions: dict = {}  # noqa: RUF012
+    actions = False  # priors that are trained on it are told of its condition "action"
 
     epoch = 0
 
@@ -63,8 +72,13 @@ class VideoDataset(Dataset):
         """list of VideoEntry, in a stable order."""
         raise NotImplementedError
 
+    @property
+    def frame_shape(self):
+        """(C, H, W) of the frames."""
+        return (self.channels, *sides(self.size))
+
     def read_video(self, index, start, stop):
-        """Frames ``start:stop`` of video ``index`` -> (stop - start, C, size, size) float32 in [-1, 1].
+        """Frames ``start:stop`` of video ``index`` -> (stop - start, C, H, W) float32 in [-1, 1].
 
         Raises VideoError (see video_reader) when the video turns out to be unreadable."""
         raise NotImplementedError
@@ -112,12 +126,21 @@ class VideoDataset(Dataset):
 @dataclass
 class ShownClips:
     """What previews and figures show: ``frames`` (N, T, C, H, W) in [-1, 1], their rate, the names of their videos, and
-    whether, as there are no others, these are trained on."""
+    whether, as there are no others, these are trained on; ``conditions``, name -> (N, T, *shape) or (N, *shape)."""
 
     frames: torch.Tensor
     fps: float
     videos: list
     trained_on: bool = False
+    conditions: dict = field(default_factory=dict)
+
+    def told(self, declared, n_clips, n_frames):
+        """Conditions of the first clips' first frames, for a prior that takes those ``declared``; None where one lacks,
+        or where there are fewer frames."""
+        if not declared or not declared.keys() <= self.conditions.keys() or n_frames > self.frames.shape[1]:
+            return None
+        found = {name: self.conditions[name][:n_clips] for name in declared}
+        return {n: value[:, :n_frames] if declared[n]["per"] == "frame" else value for n, value in found.items()}
 
     @property
     def names(self):
@@ -136,8 +159,9 @@ class ShownClips:
     def of(cls, dataset, n_clips, trained_on=False):
         """Clips of as many of a data set's videos as can be."""
         chosen = dataset.spread(n_clips)
-        frames = torch.stack([dataset[index]["frames"] for index in chosen])
-        return cls(frames, dataset.fps, [dataset.videos[dataset.video_of(index)].name for index in chosen], trained_on)
+        items = default_collate([dataset[index] for index in chosen])
+        names = [dataset.videos[dataset.video_of(index)].name for index in chosen]
+        return cls(items["frames"], dataset.fps, names, trained_on, items.get("conditions", {}))
 
     @classmethod
     def beginnings(cls, dataset, n_clips, n_frames, trained_on=False):
@@ -148,7 +172,8 @@ class ShownClips:
         chosen = sorted(index for index in longest if lengths[index] == n_frames) or sorted(longest)
         length = min(lengths[index] for index in chosen)
         frames = torch.stack([dataset.read_video(index, 0, length) for index in chosen])
-        return cls(frames, dataset.fps, [dataset.videos[index].name for index in chosen], trained_on)
+        conditions = default_collate([dataset.read_conditions(index, 0, length) for index in chosen])
+        return cls(frames, dataset.fps, [dataset.videos[index].name for index in chosen], trained_on, conditions)
 
 
 class SharedEpoch(Dataset):
@@ -205,6 +230,12 @@ class ClipWindows:
         return video, start, start + self.clip_length
 
 
+def unusual_fit(dataset):
+    """What of FITTING is not as usual with a data set, for its description."""
+    found = {name: getattr(dataset, name, usual) for name, usual in FITTING.items()}
+    return {name: value for name, value in found.items() if value != FITTING[name]}
+
+
 def check_split(split):
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
@@ -221,6 +252,21 @@ def window_start(seed, epoch, index, n_starts):
     """A random start in [0, n_starts) for item ``index``, the same in every process, worker and Python."""
     digest = hashlib.sha256(f"{seed} {epoch} {index}".encode()).digest()  # a fifth of the time of a new random.Random
     return int.from_bytes(digest[:8], "big") % n_starts
+
+
+def conditions_by_name(names, dataset):
+    """What a prior is told: those of a data set's conditions that an experiment names, and its actions where the data
+    set is opened with them -> name -> declaration.
+
+    Raises:
+        ValueError: the data set has no such condition.
+    """
+    wanted = dict.fromkeys([*names, *(["action"] if dataset.actions else [])])
+    for name in wanted:
+        if name not in dataset.conditions:
+            known = ", ".join(dataset.conditions) or "no conditions"
+            raise ValueError(f"conditions: expected some that the data set has, {known}, found {name!r}")
+    return {name: dataset.conditions[name] for name in wanted}
 
 
 def match_conditions(needed, model, offered, source):

@@ -70,9 +70,10 @@ def encode_dataset(
         device = default_device()
     spec = tokenizer.latent_spec
     expected = (spec["frame_channels"], spec["frame_height"], spec["frame_width"])
-    found = (dataset.channels, dataset.size, dataset.size)
-    if found != expected:
-        raise ValueError(f"frames: the tokenizer takes (C, H, W) = {expected}, the data set serves {found}")
+    if dataset.frame_shape != expected:
+        raise ValueError(
+            f"frames: the tokenizer takes (C, H, W) = {expected}, the data set serves {dataset.frame_shape}"
+        )
     if store == "posterior" and not tokenizer.has_posterior:
         raise ValueError(f"cache.store: {type(tokenizer).__name__} has no posterior; expected auto, codes or latents")
     if store == "auto" and tokenizer.has_posterior:

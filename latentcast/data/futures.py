@@ -39,6 +39,7 @@ def read_context(
     image_fps=None,
     trained_fps=None,
     most=None,
+    crop="center",
 ):
     """The frames of a video that a prediction is given, and those that it predicts, where the video is long enough.
 
@@ -50,12 +51,13 @@ def read_context(
         fps: resample the video to this rate. frame_stride: take every n-th frame; None: nearest to ``trained_fps``.
         image_fps: rate of pictures in a folder; None: ``trained_fps``.
         most: frames of the file that may be decoded; None: any number.
+        crop: how the video gets to the shape of the model's frames, as in training: see ``fit_frames``.
     Returns:
         context (n_context, C, H, W) and truth (T, C, H, W) or None, in [-1, 1], and the rate of both, frames a second.
     Raises:
         VideoError: no readable video, too short a one, or one of which more than ``most`` frames would be decoded.
     """
-    pictures = None
+    pictures, size, channels = None, (spec["frame_height"], spec["frame_width"]), spec["frame_channels"]
     if path.is_dir():
         pictures = numbered_pictures(path)
         info = VideoInfo(len(pictures), image_fps or trained_fps or DEFAULT_RATE, 0, 0)
@@ -75,10 +77,10 @@ def read_context(
     places = sampled_places(info, range(start, end + n_true), *rate)
     _check_decoded(path, max(places) + 1, most)
     if pictures is not None:
-        chosen = read_pictures([pictures[place] for place in places], spec["frame_height"])
-        frames = to_model(torch.cat(list(chosen)), spec["frame_channels"])
+        chosen = read_pictures([pictures[place] for place in places], size, crop=crop)
+        frames = to_model(torch.cat(list(chosen)), channels)
     else:
-        frames = read_places(path, places, spec["frame_height"], spec["frame_channels"])
+        frames = read_places(path, places, size, channels, crop)
     return frames[:n_context], frames[n_context:] if n_true else None, fps
 
 
@@ -97,18 +99,18 @@ def held(context, truth, n_frames, multiplier):
     return given, None if truth is None else frames[places[-n_frames:]]
 
 
-def layout(n, side):
-    """(scale, columns) for ``n`` videos of ``side`` pixels: one row where they are few, nearly a square where many, and
-    less enlarged where that would be too wide."""
-    scale, columns = _enlarged(side), n if n <= ROW else math.ceil(math.sqrt(n))
-    while scale > 1 and max(labelled_size(n, side, side, scale, columns)) > WIDEST:
+def layout(n, height, width):
+    """(scale, columns) for ``n`` videos of ``height`` x ``width`` pixels: one row where they are few, nearly a square
+    where many, and less enlarged where that would be too wide."""
+    scale, columns = _enlarged(height, width), n if n <= ROW else math.ceil(math.sqrt(n))
+    while scale > 1 and max(labelled_size(n, height, width, scale, columns)) > WIDEST:
         scale -= 1
     return scale, columns
 
 
-def _enlarged(side):
-    """By what frames are enlarged, of which ``side`` pixels are high with their border."""
-    return max(1, round(SMALLEST / (side - 2 * BORDER)))
+def _enlarged(height, width):
+    """By what frames are enlarged, of that size with their border."""
+    return max(1, round(SMALLEST / (max(height, width) - 2 * BORDER)))
 
 
 def labelled_futures(rows, n_frames, fps, scale, columns):
@@ -130,14 +132,14 @@ class Sheet:
 
     Args:
         path: of the picture.
-        side: H = W of the frames, pixels.
+        height, width: of the frames with their border, pixels.
     Attributes:
         outputs: [path] once it is written.
         n_videos, n_left_out: how many it shows, and for how many there was no room.
     """
 
-    def __init__(self, path, side):
-        self.path, self.side, self.scale = path, side, max(1, _enlarged(side) // 2)
+    def __init__(self, path, height, width):
+        self.path, self.size, self.scale = path, (height, width), max(1, _enlarged(height, width) // 2)
         self.rows, self.n_videos, self.n_left_out, self.outputs = [], 0, 0, []
 
     def add(self, video, rows, n_context):
@@ -145,14 +147,14 @@ class Sheet:
 
         Args:
             video: its name; empty: the rows' own are enough.
-            rows: list of (name, (T, 3, side, side) uint8 frames) of the truth and each future; the first are shown.
+            rows: list of (name, (T, 3, H, W) uint8 frames) of the truth and each future; the first are shown.
             n_context: how many of the frames are given.
         """
         rows = rows[: SHEET_FUTURES + (rows[0][0] == TRUTH)]
         n_frames = len(rows[0][1])
         places = torch.linspace(0, n_frames - 1, min(n_frames, SHEET_FRAMES)).round().long()
         rows = [*self.rows, *((f"{video}\n{name}".strip(), frames[places]) for name, frames in rows)]
-        size = grid_size(len(rows) * len(places), self.side, self.side, self.scale, len(places))
+        size = grid_size(len(rows) * len(places), *self.size, self.scale, len(places))
         if self.n_videos == SHEET_VIDEOS or (self.rows and math.prod(size) > SHEET_PIXELS):
             self.n_left_out += 1
             return

@@ -58,19 +58,19 @@ def numbered_pictures(folder):
     return [found[number] for number in numbers]
 
 
-def read_pictures(paths, size=None, resample="bilinear", chunk=CHUNK):
+def read_pictures(paths, size=None, resample="bilinear", chunk=CHUNK, crop="center"):
     """Read pictures of one video, all of one size, in pieces, as ``iter_clip`` does for video files.
 
     Args:
         paths: of the pictures; png, jpg or whatever Pillow opens, 8 bits a channel.
-        size, resample: as for ``read_clip``.
+        size, resample, crop: as for ``read_clip``.
         chunk: frames a piece; the last piece may be shorter.
     Yields:
         (<= chunk, 3, H, W) uint8 tensors, RGB.
     Raises:
         VideoError: a picture is missing, damaged or of another size than the first.
     """
-    return fit_pieces(_arrays(paths), size, resample, chunk)
+    return fit_pieces(_arrays(paths), size, resample, chunk, crop=crop)
 
 
 def _arrays(paths):

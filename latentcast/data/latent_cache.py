@@ -16,7 +16,7 @@ from ..config import is_whole
 from ..layers.gaussian import sample_moments
 from ..schemas import Count, LatentSpec, Number, Text
 from . import shards
-from .base import ClipWindows, check_split
+from .base import FITTING, ClipWindows, check_split
 
 
 class CacheJob(shards.Job):
@@ -207,7 +207,9 @@ class LatentCacheDataset(Dataset):
         if latent_spec is not None:
             found["latent_spec"], asked["latent_spec"] = self.spec, latent_spec
         if data is not None:
-            found["data"] = {name: self.manifest["data"].get(name) for name in data}
+            if "type" in data:  # whole: what it does not say of the fit is as usual
+                data = FITTING | data
+            found["data"] = {name: self.manifest["data"].get(name, FITTING.get(name)) for name in data}
             asked["data"] = data
         difference = shards.difference_of(found, json.loads(json.dumps(asked)))
         if difference:

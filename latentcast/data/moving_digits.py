@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..config import check_counts
+from ..sizes import as_square
 from .base import VideoDataset, VideoEntry, check_split
 from .digits import MNIST_URL, mnist_digits, sklearn_digits
 
@@ -82,7 +83,8 @@ class MovingDigits(VideoDataset):
             raise ValueError(f"source: expected sklearn or mnist, found {source!r}")
         if channels not in (1, 3):
             raise ValueError(f"channels: expected 1 or 3, found {channels}")
-        check_counts(frame_stride=frame_stride, clip_length=clip_length, n_digits=n_digits, size=size)
+        size = as_square(size, "size", "frames of moving digits")
+        check_counts(frame_stride=frame_stride, clip_length=clip_length, n_digits=n_digits)
         check_counts(n_videos=n_videos, n_heldout_videos=n_heldout_videos, video_length=video_length)
         for name, value, most in (
             ("n_digits", n_digits, MOST_DIGITS),

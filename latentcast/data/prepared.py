@@ -24,13 +24,14 @@ from ..figures.sheets import labelled_sheet, scale_for
 from ..files import locked, read_json, replacing, told, write_json
 from ..progress import Bar
 from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
+from ..sizes import as_size, as_square, sides
 from . import shards
-from .base import SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
+from .base import FITTING, SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
 from .benchmarks.base import Clip
 from .loading import end_with_parent, worker_context
 from .moving_digits import MAX_SPEED, MOTIONS, MovingDigits
 from .video_folder import luma
-from .video_reader import VideoAwayError, VideoError, is_away
+from .video_reader import VideoAwayError, VideoError, check_crop, is_away
 from .video_writer import write_image
 
 logger = logging.getLogger("latentcast")
@@ -72,7 +73,7 @@ class SetManifest(Schema):
     expected_counts: dict[Split, Whole]
     complete: bool
     frame_size: Annotated[list[Count], Field(min_length=2, max_length=2)]
-    channels: Literal[1, 3]
+    channels: Count
     fps: Rate
     conditions: dict[Text, shards.Condition]
     generated: dict[Split, Generator]
@@ -86,8 +87,8 @@ class SetManifest(Schema):
         if self.counts.keys() != known:
             found = ", ".join(sorted(known)) or "none"
             raise ValueError(f"generated, sha256: expected the splits {', '.join(sorted(self.counts))}, found {found}")
-        if self.frame_size[0] != self.frame_size[1]:
-            raise ValueError(f"frame_size: expected one height and width, found {self.frame_size}")
+        if self.generated:
+            as_square(self.frame_size, "frame_size", "frames that are generated")
         return self
 
 
@@ -130,7 +131,7 @@ def prepare(benchmark, output, *, workers=0, partial=False):
 def _prepare(benchmark, output, workers, partial):
     videos = benchmark.videos()
     writers = {
-        split: shards.ShardWriter(output / split, KIND, _job(benchmark, split, names))
+        split: shards.ShardWriter(output / split, KIND, _job(benchmark, split, names), growing=benchmark.growing)
         for split, names in videos.items()
         if names
     }
@@ -143,6 +144,8 @@ def _prepare(benchmark, output, workers, partial):
             gaps = [shard for shard, away in writer.away().items() if _any_is_back(benchmark, split, writer, away)]
         writer.redo(gaps, keep=True)
     _write_shards(benchmark, writers, workers)
+    while _extend(benchmark, writers):
+        _write_shards(benchmark, writers, workers)
     for name, source in benchmark.files().items():
         path = output / name
         if not (path.is_file() and filecmp.cmp(source, path, shallow=False)):
@@ -152,7 +155,8 @@ def _prepare(benchmark, output, workers, partial):
     notes = {split: writer.notes() for split, writer in writers.items()}
     counts = {split: sum(len(note["videos"]) for note in written) for split, written in notes.items()}
     skipped = {split: [r for note in written for r in note["skipped"].values()] for split, written in notes.items()}
-    expected = {split: len(names) for split, names in videos.items()} | benchmark.expected_counts()
+    expected = dict.fromkeys(videos, 0) | {split: len(writer.job["videos"]) for split, writer in writers.items()}
+    expected |= benchmark.expected_counts()
     wrong = [split for split in expected if counts.get(split, 0) != expected[split] or skipped.get(split)]
     incomplete = None
     if wrong and not partial:
@@ -183,7 +187,7 @@ def _prepare(benchmark, output, workers, partial):
             "counts": counts,
             "expected_counts": expected,
             "complete": not wrong,
-            "frame_size": [benchmark.frame_size, benchmark.frame_size],
+            "frame_size": list(sides(benchmark.frame_size)),
             "channels": benchmark.channels,
             "fps": benchmark.fps,
             "conditions": benchmark.conditions,
@@ -207,6 +211,18 @@ def _prepare(benchmark, output, workers, partial):
     } | benchmark.figures(output)
 
 
+def _extend(benchmark, writers):
+    """Plan what ``Benchmark.more`` asks for -> whether there is any; not beyond videos that are missing."""
+    extended = False
+    for split, writer in writers.items():
+        notes = writer.notes()
+        lengths = [facts["n_frames"] for note in notes for facts in note["videos"].values()]
+        if len(lengths) == len(writer.job["videos"]) and (names := benchmark.more(split, len(lengths), sum(lengths))):
+            writer.extend([{"name": name} for name in names])
+            extended = True
+    return extended
+
+
 def _accepted(output):
     """Whether an earlier run completed this set with ``partial``."""
     try:
@@ -221,7 +237,7 @@ def _job(benchmark, split, names):
         "protocol": benchmark.describe(),
         "split": split,
         "fps": benchmark.fps,
-        "frame_shape": [benchmark.channels, benchmark.frame_size, benchmark.frame_size],
+        "frame_shape": [benchmark.channels, *sides(benchmark.frame_size)],
         "dtype": "uint8",
         "conditions": benchmark.conditions,
         "shard_videos": benchmark.shard_videos,
@@ -401,17 +417,49 @@ def _any_is_back(benchmark, split, writer, videos):
 
 
 def prepared_videos(
-    root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0, fresh=False, flip=None
+    root,
+    split,
+    clip_length,
+    size=None,
+    channels=None,
+    *,
+    name=None,
+    frame_stride=1,
+    seed=0,
+    fresh=False,
+    flip=None,
+    actions=False,
 ):
     """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
 
     Args: see PreparedVideos; videos that are made keep the set's own seed. ``fresh``: draw the train split's videos
-        anew in every epoch, of sets that make them. ``flip``: see VideoDataset.
+        anew in every epoch, of sets that make them. ``flip``: see VideoDataset. ``actions``: priors are told the
+        condition ``action``; clips are then not mirrored, for in a mirror an action leads elsewhere.
+    Raises:
+        ValueError: also for ``actions`` of a set without them, or of some frames only (``frame_stride``).
     """
     check_split(split)
+    if not isinstance(actions, bool):
+        raise ValueError(f"actions: expected true or false, found {actions!r}")
     dataset = _open(root, split, clip_length, size, channels, name, frame_stride, seed, fresh)
-    dataset.flip = check_flip(flip)
+    dataset.flip, dataset.actions = check_flip(flip), actions
+    if actions:
+        _check_actions(root, dataset, frame_stride)
+        if flip is not None:
+            logger.warning("flip: %s is left out with actions: in a mirror an action leads elsewhere", flip)
+            dataset.flip = None
     return dataset
+
+
+def _check_actions(root, dataset, frame_stride):
+    if "action" not in dataset.conditions:
+        name, found = read_set_manifest(root)["name"], ", ".join(dataset.conditions) or "no conditions"
+        again = "; it was prepared when they had another name: prepare it again" if "actions" in found else ""
+        raise ValueError(f"actions: {root}: {name} has no condition 'action', found {found}{again}")
+    if frame_stride != 1:
+        raise ValueError(
+            f"frame_stride: expected 1 with actions, as those of frames between would be lost, found {frame_stride}"
+        )
 
 
 def _open(root, split, clip_length, size, channels, name, frame_stride, seed, fresh):
@@ -441,8 +489,9 @@ class PreparedVideos(VideoDataset):
         root: folder of the set.
         split: "train", "val" or "test".
         clip_length: frames a clip. Shorter videos are counted, logged and left out.
-        size: H = W that is expected, pixels; None: as prepared. Frames are not resized again.
+        size: H = W that is expected in pixels, or [H, W]; None: as prepared. Frames are not resized again.
         channels: 1 (grey frames; colour ones turn grey by BT.601) or 3 (grey ones are repeated); None: as prepared.
+            Other numbers of channels are as prepared.
         name: of the set that is expected, "bair" say; None: any.
         frame_stride: take every ``frame_stride``-th frame (and condition).
         seed: of the random windows.
@@ -457,14 +506,16 @@ class PreparedVideos(VideoDataset):
         for argument, value in (("clip_length", clip_length), ("frame_stride", frame_stride)):
             if value < 1:
                 raise ValueError(f"{argument}: expected at least 1, found {value}")
-        if channels not in (None, 1, 3):
-            raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), found {channels}")
         self.root, self.split, self.clip_length, self.frame_stride = Path(str(root)), split, clip_length, frame_stride
         self.seed = seed
         self.manifest = read_set_manifest(self.root, name)
         _check_size(root, self.manifest, size)
-        self.size, self.stored_channels = self.manifest["frame_size"][0], self.manifest["channels"]
-        self.channels = channels or self.stored_channels
+        self.size, self.stored_channels = as_size(self.manifest["frame_size"]), self.manifest["channels"]
+        self.channels, self.crop = channels or self.stored_channels, crop_of(self.manifest["protocol"])
+        known = {1, 3} if self.stored_channels in (1, 3) else {self.stored_channels}
+        if self.channels not in known:
+            expected = "1 (grey) or 3 (RGB)" if len(known) > 1 else f"{self.stored_channels}, as prepared"
+            raise ValueError(f"channels: expected {expected}, found {channels}")
         self.fps, self.conditions = self.manifest["fps"] / frame_stride, self.manifest["conditions"]
         if split not in self.manifest["counts"]:
             found = ", ".join(self.manifest["counts"])
@@ -532,10 +583,17 @@ def check_split_of(root, manifest, stored):
         )
 
 
+def crop_of(protocol):
+    """How the videos of a set were brought to its shape, by its description: of CROPS."""
+    crop = "none" if protocol.get("resize") == "squeeze" else protocol.get("crop")  # KTH's own word
+    return FITTING["crop"] if crop is None else check_crop(crop)
+
+
 def _check_size(root, manifest, size):
-    found = manifest["frame_size"][0]
-    if size is not None and size != found:
+    found = as_size(manifest["frame_size"])
+    if size is not None and as_size(size, "size") != found:
+        found, asked = (str(value).replace(" ", "") for value in (found, as_size(size)))  # as on the command line
         raise ValueError(
-            f"{root}: {manifest['name']} holds frames of {found} pixels, asked for {size}: set frame_size={found}, or "
-            f"prepare it again with frame_size={size}"
+            f"{root}: {manifest['name']} holds frames of {found} pixels, asked for {asked}: set frame_size={found}, or "
+            f"prepare it again with frame_size={asked}"
         )

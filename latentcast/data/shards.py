@@ -54,6 +54,7 @@ class Condition(Schema):
     dtype: DType
     per: Literal["frame", "video"]
     n_values: Count = None
+    names: list[Text] = None
 
 
 class Video(Schema):
@@ -129,22 +130,26 @@ class ShardWriter:
             VideoDataset), ``shard_videos`` and ``videos``: a list of dicts with ``name`` and, where they are known
             beforehand, ``n_frames``.
         overwrite: replace what another job left in ``root``, instead of refusing to go on.
+        growing: ``extend`` may be called: a folder whose videos begin with those of ``job`` is gone on with as it is.
         rank, world_size: this process among those that write.
     Raises:
         ValueError: another job made what stands in ``root`` (both sides are named).
     """
 
-    def __init__(self, root, kind, job, *, overwrite=False, rank=0, world_size=1):
+    def __init__(self, root, kind, job, *, overwrite=False, growing=False, rank=0, world_size=1):
         self.root, self.kind = Path(root), kind
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.growing = rank, world_size, growing
         self._again = set()
         if job["shard_videos"] < 1:
             raise ValueError(f"shard_videos: expected at least 1, found {job['shard_videos']}")
         job = {"format": kind.version} | job
         self.job = json.loads(json.dumps(job))  # tuples become lists, as they will be when the manifest is read back
-        self.n_shards = -(-len(job["videos"]) // job["shard_videos"])
         if rank == 0:
             self._prepare(overwrite)
+
+    @property
+    def n_shards(self):
+        return -(-len(self.job["videos"]) // self.job["shard_videos"])
 
     @property
     def finished(self):
@@ -195,6 +200,14 @@ class ShardWriter:
             _note_path(self.root, shard).unlink(missing_ok=True)
             (self.root / _shard_name(shard)).unlink(missing_ok=True)
 
+    def extend(self, videos):
+        """Add videos to a folder that is not finished; a last shard that has room for some is written anew."""
+        last, room = divmod(len(self.job["videos"]), self.job["shard_videos"])
+        if room:
+            self.redo([last])
+        self.job["videos"] += videos
+        write_json(self.root / PLAN, self.job)
+
     def finish(self):
         """Write the manifest, once every shard stands."""
         notes = self.notes()
@@ -223,6 +236,8 @@ class ShardWriter:
                 raise
             standing = {}
         if standing is not None:
+            if self.growing and standing.get("videos", [])[: len(self.job["videos"])] == self.job["videos"]:
+                self.job["videos"] = standing["videos"]
             difference = difference_of({k: v for k, v in standing.items() if k in self.job}, self.job)
             if difference and not overwrite:
                 raise ValueError(f"{self.kind.name} {self.root}: {difference}; {self.kind.replace}")

@@ -21,8 +21,19 @@ from pydantic import Field, model_validator
 from ..files import read_json, replacing, shortened, told, user_cache
 from ..progress import Bar
 from ..schemas import Count, FileText, Number, Rate, Schema, Whole, check, short
-from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_flip, check_split
-from .video_reader import VideoAwayError, VideoError, VideoInfo, iter_clip, neat_rate, probe, read_clip, too_slow
+from ..sizes import as_size
+from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_flip, check_split, unusual_fit
+from .video_reader import (
+    VideoAwayError,
+    VideoError,
+    VideoInfo,
+    check_crop,
+    iter_clip,
+    neat_rate,
+    probe,
+    read_clip,
+    too_slow,
+)
 
 try:
     import fcntl
@@ -71,7 +82,8 @@ class VideoFolder(VideoDataset):
         root: the folder.
         split: "train", "val" or "test".
         clip_length: frames a clip.
-        size: H = W of the frames in pixels: the central square, resized with antialiasing.
+        size: H = W of the frames in pixels, or [H, W].
+        crop: how videos of another shape get to that: "center", "none" or "pad", see ``video_reader.fit_frames``.
         channels: 3 (RGB) or 1 (grey, BT.601 luma).
         frame_stride: take every ``frame_stride``-th frame.
         fps: take the frames nearest in time to this rate instead (slower videos then repeat frames). None: as the
@@ -106,20 +118,21 @@ class VideoFolder(VideoDataset):
         backend="auto",
         flip=None,
         square_pixels=False,
+        crop="center",
     ):
         check_split(split)
         self.flip = check_flip(flip)
-        check_whole(clip_length=clip_length, size=size, frame_stride=frame_stride)
+        check_whole(clip_length=clip_length, frame_stride=frame_stride)
         check_options(channels, frame_stride, fps, val_fraction, test_fraction)
         self.root, self.split, self.clip_length, self.size, self.channels = (
             Path(str(root)),  # 2024 in a config is a number
             split,
             clip_length,
-            size,
+            as_size(size, "size"),
             channels,
         )
         self.frame_stride, self.target_fps, self.seed, self.backend = frame_stride, fps, seed, backend
-        self.square_pixels = square_pixels
+        self.square_pixels, self.crop = square_pixels, check_crop(crop)
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self._folders = _split_folders(self.root)
         index, changed = update_index(self.root, index_dir)
@@ -146,7 +159,8 @@ class VideoFolder(VideoDataset):
         places = sampled_places(part.info, range(start, stop), self.frame_stride, self.target_fps)
         places = [part.first + place for place in places]
         path = self.root / part.file
-        return load_frames(path, places, self.size, self.channels, self.backend, part.whole, self.square_pixels)
+        fit = {"square_pixels": self.square_pixels, "crop": self.crop}
+        return load_frames(path, places, self.size, self.channels, self.backend, part.whole, **fit)
 
     def describe(self):
         files = [[part.name, part.size, part.info.n_frames] for part in self._files]
@@ -162,7 +176,7 @@ class VideoFolder(VideoDataset):
             "val_fraction": self.val_fraction,
             "test_fraction": self.test_fraction,
             "seed": self.seed,
-        } | ({"square_pixels": True} if self.square_pixels else {})
+        } | unusual_fit(self)
 
     def _rate(self, info):
         return sampled_rate(info, self.frame_stride, self.target_fps)
@@ -415,17 +429,17 @@ def sampled_places(info, frames, frame_stride=1, fps=None):
     return (times[None] - asked[:, None]).abs().argmin(1).tolist()
 
 
-def load_frames(path, places, size, channels=3, backend="auto", info=None, square_pixels=False):
-    """The file's frames numbered ``places``, central square -> (len(places), channels, size, size) in [-1, 1].
+def load_frames(path, places, size, channels=3, backend="auto", info=None, square_pixels=False, crop="center"):
+    """The file's frames numbered ``places`` -> (len(places), channels, *size) in [-1, 1].
 
-    ``backend``, ``info``, ``square_pixels``: see ``read_clip``."""
-    return to_model(read_clip(path, places, size, backend, info, square_pixels=square_pixels), channels)
+    Arguments: see ``read_clip``."""
+    return to_model(read_clip(path, places, size, backend, info, square_pixels=square_pixels, crop=crop), channels)
 
 
-def read_places(path, places, size, channels=3):
+def read_places(path, places, size, channels=3, crop="center"):
     """``load_frames`` that decodes from the start, so that damage is named, which reading single frames conceals."""
     kept, n_decoded, wanted = {}, 0, set(places)
-    for frame in itertools.islice(iter_clip(path, size, chunk=1), max(places) + 1):
+    for frame in itertools.islice(iter_clip(path, size, chunk=1, crop=crop), max(places) + 1):
         if n_decoded in wanted:
             kept[n_decoded] = frame
         n_decoded += 1
@@ -435,7 +449,9 @@ def read_places(path, places, size, channels=3):
 
 
 def to_model(frames, channels=3):
-    """(T, 3, H, W) uint8 -> (T, channels, H, W) in [-1, 1]."""
+    """(T, 3, H, W) uint8 -> (T, channels, H, W) in [-1, 1]; a ValueError for channels that a video has not."""
+    if channels not in (1, 3):
+        raise ValueError(f"channels: a video has 1 (grey) or 3 (RGB), found {channels} asked for")
     frames = luma(frames) if channels == 1 else frames.float()
     return (frames / 127.5 - 1).clamp_(-1, 1)
 

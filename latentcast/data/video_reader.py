@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, dropwhile, islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -28,11 +29,14 @@ import torch.nn.functional as F
 from av.stream import Disposition
 from PIL import Image
 
+from ..sizes import sides
+
 logger = logging.getLogger("latentcast")
 
 CHUNK = 16  # frames held at their full size at once
 KEY_DISTANCE = 12  # packets between keyframes that are kept to seek to
 RESAMPLE = ("bilinear", "lanczos")
+CROPS = ("center", "none", "pad")  # how pictures get to another shape, see ``fit_frames``
 SEAM = 4  # packets, from one that FFmpeg calls corrupt to where a second MPEG-TS follows on a first
 FIRST_FRAMES = 16  # decoded to see whether time runs forward
 DEFAULT_RATE = 25.0  # of files that state none
@@ -152,18 +156,21 @@ def probe(path, backend="auto"):
     return _backend(PROBES, "pyav" if backend == "auto" else backend)(_existing(path))
 
 
-def read_clip(path, indices, size=None, backend="auto", info=None, resample="bilinear", square_pixels=False):
+def read_clip(
+    path, indices, size=None, backend="auto", info=None, resample="bilinear", square_pixels=False, crop="center"
+):
     """Read single frames of a video.
 
     Args:
         path: any file that FFmpeg opens: mp4, avi, mov, mkv, webm, ts, mpg, wmv, ogv, gif, ...
         indices: frame numbers >= 0 in any order, repeats allowed.
-        size: cut out the central square and resize it (antialiased) to ``size`` x ``size`` pixels; None: as they are.
+        size: H = W of the result in pixels, or [H, W], resized with antialiasing; None: as they are.
         backend: ``pyav``; ``decord``, which refuses files that ``probe`` does not find it to read exactly; or ``auto``:
             decord where ``info`` says so, else PyAV.
         info: what ``probe`` said of the file; without it PyAV looks at the file's packets, and decord decodes it first.
         resample: "bilinear" or "lanczos".
         square_pixels: stretch pictures whose pixels are not square (see ``fit_frames``).
+        crop: how pictures of another shape get to that of ``size`` (see ``fit_frames``).
     Returns:
         (len(indices), 3, H, W) uint8 tensor, RGB.
     Raises:
@@ -184,7 +191,8 @@ def read_clip(path, indices, size=None, backend="auto", info=None, resample="bil
             read = _backend(READERS, reader)
             info = info or (look(path) if reader == "pyav" else probe(path))
             aspect = info.pixel_aspect if square_pixels else 1
-            convert = functools.partial(fit_frames, size=size, resample=resample, pixel_aspect=aspect)
+            fit = {"size": size, "resample": resample, "pixel_aspect": aspect, "crop": crop}
+            convert = functools.partial(fit_frames, **fit)
             frames = read(path, wanted, convert, info)
             break
         except VideoError:
@@ -194,14 +202,23 @@ def read_clip(path, indices, size=None, backend="auto", info=None, resample="bil
     return frames[[place[index] for index in indices]]
 
 
-def iter_clip(path, size=None, frame_stride=1, fps=None, resample="bilinear", chunk=CHUNK, square_pixels=False):
+def iter_clip(
+    path,
+    size=None,
+    frame_stride=1,
+    fps=None,
+    resample="bilinear",
+    chunk=CHUNK,
+    square_pixels=False,
+    crop="center",
+):
     """Decode a video once, from its start to its end, without knowing or holding its length.
 
     The frames are those that ``read_clip`` gives through PyAV. Damage is an error as in ``probe``, which may come after
     the pieces before it have been given; so is a jump in time (see ``Look.gap``).
 
     Args:
-        path, size, resample, square_pixels: as for ``read_clip``.
+        path, size, resample, square_pixels, crop: as for ``read_clip``.
         frame_stride: take every ``frame_stride``-th frame.
         fps: take the frames nearest in time to this rate instead (the earlier of two that are equally near); slower
             videos then repeat frames.
@@ -224,7 +241,7 @@ def iter_clip(path, size=None, frame_stride=1, fps=None, resample="bilinear", ch
         elif frame_stride > 1:
             frames = islice(frames, 0, None, frame_stride)
         shown = (video.shown(frame) for _, frame in frames)
-        yield from fit_pieces(shown, size, resample, chunk, found.pixel_aspect if square_pixels else 1)
+        yield from fit_pieces(shown, size, resample, chunk, found.pixel_aspect if square_pixels else 1, crop)
 
 
 def neat_rate(rate):
@@ -249,26 +266,66 @@ def look(path):
     return _look(path, status.st_size, status.st_mtime_ns)
 
 
-def fit_frames(frames, size=None, resample="bilinear", pixel_aspect=1.0):
-    """Cut out the central square of pictures and resize it (antialiased).
+class Fit(NamedTuple):
+    """How a picture gets to a size: what is cut out of it, what that is resized to, and the black around it.
+
+    top, left, rows, columns: of the part that is kept, pixels. size: (H, W) that it becomes. around: black pixels to
+    the left, right, above and below, as ``torch.nn.functional.pad`` takes them.
+    """
+
+    top: int
+    left: int
+    rows: int
+    columns: int
+    size: tuple
+    around: tuple = (0, 0, 0, 0)
+
+
+def fit_of(height, width, size, crop="center", pixel_aspect=1.0):
+    """The Fit of pictures of ``height`` x ``width`` pixels to a size; arguments: see ``fit_frames``."""
+    rows, columns = sides(size)
+    aspect = columns / rows
+    if check_crop(crop) == "none":
+        return Fit(0, 0, height, width, (rows, columns))
+    if crop == "pad":
+        shown = width * pixel_aspect / height  # its width over its height, as it is shown
+        high = max(1, min(rows, round(columns / shown)))
+        wide = max(1, min(columns, round(rows * shown)))
+        top, left = (rows - high) // 2, (columns - wide) // 2
+        return Fit(0, 0, height, width, (high, wide), (left, columns - wide - left, top, rows - high - top))
+    side = min(height, width * pixel_aspect / aspect)  # the part's height
+    kept = max(1, round(side)), max(1, round(side * aspect / pixel_aspect))
+    return Fit((height - kept[0]) // 2, (width - kept[1]) // 2, *kept, (rows, columns))
+
+
+def check_crop(crop):
+    """``crop`` itself, one of CROPS."""
+    if crop not in CROPS:
+        raise ValueError(f"crop: expected one of {', '.join(CROPS)}, found {crop!r}")
+    return crop
+
+
+def fit_frames(frames, size=None, resample="bilinear", pixel_aspect=1.0, crop="center"):
+    """Bring pictures to a size, with antialiasing.
 
     Args:
         frames: (n, H, W, 3) uint8 array.
-        size: H = W of the result in pixels; None: nothing is cut or resized.
+        size: H = W of the result in pixels, or [H, W]; None: nothing is cut or resized.
         resample: "bilinear" or "lanczos".
-        pixel_aspect: width of a pixel over its height: the square is cut as it would be shown, and pictures that are
-            not cut are made wider or higher until their pixels are square.
+        pixel_aspect: width of a pixel over its height: pictures are cut and padded as they would be shown, and those
+            that keep their size are made wider or higher until their pixels are square.
+        crop: how those of another shape get to it. "center": the largest part of that shape in the middle is resized;
+            "pad": the whole is, and black fills what is left on both sides; "none": the whole is, and is squashed.
     Returns:
-        (n, 3, size, size) or (n, 3, H, W) uint8 tensor.
+        (n, 3, *size) or (n, 3, H, W) uint8 tensor.
     """
     if resample not in RESAMPLE:
         raise ValueError(f"resample: expected one of {', '.join(RESAMPLE)}, found {resample!r}")
     height, width = target = frames.shape[1:3]
+    around = ()
     if size is not None:
-        side = min(height, width * pixel_aspect)  # in heights of a pixel
-        rows, columns = max(1, round(side)), max(1, round(side / pixel_aspect))
-        top, left = (height - rows) // 2, (width - columns) // 2
-        frames, target = frames[:, top : top + rows, left : left + columns], (size, size)
+        top, left, rows, columns, target, around = fit_of(height, width, size, crop, pixel_aspect)
+        frames = frames[:, top : top + rows, left : left + columns]
     elif pixel_aspect != 1:
         target = (height, round(width * pixel_aspect)) if pixel_aspect > 1 else (round(height / pixel_aspect), width)
     if frames.shape[1:3] != target and resample == "lanczos":
@@ -277,12 +334,12 @@ def fit_frames(frames, size=None, resample="bilinear", pixel_aspect=1.0):
     frames = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
     if frames.shape[2:] != target:
         frames = F.interpolate(frames, size=target, mode="bilinear", antialias=True)
-    return frames
+    return F.pad(frames, around) if any(around) else frames
 
 
-def fit_pieces(frames, size=None, resample="bilinear", chunk=CHUNK, pixel_aspect=1.0):
-    """Iterator of (H, W, 3) uint8 arrays -> iterator of (<= chunk, 3, size, size) tensors; see ``fit_frames``."""
-    while piece := [fit_frames(frame[None], size, resample, pixel_aspect) for frame in islice(frames, chunk)]:
+def fit_pieces(frames, size=None, resample="bilinear", chunk=CHUNK, pixel_aspect=1.0, crop="center"):
+    """Iterator of (H, W, 3) uint8 arrays -> iterator of (<= chunk, 3, *size) tensors; see ``fit_frames``."""
+    while piece := [fit_frames(frame[None], size, resample, pixel_aspect, crop) for frame in islice(frames, chunk)]:
         yield torch.cat(piece).contiguous()
 
 

@@ -10,6 +10,7 @@ from latentcast.figures.charts import HEADINGS
 from latentcast.files import read_json
 from latentcast.metrics.statistics import paired_bootstrap
 from latentcast.schemas import Count, Number, Schema, Text, Whole, check, one_line, short
+from latentcast.sizes import Size
 from latentcast.yaml_text import flattened
 
 from .protocol import METRICS, without_other_splits
@@ -68,7 +69,7 @@ class ResultProtocol(Schema):
     n_context: Count
     n_predicted: Count
     n_samples: Count
-    frame_size: Count
+    frame_size: Size
     fps_multiplier: Count = 1
 
 
@@ -113,7 +114,7 @@ class Stated(Schema, extra="forbid"):
     n_predicted: Count | None = None
     fps_multiplier: Count | None = None
     n_samples: Count | None = None
-    frame_size: Count | None = None
+    frame_size: Size | None = None
     data_protocol: Text | None = None
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -17,9 +18,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.data import default_collate
 
 import latentcast
 from latentcast.config import is_whole
+from latentcast.data.base import match_conditions
 from latentcast.data.shards import difference_of
 from latentcast.distributed import barrier, rank_and_world, rank_zero_first
 from latentcast.files import read_json, replacing, write_json
@@ -32,12 +35,14 @@ from latentcast.metrics.statistics import ClipValues
 from latentcast.metrics.weights import find_weights
 from latentcast.modeling import eval_mode, fingerprint
 from latentcast.progress import Bar
+from latentcast.sizes import as_size, sides
 
 from .protocol import BEST_OF, METRICS, UNDRAWN, Protocol, without_other_splits
 
 logger = logging.getLogger("latentcast")
 
 MODEL, RECONSTRUCTION, DETERMINISTIC = "model", "reconstruction", "deterministic"
+TOLD = ("own", "shuffled", "none")
 
 
 @dataclass
@@ -64,6 +69,8 @@ class Evaluation:
             pipeline cannot give is left out, and the log says so.
         crps_map: {"clip": number in the data set, "frame": which of the predicted frames, from 1}: the maps of CRPS are
             of that frame, as RVD's Figure 4; None: means over clips and frames.
+        conditions: what a prior with conditions is told of a clip: "own"; "shuffled": those of the next clip, which
+            shows whether they matter; "none".
         weights: folder of the metric networks; None: see ``latentcast.metrics.weights``.
     Raises:
         ValueError: pipeline, data and protocol do not belong together; names both sides.
@@ -78,6 +85,7 @@ class Evaluation:
     futures: int | None = None
     baselines: tuple = ("copy_last_frame", "mean_context", RECONSTRUCTION, DETERMINISTIC)
     crps_map: dict | None = None
+    conditions: str = "own"
     weights: str | None = None
 
     def __post_init__(self):
@@ -90,6 +98,8 @@ class Evaluation:
         unknown = [name for name in self.baselines if name not in known]
         if unknown:
             raise ValueError(f"evaluation.baselines: expected some of {', '.join(known)}, found {unknown[0]!r}")
+        if self.conditions not in TOLD:
+            raise ValueError(f"evaluation.conditions: expected {', '.join(TOLD)}, found {self.conditions!r}")
         timed = [name for name in ("fps_multiplier", "frame_times") if name in self.sampler]
         if timed:
             raise ValueError(f"evaluation.sampler: {timed[0]}: the protocol sets it (protocol.fps_multiplier)")
@@ -163,7 +173,8 @@ class Evaluation:
                 "sampler": self.sampler,
                 **_scheduler(self.pipe.scheduler),
             },
-            "settings": {"futures": self.futures, "baselines": self.baselines, "crps_map": self.crps_map},
+            "settings": {"futures": self.futures, "baselines": self.baselines, "crps_map": self.crps_map}
+            | ({} if self.conditions == "own" else {"conditions": self.conditions}),
             "seed": self.protocol.seed,
             "version": latentcast.__version__,
         }
@@ -225,31 +236,42 @@ class Evaluation:
 
     @torch.no_grad()
     def _measure(self, numbers, random):
-        clips = torch.stack([self.dataset[i]["frames"] for i in numbers]).to(self.device)
-        found = {}
+        items = default_collate([self.dataset[i] for i in numbers])
+        clips, found = items["frames"].to(self.device), {}
+        told = self._told(numbers, items)
         with eval_mode(self.pipe.prior, self.pipe.tokenizer):
             if self.draws:
-                found |= self._measure_futures(numbers, random, clips)
+                found |= self._measure_futures(numbers, random, clips, told)
             if "clip_mse" in self.metrics and RECONSTRUCTION in self.baselines:
-                both = self._baseline(RECONSTRUCTION, clips), self.protocol.divide(clips)
+                both = self._baseline(RECONSTRUCTION, clips, told), self.protocol.divide(clips)
                 found[f"{RECONSTRUCTION}.clip_mse"] = mse(*(self._seen(torch.cat(parts, 1)) for parts in both))
             if "bits" in self.metrics:
                 codes = self.pipe.encode(clips)
-                log_prob = self.pipe.prior.log_prob(codes, self.protocol.n_context)
+                log_prob = self.pipe.prior.log_prob(codes, self.protocol.n_context, told)
                 found[f"{MODEL}.bits"] = bits_per_dim(log_prob, codes[0, self.protocol.n_context :].shape)
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
-    def _measure_futures(self, numbers, random, clips):
+    def _told(self, numbers, items):
+        """Conditions for the prior of clips, whose collated items are given, or None."""
+        names = self.pipe.prior.conditions
+        if not names or self.conditions == "none":
+            return None
+        if self.conditions == "shuffled":
+            following = [self.clips[(self.clips.index(i) + 1) % len(self.clips)] for i in numbers]
+            items = default_collate([self.dataset[i] for i in following])
+        return {name: items["conditions"][name] for name in names}
+
+    def _measure_futures(self, numbers, random, clips, told):
         protocol = self.protocol
         context, target = protocol.divide(clips)
-        samples = self._draw(context, random)
+        samples = self._draw(context, random, told)
         if not samples.isfinite().all():
             raise ValueError(f"{self.label}: NaN or infinity among the frames predicted for clips {numbers}")
         samples, target = self._seen(samples), self._seen(target)
         truth = self.lpips.features(target) if "lpips" in self.frame_metrics else None
         found = self._scores(numbers, MODEL, samples, self._seen(context), target, truth)
         for name in self.baselines:
-            given, future = self._baseline(name, clips)
+            given, future = self._baseline(name, clips, told)
             still = future.stride(1) == 0  # one picture, as often as there are frames
             future = self._seen(future[:, :1]).expand_as(future) if still else self._seen(future)
             found |= self._scores(numbers, name, future[:, None], self._seen(given), target, truth)
@@ -264,8 +286,9 @@ class Evaluation:
         """Frames as the metrics see them."""
         return round_to_levels(frames) if self.protocol.rounded else frames
 
-    def _draw(self, context, random):
-        """Futures of contexts (B, T, C, H, W) -> (B, S, T, C, H, W), as many at once as there is room for."""
+    def _draw(self, context, random, told):
+        """Futures of contexts (B, T, C, H, W), with what the prior is told of the clips -> (B, S, T, C, H, W), as many
+        at once as there is room for."""
         n_samples, n_predicted, drawn = self.protocol.n_samples, self.protocol.n_predicted, []
         sampler = dict(self.sampler)
         if self.protocol.fps_multiplier > 1:
@@ -273,20 +296,19 @@ class Evaluation:
         generator = torch.Generator().manual_seed(_seed(self.protocol.seed, random))
         while sum(part.shape[1] for part in drawn) < n_samples:
             n = min(self._at_once, n_samples - sum(part.shape[1] for part in drawn))
-            futures = self.pipe(
-                context, n_predicted, num_samples=n, generator=generator, value_range=(-1, 1), **sampler
-            )
+            settings = {"num_samples": n, "generator": generator, "conditions": told, "value_range": (-1, 1)}
+            futures = self.pipe(context, n_predicted, **settings, **sampler)
             drawn.append(futures.frames.to(self.device))
         return torch.cat(drawn, 1)
 
-    def _baseline(self, name, clips):
+    def _baseline(self, name, clips, told):
         """Context and future (B, T, C, H, W) of a baseline; the context is the true one but for the reconstruction."""
         if name == RECONSTRUCTION:
             latents = self.pipe.tokenizer.encode(clips).latents
             return self.protocol.divide(self.pipe.tokenizer.decode(latents).float().clamp(-1, 1))
         context, n_predicted = self.protocol.divide(clips)[0], self.protocol.n_predicted
         if name == DETERMINISTIC:
-            mean = self.pipe.prior.predict_mean(self.pipe.encode(context), n_predicted)
+            mean = self.pipe.prior.predict_mean(self.pipe.encode(context), n_predicted, conditions=told)
             return context, self.pipe.decode(mean[:, None])[:, 0]
         return context, BASELINES[name](context, n_predicted)
 
@@ -484,7 +506,7 @@ def fitting_futures(device, dataset, protocol):
     if torch.device(device).type == "cuda":
         return 512
     # Frames as floats, sixteen times: those of the samples, what their decoding holds, and what metrics make of them.
-    bytes_each = 16 * 4 * protocol.n_frames * dataset.channels * protocol.frame_size**2
+    bytes_each = 16 * 4 * protocol.n_frames * dataset.channels * math.prod(sides(protocol.frame_size))
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
     futures = 64
     while futures > 1 and futures * bytes_each > room:
@@ -496,12 +518,25 @@ def check_fit(pipe, dataset, protocol):
     """Refuse a pipeline, a data set and a protocol that do not belong together, naming both sides."""
     spec = pipe.prior.config.latent_spec
     model = (spec["frame_channels"], spec["frame_height"], spec["frame_width"])
-    data = (dataset.channels, dataset.size, dataset.size)
-    if model != data:
-        raise ValueError(f"the pipeline predicts frames of (C, H, W) = {model}, the data set serves {data}")
-    if protocol.frame_size != dataset.size:
+    if model != dataset.frame_shape:
+        raise ValueError(
+            f"the pipeline predicts frames of (C, H, W) = {model}, the data set serves {dataset.frame_shape}"
+        )
+    match_conditions(pipe.prior.conditions, type(pipe.prior).__name__, dataset.conditions, "the data set")
+    if protocol.fps_multiplier > 1 and any(spec["per"] == "frame" for spec in pipe.prior.conditions.values()):
+        raise ValueError(
+            f"protocol {protocol.name}: fps_multiplier: expected 1 for a prior that is told of each frame, found "
+            f"{protocol.fps_multiplier}"
+        )
+    if protocol.frame_size != as_size(dataset.size):
         raise ValueError(
             f"protocol {protocol.name}: frame_size: expected {protocol.frame_size}, the data set serves {dataset.size}"
+        )
+    networks = [metric for metric in ("lpips", "ilpips", "fvd") if metric in protocol.metrics]
+    if networks and dataset.channels not in (1, 3):
+        raise ValueError(
+            f"protocol {protocol.name}: metrics: {networks[0]} is of frames of 1 or 3 channels, the data set serves "
+            f"{dataset.channels}; leave it out"
         )
     if dataset.clip_length != protocol.n_frames:
         raise ValueError(

@@ -9,6 +9,7 @@ from latentcast.metrics.frame import PSNR_FORMS, WINDOWS
 from latentcast.metrics.i3d import MIN_FRAMES
 from latentcast.metrics.perceptual import SMALLEST
 from latentcast.schemas import MOST, Count, Schema, Text, explain, one_line
+from latentcast.sizes import Size, sides
 
 METRICS = ("mse", "clip_mse", "psnr", "ssim", "lpips", "crps", "ilpips", "fvd", "bits")
 UNDRAWN = ("clip_mse", "bits")  # they need no futures
@@ -32,7 +33,7 @@ class Protocol(Schema, extra="forbid"):
         data_options: options that the set must have been prepared with, ``{n_digits: 3}`` say.
         split: "val" or "test". Clips of "train" are drawn by a seed, and so other ones under an equal protocol.
         n_clips: so many clips, spread evenly over the split's; None: all.
-        frame_size: H = W of the frames that are compared, pixels.
+        frame_size: H = W of the frames that are compared in pixels, or [H, W].
         n_context, n_predicted: frames given and predicted.
         fps_multiplier: predicted frames in an interval of the context, which is every ``fps_multiplier``-th frame of
             the data up to the last one given. Above 1 only for priors over continuous time: STDiff, Table 4.
@@ -66,7 +67,7 @@ class Protocol(Schema, extra="forbid"):
     data_options: dict = Field(default_factory=dict)
     split: Literal["val", "test"] = "test"
     n_clips: Count | None = 256
-    frame_size: Count = 64
+    frame_size: Size = 64
     n_context: Count
     n_predicted: Count
     fps_multiplier: Count = 1
@@ -109,7 +110,7 @@ class Protocol(Schema, extra="forbid"):
         self._expect("fvd_samples", self.fvd_samples <= self.n_samples, f"at most n_samples={self.n_samples}")
         smallest = {"ssim": WINDOWS[self.ssim], "lpips": SMALLEST[self.lpips], "ilpips": SMALLEST[self.lpips]}
         for metric in smallest.keys() & {*self.metrics}:
-            enough = self.frame_size >= smallest[metric]
+            enough = min(sides(self.frame_size)) >= smallest[metric]
             self._expect("frame_size", enough, f"at least {smallest[metric]} for {metric}")
         if "fvd" in self.metrics:
             found = self.n_predicted + self.fvd_context * self.n_context

@@ -18,6 +18,7 @@ from latentcast.figures.sheets import (
     scale_for,
 )
 from latentcast.files import replacing, write_json, write_text
+from latentcast.sizes import size_text
 
 from .protocol import METRICS
 
@@ -130,7 +131,7 @@ def table(evaluation, results):
         "",
         f"{protocol['n_context']} context frames, {protocol['n_predicted']} predicted{rate}, "
         f"{protocol['n_samples']} samples; {data['n_clips']} clips of {data['name']} ({data['split']}), "
-        f"{protocol['frame_size']} pixels. "
+        f"{size_text(protocol['frame_size'])} pixels. "
         "psnr, ssim, lpips and mse: the best sample of each clip by its mean over frames, "
         "for each metric by itself, and in a row of its own the mean of all samples. Intervals: 95 % of the mean over "
         f"clips, by Student's t over the {n_videos} videos that they come from.",

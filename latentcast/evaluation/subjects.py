@@ -103,6 +103,7 @@ def open_subject(
     overrides=(),
     sampler=None,
     device="cpu",
+    dtype=torch.float32,
     n_clips=4,
     n_frames=None,
     n_context=None,
@@ -117,7 +118,7 @@ def open_subject(
         target: see ``find_place``.
         overrides: of the experiment whose data set is shown, ["data.root=PATH"].
         sampler: options of the prior's sampler, by name.
-        device: of the models.
+        device, dtype: of the models; the dtype of a pipeline's.
         n_clips: how many are looked at. n_frames: after the context; None: as many as in training.
         n_context: given frames; None: as in training.
         num_samples, seed: see Subject.
@@ -131,7 +132,7 @@ def open_subject(
     place, sampler = find_place(target), dict(sampler or {})
     pipe = tokenizer = None
     if place.pipeline is not None:
-        pipe = VideoPipeline.from_pretrained(place.pipeline).to(device)
+        pipe = VideoPipeline.from_pretrained(place.pipeline, dtype=dtype).to(device)
         pipe.set_progress_bar_config(desc="sampling", leave=False)
         known = pipe.prior.sampler_options()
         for name in sampler:
@@ -147,7 +148,8 @@ def open_subject(
         spec, n_context = tokenizer.latent_spec, n_context or 1
     if videos is not None:
         wanted = n_context + ROLLOUT * (n_frames or N_INPUT)
-        fixed = read_videos(videos, spec, n_clips, wanted, pipe and pipe.config.fps)
+        trained = {} if pipe is None else {"fps": pipe.config.fps, "crop": pipe.config.crop}
+        fixed = read_videos(videos, spec, n_clips, wanted, **trained)
         source = Source(f"clips of {Path(videos).name}", n_context + N_INPUT, fixed=fixed)
     else:
         source = find_source(place, overrides, data, pipe, n_context, n_frames)
@@ -291,25 +293,24 @@ def find_source(place, overrides, data, pipe, n_context, n_frames):
     return Source(what, dataset.clip_length, dataset, trained_on=split == "train")
 
 
-def read_videos(path, spec, n_clips, n_frames, fps=None):
+def read_videos(path, spec, n_clips, n_frames, fps=None, crop="center"):
     """The first frames of a video, or of videos below a folder -> ShownClips, of as many as all have.
 
     Args:
         spec: a ``latent_spec``, of whose frames theirs become.
         n_clips, n_frames: the most.
         fps: frames are left out so that the rate is nearest to this one, that of the training; None: all are taken.
+        crop: how they get to the shape of the model's frames: see ``fit_frames``.
     Raises:
         UserError: nothing there that can be used.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"--input {path}: no such file or folder")
-    if spec["frame_height"] != spec["frame_width"]:
-        raise UserError(f"expected square frames, found {spec['frame_height']}x{spec['frame_width']}")
     videos = [path] if path.is_file() else [path / name for name in list_videos(path)]
     if not videos:
         raise UserError(f"--input {no_videos(path)}")
-    found, rate, problems = {}, fps or DEFAULT_RATE, []
+    found, rate, problems, size = {}, fps or DEFAULT_RATE, [], (spec["frame_height"], spec["frame_width"])
     for video in videos:
         if len(found) == n_clips:
             break
@@ -318,7 +319,7 @@ def read_videos(path, spec, n_clips, n_frames, fps=None):
             stride = nearest_stride(info, fps)
             n, rate = sampled_rate(info, stride)
             places = sampled_places(info, range(min(n, n_frames)), stride)
-            found[video.name] = read_places(video, places, spec["frame_height"], spec["frame_channels"])
+            found[video.name] = read_places(video, places, size, spec["frame_channels"], crop)
         except VideoError as error:
             problems.append(str(error))
             logger.warning("skipped: %s", error)

@@ -1,6 +1,6 @@
 """Figures that show frames, and maps of what lies behind them. Each returns a Drawing.
 
-Shape letters: N clips, T frames, S samples. Frames are (..., C, H, W) in [-1, 1], grey or RGB.
+Shape letters: N clips, T frames, S samples. Frames are (..., C, H, W) in [-1, 1], shown by ``shown_channels``.
 """
 
 import numpy as np

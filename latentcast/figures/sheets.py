@@ -1,5 +1,7 @@
 """Laying frames and maps out beside each other, with words: sheets, and videos side by side."""
 
+import functools
+import logging
 import textwrap
 from typing import NamedTuple
 
@@ -10,6 +12,8 @@ from PIL import Image, ImageDraw
 
 from ..files import printable
 from .style import FADED, FONT, INK, Scale, colour_table, font, hatched
+
+logger = logging.getLogger("latentcast")
 
 GAP = 2  # pixels between pictures
 GROUP_GAP = 10  # above a row that begins a group
@@ -271,9 +275,28 @@ def fitting(text, width):
     return cut_name(text, longest)
 
 
+def shown_channels(frames, axis=-3):
+    """What pictures show of frames whose C, at ``axis`` of a tensor or array, is neither 1 nor 3: of two channels the
+    first, as grey, and of more the first three, as RGB; the log says so once. Others as they are."""
+    n_channels = frames.shape[axis]
+    if n_channels in (1, 3):
+        return frames
+    n_shown = 3 if n_channels > 3 else 1
+    _say_shown(n_channels, n_shown)
+    index = [slice(None)] * frames.ndim
+    index[axis] = slice(n_shown)
+    return frames[tuple(index)]
+
+
+@functools.cache
+def _say_shown(n_channels, n_shown):
+    what = "the first, as grey" if n_shown == 1 else "the first three, as RGB"
+    logger.info("pictures show of %d channels %s", n_channels, what)
+
+
 def _uint8(frames):
     """(N, C, H, W), float in [-1, 1] or uint8 -> (N, 3, H, W) uint8 on the CPU, hatched where it is not finite."""
-    frames = frames.detach().cpu()
+    frames = shown_channels(frames.detach().cpu())
     if frames.dtype == torch.uint8:
         return frames.expand(-1, 3, -1, -1)
     bad = ~frames.isfinite().all(1)

@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from ..sizes import nearest_divisors
 from .attention import attention
 
 
@@ -31,7 +32,10 @@ class CausalWindowAttention(nn.Module):
     def __init__(self, dim, n_heads, head_dim, grid, window, over_time=True):
         super().__init__()
         if any(size < 1 or whole % size for size, whole in zip(window, grid[1:])):
-            raise ValueError(f"window: expected divisors of (h, w) = {tuple(grid[1:])}, found {tuple(window)}")
+            frame, nearest = tuple(grid[1:]), nearest_divisors(grid[1:], window)
+            raise ValueError(
+                f"window: expected divisors of (h, w) = {frame}, found {tuple(window)}; the nearest are {nearest}"
+            )
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim: expected an even number, found {head_dim}")
         self.n_heads, self.window, self.over_time = n_heads, tuple(window), over_time

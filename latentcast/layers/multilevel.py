@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from ..sizes import nearest_multiples, size_text
+
 
 class MultilevelEncoder(nn.Module):
     """Frames (N, C, H, W) -> the vector h, (N, dim) in [-1, 1], and a list of features, fine to coarse.
@@ -117,7 +119,11 @@ def level_widths(height, width, hidden_channels):
     """
     n_levels = n_halvings(height, width)
     if not n_levels:
-        raise ValueError(f"height, width: expected even numbers of at least 8 pixels, found {height}, {width}")
+        nearest = size_text(nearest_multiples(height, width, 2, least=4))
+        raise ValueError(
+            f"height, width: expected even numbers of at least 8 pixels, found {height}, {width}; the nearest are "
+            f"{nearest}"
+        )
     return doubled_widths(n_levels, hidden_channels), (height >> n_levels, width >> n_levels)
 
 

@@ -13,6 +13,7 @@ SOLVERS = {
     "ito": ("euler", "milstein", "srk"),
 }
 EXPLODED = 1e6  # |m| beyond which a solution has left every use
+ON_GRID = 1e-4  # of a step: times that the rounding of float32 leaves so near to a grid point are taken to be there
 
 
 class NeuralSDE(nn.Module):
@@ -23,7 +24,7 @@ class NeuralSDE(nn.Module):
     agree bit by bit where they share a time.
 
     Args:
-        drift: module m -> mu(m), of the same shape.
+        drift: module m -> mu(m), of the same shape; where it is told something, (m, what it is told) -> mu.
         diffusion: module m -> sigma(m), of the same shape; None makes it an ODE, solved by Euler's method.
         sde_type: "stratonovich" or "ito", the sense of the integral over dW.
         solver: of torchsde, one in ``SOLVERS[sde_type]``.
@@ -48,7 +49,7 @@ class NeuralSDE(nn.Module):
         self.sde_type, self.solver, self.dt, self.adjoint = sde_type, solver, dt, adjoint
         self.gradient_checkpointing = False  # as diffusers' blocks; set by enable_gradient_checkpointing
 
-    def forward(self, start, times, seeds=None, control=None):
+    def forward(self, start, times, seeds=None, control=None, told=None):
         """Integrate from time 0.
 
         Args:
@@ -58,68 +59,126 @@ class NeuralSDE(nn.Module):
                 (never solved by the adjoint); None draws a path for each row from torch's generator.
             control: function (m, time) -> u (N, C, h, w), added to the drift: the posterior of a latent SDE (Li et al.
                 2020, section 5). Takes a diffusion that is nowhere 0; never solved by the adjoint.
+            told: function k -> what the drift is told of the time from k - 1 to k, a tensor (N, ...), k from 1 on. It
+                holds for the steps that begin there.
         Returns:
             m at the times, (N, P, C, h, w), at least float32. With a control also the KL divergence of the controlled
             paths up to the last time from those without, 1/2 int |u / sigma|^2 dt along each path, (N,) in nats.
         Raises:
             FloatingPointError: the solution exploded or is not a number.
         """
-        # In units of the solver's step, so that grid points are whole numbers, which nothing rounds. Times that differ
-        # from one only by the rounding of float32 are taken to be there.
-        position = times.detach().cpu().double() / self.dt
-        position = torch.where((position - position.round()).abs() < 1e-4, position.round(), position)
-        low, high = position.floor().long(), position.ceil().long()
+        position, low, high = self.on_grid(times.detach().cpu())
         grid = torch.cat([torch.zeros(1, dtype=torch.long), low.flatten(), high.flatten()]).unique()
-
-        n, channels, height, width = start.shape
-        shape = (height, width, channels)  # channels last, which convolutions like; torchsde wants rows
-        y_0 = start.to(torch.promote_types(start.dtype, torch.float32)).movedim(1, -1).flatten(1)
-        equation = _Equation(self, shape, start.dtype, start.device.type, control)
-        states, kl = self._solve(y_0, equation, grid, seeds)
-        self._check(states.detach(), grid)
-
-        rows = torch.arange(n, device=start.device)[:, None]
+        path = Path(self, start, seeds, control, told, int(grid[-1]))
+        states = path.follow(grid)
+        rows = torch.arange(len(start), device=start.device)[:, None]
         below, above = (
             states[torch.searchsorted(grid, index).to(start.device, non_blocking=True), rows] for index in (low, high)
         )
-        weight = (position - low).to(start.device, states.dtype, non_blocking=True)[..., None]
-        states = torch.lerp(below, above, weight).unflatten(2, shape).movedim(-1, 2)
-        return states if control is None else (states, kl)
+        states = path.between(below, above, position - low)
+        return states if control is None else (states, path.kl)
 
-    def _solve(self, y_0, equation, grid, seeds):
-        """The solution at the whole numbers in ``grid`` (K,), of which the first is 0 -> (K, N, h w C), and the KL
-        divergence of a control (N,), or None."""
-        last = int(grid[-1])
-        if self.diffusion is None:
-            wanted, states, y = set(grid.tolist()), [y_0], y_0
-            for step in range(1, last + 1):
-                y = y + equation.f(None, y)
-                if step in wanted:
-                    states.append(y)
-            return torch.stack(states), None
-        area = "space-time" if self.solver == "srk" else "none"
-        controlled = equation.control is not None
-        like = F.pad(y_0, (0, 1)) if controlled else y_0  # torchsde adds a column for the divergence
+    def on_grid(self, times):
+        """Times in units of the solver's step, so that grid points are whole numbers, which nothing rounds: where they
+        lie, and the grid points below and above."""
+        position = times.double() / self.dt
+        position = torch.where((position - position.round()).abs() < ON_GRID, position.round(), position)
+        return position, position.floor().long(), position.ceil().long()
+
+
+class Path:
+    """A solution of a NeuralSDE that is followed from time 0 on, as far as is asked for at a time. It holds what the
+    next steps need and no more, and where it pauses changes no bit.
+
+    Args:
+        model: the NeuralSDE. start, seeds, control, told: as for its ``forward``.
+        last: the grid point where a path without seeds ends.
+    """
+
+    def __init__(self, model, start, seeds=None, control=None, told=None, last=None):
+        channels, height, width = start.shape[1:]
+        self.model, self.control, self.told = model, control, told
+        self.shape = (height, width, channels)  # channels last, which convolutions like; torchsde wants rows
+        self.dtype, self.device = start.dtype, start.device
+        self.y = start.to(torch.promote_types(start.dtype, torch.float32)).movedim(1, -1).flatten(1)
+        self.position, self.kl = 0, None if control is None else 0
+        self.extra = None  # what some solvers keep beside the state
+        self.adjoint = model.adjoint and seeds is None and control is None and torch.is_grad_enabled()
+        if model.diffusion is None:
+            return
+        area = "space-time" if model.solver == "srk" else "none"
+        like = self.y if control is None else F.pad(self.y, (0, 1))  # torchsde adds a column for the divergence
         if seeds is None:
             entropy = int(torch.randint(2**62, ()))
-            brownian = torchsde.BrownianInterval(
+            self.brownian = torchsde.BrownianInterval(
                 0, last, like.shape, like.dtype, like.device, entropy, dt=1, levy_area_approximation=area
             )
         else:
-            brownian = SeededBrownian(seeds, like, area)
-        adjoint = self.adjoint and seeds is None and not controlled and torch.is_grad_enabled()
-        solve = torchsde.sdeint_adjoint if adjoint else torchsde.sdeint
-        solution = solve(equation, y_0, grid.double(), bm=brownian, method=self.solver, dt=1, logqp=controlled)
-        return (solution[0], solution[1].sum(0)) if controlled else (solution, None)
+            self.brownian = SeededBrownian(seeds, like, area)
+
+    def at(self, time):
+        """m at a time after those that it was followed to -> (N, C, h, w)."""
+        position, low, high = self.model.on_grid(torch.tensor(time))
+        grid = torch.stack([torch.tensor(self.position), low, high]).unique()
+        states = self.follow(grid)
+        below, above = (states[torch.searchsorted(grid, index)][:, None] for index in (low, high))
+        return self.between(below, above, (position - low).view(1, 1))[:, 0]
+
+    def follow(self, grid):
+        """States at the whole numbers in ``grid`` (K,), increasing, the first of them where it is by now -> (K, N,
+        h w C)."""
+        states, last = [self.y[None]], int(grid[-1])
+        while self.position < last:
+            end, told = last, None
+            if self.told is not None:
+                interval = int((self.position + ON_GRID) * self.model.dt) + 1
+                end = min(last, math.ceil(interval / self.model.dt - ON_GRID))
+                told, self.extra = self.told(interval), None  # the solver begins anew with another drift
+            stops = grid[(grid > self.position) & (grid <= end)].tolist()
+            piece = self._solve(stops if end in stops else [*stops, end], told)
+            states.append(piece[: len(stops)])
+            self.position, self.y = end, piece[-1]
+        states = torch.cat(states)
+        self._check(states.detach(), grid)
+        return states
+
+    def between(self, below, above, weight):
+        """States (N, P, h w C) so far between two others, (N or 1, P) from 0 to 1 -> maps (N, P, C, h, w)."""
+        weight = weight.to(self.device, below.dtype, non_blocking=True)[..., None]
+        return torch.lerp(below, above, weight).unflatten(2, self.shape).movedim(-1, 2)
+
+    def _solve(self, stops, told):
+        """The solution at later whole numbers (K, N, h w C), all of them steps with the same drift."""
+        model, y = self.model, self.y
+        equation = _Equation(self, told)
+        if model.diffusion is None:
+            wanted, states = set(stops), []
+            for step in range(self.position + 1, stops[-1] + 1):
+                y = y + equation.f(None, y)
+                if step in wanted:
+                    states.append(y)
+            return torch.stack(states)
+        controlled = self.control is not None
+        settings = {"bm": self.brownian, "method": model.solver, "dt": 1, "logqp": controlled}
+        settings |= {"extra": True, "extra_solver_state": self.extra}
+        grid = torch.tensor([self.position, *stops], dtype=torch.float64)
+        if self.adjoint:
+            parameters = [*equation.parameters(), *equation.told]
+            states, *_, self.extra = torchsde.sdeint_adjoint(equation, y, grid, adjoint_params=parameters, **settings)
+        else:
+            states, *kl, self.extra = torchsde.sdeint(equation, y, grid, **settings)
+            if controlled:
+                self.kl = self.kl + kl[0].sum(0)
+        return states[1:]
 
     def _check(self, states, grid):
         largest = states.abs().amax((1, 2)).tolist()
         for step, value in zip(grid.tolist(), largest):
             if not value < EXPLODED:  # NaN too
-                kind = "ODE" if self.diffusion is None else "SDE"
+                kind = "ODE" if self.model.diffusion is None else "SDE"
                 raise FloatingPointError(
-                    f"the neural {kind} exploded: its largest |m| is {value:.3g} at time {step * self.dt:g}; a smaller "
-                    "dt, a lower learning rate or gradient clipping may help"
+                    f"the neural {kind} exploded: its largest |m| is {value:.3g} at time {step * self.model.dt:g}; a "
+                    "smaller dt, a lower learning rate or gradient clipping may help"
                 )
 
 
@@ -128,11 +187,12 @@ class _Equation(nn.Module):
 
     noise_type = "diagonal"
 
-    def __init__(self, model, shape, dtype, device_type, control=None):
+    def __init__(self, path, told):
         super().__init__()
-        self.control = control
-        self.model, self.shape, self.dtype, self.sde_type = model, shape, dtype, model.sde_type
+        self.control, self.told = path.control, [] if told is None else [told]
+        self.model, self.shape, self.dtype, self.sde_type = path.model, path.shape, path.dtype, path.model.sde_type
         # The adjoint calls drift and diffusion in the backward pass, which runs outside of autocast.
+        device_type = path.device.type
         self.autocast = {
             "device_type": device_type,
             "dtype": torch.get_autocast_dtype(device_type),
@@ -140,25 +200,26 @@ class _Equation(nn.Module):
         }
 
     def f(self, t, y):
-        drift = self._evaluate(self.model.drift, y)
+        drift = self._evaluate(self.model.drift, y, *self.told)
         if self.control is not None:
             time = float(t) * self.model.dt + 1e-6  # grid points that rounding leaves just below a whole time are on it
             drift = drift + self._evaluate(lambda maps: self.control(maps, time), y)
         return self.model.dt * drift
 
     def h(self, t, y):  # torchsde's name for the drift without control
-        return self.model.dt * self._evaluate(self.model.drift, y)
+        return self.model.dt * self._evaluate(self.model.drift, y, *self.told)
 
     def g(self, t, y):
         return math.sqrt(self.model.dt) * self._evaluate(self.model.diffusion, y)
 
-    def _evaluate(self, network, y):
+    def _evaluate(self, network, y, *told):
         maps = y.unflatten(1, self.shape).movedim(-1, 1).to(self.dtype)
+        told = [tensor.to(self.dtype) for tensor in told]
         with torch.autocast(**self.autocast):
             if self.model.gradient_checkpointing and torch.is_grad_enabled():
-                out = self.model._gradient_checkpointing_func(network, maps)
+                out = self.model._gradient_checkpointing_func(network, maps, *told)
             else:
-                out = network(maps)
+                out = network(maps, *told)
         return out.movedim(1, -1).flatten(1).to(y.dtype)
 
 

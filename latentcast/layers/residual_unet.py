@@ -73,16 +73,24 @@ class LevelNetwork(nn.Module):
 
 
 class RecurrentLevel(nn.Module):
-    """ResBlock, ConvGRU over time, and half the size for the next level (the TD of Figure 6)."""
+    """ResBlock, ConvGRU over time, and half the size for the next level (the TD of Figure 6).
 
-    def __init__(self, in_channels, out_channels, last):
+    What the network is told, vectors of ``told_dim`` numbers, is added to each channel that the ConvGRU reads: inside
+    the ResBlock, its normalisation would take away again what is the same everywhere.
+    """
+
+    def __init__(self, in_channels, out_channels, last, told_dim=None):
         super().__init__()
         self.block = ResBlock(in_channels, out_channels)
         self.gru = ConvGRUCell(out_channels, out_channels)
         self.down = None if last else halve(out_channels)
+        self.told = None if told_dim is None else nn.Linear(told_dim, out_channels)
 
-    def forward(self, x, n_frames, state):
-        states = self.gru(self.block(x), state, n_frames)
+    def forward(self, x, n_frames, state, vectors=None):
+        x = self.block(x)
+        if vectors is not None:
+            x = x + self.told(vectors)[..., None, None]
+        states = self.gru(x, state, n_frames)
         return states, None if self.down is None else self.down(states)
 
 
@@ -92,26 +100,29 @@ class RecurrentEncoder(LevelNetwork):
     Args:
         in_channels: C of the frames.
         widths: channels of the levels, from the finest; each has half the side of the one before.
+        told_dim: numbers in the vectors that come with the frames; None: none do.
     """
 
-    def __init__(self, in_channels, widths):
+    def __init__(self, in_channels, widths, told_dim=None):
         super().__init__()
-        inputs = [in_channels, *widths[:-1]]
-        last = len(widths) - 1
-        self.levels = nn.ModuleList(RecurrentLevel(a, b, i == last) for i, (a, b) in enumerate(zip(inputs, widths)))
+        inputs, last = [in_channels, *widths[:-1]], len(widths) - 1
+        self.levels = nn.ModuleList(
+            RecurrentLevel(a, b, i == last, told_dim) for i, (a, b) in enumerate(zip(inputs, widths))
+        )
 
-    def forward(self, frames, n_frames=1, states=None):
+    def forward(self, frames, n_frames=1, states=None, vectors=None):
         """Read frames of which the first ``len(frames) / n_frames`` are those of the first time, and so on.
 
         Args:
             frames: (n_frames * N, C, H, W), time before batch.
             n_frames: number of times.
             states: what the encoder holds, of each level (N, width, h, w); None: nothing yet.
+            vectors: (n_frames * N, told_dim), what is told with each frame; None: nothing.
         Returns:
             list over the levels of (n_frames * N, width, h, w), time before batch.
         """
         held, x = [], frames
         for level, state in zip(self.levels, states or [None] * len(self.levels)):
-            after, x = self.run(level, x, n_frames, state)
+            after, x = self.run(level, x, n_frames, state, vectors)
             held.append(after)
         return held

@@ -9,6 +9,8 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from ..sizes import nearest_multiples, size_text
+
 
 class Spade(nn.Module):
     """Spatially-adaptive denormalisation (Park et al. 2019): instance normalisation, then a scale and a shift for
@@ -136,6 +138,7 @@ class SpadeUNet(nn.Module):
             if isinstance(module, Attention):
                 module.heads = n_heads or module.inner_dim // head_dim
                 module.scale = (module.inner_dim // module.heads) ** -0.5
+        self.time_channels = self.unet.time_embedding.linear_2.out_features
         levels = [*range(n_levels), n_levels - 1, *reversed(range(n_levels))]
         count = itertools.count()
         for level, block in zip(levels, self._blocks()):
@@ -155,7 +158,7 @@ class SpadeUNet(nn.Module):
     def _blocks(self):
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 
-    def forward(self, x, t, feature, maps=None):
+    def forward(self, x, t, feature, maps=None, told=None):
         """Predict.
 
         Args:
@@ -164,11 +167,13 @@ class SpadeUNet(nn.Module):
             feature: (N, condition_channels, h, w), the condition.
             maps: ``self.maps(feature)``, or None to compute each where it is used, which training does: gradient
                 checkpointing then keeps none of them.
+            told: (N, time_channels), added to the embedding of the time; None: nothing.
         Returns:
             (N, out_channels, H, W).
         """
         unet = self.unet
-        time = F.silu(unet.time_embedding(unet.time_proj(t).to(x.dtype)))
+        time = unet.time_embedding(unet.time_proj(t).to(x.dtype))
+        time = F.silu(time if told is None else time + told)
         conditions = Conditions(time, feature, maps)
         h = unet.conv_in(x)
         skips = (h,)
@@ -188,7 +193,9 @@ def check_size(size, n_levels):
     height, width = size
     factor = 2 ** (n_levels - 1)
     if height % factor or width % factor or height * width == factor**2:
+        nearest = nearest_multiples(height, width, factor, positions=2)
         raise ValueError(
             f"block_channels: {n_levels} of them need multiples of {factor} in height and width, and more than one "
-            f"position at the last level, found {height} x {width}; take fewer"
+            f"position at the last level, found {height} x {width}; take fewer, or the nearest size that fits, "
+            f"{size_text(nearest)}"
         )

@@ -13,6 +13,7 @@ from latentcast.evaluation import comparison
 from latentcast.evaluation.report import cell, mean_of_samples, measured
 from latentcast.figures.charts import HEADINGS
 from latentcast.files import printable, telling_names, write_text
+from latentcast.sizes import size_text
 
 logger = logging.getLogger("latentcast")
 
@@ -174,7 +175,8 @@ def _table(results):
         f"{protocol['n_context']} context frames, {protocol['n_predicted']} predicted, "
         f"{protocol['n_samples']} samples; {data['n_clips']} clips of {data['name']} "
         f"({first['protocol'].get('split', 'test')}), "
-        f"{protocol['frame_size']} pixels. Best of the samples where nothing else is said; ± half a 95 % interval."
+        f"{size_text(protocol['frame_size'])} pixels. Best of the samples where nothing else is said; ± half a 95 % "
+        "interval."
     )
     notes = [f"Command: {command}" for result in results.values() if (command := result.get("command"))]
     hardware = first.get("hardware") or {}

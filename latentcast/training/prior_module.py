@@ -1,6 +1,7 @@
 """Training stage two."""
 
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from torch.utils.data import default_collate
 
 from .module import TrainingModule
@@ -13,7 +14,8 @@ class PriorModule(TrainingModule):
 
     A batch holds the clips in the space that the prior accepts: ``codes`` (B, T, h, w, n_codebooks) of any integer type
     (they travel as a cache stores them, and become int64 on the device), ``latents`` (B, T, D, h, w), or ``frames``
-    (B, T, C, H, W) in [-1, 1] for a prior over pixels.
+    (B, T, C, H, W) in [-1, 1] for a prior over pixels. Beside them lie the data set's ``conditions``, of which the
+    prior is told those that it has.
 
     Args:
         model, optimizer, lr_scheduler, config: see TrainingModule.
@@ -32,15 +34,16 @@ class PriorModule(TrainingModule):
     def on_fit_start(self):
         """Let the prior look at some clips before it is trained, the same on every rank; a resumed one has done so."""
         if self.trainer.ckpt_path is None:
-            self.model.prepare(self._clips(self.trainer.datamodule))
+            self.model.prepare(map(self._clip, self._batches()))
+            if self.model.conditioner is not None:
+                self.model.conditioner.measure(conditions_for(self.model, batch) for batch in self._batches())
 
-    def _clips(self, datamodule):
+    def _batches(self):
         """Up to ``LOOKED_AT`` clips from all over the train split, one by one."""
-        data = datamodule.train_set
+        data = self.trainer.datamodule.train_set
         n = min(LOOKED_AT, len(data))
         for i in range(n):
-            batch = default_collate([data[i * len(data) // n]])
-            yield self._clip({name: part.to(self.device) for name, part in batch.items() if torch.is_tensor(part)})
+            yield move_data_to_device(default_collate([data[i * len(data) // n]]), self.device)
 
     def validation_step(self, batch, batch_idx):
         """Every batch gets noise of its own, the same in each validation."""
@@ -48,7 +51,7 @@ class PriorModule(TrainingModule):
         return super().validation_step(batch, batch_idx)
 
     def compute(self, batch):
-        return self.model(self._clip(batch), self.n_context)
+        return self.model(self._clip(batch), self.n_context, conditions_for(self.model, batch))
 
     def _clip(self, batch):
         """What the prior accepts of a batch."""
@@ -64,3 +67,8 @@ class PriorModule(TrainingModule):
             codes = batch["codes"].long()
             with torch.autocast(codes.device.type, enabled=False):  # the latents that a cache would hold
                 return tokenizer.to(codes.device).codes_to_latents(codes)
+
+
+def conditions_for(prior, batch):
+    """What a prior is told of a batch: those of its conditions that the prior has, or None."""
+    return {name: batch["conditions"][name] for name in prior.conditions} or None

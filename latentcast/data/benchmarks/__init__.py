@@ -10,4 +10,5 @@ BENCHMARKS = {
     "kitti": "latentcast.data.benchmarks.kitti.KITTI",
     "flow": "latentcast.data.benchmarks.flow.Flow",
     "folder": "latentcast.data.benchmarks.folder.Folder",
+    "gym": "latentcast.data.benchmarks.gym.Gym",
 }

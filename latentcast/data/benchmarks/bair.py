@@ -8,6 +8,8 @@ from pathlib import PurePosixPath
 import numpy as np
 import torch
 
+from ...sizes import as_size
+from ..action_tables import led_to
 from ..tfrecord import RecordFile, feature_values, parse_example, tar_members
 from ..video_reader import VideoError
 from .base import Benchmark, Clip
@@ -18,7 +20,7 @@ SIZE = 64  # H = W of the published frames, pixels
 N_FRAMES = 30
 FILE = re.compile(r"traj_(\d+)_to_(\d+)")
 VIEWS = ("aux1", "main")
-STATES = {"actions": ("action", 4), "states": ("endeffector_pos", 3)}  # condition -> (feature, numbers a frame)
+STATES = {"action": ("action", 4), "state": ("endeffector_pos", 3)}  # condition -> (feature, numbers a frame)
 
 
 class BAIR(Benchmark):
@@ -26,9 +28,9 @@ class BAIR(Benchmark):
     CoRL 2017): 43,264 training and 256 test clips of 30 RGB frames of 64 x 64 pixels.
 
     A video is one record; a file holds as many as its name says (``traj_256_to_511``). Frames are stored as published.
-    Conditions, each a row of float32 a frame: ``actions``, the 4 numbers of the commanded action, and ``states``, the 3
-    of the end effector's position, both in the units of the publication. No frame rate is published: ``fps`` is
-    nominal.
+    Conditions, each a row of float32 a frame: ``action``, the 4 numbers of the commanded action that led to the frame
+    (published is the one that leads on from it), and ``state``, the 3 of the end effector's position in the frame, both
+    in the units of the publication. No frame rate is published: ``fps`` is nominal.
 
     Args:
         source: ``bair_robot_pushing_dataset_v0.tar``, which is read in place, or the folder it was extracted to: the
@@ -51,7 +53,7 @@ class BAIR(Benchmark):
         super().__init__(source, protocol)
         if view not in VIEWS:
             raise ValueError(f"view: expected one of {', '.join(VIEWS)}, found {view!r}")
-        if frame_size != SIZE:
+        if as_size(frame_size) != SIZE:
             raise ValueError(f"frame_size: the frames of {self.name} are {SIZE} x {SIZE} pixels, found {frame_size}")
         self.view = view
         self.provenance = {"fps": "nominal: none is published"}
@@ -82,6 +84,7 @@ class BAIR(Benchmark):
             )
             for condition, (key, n) in STATES.items()
         }
+        conditions["action"] = led_to(conditions["action"], N_FRAMES)
         return Clip([torch.stack(frames)], conditions, hashlib.sha256(data).hexdigest())
 
     def describe(self):

@@ -32,10 +32,12 @@ class Benchmark:
         name: of the data set, on the command line and in manifests.
         protocols: names of the ways to split and crop in use, the default first; ``--split`` chooses one.
         needs_source: whether there is something to read; False for simulations.
-        frame_size: H = W of prepared frames, pixels.
-        channels: 1 or 3.
+        growing: whether videos are added as they are made; see ``more``.
+        frame_size: H = W of prepared frames in pixels, or [H, W].
+        crop: how videos of another shape get to that, see ``video_reader.fit_frames``.
+        channels: 3 (RGB), 1 (grey), or any number of other data.
         fps: frames per second.
-        conditions: name -> {"shape": list, "dtype": "float32" or "int64", "per": "frame" or "video"}.
+        conditions: see VideoDataset.
         shard_videos: videos a file.
         provenance: JSON-able facts for the manifest: class names, checksums of index files, physical parameters.
     """
@@ -43,7 +45,9 @@ class Benchmark:
     name: str
     protocols: tuple = ("standard",)
     needs_source = True
+    growing = False
     frame_size = 64
+    crop = "center"
     channels = 3
     fps = 10.0
     conditions: dict = {}  # noqa: RUF012
@@ -73,6 +77,11 @@ class Benchmark:
             OSError, ValueError: the source is not laid out as published; names the file, what was expected and found.
         """
         raise NotImplementedError
+
+    def more(self, split, n_videos, n_frames):
+        """Names of further videos for a split whose ``n_videos``, ``n_frames`` frames in all, stand; [] where it is
+        complete. For sets whose length shows when they are made; must follow from the arguments."""
+        return []
 
     def expected_counts(self):
         """split -> number of videos that the published set has under this protocol, or {} where there is no such."""

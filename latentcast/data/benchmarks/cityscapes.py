@@ -4,10 +4,10 @@ import logging
 import re
 
 from ...files import file_sha256
-from ..base import SPLITS
+from ...sizes import as_size
+from ..base import SPLITS, unusual_fit
 from ..image_frames import read_pictures
-from ..video_folder import check_whole
-from ..video_reader import VideoError
+from ..video_reader import VideoError, check_crop
 from .base import Benchmark, Clip
 
 logger = logging.getLogger("latentcast")
@@ -27,27 +27,27 @@ class Cityscapes(Benchmark):
     """The sequences of Cityscapes (Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Understanding", CVPR
     2016): 2,975 train, 500 val and 1,525 test sequences of 30 frames of 2048 x 1024 pixels, 17 frames a second.
 
-    The central square is resized to 128 x 128, bilinear with antialiasing. A video is named after its first frame,
-    ``aachen/aachen_000000_000000``: in some cities one recording (the first number) holds many sequences, so a sequence
-    starts at the first frame that is not among the 30 of the one before it.
+    The central square is resized to 128 x 128 (or as ``frame_size`` and ``crop`` say), bilinear with antialiasing. A
+    video is named after its first frame, ``aachen/aachen_000000_000000``: in some cities one recording (the first
+    number) holds many sequences, so a sequence starts at the first frame that is not among the 30 of the one before it.
 
     Args:
         source: folder that holds ``leftImg8bit_sequence/{train,val,test}/CITY/CITY_RRRRRR_FFFFFF_leftImg8bit.png``
             (recording and frame with six digits), or ``leftImg8bit_sequence`` itself. Missing cities are named in the
             log.
         protocol: "standard", the published split.
-        frame_size: H = W of the frames, pixels.
+        frame_size: H = W of the frames in pixels, or [H, W].
+        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video_reader.fit_frames``.
     Raises:
-        ValueError: a wrong frame size.
+        ValueError: a wrong option.
     """
 
     name = "cityscapes"
     fps = 17.0
 
-    def __init__(self, source=None, protocol=None, *, frame_size=128):
+    def __init__(self, source=None, protocol=None, *, frame_size=128, crop="center"):
         super().__init__(source, protocol)
-        check_whole(frame_size=frame_size)
-        self.frame_size = frame_size
+        self.frame_size, self.crop = as_size(frame_size), check_crop(crop)
         self.root = self.source / FOLDER if (self.source / FOLDER).is_dir() else self.source
 
     def videos(self):
@@ -67,10 +67,11 @@ class Cityscapes(Benchmark):
                 f"{missing[0]}: no such file; expected {N_FRAMES} consecutive frames from {paths[0].name}, found "
                 f"{N_FRAMES - len(missing)}"
             )
-        return Clip(read_pictures(paths, self.frame_size), sha256=file_sha256(*paths))
+        return Clip(read_pictures(paths, self.frame_size, crop=self.crop), sha256=file_sha256(*paths))
 
     def describe(self):
-        return {"protocol": self.protocol, "frame_size": self.frame_size, "resample": "bilinear"}
+        described = {"protocol": self.protocol, "frame_size": self.frame_size, "resample": "bilinear"}
+        return described | unusual_fit(self)
 
     def _sequences(self, folder, cities):
         """Names of a split's sequences."""

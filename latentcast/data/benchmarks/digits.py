@@ -1,6 +1,7 @@
 """Moving MNIST and Stochastic Moving MNIST (SM-MNIST), made from MNIST's IDX files."""
 
 from latentcast.config import check_counts
+from latentcast.sizes import as_square
 
 from ..digits import MNIST_FILES, mnist_file
 from ..moving_digits import FPS, MAX_SPEED, MOST_VIDEOS, MovingDigits
@@ -62,11 +63,12 @@ class MovingMNIST(Benchmark):
             "digit_size": digit_size,
             "max_speed": max_speed,
         }
+        self.options["frame_size"] = as_square(frame_size, "frame_size", f"frames of {self.name}")
         check_counts(**self.options)
         if n_train > MOST_VIDEOS:  # the other splits are refused by MovingDigits
             raise ValueError(f"n_train: expected at most {MOST_VIDEOS}, found {n_train}")
         self.options["seed"] = seed
-        self.frame_size = frame_size
+        self.frame_size = self.options["frame_size"]
         self._videos = {split: self._generator(split) for split in ("val", "test")}
         self.provenance = {"mnist_md5": {name: md5 for name, (_, md5) in MNIST_FILES.items()}}
 

@@ -2,11 +2,14 @@
 
 import contextlib
 import functools
+import logging
 
 import torch
 
 from ...files import file_sha256
-from ..base import SPLITS
+from ...sizes import as_size
+from ..action_tables import ActionTables
+from ..base import SPLITS, unusual_fit
 from ..image_frames import is_sequence, numbered_pictures, read_pictures
 from ..video_folder import (
     SUFFIXES,
@@ -20,21 +23,24 @@ from ..video_folder import (
     sampled_rate,
     splits_of,
 )
-from ..video_reader import VideoAwayError, VideoInfo, iter_clip, look, neat_rate
+from ..video_reader import VideoAwayError, VideoInfo, check_crop, iter_clip, look, neat_rate
 from .base import Benchmark, Clip
+
+NO_ACTIONS = "expected one frame rate, that of all videos, with --actions: frames left out or repeated have none"
 
 
 class Folder(Benchmark):
     """Every video below a folder: files (see ``list_videos``), and folders without any whose png or jpg files, two at
     least, end in evenly spaced numbers (a size may follow: ``image-007_64x64.png``), which are frames in the order of
-    these, upright as EXIF says. The central square is resized, bilinear with antialiasing.
+    these, upright as EXIF says. They are resized bilinear with antialiasing.
 
     Args:
         source: the folder.
         protocol: "folders": the splits are the folders ``train``, ``val`` and ``test`` below ``source``; "hash": a
             video's split follows from a hash of its path below ``source``, as in VideoFolder. None: "folders" where all
             three are there, "hash" where none is.
-        frame_size: H = W of the frames, pixels.
+        frame_size: H = W of the frames in pixels, or [H, W].
+        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video_reader.fit_frames``.
         channels: 3 (RGB) or 1 (grey, BT.601 luma).
         frame_stride: take every ``frame_stride``-th frame.
         fps: take the frames nearest in time to this rate instead (slower videos then repeat frames). None: as the
@@ -43,8 +49,12 @@ class Folder(Benchmark):
         val_fraction, test_fraction: share of the videos in these splits, for "hash".
         seed: of the hash.
         square_pixels: stretch files whose pixels are not square, as players do; else they are named in the log.
+        actions: pattern of the path of each video's table of actions, a csv, npy or parquet file (see ActionTables),
+            which become the condition ``action``. Needs videos of one frame rate.
+        action_rows, action_columns, action_dtype, action_values: see ActionTables, whose defaults None stands for.
     Raises:
-        ValueError: options that make no sense; no videos; one or two of the split's folders only.
+        ValueError: options that make no sense; no videos; one or two of the split's folders only; tables of
+            which not one can be read, or not one that may hold the largest whole number.
     """
 
     name = "folder"
@@ -64,15 +74,31 @@ class Folder(Benchmark):
         test_fraction=0.05,
         seed=0,
         square_pixels=False,
+        actions=None,
+        action_rows=None,
+        action_columns=None,
+        action_dtype=None,
+        action_values=None,
+        crop="center",
     ):
         super().__init__(source, protocol)
-        check_whole(frame_size=frame_size, frame_stride=frame_stride)
+        check_whole(frame_stride=frame_stride)
         check_options(channels, frame_stride, fps, val_fraction, test_fraction)
         check_rate(image_fps=image_fps)
-        self.frame_size, self.channels, self.frame_stride = frame_size, channels, frame_stride
+        self.frame_size, self.crop = as_size(frame_size), check_crop(crop)
+        self.channels, self.frame_stride = channels, frame_stride
         self.asked_fps, self.image_fps = fps, image_fps
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
         self.square_pixels = square_pixels
+        options = {"rows": action_rows, "columns": action_columns, "dtype": action_dtype, "values": action_values}
+        given = {name: value for name, value in options.items() if value is not None}
+        self.tables = None
+        if actions is not None:
+            if fps is not None:
+                raise ValueError(f"fps: {NO_ACTIONS}, found fps={fps}")
+            self.tables = ActionTables(self.source, self._names, actions, frame_stride, **given)
+        elif given:
+            raise ValueError(f"action_{next(iter(given))}: expected --actions beside it, found none")
         there = [split for split in SPLITS if (self.source / split).is_dir()]
         if protocol is None and not there:
             self.protocol = "hash"
@@ -102,7 +128,11 @@ class Folder(Benchmark):
     @functools.cached_property
     def _sampling(self):
         """(frame_stride, fps) by which frames are taken; fps is None where videos are read at their own rate."""
-        rate = None if self.asked_fps else rate_for_all(self._rates, self.source)
+        level = logging.WARNING if self.tables is None else logging.DEBUG
+        rate = None if self.asked_fps else rate_for_all(self._rates, self.source, level=level)
+        if rate is not None and self.tables is not None:
+            low, high = min(self._rates.values()), max(self._rates.values())
+            raise ValueError(f"{self.source}: {NO_ACTIONS}, found {low:g} to {high:g} frames per second")
         if rate is not None:
             return 1, neat_rate(rate / self.frame_stride)
         return self.frame_stride, self.asked_fps
@@ -114,27 +144,33 @@ class Folder(Benchmark):
         return float(fps or neat_rate(next(iter(self._rates.values()), self.image_fps) / stride))
 
     def read(self, split, name):
-        path = self.source / name
+        path, conditions, table = self.source / name, {}, None
+        sampling = self._sampling
+        if self.tables is not None:
+            sampling, table = (1, None), self.tables.read(name)
         if path.is_dir():
             paths = numbered_pictures(path)
             info = VideoInfo(len(paths), self.image_fps, 0, 0)
-            n_frames, _ = sampled_rate(info, *self._sampling)
-            places = sampled_places(info, range(n_frames), *self._sampling)
-            frames, digest = read_pictures((paths[place] for place in places), self.frame_size), file_sha256(*paths)
+            n_frames, _ = sampled_rate(info, *sampling)
+            places = sampled_places(info, range(n_frames), *sampling)
+            frames, files = read_pictures((paths[place] for place in places), self.frame_size, crop=self.crop), paths
         elif path.is_file():
-            square = {"square_pixels": self.square_pixels}
-            frames = iter_clip(path, self.frame_size, *self._sampling, **square)
-            digest = file_sha256(path)
+            fit = {"square_pixels": self.square_pixels, "crop": self.crop}
+            frames, files = iter_clip(path, self.frame_size, *sampling, **fit), [path]
         else:
             raise VideoAwayError(f"{path}: no such file or folder; it was there when the videos were listed")
+        if table is not None:
+            frames, files = table.along(frames, conditions), [*files, table.path]
         if self.channels == 1:
             frames = (luma(piece).round().to(torch.uint8) for piece in frames)
-        return Clip(frames, sha256=digest)
+        return Clip(frames, conditions, file_sha256(*files))
 
     def describe(self):
-        split = {"square_pixels": True} if self.square_pixels else {}
+        split = unusual_fit(self)
         if self.protocol == "hash":
             split |= {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction, "seed": self.seed}
+        if self.tables is not None:
+            split["actions"] = self.tables.describe()
         return {
             "protocol": self.protocol,
             "frame_size": self.frame_size,
@@ -154,6 +190,11 @@ class Folder(Benchmark):
                 f"{self.source}: expected videos ({', '.join(SUFFIXES)}) or folders of numbered pictures, found neither"
             )
         return names
+
+    @property
+    def conditions(self):
+        """Those of ``--actions``."""
+        return {} if self.tables is None else {"action": self.tables.condition}
 
     def _rate(self, name):
         return self.image_fps if (self.source / name).is_dir() else look(self.source / name).rate

@@ -8,19 +8,21 @@ import logging
 import torch
 
 from ...files import file_sha256
-from ..base import SPLITS
+from ...sizes import as_size
+from ..base import SPLITS, unusual_fit
 from ..video_folder import check_rate, check_whole
-from ..video_reader import VideoError, iter_clip
+from ..video_reader import VideoError, check_crop, iter_clip
 from .base import Benchmark, Clip
 
 logger = logging.getLogger("latentcast")
 
+N_CLASSES = 600
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
 
 class Kinetics600(Benchmark):
     """Kinetics-600 (Carreira et al., "A Short Note about Kinetics-600", 2018), as models of video use it: the central
-    square, resized to 64 x 64 with a Lanczos filter.
+    square, resized to 64 x 64 with a Lanczos filter; ``frame_size`` and ``crop`` say otherwise.
 
     Published are lists of 392,622 train, 30,000 val and 60,000 test clips of about 10 seconds; the videos themselves
     lie on the web and become fewer. The lists in ``source`` say what is expected here: a row whose video is missing is
@@ -36,27 +38,31 @@ class Kinetics600(Benchmark):
         fps: frames a second; files have various rates, and of each the frames nearest in time are taken. None: all
             frames of every file at its own rate; the set's ``fps`` is then nominal.
         max_frames: of a video, from its start; None: all.
-        frame_size: H = W of the frames, pixels.
+        frame_size: H = W of the frames in pixels, or [H, W].
+        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video_reader.fit_frames``.
     Raises:
         FileNotFoundError: no list, or a folder of videos without its list.
-        ValueError: a wrong option; a list without its columns, or with a row that cannot be read.
+        ValueError: a wrong option; a list without its columns, or with a row that cannot be read; more than 600 labels.
     """
 
     name = "kinetics600"
     fps = 25.0
-    conditions = {"label": {"shape": [], "dtype": "int64", "per": "video"}}  # noqa: RUF012
+    conditions = {"label": {"shape": [], "dtype": "int64", "per": "video", "n_values": N_CLASSES}}  # noqa: RUF012
     shard_videos = 128
 
-    def __init__(self, source=None, protocol=None, *, fps=25.0, max_frames=None, frame_size=64):
+    def __init__(self, source=None, protocol=None, *, fps=25.0, max_frames=None, frame_size=64, crop="center"):
         super().__init__(source, protocol)
-        check_whole(frame_size=frame_size, max_frames=1 if max_frames is None else max_frames)
+        check_whole(max_frames=1 if max_frames is None else max_frames)
         check_rate(fps=Kinetics600.fps if fps is None else fps)
-        self.resampled_fps, self.max_frames, self.frame_size = fps, max_frames, frame_size
+        self.resampled_fps, self.max_frames = fps, max_frames
+        self.frame_size, self.crop = as_size(frame_size), check_crop(crop)
         self.fps = Kinetics600.fps if fps is None else float(fps)
         self.lists = {split: path for split in SPLITS if (path := self._list(split))}
         if not self.lists:
             raise FileNotFoundError(f"{self.source}: expected train.csv or kinetics_600_train.csv, found neither")
         classes = sorted({label for split in self.lists for _, label, _ in self._rows(split)})
+        if len(classes) > N_CLASSES:
+            raise ValueError(f"{self.source}: expected lists of at most {N_CLASSES} labels, found {len(classes)}")
         checksums = {path.name: file_sha256(path) for path in self.lists.values()}
         self.provenance = {"classes": classes, "lists": checksums}
         if fps is None:
@@ -81,7 +87,7 @@ class Kinetics600(Benchmark):
             row = self._row_numbers[split][name]
             raise VideoError(f"{self.lists[split]}: row {row}: expected {path}, found {found}")
         label = self.provenance["classes"].index(name.rpartition("/")[0])
-        frames = iter_clip(path, self.frame_size, fps=self.resampled_fps, resample="lanczos")
+        frames = iter_clip(path, self.frame_size, fps=self.resampled_fps, resample="lanczos", crop=self.crop)
         if self.max_frames is not None:
             frames = _first(frames, self.max_frames)
         return Clip(frames, {"label": torch.tensor(label)}, file_sha256(path))
@@ -95,7 +101,7 @@ class Kinetics600(Benchmark):
             "resample": "lanczos",
             # labels count classes: another list of classes would give another meaning to those stored
             "classes_sha256": hashlib.sha256("\n".join(self.provenance["classes"]).encode()).hexdigest(),
-        }
+        } | unusual_fit(self)
 
     @functools.cached_property
     def _row_numbers(self):

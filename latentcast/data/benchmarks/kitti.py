@@ -1,10 +1,10 @@
 """KITTI: drives through a city and its surroundings, recorded from a car, one PNG a frame."""
 
 from ...files import file_sha256
-from ..base import SPLITS
+from ...sizes import as_size
+from ..base import SPLITS, unusual_fit
 from ..image_frames import frame_number, numbered_pictures, read_pictures
-from ..video_folder import check_whole
-from ..video_reader import VideoError
+from ..video_reader import VideoError, check_crop
 from .base import Benchmark, Clip
 
 # category -> date -> numbers of the drives
@@ -38,8 +38,9 @@ class KITTI(Benchmark):
     """Raw drives of KITTI (Geiger et al., "Vision meets Robotics: The KITTI Dataset", IJRR 2013), synchronised and
     rectified: a drive is a video of 10 frames a second, of about 1242 x 375 pixels.
 
-    The central square is resized to 128 x 128, bilinear with antialiasing; papers on video prediction give 4 frames and
-    ask for 5. KITTI has no split for video prediction, so each is named after the work whose list it is:
+    The central square is resized to 128 x 128 (or as ``frame_size`` and ``crop`` say), bilinear with antialiasing;
+    papers on video prediction give 4 frames and ask for 5. KITTI has no split for video prediction, so each is named
+    after the work whose list it is:
 
     ========= ============================ ===== === ==== ==============================================================
     protocol  drives of                    train val test list of
@@ -56,7 +57,8 @@ class KITTI(Benchmark):
             are left alone.
         protocol: "prednet" or "wu2020".
         camera: "image_02" (left colour camera) or "image_03" (right).
-        frame_size: H = W of the frames, pixels.
+        frame_size: H = W of the frames in pixels, or [H, W].
+        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video_reader.fit_frames``.
     Raises:
         ValueError: a wrong option.
     """
@@ -66,12 +68,11 @@ class KITTI(Benchmark):
     fps = 10.0
     shard_videos = 4  # drives are long
 
-    def __init__(self, source=None, protocol=None, *, camera="image_02", frame_size=128):
+    def __init__(self, source=None, protocol=None, *, camera="image_02", frame_size=128, crop="center"):
         super().__init__(source, protocol)
         if camera not in CAMERAS:
             raise ValueError(f"camera: expected one of {', '.join(CAMERAS)}, found {camera!r}")
-        check_whole(frame_size=frame_size)
-        self.camera, self.frame_size = camera, frame_size
+        self.camera, self.frame_size, self.crop = camera, as_size(frame_size), check_crop(crop)
 
     def videos(self):
         drives = self._drives()
@@ -96,7 +97,7 @@ class KITTI(Benchmark):
                 f"{folder}: incomplete drive: expected {n_frames} frames, 0 to {n_frames - 1}, found {len(paths)}, "
                 f"{first} to {last}"
             )
-        return Clip(read_pictures(paths, self.frame_size), sha256=file_sha256(*paths))
+        return Clip(read_pictures(paths, self.frame_size, crop=self.crop), sha256=file_sha256(*paths))
 
     def describe(self):
         return {
@@ -104,7 +105,7 @@ class KITTI(Benchmark):
             "camera": self.camera,
             "frame_size": self.frame_size,
             "resample": "bilinear",
-        }
+        } | unusual_fit(self)
 
     def _drives(self):
         """split -> names of its drives"""

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from ...files import file_sha256
+from ...sizes import as_size
 from ..video_folder import luma
-from ..video_reader import VideoError, probe, read_clip
+from ..video_reader import VideoError, check_crop, fit_of, probe, read_clip
 from .base import Benchmark, Clip
 
 CLASSES = ("boxing", "handclapping", "handwaving", "jogging", "running", "walking")
 HEIGHT, WIDTH = 120, 160
-RESIZES = ("squeeze", "crop")
+RESIZES = {"squeeze": "none", "crop": "center"}  # the papers' words -> of CROPS
 HOME = "https://www.csc.kth.se/cvap/actions/"
 LIST = "00sequences.txt"
 
@@ -55,9 +56,10 @@ class KTH(Benchmark):
     "official" 11-18                    1, 4, 19-21, 23-25   2, 3, 5-10, 22        squeeze  the data set's, RVD
     ========== ======================== ==================== ===================== ======== =====================
 
-    "squeeze" resizes the whole frame to a square, which narrows persons by a quarter; "crop" cuts out the central 120 x
-    120 pixels first. Resizing is bilinear with antialiasing. Sequences are those of the list under every protocol;
-    SRVP takes the whole files instead, with the frames between the sequences, in which often no one is to be seen.
+    "squeeze" resizes the whole frame to a square (or to the shape of ``frame_size``), which narrows persons by a
+    quarter; "crop" cuts out the central 120 x 120 pixels first. Resizing is bilinear with antialiasing. Sequences
+    are those of the list under every protocol; SRVP takes the whole files instead, with the frames between the
+    sequences, in which often no one is to be seen.
 
     The published ``person01_boxing_d4`` is cut off after 304 of 370 frames: its last sequence is the shorter for it.
     Any other range that its file does not hold is an error.
@@ -67,10 +69,12 @@ class KTH(Benchmark):
             ``personPP_CLASS_dD_uncomp.avi``, each the content of the published zip file of its name.
         protocol: "svg", "stdiff" or "official".
         resize: "squeeze" or "crop"; default: the protocol's.
-        frame_size: H = W of the prepared frames, pixels.
+        frame_size: H = W of the prepared frames in pixels, or [H, W].
+        crop: the same in the words of other sets: "none" (squeeze), "center" (crop), or "pad"; see
+            ``video_reader.fit_frames``.
         sequences: the list; default: ``00sequences.txt`` in the source.
     Raises:
-        ValueError: an unknown resize, or a frame size below 1.
+        ValueError: an unknown resize or crop, both, or a frame size below 1.
         FileNotFoundError: no list.
     """
 
@@ -78,17 +82,17 @@ class KTH(Benchmark):
     protocols = tuple(PROTOCOLS)
     channels = 1
     fps = 25.0
-    conditions = {"label": {"shape": [], "dtype": "int64", "per": "video"}}  # noqa: RUF012
+    conditions = {"label": {"shape": [], "dtype": "int64", "per": "video", "n_values": len(CLASSES)}}  # noqa: RUF012
 
-    def __init__(self, source=None, protocol=None, *, resize=None, frame_size=64, sequences=None):
+    def __init__(self, source=None, protocol=None, *, resize=None, frame_size=64, crop=None, sequences=None):
         super().__init__(source, protocol)
         self.persons, default = PROTOCOLS[self.protocol]
-        self.resize = default if resize is None else resize
-        if self.resize not in RESIZES:
+        if resize is not None and resize not in RESIZES:
             raise ValueError(f"resize: expected one of {', '.join(RESIZES)}, found {resize!r}")
-        if not isinstance(frame_size, int) or frame_size < 1:
-            raise ValueError(f"frame_size: expected a whole number of pixels above 0, found {frame_size!r}")
-        self.frame_size = frame_size
+        if resize is not None and crop is not None:
+            raise ValueError(f"crop: expected null beside resize={resize}, found {crop!r}")
+        self.crop = RESIZES[resize or default] if crop is None else check_crop(crop)
+        self.frame_size = as_size(frame_size)
         self.sequences = self.source / LIST if sequences is None else Path(sequences)
         if not self.sequences.is_file():
             raise FileNotFoundError(
@@ -135,15 +139,16 @@ class KTH(Benchmark):
         return Clip([self._prepare(frames)], {"label": label}, _sha256(path))
 
     def describe(self):
-        return {"protocol": self.protocol, "resize": self.resize, "frame_size": self.frame_size}
+        resize = {crop: resize for resize, crop in RESIZES.items()}.get(self.crop)
+        fit = {"crop": self.crop} if resize is None else {"resize": resize}
+        return {"protocol": self.protocol} | fit | {"frame_size": self.frame_size}
 
     def _prepare(self, frames):
-        """(T, 3, 120, 160) -> (T, 1, frame_size, frame_size) uint8."""
+        """(T, 3, 120, 160) -> (T, 1, *frame_size) uint8."""
         grey = luma(frames)
-        if self.resize == "crop":
-            left = (WIDTH - HEIGHT) // 2
-            grey = grey[..., left : left + HEIGHT]
-        grey = F.interpolate(grey, size=(self.frame_size, self.frame_size), mode="bilinear", antialias=True)
+        top, left, rows, columns, size, around = fit_of(HEIGHT, WIDTH, self.frame_size, self.crop)
+        grey = grey[..., top : top + rows, left : left + columns]
+        grey = F.pad(F.interpolate(grey, size=size, mode="bilinear", antialias=True), around)
         return grey.round().clamp(0, 255).to(torch.uint8)
 
 

@@ -1,0 +1,87 @@
+"""Rollouts of ten times the trained length: finite, in range, and no memory but that of what is returned."""
+
+import gc
+
+import pytest
+import torch
+from tiny import random_clip, tiny_prior
+
+TRAINED = 4  # frames of the clips that the tiny priors are for
+LONG = 10 * TRAINED
+MEASURED = 12  # times during a rollout
+CALM = 20.0  # latents; far more than any tokenizer's are
+# name -> how many times the frames that are returned: these, what they are joined from, and noise drawn beforehand; of
+# the SDE the motion at all times, too, which is solved at once
+PRIORS = {
+    "video_transformer": 1.5,
+    "video_transformer_spatial": 1.5,
+    "st_pixelcnn": 1.5,
+    "recurrent_vae": 1.5,
+    "recurrent_vae_latents": 1.5,
+    "sde_diffusion": 4,
+    "ode_diffusion_latents": 2,
+    "residual_diffusion": 1.5,
+    "residual_diffusion_latents": 1.5,
+}
+
+
+class LiveBytes:
+    """A progress bar that looks at how much tensors made since it was made hold, at ``MEASURED`` of its steps."""
+
+    def __init__(self):
+        gc.collect()
+        gc.freeze()  # what there is already is not looked at
+        self.peak, self.done, self.next = 0, 0, 0
+
+    def __call__(self, total):
+        self.total = total
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return False
+
+    def update(self, n=1):
+        self.done += n
+        if self.done >= self.next:
+            self.next = self.done + self.total / MEASURED
+            self.measure()
+
+    def measure(self):
+        storages = {}
+        for thing in gc.get_objects():
+            if issubclass(type(thing), torch.Tensor):
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        self.peak = max(self.peak, sum(storages.values()))
+
+
+def rollout(prior, n_frames):
+    """-> samples, the most bytes that tensors held meanwhile"""
+    context = random_clip(prior, 2, max(2, prior.min_context))
+    steps = {name: 2 for name in prior.sampler_options() if name == "n_steps"}
+    live = LiveBytes()
+    try:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            futures = prior.sample(context, n_frames, generator=generator, progress=live, **steps)
+    finally:
+        gc.unfreeze()
+    return futures, live.peak
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_ten_times_the_trained_length_neither_explodes_nor_grows_in_memory(name):
+    prior = tiny_prior(name)
+    rollout(prior, TRAINED)  # what is made once
+    (short, less), (long, more) = rollout(prior, 4 * TRAINED), rollout(prior, LONG)
+    assert long.shape[:3] == (2, 1, LONG) and long.isfinite().all()
+    if prior.accepts == "codes":
+        sizes = torch.tensor(prior.config.latent_spec["codebook_sizes"])
+        assert (long >= 0).all() and (long < sizes).all()
+    else:
+        assert long.abs().max() <= (1 if prior.accepts == "pixels" else CALM)
+    n_bytes = long.element_size() * (long.numel() - short.numel())  # of the frames that one has more
+    assert 0 < more - less <= PRIORS[name] * n_bytes, f"{(more - less) / n_bytes:.1f} times what is returned"
