@@ -81,7 +81,7 @@ MATRIX = EXPERIMENT | {
     "data": EXPERIMENT["data"] | {"n_videos": 4, "n_heldout_videos": 1},
     "ema_decay": 0,
     "trainer": EXPERIMENT["trainer"] | {"max_steps": 2},
-    "preview": EXPERIMENT["preview"] | {"n_clips": 1, "num_samples": 1},
+    "preview": {"n_clips": 1, "num_samples": 1, "every_n_steps": 0, "figures": []},
     "protocol": {"n_clips": 1, "n_predicted": 2, "n_samples": 2, "metrics": ["mse"]},
     "evaluation": {"baselines": ["copy_last_frame"]},
     "when": {
