@@ -53,6 +53,19 @@ REFERENCE = re.compile(r"\$\{(\.*[\w-]+(?:\.[\w-]+|\[\w+\])*)\}")
 OF_SIZE = re.compile(r"\$\{frame_size(\[[01]\])?\}")
 
 
+class MisfitError(ValueError):
+    """A prior's sizes, or its kind, and the latents that it is built for do not go together.
+
+    Args:
+        needs: "codes" or "positions" (more than one in a frame), which no sizes of the prior's can make up for; None:
+            other sizes fit, which the message names.
+    """
+
+    def __init__(self, message, needs=None):
+        super().__init__(message)
+        self.needs = needs
+
+
 def config_root():
     """The folder ``configs/``, wherever latentcast is installed."""
     module = importlib.import_module("latentcast.configs")
@@ -132,8 +145,9 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
     for part in (body, *sections.values()):
         for key in (*swapped, *(["tokenizer_dir"] if "tokenizer" in swapped else [])):
             part.pop(key, None)
-        if "prior" in swapped and isinstance(part.get("preview"), dict):
-            part["preview"].pop("sampler", None)  # options of the other prior's
+        for drawing in ("preview", "evaluation") if "prior" in swapped else ():
+            if isinstance(part.get(drawing), dict):
+                part[drawing].pop("sampler", None)  # options of the other prior's
     found = [(experiment, body, sections)]
     found += [(place, part, _pop_sections(part, place)) for place, part in chosen.items()]
     for place, part, _ in found:
@@ -149,9 +163,10 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
     _name(config, experiment)
     folder, trained = _find_trained(config, tool if go_on else None)
     if trained:
-        _take_trained(config, folder, trained)
         choice = swapped.get("tokenizer", named)
-        _merge(config, _to_config(_asked_tokenizer(root, choice, named, tool), f"tokenizer={choice}"), "")
+        asked = _asked_tokenizer(root, choice, named, tool, merged.get("train_tokenizer", config))
+        _take_trained(config, folder, trained)
+        _merge(config, _to_config(asked, f"tokenizer={choice}"), "")
     if go_on and tool in ("train_prior", "train_jointly") and "data" not in swapped:
         _take_encoded(config)
     _override(config, [pair for pair in settings if pair not in places], groups, merged, applied)
@@ -228,14 +243,14 @@ def _find_trained(config, tool):
     return folder, {} if folder is None else tokenizer_settings(folder)
 
 
-def _asked_tokenizer(root, choice, named, tool):
+def _asked_tokenizer(root, choice, named, tool, config):
     """What the command line's ``tokenizer=CHOICE`` asks of the trained one -> settings. ``named``: the choice, if it is
-    the experiment's own, whose settings there may have been others in training."""
+    the experiment's own, whose settings there may have been others in training. ``config``: what it is trained with."""
     if choice is None:
         return {}
     if _is_saved(root, "tokenizer", choice):  # for the other tools it is the trained one
         return tokenizer_settings(tokenizer_folder(choice)) if tool == "evaluate" else {}
-    group = _read_yaml(_group_path(root, "tokenizer", choice))
+    group = OmegaConf.to_container(config.tokenizer)  # of the file, and what the experiment says of it
     return {"tokenizer": {"_target_": group["_target_"]} if choice == named else group}
 
 
@@ -454,7 +469,7 @@ def _of_its_key(error, sources, config, place):
     """An error about arguments as one about the keys of the config that change them; other errors as they are."""
     about, _, rest = str(error).partition(": ")
     named = about.split(", ")
-    if not rest or type(error) not in (ValueError, ConfigError) or not isinstance(config, dict):
+    if not rest or type(error) not in (ValueError, ConfigError, MisfitError) or not isinstance(config, dict):
         return error
     if place in (None, ANYWHERE) or not {*named} <= config.keys():
         return error

@@ -1,14 +1,18 @@
 """The interface of stage two: a prior predicts the future of a clip in the space of its latents."""
 
 import inspect
+import logging
 from dataclasses import dataclass, field
 
 import torch
 from diffusers.utils import BaseOutput
 
-from latentcast.config import is_whole
+from latentcast.config import MisfitError, is_whole
 from latentcast.layers.conditions import ConditionEmbedding
 from latentcast.modeling import VideoModel, eval_mode
+from latentcast.sizes import nearest_fit
+
+logger = logging.getLogger("latentcast")
 
 
 @dataclass
@@ -238,6 +242,42 @@ def check_widths(**lists):
     for name, values in lists.items():
         if not values or not all(is_whole(value, 1) for value in values):
             raise ValueError(f"{name}: expected whole numbers of at least 1, found {list(values)}")
+
+
+def need_codes(latent_spec, who):
+    """Refuse latents without codes."""
+    if not latent_spec["codebook_sizes"]:
+        found = "latents without any"
+        if latent_spec["kind"] == "pixels":
+            found = "continuous pixels (tokenizer.levels=256 makes codes of them)"
+        raise MisfitError(f"latent_spec: {who} needs codes, found {found}", "codes")
+
+
+def levels_for(latent_spec, fit, name, values, *beside, single=True):
+    """Lists that say something of each level of a network, where each has half the sides of the one before -> the same,
+    a list each, of levels that the latents allow.
+
+    Args:
+        fit: whether the last levels are left out, and a line says so, where there are too many; else they are refused.
+        name, values: an argument of the prior. beside: other lists as long as this one.
+        single: whether the last level may be a single position.
+    Raises:
+        MisfitError: too many levels.
+    """
+    height, width = latent_spec["height"], latent_spec["width"]
+    most = 1
+    while not (height % 2**most or width % 2**most) and (single or height * width > 4**most):
+        most += 1
+    if len(values) > most:
+        kept, stride = list(values[:most]), 2 ** (len(values) - 1)
+        one = "" if single else ", and more than one position at the last level"
+        if not fit:
+            raise MisfitError(
+                f"{name}: {len(values)} of them need multiples of {stride} in height and width{one}, found {height} x "
+                f"{width}; take at most {most}, {kept}, or {nearest_fit(latent_spec, stride, positions=2 - single)}"
+            )
+        logger.info("prior.%s=%s: cut to %s, for latents of %d x %d", name, list(values), kept, height, width)
+    return [list(each[:most]) for each in (values, *beside)]
 
 
 class no_progress:

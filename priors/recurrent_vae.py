@@ -23,12 +23,12 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from latentcast.config import check_counts, one_line
+from latentcast.config import MisfitError, check_counts, one_line
 from latentcast.layers.aligner import FeatureAligner, Memory, SkipConnection
 from latentcast.layers.dcgan import DCGANDecoder, DCGANEncoder
 from latentcast.layers.latent_cnn import LatentDecoder, LatentEncoder
 from latentcast.layers.lstm import FramePredictor, GaussianGroups, StandardGroups
-from latentcast.layers.multilevel import SteadyDecoder
+from latentcast.layers.multilevel import SteadyDecoder, n_halvings
 from latentcast.layers.vgg import VGGDecoder, VGGEncoder
 from latentcast.modeling import eval_mode
 from latentcast.tokenizers.base import check_frames, check_latents
@@ -127,6 +127,11 @@ class RecurrentVAE(Prior):
         make_encoder, make_decoder = NETWORKS[network]
         if network != "latent":
             make_decoder = functools.partial(make_decoder, output_activation="tanh" if self.over_pixels else "linear")
+            if not n_halvings(latent_spec["height"], latent_spec["width"]):
+                raise MisfitError(
+                    f"network: {network} needs even sides of at least 8, found {latent_spec['height']} x "
+                    f"{latent_spec['width']}; take latent"
+                )
         self.encoder = make_encoder(*sizes)
         self.joins = nn.ModuleList()
         for channels, height, width in self.encoder.level_shapes:

@@ -20,10 +20,9 @@ from latentcast.config import check_counts
 from latentcast.layers.linear_attention import LinearAttention
 from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResBlock, double, halve
 from latentcast.modeling import eval_mode
-from latentcast.sizes import nearest_fit
 from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, check_widths, no_progress
+from .base import Prior, PriorOutput, check_widths, levels_for, no_progress
 from .denoising import SCHEDULERS, check_steps, denoise, make_scheduler, noise_schedule, noised, precise
 from .sampling import GUIDANCE, check_guidance, check_switches, guided
 
@@ -194,6 +193,8 @@ class ResidualDiffusion(Prior):
             over pixels 2, or 1 where the frame itself is diffused, over latents 10.
         residual_bound_sigmas: the same in units of sigma, in the place of ``residual_bound``.
         gradient_checkpointing: recompute each level's activations in the backward pass: less memory, more time.
+        fit_levels: leave out the last levels of ``denoising_multipliers`` and ``transform_multipliers`` where the
+            frames cannot be halved so often; False: refuse such lists.
         conditions, condition_dropout: see Prior. Both recurrent networks read, beside each frame, what leads to the
             next: a bias of each level's channels.
     Raises:
@@ -224,6 +225,7 @@ class ResidualDiffusion(Prior):
         anchor=None,
         detach_mu=False,
         residual_bound_sigmas=None,
+        fit_levels=False,
         conditions=None,
         condition_dropout=0.1,
     ):
@@ -261,7 +263,14 @@ class ResidualDiffusion(Prior):
         networks = {"denoising_multipliers": denoising_multipliers}
         if residual and transform_multipliers is not None:
             networks["transform_multipliers"] = transform_multipliers
-        widths = {name: _widths(latent_spec, width, name, value) for name, value in networks.items()}
+        check_widths(**networks)
+        single = width > 8  # else each group of the normalisation has one number, and needs more than one position
+        if not single and latent_spec["height"] * latent_spec["width"] == 1:
+            raise ValueError("width: expected more than 8 of latents of a single position, found 8")
+        for name, value in networks.items():
+            networks[name] = levels_for(latent_spec, fit_levels, name, value, single=single)[0]
+        self.register_to_config(**networks, fit_levels=False)  # what is saved is of the levels that there are
+        widths = {name: [width * multiplier for multiplier in value] for name, value in networks.items()}
         self.schedule = noise_schedule(n_diffusion_steps, "cosine", "epsilon")
         # No buffer: in bf16 the first of them would round to 1, which is no noise at all.
         self.alpha_bars = make_scheduler("ddpm", self.schedule).alphas_cumprod
@@ -649,24 +658,6 @@ class ResidualDiffusion(Prior):
         if self.accepts == "latents":
             return LATENT_BOUND
         return PIXEL_BOUND if self.config.residual else PIXEL_BOUND / 2
-
-
-def _widths(latent_spec, width, name, multipliers):
-    """Channels of a network's levels; refuses frames whose sides cannot be halved from level to level."""
-    check_widths(**{name: multipliers})
-    sides, stride = (latent_spec["height"], latent_spec["width"]), 2 ** (len(multipliers) - 1)
-    alone = width == 8  # a number in each group of the normalisation, which takes more than one position then
-    nearest = nearest_fit(latent_spec, stride, positions=1 + alone)
-    if any(side % stride for side in sides):
-        raise ValueError(
-            f"{name}: {len(multipliers)} levels need height and width that are multiples of {stride}, found "
-            f"{sides[0]} x {sides[1]}; give fewer levels; {nearest}"
-        )
-    if alone and sides == (stride, stride):
-        raise ValueError(
-            f"width: expected more than 8, since {name} leave a single position at the last level, found 8; {nearest}"
-        )
-    return [width * multiplier for multiplier in multipliers]
 
 
 def _rows(memory, index):

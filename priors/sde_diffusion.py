@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from latentcast.config import check_counts, is_whole, one_line
+from latentcast.config import MisfitError, check_counts, is_whole, one_line
 from latentcast.layers.conv_gru import ConvGRUCell
 from latentcast.layers.neural_sde import NeuralSDE, Path
 from latentcast.layers.spade_unet import SpadeUNet
-from latentcast.sizes import nearest_fit
 from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, check_widths, no_progress
+from .base import Prior, PriorOutput, check_widths, levels_for, no_progress
 from .denoising import (
     SCHEDULERS,
     check_steps,
@@ -149,6 +148,8 @@ class SDEDiffusion(Prior):
         previous_frame: "sampled" or "immediate", see above.
         gradient_checkpointing: recompute activations of the U-Net's blocks and of the SDE in the backward pass. Also
             ``enable_gradient_checkpointing()``.
+        fit_levels: leave out the last of ``motion_channels``, with their kernels, and of ``block_channels`` where the
+            frames or latents cannot be halved so often; False: refuse such lists.
         conditions, condition_dropout: see Prior. Conditions enter in two places: the drift of the motion is told, on
             the way to each frame, what leads to it, and the U-Net, beside the diffusion time, what leads to the frame
             that it denoises. Those of the context are what its frames show already, and are not looked at.
@@ -188,6 +189,7 @@ class SDEDiffusion(Prior):
         n_sampled_frames=6,
         previous_frame="sampled",
         gradient_checkpointing=False,
+        fit_levels=False,
         conditions=None,
         condition_dropout=0.1,
     ):
@@ -220,19 +222,21 @@ class SDEDiffusion(Prior):
             if adjoint:
                 raise ValueError("adjoint: expected false with a motion_kl_weight, found true")
         channels, size = latent_spec["channels"], (latent_spec["height"], latent_spec["width"])
+        if size == (1, 1):
+            raise MisfitError(
+                "latent_spec: STDiff normalises over positions, found latents of a single one", "positions"
+            )
         if len(motion_channels) != len(motion_kernels) or any(kernel % 2 != 1 for kernel in motion_kernels):
             raise ValueError(
                 f"motion_kernels: expected an odd number for each of motion_channels={list(motion_channels)}, found "
                 f"{list(motion_kernels)}"
             )
-        stride = 2 ** (len(motion_channels) - 1)
-        if any(side % stride for side in size):
-            stride = max(stride, 2 ** (len(block_channels) - 1))
-            raise ValueError(
-                f"motion_channels: {len(motion_channels)} of them halve the size {len(motion_channels) - 1} times, "
-                f"which {size[0]} x {size[1]} does not allow; take fewer; "
-                f"{nearest_fit(latent_spec, stride, positions=2)}"
-            )
+        motion_channels, motion_kernels = levels_for(
+            latent_spec, fit_levels, "motion_channels", motion_channels, motion_kernels
+        )
+        (block_channels,) = levels_for(latent_spec, fit_levels, "block_channels", block_channels, single=False)
+        networks = {"motion_channels": motion_channels, "motion_kernels": motion_kernels}
+        self.register_to_config(**networks, block_channels=block_channels, fit_levels=False)  # of the levels there are
         width = motion_channels[-1]
         self.motion_encoder = MotionEncoder(channels, motion_channels, motion_kernels)
         self.gru = ConvGRUCell(width, width)

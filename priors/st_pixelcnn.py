@@ -29,7 +29,7 @@ from latentcast.layers.positions import sinusoidal_positions_3d
 from latentcast.sizes import as_size, sides
 from latentcast.tokenizers.base import check_codes
 
-from .base import Prior, PriorOutput, no_progress
+from .base import Prior, PriorOutput, need_codes, no_progress
 from .sampling import (
     DRAWING,
     GUIDANCE,
@@ -229,8 +229,7 @@ class STPixelCNN(Prior):
     ):
         super().__init__()
         sizes = list(latent_spec["codebook_sizes"])
-        if not sizes:
-            raise ValueError(f"latent_spec: ST-PixelCNN needs codes, found kind {latent_spec['kind']!r}")
+        need_codes(latent_spec, "ST-PixelCNN")
         check_counts(least=2, n_frames=n_frames, kernel_frames=kernel_frames)
         check_counts(dim=dim, n_blocks=n_blocks, block_layers=block_layers, n_heads=n_heads)
         for name, value, known in (

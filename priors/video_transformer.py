@@ -23,7 +23,7 @@ from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
 from latentcast.sizes import nearest_divisors
 from latentcast.tokenizers.base import check_codes
 
-from .base import Prior, PriorOutput, no_progress
+from .base import Prior, PriorOutput, need_codes, no_progress
 from .sampling import (
     DRAWING,
     GUIDANCE,
@@ -321,8 +321,7 @@ class VideoTransformer(Prior):
     ):
         super().__init__()
         sizes = list(latent_spec["codebook_sizes"])
-        if not sizes:
-            raise ValueError(f"latent_spec: the video transformer needs codes, found kind {latent_spec['kind']!r}")
+        need_codes(latent_spec, "the video transformer")
         check_counts(n_frames=n_frames, dim=dim, embed_dim=embed_dim, n_heads=n_heads)
         check_counts(head_dim=head_dim, n_layers=n_layers)
         grid = (n_frames, latent_spec["height"], latent_spec["width"])

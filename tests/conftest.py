@@ -48,7 +48,7 @@ def nothing_goes_on():
 
 
 LONGEST = [  # files, from the longest; of the others those of most tests take longest
-    *("test_training", "test_evaluate", "test_train_tools", "test_joint_training", "test_league"),
+    *("test_swap_matrix", "test_training", "test_evaluate", "test_train_tools", "test_joint_training", "test_league"),
     *("test_residual_diffusion", "test_packaging", "test_encode_dataset", "test_contributing", "test_console"),
 ]
 

@@ -583,3 +583,5 @@ def test_another_prior_drops_the_options_of_its_sampler():
     assert config.preview.sampler == {} and config.preview.num_samples == 3
     config = load_config("quickstart", ["prior=residual_diffusion", "preview.sampler={n_steps: 4}"], tool="train_prior")
     assert config.preview.sampler == {"n_steps": 4}
+    assert load_config("stdiff_kth", tool="evaluate").evaluation.sampler == {"horizon": 10}
+    assert load_config("stdiff_kth", ["prior=recurrent_vae"], tool="evaluate").evaluation.sampler is None

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_latent_cache import Noise
 from tiny import SMALL_DIFFUSERS, random_frames, small_diffusers
 
-from latentcast import DiffusersTokenizer, LatentCacheDataset, load_config, load_model
+from latentcast import DiffusersTokenizer, LatentCacheDataset, instantiate, load_config, load_model
 from latentcast.data.encoding import encode_dataset
 from latentcast.modeling import find_tokenizer
 
@@ -120,6 +120,17 @@ def test_the_default_is_an_untrained_tiny_autoencoder():
     assert isinstance(tokenizer.network, diffusers.AutoencoderTiny) and tokenizer.needs_training
     spec = tokenizer.latent_spec
     assert (spec["kind"], spec["channels"], spec["height"], spec["width"]) == ("continuous", 4, 8, 8)
+
+
+def test_channels_are_those_that_are_asked_for(tmp_path):
+    tokenizer = DiffusersTokenizer(in_channels=1, **SIZES)
+    assert tokenizer.latent_spec["frame_channels"] == 1 == tokenizer.network.config.out_channels
+    saved(tmp_path, "AutoencoderKL")
+    with pytest.raises(ValueError, match="in_channels: expected the autoencoder's 3, found 1"):
+        DiffusersTokenizer(tmp_path, in_channels=1, **SIZES)
+    config = load_config("quickstart", ["tokenizer=diffusers", f"tokenizer.path={tmp_path}"])
+    with pytest.raises(ValueError, match=r"^channels=1 \(as tokenizer.in_channels\): expected the autoencoder's 3"):
+        instantiate(config.tokenizer)
 
 
 def test_a_cache_of_a_pretrained_autoencoder(pair, tmp_path):

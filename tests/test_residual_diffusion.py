@@ -661,8 +661,14 @@ def test_the_learning_rate_falls_as_in_the_paper():
     "call, message",
     [
         (lambda: tiny(width=12), "width: expected a multiple of 8, found 12"),
-        (lambda: tiny(denoising_multipliers=[1, 2, 2]), "denoising_multipliers: 3 levels need height and width"),
-        (lambda: tiny(transform_multipliers=[1, 2, 2]), "transform_multipliers: 3 levels need height and width"),
+        (
+            lambda: tiny(denoising_multipliers=[1, 2, 2]),
+            "denoising_multipliers: 3 of them need multiples of 4 in height and width",
+        ),
+        (
+            lambda: tiny(transform_multipliers=[1, 2, 2]),
+            "transform_multipliers: 3 of them need multiples of 4 in height",
+        ),
         (lambda: tiny(transform_multipliers=[]), "transform_multipliers: expected whole numbers"),
         (lambda: tiny(transform_multipliers=None), "transform_multipliers: expected a list, or an anchor"),
         (

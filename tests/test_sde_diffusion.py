@@ -595,7 +595,10 @@ def test_bad_clips_are_refused(make):
         ({"motion_channels": []}, "motion_channels: expected whole numbers of at least 1"),
         ({"min_snr_gamma": 0}, "min_snr_gamma: expected above 0 or None, found 0"),
         ({"motion_kernels": [3]}, "motion_kernels: expected an odd number for each"),
-        ({"motion_channels": [4] * 4, "motion_kernels": [3] * 4}, "motion_channels: 4 of them halve the size 3 times"),
+        (
+            {"motion_channels": [4] * 4, "motion_kernels": [3] * 4},
+            "motion_channels: 4 of them need multiples of 8 in height and width",
+        ),
         ({"block_channels": [8, 8, 8, 8]}, "block_channels: 4 of them need multiples of 8 in height and width"),
         ({"block_channels": [8, 6]}, r"block_channels: expected multiples of norm_groups=4, found \[8, 6\]"),
         ({"block_channels": [8, 12]}, "block_channels: expected multiples of head_dim=8 from level 1 on"),

@@ -76,8 +76,16 @@ def tiny_config(folder, *overrides):
 
 def call_tool(tool, folder, *overrides):
     """Run a tool's ``main`` in this process -> its figures; errors are raised."""
-    arguments = argparse.Namespace(experiment=str(write_experiment(folder)), overrides=list(overrides), verify=False)
-    return runpy.run_path(str(TOOLS / f"{tool}.py"))["main"](arguments)
+    return call_main(tool, write_experiment(folder), *overrides)
+
+
+def call_main(tool, experiment, *overrides):
+    """``call_tool`` with the file of another experiment."""
+    given = {"experiment": str(experiment), "overrides": list(overrides), "verify": False}
+    if tool == "evaluate":
+        given = dict.fromkeys(("pipeline", "data", "weights"))
+        given |= {"arguments": [str(experiment), *overrides], "device": "cpu", "dtype": "float32"}
+    return runpy.run_path(str(TOOLS / f"{tool}.py"))["main"](argparse.Namespace(**given))
 
 
 def start_tool(tool, folder, *overrides):

@@ -37,6 +37,7 @@ class DiffusersTokenizer(FrameTokenizer):
         height, width: H and W of the frames in pixels, multiples of the autoencoder's stride.
         autoencoder: class and sizes of the autoencoder, as in the ``config.json`` that diffusers writes; when given, no
             weights are loaded from ``path``. Default: what ``path`` says, else an AutoencoderTiny of default size.
+        in_channels: C of the frames. Default: what the autoencoder says, 3 of an untrained one.
         scaling_factor: latents are ``(z - shift_factor) * scaling_factor``. Default: the autoencoder's own, as is
             ``shift_factor``.
         reconstruction_loss: "l2" or "l1".
@@ -44,8 +45,8 @@ class DiffusersTokenizer(FrameTokenizer):
         kl_weight: of AutoencoderKL's KL term; see ``KLVAE``.
     Raises:
         OSError: nothing that can be loaded at ``path``.
-        ValueError: another class of model, weights that do not fill it, different channels in and out, or a frame size
-            that is not a multiple of the stride.
+        ValueError: another class of model, weights that do not fill it, other channels than asked for or different ones
+            in and out, or a frame size that is not a multiple of the stride.
     """
 
     _keep_in_fp32_modules = ["quantize"]  # noqa: RUF012 - VQModel's codebook
@@ -62,6 +63,7 @@ class DiffusersTokenizer(FrameTokenizer):
         reconstruction_loss: str = "l2",
         lpips_weight: float = 0.0,
         kl_weight: float = 1e-6,
+        in_channels: int | None = None,
     ):
         super().__init__()
         check_reconstruction_options(reconstruction_loss, lpips_weight)
@@ -69,7 +71,8 @@ class DiffusersTokenizer(FrameTokenizer):
         if not isinstance(autoencoder, dict | None):
             raise ValueError(f"autoencoder: expected a class and its sizes, found {one_line(autoencoder)}")
         if autoencoder is not None or path is None:
-            self.network = _build(autoencoder or {"_class_name": "AutoencoderTiny"})
+            channels = {} if in_channels is None else {"in_channels": in_channels, "out_channels": in_channels}
+            self.network = _build(channels | (autoencoder or {"_class_name": "AutoencoderTiny"}))
         else:
             self.network = _load(path, subfolder)
         self._pretrained = autoencoder is None and path is not None
@@ -78,6 +81,8 @@ class DiffusersTokenizer(FrameTokenizer):
             raise ValueError(
                 f"autoencoder: expected as many channels out as in, found {inner.in_channels} and {inner.out_channels}"
             )
+        if in_channels not in (None, inner.in_channels):
+            raise ValueError(f"in_channels: expected the autoencoder's {inner.in_channels}, found {in_channels}")
         check_stride(height, width, self._stride)
         self.register_to_config(  # the weights may have stood anywhere
             path=None,

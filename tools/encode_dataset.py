@@ -13,7 +13,7 @@ logger = logging.getLogger("latentcast")
 
 
 def main(args):
-    from latentcast.config import cache_root, check_data, instantiate, load_config
+    from latentcast.config import cache_root, check_data, load_config
 
     config = load_config(args.experiment, args.overrides, tool="encode_dataset", go_on=True)
     check_data(config)
@@ -23,14 +23,16 @@ def main(args):
     from latentcast.data.latent_cache import choose_store
     from latentcast.distributed import process_group, rank_and_world, rank_zero_first
     from latentcast.modeling import find_tokenizer
+    from latentcast.pairing import check_pair, plan_prior
     from latentcast.training.trackers import open_tracker
 
     if args.verify:
         return verify(config)
+    check_pair(config, args.experiment, args.overrides)
     run_dir = prepare_run_dir(config.run_dir)
     tokenizer = find_tokenizer(config, run_dir)
     spec = tokenizer.latent_spec
-    prior = None if config.prior is None else instantiate(config.prior, latent_spec=spec)
+    prior = None if config.prior is None else plan_prior(config, tokenizer)
     if spec["kind"] == "pixels":
         logger.warning(
             "%s: tools/train_prior.py takes pixels from the videos and needs no cache", type(tokenizer).__name__

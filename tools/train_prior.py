@@ -14,8 +14,10 @@ def main(args):
         config = load_config(args.experiment, args.overrides, tool="train_jointly", go_on=True)
     check_data(config)
     announce(config)
-    from latentcast.training.run import TrainingRun  # which takes seconds: mistakes in the config show before
+    from latentcast.pairing import check_pair  # which takes seconds: mistakes in the config show before
+    from latentcast.training.run import TrainingRun
 
+    check_pair(config, args.experiment, args.overrides)
     with TrainingRun.open(config, "joint" if config.joint else "prior") as run:
         return train(config, run)
 

@@ -12,8 +12,10 @@ def main(args):
     config = load_config(args.experiment, args.overrides, tool="train_tokenizer")
     check_data(config)
     announce(config)
-    from latentcast.training.run import TrainingRun  # which takes seconds: mistakes in the config show before
+    from latentcast.pairing import check_pair  # which takes seconds: mistakes in the config show before
+    from latentcast.training.run import TrainingRun
 
+    check_pair(config, args.experiment, args.overrides)
     with TrainingRun.open(config, "tokenizer") as run:
         return train(config, run)
 
