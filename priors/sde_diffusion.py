@@ -35,6 +35,7 @@ from .denoising import (
 )
 from .sampling import GUIDANCE, check_guidance, check_switches, guided, is_number
 
+AT_ONCE = 16  # frames whose motion is solved together; that of more is solved as they come, and not kept
 LONGEST = 10_000  # frame intervals that may be left out between frames that are asked for, and the most in one interval
 
 
@@ -472,10 +473,12 @@ class SDEDiffusion(Prior):
             part_length = min(int(horizon) * rate, n_frames)
         seeds = seeds_of(generator, motion_seed, image_seed, batch, num_samples)
         n_told = n_context + int(intervals_of(times).max())
-        vectors = self._of_rows(self.condition_vectors(conditions, batch, n_told), num_samples, guidance_scale)
+        told = self.condition_vectors(conditions, batch, n_told)
+        by_frame = self._move_by_frame(lambda t: told[:, t], n_context, horizon, num_samples, guidance_scale)
+        vectors = self._of_rows(told, num_samples, guidance_scale)
 
-        def move(part, start, seeds):
-            """All frames of a part at once."""
+        def at_once(part, start, seeds):
+            """The motion of a part at all its times together, which may lie anywhere."""
             part_times = times[:, : min(part_length, n_frames - part * part_length)].repeat_interleave(num_samples, 0)
             part_times = part_times.repeat(len(start) // len(part_times), 1)
             first = n_context + part * (part_length // rate)  # the frame at time 1
@@ -487,6 +490,8 @@ class SDEDiffusion(Prior):
             return zip(features, vectors[rows, frames].unbind(1))
 
         with (progress or no_progress)(total=n_frames * n_steps) as bar:
+            whole = frame_times is None and fps_multiplier == 1
+            move = by_frame if whole and n_frames > AT_ONCE else at_once  # the same bits
             frames = self._stream(context, move, rate, seeds, bar, **settings)
             future = torch.stack([next(frames) for _ in range(n_frames)], 1)
         return future.unflatten(0, (batch, num_samples)).to(context.dtype)
@@ -517,9 +522,14 @@ class SDEDiffusion(Prior):
         self._check_sampling(context, horizon, **settings)
         batch, n_context = context.shape[:2]
         seeds = seeds_of(generator, motion_seed, image_seed, batch, num_samples)
+        move = self._move_by_frame(told, n_context, horizon, num_samples, guidance_scale)
+        frames = self._stream(context, move, 1, seeds, no_progress(), **settings)
+        return (frame.unflatten(0, (batch, num_samples)).to(context.dtype) for frame in frames)
+
+    def _move_by_frame(self, told, n_context, horizon, num_samples, guidance_scale):
+        """For ``_stream``: the motion at the times 1, 2, ..., each as it is asked for, up to the horizon if any."""
 
         def move(part, start, seeds):
-            """Frame by frame, for ever or up to the horizon."""
             first, is_told = n_context + part * int(horizon or 0), self.conditioner is not None  # the frame at time 1
 
             def vectors(k):
@@ -531,8 +541,7 @@ class SDEDiffusion(Prior):
             for k in itertools.count(1) if horizon is None else range(1, int(horizon) + 1):
                 yield path.at(k), vectors(k) if is_told else None
 
-        frames = self._stream(context, move, 1, seeds, no_progress(), **settings)
-        return (frame.unflatten(0, (batch, num_samples)).to(context.dtype) for frame in frames)
+        return move
 
     def _check_sampling(self, context, horizon, num_samples, scheduler, n_steps, guidance_scale, use_cache):
         self._check(context, "context")

@@ -10,19 +10,18 @@ TRAINED = 4  # frames of the clips that the tiny priors are for
 LONG = 10 * TRAINED
 MEASURED = 12  # times during a rollout
 CALM = 20.0  # latents; far more than any tokenizer's are
-# name -> how many times the frames that are returned: these, what they are joined from, and noise drawn beforehand; of
-# the SDE the motion at all times, too, which is solved at once
-PRIORS = {
-    "video_transformer": 1.5,
-    "video_transformer_spatial": 1.5,
-    "st_pixelcnn": 1.5,
-    "recurrent_vae": 1.5,
-    "recurrent_vae_latents": 1.5,
-    "sde_diffusion": 4,
-    "ode_diffusion_latents": 2,
-    "residual_diffusion": 1.5,
-    "residual_diffusion_latents": 1.5,
-}
+MOST = 1.5  # times the frames that are returned: these, what they are joined from, and noise drawn beforehand
+PRIORS = [
+    "video_transformer",
+    "video_transformer_spatial",
+    "st_pixelcnn",
+    "recurrent_vae",
+    "recurrent_vae_latents",
+    "sde_diffusion",
+    "ode_diffusion_latents",
+    "residual_diffusion",
+    "residual_diffusion_latents",
+]
 
 
 class LiveBytes:
@@ -76,12 +75,12 @@ def rollout(prior, n_frames):
 def test_ten_times_the_trained_length_neither_explodes_nor_grows_in_memory(name):
     prior = tiny_prior(name)
     rollout(prior, TRAINED)  # what is made once
-    (short, less), (long, more) = rollout(prior, 4 * TRAINED), rollout(prior, LONG)
-    assert long.shape[:3] == (2, 1, LONG) and long.isfinite().all()
+    (short, less), (long, more) = rollout(prior, LONG), rollout(prior, LONG + LONG // 2)
+    assert short.shape[:3] == (2, 1, LONG) and long.isfinite().all()
     if prior.accepts == "codes":
         sizes = torch.tensor(prior.config.latent_spec["codebook_sizes"])
         assert (long >= 0).all() and (long < sizes).all()
     else:
         assert long.abs().max() <= (1 if prior.accepts == "pixels" else CALM)
     n_bytes = long.element_size() * (long.numel() - short.numel())  # of the frames that one has more
-    assert 0 < more - less <= PRIORS[name] * n_bytes, f"{(more - less) / n_bytes:.1f} times what is returned"
+    assert 0 < more - less <= MOST * n_bytes, f"{(more - less) / n_bytes:.1f} times what is returned"
