@@ -31,6 +31,7 @@ from latentcast.layers.lstm import FramePredictor, GaussianGroups, StandardGroup
 from latentcast.layers.multilevel import SteadyDecoder, n_halvings
 from latentcast.layers.vgg import VGGDecoder, VGGEncoder
 from latentcast.modeling import eval_mode
+from latentcast.sizes import nearest_multiples, size_text
 from latentcast.tokenizers.base import check_frames, check_latents
 
 from .base import Prior, PriorOutput, no_progress
@@ -128,9 +129,10 @@ class RecurrentVAE(Prior):
         if network != "latent":
             make_decoder = functools.partial(make_decoder, output_activation="tanh" if self.over_pixels else "linear")
             if not n_halvings(latent_spec["height"], latent_spec["width"]):
+                nearest = size_text(nearest_multiples(latent_spec["height"], latent_spec["width"], 2, least=4))
                 raise MisfitError(
                     f"network: {network} needs even sides of at least 8, found {latent_spec['height']} x "
-                    f"{latent_spec['width']}; take latent"
+                    f"{latent_spec['width']}; take latent, or the nearest that fits, {nearest}"
                 )
         self.encoder = make_encoder(*sizes)
         self.joins = nn.ModuleList()

@@ -20,6 +20,7 @@ from latentcast.config import check_counts
 from latentcast.layers.linear_attention import LinearAttention
 from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResBlock, double, halve
 from latentcast.modeling import eval_mode
+from latentcast.sizes import nearest_fit
 from latentcast.tokenizers.base import check_frames, check_latents
 
 from .base import Prior, PriorOutput, check_widths, levels_for, no_progress
@@ -266,7 +267,8 @@ class ResidualDiffusion(Prior):
         check_widths(**networks)
         single = width > 8  # else each group of the normalisation has one number, and needs more than one position
         if not single and latent_spec["height"] * latent_spec["width"] == 1:
-            raise ValueError("width: expected more than 8 of latents of a single position, found 8")
+            nearest = nearest_fit(latent_spec, 2 ** (max(map(len, networks.values())) - 1), positions=2)
+            raise ValueError(f"width: expected more than 8 of latents of a single position, found 8; {nearest}")
         for name, value in networks.items():
             networks[name] = levels_for(latent_spec, fit_levels, name, value, single=single)[0]
         self.register_to_config(**networks, fit_levels=False)  # what is saved is of the levels that there are

@@ -20,6 +20,7 @@ from latentcast.config import MisfitError, check_counts, is_whole, one_line
 from latentcast.layers.conv_gru import ConvGRUCell
 from latentcast.layers.neural_sde import NeuralSDE, Path
 from latentcast.layers.spade_unet import SpadeUNet
+from latentcast.sizes import nearest_fit
 from latentcast.tokenizers.base import check_frames, check_latents
 
 from .base import Prior, PriorOutput, check_widths, levels_for, no_progress
@@ -224,9 +225,10 @@ class SDEDiffusion(Prior):
                 raise ValueError("adjoint: expected false with a motion_kl_weight, found true")
         channels, size = latent_spec["channels"], (latent_spec["height"], latent_spec["width"])
         if size == (1, 1):
-            raise MisfitError(
-                "latent_spec: STDiff normalises over positions, found latents of a single one", "positions"
-            )
+            stride = 2 ** (max(len(motion_channels), len(block_channels)) - 1)
+            nearest = "" if fit_levels else f"; {nearest_fit(latent_spec, stride, positions=2)}"
+            found = f"STDiff normalises over positions, found latents of a single one{nearest}"
+            raise MisfitError(f"latent_spec: {found}", "positions")
         if len(motion_channels) != len(motion_kernels) or any(kernel % 2 != 1 for kernel in motion_kernels):
             raise ValueError(
                 f"motion_kernels: expected an odd number for each of motion_channels={list(motion_channels)}, found "
