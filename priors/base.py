@@ -100,6 +100,11 @@ class Prior(VideoModel):
             )
         return None
 
+    def sampling_vectors(self, conditions, batch, n_frames):
+        """The same for what is predicted, whatever mode the prior is in: of no clip are conditions left out."""
+        with eval_mode(self):
+            return self.condition_vectors(conditions, batch, n_frames)
+
     def told_frames(self, n_context, n_frames, **options):
         """How many frames the conditions per frame are of, that ``sample`` takes with these options."""
         return n_context + n_frames
@@ -211,8 +216,8 @@ class Rollout:
         per = {name: spec["per"] for name, spec in prior.conditions.items()}
         self._of_video = {name: value for name, value in (conditions or {}).items() if per.get(name) == "video"}
         self._all_of_video = "frame" not in per.values()
-        with torch.no_grad(), eval_mode(prior):
-            vectors = prior.condition_vectors(conditions, self._batch, self._next)
+        with torch.no_grad():
+            vectors = prior.sampling_vectors(conditions, self._batch, self._next)
         self._vectors = {} if vectors is None else dict(enumerate(vectors.unbind(1)))  # that are not asked for yet
         settings = {"num_samples": num_samples, "generator": generator}
         self._frames = prior.stream(context, lambda t: self._vectors[t], **settings, **options)

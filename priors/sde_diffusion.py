@@ -377,7 +377,7 @@ class SDEDiffusion(Prior):
         seeds = row_seeds("motion_seed", seed, batch, num_samples)
         times = frame_times_of(n_frames, batch, None, 1).repeat_interleave(num_samples, 0)
         start = self.encode_motion(clip[:, :n_context].to(self.dtype)).repeat_interleave(num_samples, 0)
-        vectors = self._of_rows(self.condition_vectors(conditions, *clip.shape[:2]), num_samples)
+        vectors = self._of_rows(self.sampling_vectors(conditions, *clip.shape[:2]), num_samples)
         features = self.motion_sde(start, times, seeds, told=self._tell_motion(vectors, n_context))
         features = torch.cat([start[:, None], features], 1)
         return {"motion": features.unflatten(0, (batch, num_samples))}
@@ -475,7 +475,7 @@ class SDEDiffusion(Prior):
             part_length = min(int(horizon) * rate, n_frames)
         seeds = seeds_of(generator, motion_seed, image_seed, batch, num_samples)
         n_told = n_context + int(intervals_of(times).max())
-        told = self.condition_vectors(conditions, batch, n_told)
+        told = self.sampling_vectors(conditions, batch, n_told)
         by_frame = self._move_by_frame(lambda t: told[:, t], n_context, horizon, num_samples, guidance_scale)
         vectors = self._of_rows(told, num_samples, guidance_scale)
 

@@ -369,7 +369,7 @@ class STPixelCNN(Prior):
         check_counts(n_frames=n_frames)
         choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
         self._check_sampling(context, num_samples, overlap, use_cache, choose)
-        vectors = self.condition_vectors(conditions, len(context), context.shape[1] + n_frames)
+        vectors = self.sampling_vectors(conditions, len(context), context.shape[1] + n_frames)
         with (progress or no_progress)(total=n_frames * math.prod(self.grid[1:]) * len(self.codebook_sizes)) as bar:
             frames = self._stream(
                 context, lambda t: vectors[:, t], num_samples, generator, overlap, use_cache, choose, bar

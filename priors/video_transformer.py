@@ -596,7 +596,7 @@ class VideoTransformer(Prior):
         self.check_context(n_context, n_context + n_frames)
         windows = sliding_windows(n_context, n_frames, self.grid[0], self._overlap)
         n_steps = sum(self.slice_pixels.shape[1] - start for window in windows for _, start in self._plan(*window))
-        vectors = self.condition_vectors(conditions, batch, n_context + n_frames)
+        vectors = self.sampling_vectors(conditions, batch, n_context + n_frames)
         with (progress or no_progress)(total=n_steps) as bar:
             frames = self._stream(
                 context,

@@ -74,6 +74,13 @@ def cut(conditions, n_frames):
     return {name: value if name == "label" else value[:, :n_frames] for name, value in conditions.items()}
 
 
+def test_samples_are_told_in_training_mode_too(prior):
+    """As previews ask for them: dropout is for the loss alone."""
+    prior.conditioner.dropout = 0.99
+    context, told = random_clip(prior, n_frames=2), random_conditions()
+    assert torch.equal(sample(prior.train(), context, 2, told), sample(prior.eval(), context, 2, told))
+
+
 def test_each_condition_matters_to_loss_and_samples(prior):
     clip, told = random_clip(prior), random_conditions()
     first, nothing = loss(prior, clip, told), loss(prior, clip, None)
