@@ -200,7 +200,7 @@ class VideoPredictionPipeline(VideoPipeline):
         sizes = (spec[f"frame_{name}"] for name in ("channels", "height", "width"))
         return as_frames(frames, *sizes, value_range=value_range, crop=self.config.crop)
 
-    def _batched(self, conditions):
+    def _batched(self, conditions, of_one_frame=False):
         """Conditions with a batch axis, where they come without; the prior checks them."""
         if not hasattr(conditions, "items"):
             return conditions
@@ -212,7 +212,7 @@ class VideoPredictionPipeline(VideoPipeline):
                     value = torch.as_tensor(value)
                 except (TypeError, ValueError, RuntimeError, OverflowError):
                     raise ValueError(f"conditions: {name}: expected numbers, found {one_line(value)}") from None
-                if value.ndim == len(spec["shape"]) + (spec["per"] == "frame"):
+                if value.ndim == len(spec["shape"]) + (spec["per"] == "frame" and not of_one_frame):
                     value = value[None]
             found[name] = value
         return found
@@ -299,21 +299,13 @@ class VideoRollout:
             conditions: what leads to it: name -> (B, *shape), or (*shape) for all contexts, of all conditions per
                 frame; a value alone where there is but one. None: nothing is told.
         """
-        declared = {name: spec for name, spec in self.pipe.prior.conditions.items() if spec["per"] == "frame"}
         if conditions is not None and not hasattr(conditions, "items"):
-            if len(declared) != 1:
-                raise ValueError(
-                    f"conditions: expected values by name, of {', '.join(declared) or 'none'}, found "
-                    f"{one_line(conditions)}"
-                )
-            conditions = {next(iter(declared)): conditions}
-        if conditions is not None:
-            conditions = dict(conditions)
-            for name, spec in declared.items():
-                if name in conditions:
-                    value = torch.as_tensor(conditions[name])
-                    conditions[name] = value[None] if value.ndim == len(spec["shape"]) else value
-        frame = self._rollout.step(conditions)
+            names = [name for name, spec in self.pipe.prior.conditions.items() if spec["per"] == "frame"]
+            if len(names) != 1:
+                found = f"{', '.join(names) or 'none'}, found {one_line(conditions)}"
+                raise ValueError(f"conditions: expected values by name, of {found}")
+            conditions = {names[0]: conditions}
+        frame = self._rollout.step(self.pipe._batched(conditions, of_one_frame=True))
         with eval_mode(self.pipe.tokenizer):
             return self.pipe.decode(frame[:, :, None])[:, :, 0]
 

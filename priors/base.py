@@ -227,11 +227,11 @@ class Rollout:
         """The next frame of each future -> (B, num_samples, ...).
 
         Args:
-            conditions: what leads to it: name -> (B, *shape), of all conditions per frame. None: nothing is told.
+            conditions: what leads to it: name -> tensor (B, *shape), all conditions per frame. None: nothing is told.
         """
         if conditions is not None or self._all_of_video:
-            of_frame = {name: torch.as_tensor(value)[:, None] for name, value in (conditions or {}).items()}
-            conditions = {**self._of_video, **of_frame} or None
+            one = {n: x[:, None] if torch.is_tensor(x) and x.ndim else x for n, x in (conditions or {}).items()}
+            conditions = {**self._of_video, **one} or None  # what is no tensor of a batch is refused with the rest
         with eval_mode(self.prior):
             vectors = self.prior.condition_vectors(conditions, self._batch, 1)
             if vectors is not None:

@@ -14,7 +14,9 @@ from tiny import (
     TOLD_PRIORS,
     random_clip,
     random_conditions,
+    random_frames,
     tiny_prior,
+    tiny_tokenizer,
     told_prior,
 )
 
@@ -24,6 +26,7 @@ from latentcast import (
     ResidualDiffusion,
     SDEDiffusion,
     STPixelCNN,
+    VideoPredictionPipeline,
     VideoTransformer,
     load_model,
 )
@@ -41,6 +44,7 @@ def prior(request):
     return prior
 
 
+STEER = {"action": {"shape": [], "dtype": "int64", "per": "frame", "n_values": 3}}
 TOGETHER = {
     "video_transformer_spatiotemporal"
 }  # predict the frames of a window together, knowing all that leads to them
@@ -56,12 +60,13 @@ def fewer(prior):
     return {name: 4 for name in prior.sampler_options() if name == "n_steps"}
 
 
+def generator():
+    return torch.Generator().manual_seed(3)
+
+
 def sample(prior, context, n_frames, conditions=None, num_samples=2, **options):
-    options = fewer(prior) | options
-    generator = torch.Generator().manual_seed(3)
-    return prior.sample(
-        context, n_frames, num_samples=num_samples, generator=generator, conditions=conditions, **options
-    )
+    settings = {"num_samples": num_samples, "generator": generator(), "conditions": conditions}
+    return prior.sample(context, n_frames, **settings, **fewer(prior) | options)
 
 
 def loss(prior, clip, conditions):
@@ -206,9 +211,9 @@ def test_numbers_are_measured():
 def roll_out(prior, context, n_frames, conditions=None, num_samples=2):
     """As ``sample``, frame by frame."""
     n_context = context.shape[1]
-    generator = torch.Generator().manual_seed(3)
     given = None if conditions is None else cut(conditions, n_context)
-    rollout = prior.rollout(context, num_samples=num_samples, generator=generator, conditions=given, **fewer(prior))
+    settings = {"num_samples": num_samples, "generator": generator(), "conditions": given}
+    rollout = prior.rollout(context, **settings, **fewer(prior))
     frames = []
     for t in range(n_context, n_context + n_frames):
         told = None if conditions is None else {n: conditions[n][:, t] for n in conditions if n != "label"}
@@ -240,12 +245,52 @@ def test_frames_that_are_predicted_together_are_not_told_step_by_step(name):
 def test_a_rollout_refuses_a_step_and_goes_on(stepwise):
     prior = stepwise
     context, told = random_clip(prior, n_frames=2), random_conditions(n_frames=4)
-    settings = {"generator": torch.Generator().manual_seed(3), "num_samples": 2}
+    settings = {"generator": generator(), "num_samples": 2}
     rollout = prior.rollout(context, conditions=cut(told, 2), **settings, **fewer(prior))
     with pytest.raises(ValueError, match="conditions: action: expected 0 to 2, found 7"):
         rollout.step({"action": torch.tensor([7, 0]), "state": told["state"][:, 2]})
     frames = [rollout.step({name: told[name][:, t] for name in ("action", "state")}) for t in (2, 3)]
     assert torch.equal(torch.stack(frames, 2), sample(prior, context, 2, told))
+
+
+def steered_pipe():
+    """Over the codes of a tokenizer, told an action of each frame."""
+    tokenizer = tiny_tokenizer("fsq")
+    torch.manual_seed(0)
+    prior = VideoTransformer(tokenizer.latent_spec, subscale=[4, 1, 1], conditions=STEER, **SMALL_TRANSFORMER)
+    pipe = VideoPredictionPipeline(prior, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, random_frames(tokenizer, batch=2, n_frames=2)
+
+
+def test_a_pipeline_rolls_out_what_it_predicts():
+    pipe, frames = steered_pipe()
+    actions = random_conditions(n_frames=5)["action"]
+    settings = {"num_samples": 2, "value_range": (-1, 1)}
+    futures = pipe(frames, 3, conditions={"action": actions}, generator=generator(), **settings).frames
+    rollout = pipe.rollout(frames, conditions={"action": actions[:, :2]}, generator=generator(), **settings)
+    steps = [rollout.step(actions[:, 2]), rollout.step({"action": actions[:, 3]}), rollout.step(actions[:, 4])]
+    torch.testing.assert_close(torch.stack(steps, 2), futures)
+    for action in (7, [0, 1, 2], "left", {"reward": 0}):
+        with pytest.raises(ValueError, match="conditions: ") as caught:
+            rollout.step(action)
+        assert "\n" not in str(caught.value)
+    assert rollout.step(1).shape == rollout.step(None).shape == steps[0].shape  # one action for both contexts, or none
+    with pytest.raises(ValueError, match="unknown sampler option 'steps'"):
+        pipe.rollout(frames, value_range=(-1, 1), steps=3)
+    with pytest.raises(ValueError, match="generator: expected one for a rollout, found a list of 2"):
+        pipe.rollout(frames, value_range=(-1, 1), generator=[generator(), generator()])
+
+
+def test_a_pipeline_tells_each_context_its_own():
+    pipe, frames = steered_pipe()
+    actions = random_conditions(n_frames=5)["action"]
+    together = pipe(frames, 3, conditions={"action": actions}, generator=[generator(), generator()]).frames
+    for i in range(2):  # without a batch axis
+        alone = pipe(frames[i], 3, conditions={"action": actions[i]}, generator=generator(), value_range=(-1, 1)).frames
+        torch.testing.assert_close(alone[0], together[i])
+    with pytest.raises(ValueError, match=r"conditions: action: expected \(2, 5\) \(5 frames\), found \(2, 4\)"):
+        pipe(frames, 3, conditions={"action": actions[:, :4]})
 
 
 KINDS = ["video_transformer", "st_pixelcnn", "recurrent_vae", "sde_diffusion", "residual_diffusion"]
@@ -271,7 +316,6 @@ def test_a_rollout_holds_no_more_however_long_it_is(name):
 # A block on a ring of four columns: an action moves it by one to the right or to the left, or leaves it.
 
 MOVES = torch.tensor([0, 1, -1])
-STEER = {"action": {"shape": [], "dtype": "int64", "per": "frame", "n_values": 3}}
 RING_OF_CODES = CODES_SPEC | {"height": 2, "width": 4, "codebook_sizes": [2]}
 RING_OF_PIXELS = PixelTokenizer(1, 8, 8, levels=None).latent_spec
 # name -> the prior, training steps and learning rate in which it learns
