@@ -174,7 +174,8 @@ class Subject:
         with torch.no_grad(), eval_mode(self.prior, self.tokenizer):
             clip = self.pipe.encode(frames[:, :longest])
             told = self.clips.told(self.prior.conditions, len(clip), clip.shape[1])
-            settings = {"num_samples": num_samples, "generator": generator, "conditions": told}
+            settings = {"num_samples": num_samples, "generator": generator}
+            settings |= {} if told is None else {"conditions": told}
             found = self.prior.explain(clip, self.n_context, **settings, **self.sampler)
         return {name: values.float().cpu() for name, values in found.items()}
 

@@ -221,7 +221,9 @@ class VideoPredictionPipeline(VideoPipeline):
         """Encode, continue, and decode but for ``decode_batch`` None."""
         context = self.encode(frames)
         _onload(self.prior)
-        settings = {"num_samples": num_samples, "generator": generator, "progress": progress, "conditions": conditions}
+        settings = {"num_samples": num_samples, "generator": generator, "progress": progress}
+        if conditions is not None:  # which a prior that is told nothing need not take
+            settings["conditions"] = conditions
         future = self.prior.sample(context, n_frames, **settings, **sampler)
         return future if decode_batch is None else self.decode(future, decode_batch)
 

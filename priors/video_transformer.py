@@ -738,7 +738,7 @@ class VideoTransformer(Prior):
 class Stepper:
     """What draws the codes of ``n_rows`` futures position by position; with guidance, of two copies of each."""
 
-    def __init__(self, model, n_rows, choose, guidance_scale):
+    def __init__(self, model, n_rows, choose, guidance_scale=1.0):
         self.model, self.choose, self.guidance_scale = model, choose, guidance_scale
         self.is_guided = guidance_scale != 1
         self.n_copies = 1 + self.is_guided
@@ -765,7 +765,7 @@ class CachedStepper(Stepper):
     as a graph and replayed: at this size, launching the kernels one by one would take longer than running them.
     """
 
-    def __init__(self, model, n_rows, choose, guidance_scale):
+    def __init__(self, model, n_rows, choose, guidance_scale=1.0):
         super().__init__(model, n_rows, choose, guidance_scale)
         self.device = model.device
         n, n_codebooks = model.slice_pixels.shape[1], len(model.codebook_sizes)

@@ -468,6 +468,7 @@ def test_every_experiment_is_built(experiment, video_folder, tmp_path, monkeypat
         monkeypatch.setattr("noise_benchmark.LENGTHS", {"train": (config.clip_length,)})
         prepare(Noise(name=config.data.name, frame_size=config.frame_size, channels=config.channels), tmp_path)
         overrides.append(f"data.root={tmp_path}")
+        overrides += ["data.actions=false"] * config.data.get("actions", False)  # it has none
         overrides += ["data.fresh=false"] * config.data.get("fresh", False)  # what is prepared here is stored
     if OmegaConf.is_missing(config.data, "root"):
         overrides += [f"data.root={video_folder}", "data.val_fraction=0", "data.test_fraction=0"]

@@ -22,7 +22,7 @@ def train(tool, folder, monkeypatch, **changes):
 
 
 def test_my_tokenizer_trains(tmp_path, monkeypatch):
-    changes = {"defaults": {"tokenizer": "my_tokenizer"}, "tokenizer": {"latent_channels": 4}}
+    changes = {"defaults": {"tokenizer": "my_tokenizer"}, "tokenizer": {"latent_channels": 4}, "prior": None}
     figures = train("train_tokenizer", tmp_path, monkeypatch, **changes)
     assert figures["steps"] == 4 and type(load_model(figures["tokenizer"])).__name__ == "MyTokenizer"
 

@@ -583,7 +583,7 @@ def test_options_of_the_training_split_are_no_part_of_the_identity(pipe, tmp_pat
 
 def test_futures_that_are_not_numbers_are_named(pipe, tmp_path):
     found = evaluation(pipe, tmp_path)
-    found._draw = lambda context, group: torch.full((2, 3, 4, 1, 16, 16), torch.nan)
+    found._draw = lambda context, group, told: torch.full((2, 3, 4, 1, 16, 16), torch.nan)
     with pytest.raises(ValueError, match=r"model: NaN or infinity among the frames predicted for clips \[0, 1\]"):
         found.run()
 

@@ -43,12 +43,14 @@ from latentcast.training.prior_module import PriorModule
 IN_TRAINING = {
     "sde_diffusion": {"down": 1},  # whether the solution exploded
     "ode_diffusion_latents": {"down": 1},
+    "latent_sde_diffusion": {"down": 1},
 }
 # How often a call of sample waits. Codes and pixels are checked: once.
 IN_SAMPLING = {
     "recurrent_vae_latents": {},
     "recurrent_vae_vectors": {},
     "residual_diffusion_latents": {},
+    "latent_sde_diffusion": {"down": 2},
     "sde_diffusion": {"down": 2},  # the second: whether the solution exploded
 }
 

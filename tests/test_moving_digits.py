@@ -325,7 +325,7 @@ def test_sklearn_digits_have_the_stated_contrast():
         ({"frame_stride": 0}, "frame_stride: expected a whole number of at least 1, found 0"),
         ({"video_length": 10**12}, "video_length: expected at most 100000, found 1000000000000"),
         ({"n_videos": 10**12}, "n_videos: expected at most 10000000, found 1000000000000"),
-        ({"size": 10**6}, "size: expected at most 4096, found 1000000"),
+        ({"size": 10**6}, "size: expected pixels, .* found 1000000"),
         ({"video_length": "x"}, "video_length: expected a whole number of at least 1, found 'x'"),
         ({"source": "svhn"}, "source"),
         ({"channels": 2}, "channels"),

@@ -284,9 +284,8 @@ def test_bad_arguments(wide, arguments, message):
     ],
 )
 def test_errors_name_the_keys_of_the_config(wide, override, message):
-    config = load_config("video_folder", [f"data.root={wide}", override])
     with pytest.raises(ValueError, match=message):
-        instantiate(config.data)(split="train")
+        instantiate(load_config("video_folder", [f"data.root={wide}", override]).data)(split="train")
 
 
 def test_clips_to_show_are_of_as_many_videos_as_can_be(wide):

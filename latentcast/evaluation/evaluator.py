@@ -247,7 +247,7 @@ class Evaluation:
                 found[f"{RECONSTRUCTION}.clip_mse"] = mse(*(self._seen(torch.cat(parts, 1)) for parts in both))
             if "bits" in self.metrics:
                 codes = self.pipe.encode(clips)
-                log_prob = self.pipe.prior.log_prob(codes, self.protocol.n_context, told)
+                log_prob = self.pipe.prior.log_prob(codes, self.protocol.n_context, **_as_argument(told))
                 found[f"{MODEL}.bits"] = bits_per_dim(log_prob, codes[0, self.protocol.n_context :].shape)
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
@@ -286,7 +286,7 @@ class Evaluation:
         """Frames as the metrics see them."""
         return round_to_levels(frames) if self.protocol.rounded else frames
 
-    def _draw(self, context, random, told):
+    def _draw(self, context, random, told=None):
         """Futures of contexts (B, T, C, H, W), with what the prior is told of the clips -> (B, S, T, C, H, W), as many
         at once as there is room for."""
         n_samples, n_predicted, drawn = self.protocol.n_samples, self.protocol.n_predicted, []
@@ -308,7 +308,7 @@ class Evaluation:
             return self.protocol.divide(self.pipe.tokenizer.decode(latents).float().clamp(-1, 1))
         context, n_predicted = self.protocol.divide(clips)[0], self.protocol.n_predicted
         if name == DETERMINISTIC:
-            mean = self.pipe.prior.predict_mean(self.pipe.encode(context), n_predicted, conditions=told)
+            mean = self.pipe.prior.predict_mean(self.pipe.encode(context), n_predicted, **_as_argument(told))
             return context, self.pipe.decode(mean[:, None])[:, 0]
         return context, BASELINES[name](context, n_predicted)
 
@@ -512,6 +512,10 @@ def fitting_futures(device, dataset, protocol):
     while futures > 1 and futures * bytes_each > room:
         futures //= 2
     return futures
+
+
+def _as_argument(told):
+    return {} if told is None else {"conditions": told}
 
 
 def check_fit(pipe, dataset, protocol):

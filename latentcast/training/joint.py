@@ -100,7 +100,7 @@ class JointModule(TrainingModule):
         frames = batch["frames"]
         with torch.no_grad(), torch.autocast(frames.device.type, enabled=False):  # the codes that a cache would hold
             codes = self.tokenizer.encode(frames).codes
-        output = self.model(codes, self.n_context, conditions_for(self.model, batch))
+        output = self.model(codes, self.n_context, **conditions_for(self.model, batch))
         if output.logits is None:
             raise ValueError(
                 f"joint training: {type(self.model).__name__} gives no logits: it does not predict all codes of a clip "

@@ -36,7 +36,8 @@ class PriorModule(TrainingModule):
         if self.trainer.ckpt_path is None:
             self.model.prepare(map(self._clip, self._batches()))
             if self.model.conditioner is not None:
-                self.model.conditioner.measure(conditions_for(self.model, batch) for batch in self._batches())
+                told = (conditions_for(self.model, batch)["conditions"] for batch in self._batches())
+                self.model.conditioner.measure(told)
 
     def _batches(self):
         """Up to ``LOOKED_AT`` clips from all over the train split, one by one."""
@@ -51,7 +52,7 @@ class PriorModule(TrainingModule):
         return super().validation_step(batch, batch_idx)
 
     def compute(self, batch):
-        return self.model(self._clip(batch), self.n_context, conditions_for(self.model, batch))
+        return self.model(self._clip(batch), self.n_context, **conditions_for(self.model, batch))
 
     def _clip(self, batch):
         """What the prior accepts of a batch."""
@@ -70,5 +71,5 @@ class PriorModule(TrainingModule):
 
 
 def conditions_for(prior, batch):
-    """What a prior is told of a batch: those of its conditions that the prior has, or None."""
-    return {name: batch["conditions"][name] for name in prior.conditions} or None
+    """What a prior is told of a batch, as an argument; {} for priors that are told nothing, which need not take it."""
+    return {"conditions": {name: batch["conditions"][name] for name in prior.conditions}} if prior.conditions else {}
