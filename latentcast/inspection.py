@@ -26,6 +26,7 @@ from latentcast.metrics.frame import WINDOWS, ssim
 from latentcast.metrics.perplexity import histogram, perplexity
 from latentcast.metrics.statistics import ClipValues, summarize
 from latentcast.modeling import eval_mode
+from latentcast.priors.base import as_keyword
 from latentcast.saved import STAGES
 from latentcast.targets import nearest
 
@@ -174,8 +175,7 @@ class Subject:
         with torch.no_grad(), eval_mode(self.prior, self.tokenizer):
             clip = self.pipe.encode(frames[:, :longest])
             told = self.clips.told(self.prior.conditions, len(clip), clip.shape[1])
-            settings = {"num_samples": num_samples, "generator": generator}
-            settings |= {} if told is None else {"conditions": told}
+            settings = {"num_samples": num_samples, "generator": generator, **as_keyword(told)}
             found = self.prior.explain(clip, self.n_context, **settings, **self.sampler)
         return {name: values.float().cpu() for name, values in found.items()}
 

@@ -14,6 +14,7 @@ from latentcast.config import check_counts, one_line
 from latentcast.data.video_reader import CROPS, check_crop
 from latentcast.figures.sheets import shown_channels
 from latentcast.modeling import eval_mode
+from latentcast.priors.base import as_keyword
 from latentcast.schemas import Count, Rate
 from latentcast.tokenizers.base import check_frames
 
@@ -157,7 +158,7 @@ class VideoPredictionPipeline(VideoPipeline):
                 parts = []
                 for i, own in enumerate(generator):
                     options = self.prior.options_of(sampler, i, len(frames), n_frames)
-                    told = conditions and {n: x[i : i + 1] if len(x) > 1 else x for n, x in conditions.items()}
+                    told = conditions and {name: _row(value, i, len(frames)) for name, value in conditions.items()}
                     parts.append(
                         self._predict(frames[i : i + 1], n_frames, num_samples, own, bar, told, options, decode_batch)
                     )
@@ -221,9 +222,7 @@ class VideoPredictionPipeline(VideoPipeline):
         """Encode, continue, and decode but for ``decode_batch`` None."""
         context = self.encode(frames)
         _onload(self.prior)
-        settings = {"num_samples": num_samples, "generator": generator, "progress": progress}
-        if conditions is not None:  # which a prior that is told nothing need not take
-            settings["conditions"] = conditions
+        settings = {"num_samples": num_samples, "generator": generator, "progress": progress, **as_keyword(conditions)}
         future = self.prior.sample(context, n_frames, **settings, **sampler)
         return future if decode_batch is None else self.decode(future, decode_batch)
 
@@ -330,6 +329,11 @@ class OneBar:
         self.done += 1
         if self.done == self.n or exception[0] is not None:
             self.bar.close()
+
+
+def _row(value, i, n):
+    """Row ``i`` of what has one for each of ``n`` contexts; anything else as it is, for the prior to check."""
+    return value[i : i + 1] if torch.is_tensor(value) and value.ndim and len(value) == n else value
 
 
 def _onload(model):

@@ -102,8 +102,13 @@ class Prior(VideoModel):
 
     def sampling_vectors(self, conditions, batch, n_frames):
         """The same for what is predicted, whatever mode the prior is in: of no clip are conditions left out."""
-        with eval_mode(self):
+        with eval_mode(self.conditioner):
             return self.condition_vectors(conditions, batch, n_frames)
+
+    def _told(self, conditions, batch, n_frames):
+        """``told`` of ``stream``, of conditions that are known of all frames."""
+        vectors = self.sampling_vectors(conditions, batch, n_frames)
+        return lambda t: vectors[:, t]
 
     def told_frames(self, n_context, n_frames, **options):
         """How many frames the conditions per frame are of, that ``sample`` takes with these options."""
@@ -124,7 +129,7 @@ class Prior(VideoModel):
         """
         raise NotImplementedError
 
-    def stream(self, context, told, *, num_samples=1, generator=None, **options):
+    def stream(self, context, told, *, num_samples, generator, **options):
         """A Python generator of the frames that ``sample`` gives at once, without an end: (B, num_samples, ...) each.
 
         It keeps what the next frame needs and no more, so that each costs the same time and memory.
@@ -134,7 +139,7 @@ class Prior(VideoModel):
             told: ``told(t)`` -> (B, dim), what ``condition_vectors`` gives of frame t, counted from the context's
                 first. Those of the context are there until the first frame is drawn, and that of a frame that is to be
                 predicted while it is. Not called by priors without conditions.
-            **options: sampler options.
+            **options: all sampler options; ``rollout`` adds the defaults that stand in ``sample``.
         """
         raise NotImplementedError
 
@@ -166,19 +171,20 @@ class Prior(VideoModel):
         """
         return {}
 
+    def _sampling_defaults(self):
+        """Sampler options and their defaults, as they stand in ``sample``."""
+        common = {"context", "n_frames", "num_samples", "generator", "progress", "conditions"}
+        found = inspect.signature(self.sample).parameters
+        return {name: parameter.default for name, parameter in found.items() if name not in common}
+
     def sampler_options(self):
         """What ``sample`` takes beyond the common arguments, and ``pipe(..., **sampler)`` may pass -> dict of name ->
         SamplerOption, sorted. The kind follows from the default where ``sampler_ranges`` says nothing of it. A prior
         without conditions has nothing to be guided by."""
-        common = {"context", "n_frames", "num_samples", "generator", "progress", "conditions"}
+        defaults, ranges, options = self._sampling_defaults(), self.sampler_ranges(), {}
         if self.conditioner is None:
-            common.add("guidance_scale")
-        found, ranges = inspect.signature(self.sample).parameters, self.sampler_ranges()
-        if not self.conditions and "guidance_scale" in found:
-            ranges = ranges | {"guidance_scale": {"least": 1, "most": 1}}  # see ``check_guidance``
-        options = {}
-        for name in sorted(found.keys() - common):
-            default = found[name].default
+            defaults.pop("guidance_scale", None)
+        for name, default in sorted(defaults.items()):
             kind = type(default) if isinstance(default, bool | int | float | str) else None
             options[name] = SamplerOption(**{"default": default, "kind": kind} | ranges.get(name, {}))
         return options
@@ -219,8 +225,8 @@ class Rollout:
         with torch.no_grad():
             vectors = prior.sampling_vectors(conditions, self._batch, self._next)
         self._vectors = {} if vectors is None else dict(enumerate(vectors.unbind(1)))  # that are not asked for yet
-        settings = {"num_samples": num_samples, "generator": generator}
-        self._frames = prior.stream(context, lambda t: self._vectors[t], **settings, **options)
+        settings = {"num_samples": num_samples, "generator": generator, **prior._sampling_defaults(), **options}
+        self._frames = prior.stream(context, lambda t: self._vectors[t], **settings)
 
     @torch.no_grad()
     def step(self, conditions=None):
@@ -240,6 +246,11 @@ class Rollout:
         self._vectors.clear()
         self._next += 1
         return frame
+
+
+def as_keyword(conditions):
+    """Conditions as an argument of a prior's method; {} for None: a prior that is told nothing need not take it."""
+    return {} if conditions is None else {"conditions": conditions}
 
 
 def check_widths(**lists):

@@ -320,8 +320,8 @@ class RecurrentVAE(Prior):
         n_rows = B * self._n_drawn(num_samples)
         future = torch.empty(n_rows, n_frames, *context.shape[2:], dtype=context.dtype, device=context.device)
         with self._sampling(batch_statistics):
-            vectors = self.condition_vectors(conditions, B, n_context + n_frames)
-            futures = self._futures(context, lambda t: vectors[:, t], n_rows, generator, fixed, sample_batch)
+            told = self._told(conditions, B, n_context + n_frames)
+            futures = self._futures(context, told, n_rows, generator, fixed, sample_batch)
             with (progress or no_progress)(total=n_frames * math.ceil(n_rows / int(sample_batch))) as bar:
                 for rows, frames in futures:
                     for t, frame in zip(range(n_frames), frames):
@@ -329,17 +329,7 @@ class RecurrentVAE(Prior):
                         bar.update(1)
         return self._by_context(future, B, num_samples)
 
-    def stream(
-        self,
-        context,
-        told,
-        *,
-        num_samples=1,
-        generator=None,
-        z_groups=None,
-        sample_batch=128,
-        batch_statistics=False,
-    ):
+    def stream(self, context, told, *, num_samples, generator, z_groups, sample_batch, batch_statistics):
         """As Prior's. Values in ``z_groups`` are those of every frame: a number, (group_dim,) or (B, 1, group_dim)."""
         fixed = self._check_sampling(context, 1, num_samples, z_groups, sample_batch, batch_statistics)
         n_rows = len(context) * self._n_drawn(num_samples)

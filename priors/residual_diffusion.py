@@ -19,7 +19,6 @@ from torch import nn
 from latentcast.config import check_counts
 from latentcast.layers.linear_attention import LinearAttention
 from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResBlock, double, halve
-from latentcast.modeling import eval_mode
 from latentcast.sizes import nearest_fit
 from latentcast.tokenizers.base import check_frames, check_latents
 
@@ -493,21 +492,8 @@ class ResidualDiffusion(Prior):
                 futures.append(torch.stack([next(frames) for _ in range(n_frames)], 1))
         return torch.cat(futures).unflatten(0, (n_clips, num_samples)).to(context.dtype)
 
-    def stream(
-        self,
-        context,
-        told,
-        *,
-        num_samples=1,
-        generator=None,
-        scheduler="sde-dpmsolver++_logsnr",
-        n_steps=25,
-        guidance_scale=1.0,
-        sample_batch=64,
-        use_cache=True,
-    ):
+    def stream(self, context, told, *, num_samples, generator, sample_batch, **options):
         """As Prior's."""
-        options = {"scheduler": scheduler, "n_steps": n_steps, "guidance_scale": guidance_scale, "use_cache": use_cache}
         self._check_sampling(context, num_samples, sample_batch, **options)
         chunks = self._chunks(len(context) * num_samples, generator, sample_batch)
         futures = [self._continue(context, told, num_samples, *chunk, **options) for chunk in chunks]
@@ -521,12 +507,6 @@ class ResidualDiffusion(Prior):
         check_guidance(guidance_scale, self)
         make_scheduler(scheduler, self.schedule)
         check_steps(n_steps, self.config.n_diffusion_steps)
-
-    def _told(self, conditions, n_clips, n_frames):
-        """``told`` of ``stream``, from the conditions of all frames."""
-        with eval_mode(self.conditioner):
-            vectors = self.condition_vectors(conditions, n_clips, n_frames)
-        return lambda t: vectors[:, t]
 
     def _chunks(self, n_futures, generator, sample_batch):
         """The futures that are computed at once -> list of (their indices, the seed of each)."""

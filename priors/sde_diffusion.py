@@ -503,24 +503,21 @@ class SDEDiffusion(Prior):
         context,
         told,
         *,
-        num_samples=1,
-        generator=None,
-        frame_times=None,
-        fps_multiplier=1,
-        motion_seed=None,
-        image_seed=None,
-        scheduler="sde-dpmsolver++",
-        n_steps=15,
-        horizon=None,
-        guidance_scale=1.0,
-        use_cache=True,
+        num_samples,
+        generator,
+        frame_times,
+        fps_multiplier,
+        motion_seed,
+        image_seed,
+        horizon,
+        guidance_scale,
+        **settings,
     ):
         """As Prior's: frames at the times 1, 2, ..., and no others."""
         if frame_times is not None or fps_multiplier != 1:
             found = f"fps_multiplier={one_line(fps_multiplier)}" if frame_times is None else "frame_times"
             raise ValueError(f"rollout: expected fps_multiplier=1 and no frame_times, found {found}")
-        settings = {"scheduler": scheduler, "n_steps": n_steps, "guidance_scale": guidance_scale}
-        settings |= {"use_cache": use_cache, "num_samples": num_samples}
+        settings |= {"guidance_scale": guidance_scale, "num_samples": num_samples}
         self._check_sampling(context, horizon, **settings)
         batch, n_context = context.shape[:2]
         seeds = seeds_of(generator, motion_seed, image_seed, batch, num_samples)

@@ -369,30 +369,14 @@ class STPixelCNN(Prior):
         check_counts(n_frames=n_frames)
         choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
         self._check_sampling(context, num_samples, overlap, use_cache, choose)
-        vectors = self.sampling_vectors(conditions, len(context), context.shape[1] + n_frames)
+        told = self._told(conditions, len(context), context.shape[1] + n_frames)
         with (progress or no_progress)(total=n_frames * math.prod(self.grid[1:]) * len(self.codebook_sizes)) as bar:
-            frames = self._stream(
-                context, lambda t: vectors[:, t], num_samples, generator, overlap, use_cache, choose, bar
-            )
+            frames = self._stream(context, told, num_samples, generator, overlap, use_cache, choose, bar)
             future = torch.stack([next(frames) for _ in range(n_frames)], 1)
         return future.unflatten(0, (-1, num_samples))
 
-    def stream(
-        self,
-        context,
-        told,
-        *,
-        num_samples=1,
-        generator=None,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        overlap=None,
-        guidance_scale=1.0,
-        use_cache=True,
-    ):
+    def stream(self, context, told, *, num_samples, generator, overlap, use_cache, **choose):
         """As Prior's; the last T frames are kept."""
-        choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
         self._check_sampling(context, num_samples, overlap, use_cache, choose)
         frames = self._stream(context, told, num_samples, generator, overlap, use_cache, choose, no_progress())
         return (frame.unflatten(0, (-1, num_samples)) for frame in frames)

@@ -590,7 +590,8 @@ class VideoTransformer(Prior):
             use_cache: False re-runs the decoder over the whole slice for each position, as the published sampler does
                 (a reference for tests and benchmarks).
         """
-        self._check_sampling(context, num_samples, temperature, top_k, top_p, guidance_scale, use_cache)
+        choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self._check_sampling(context, num_samples, guidance_scale, use_cache, choose)
         check_counts(n_frames=n_frames)
         batch, n_context = context.shape[:2]
         self.check_context(n_context, n_context + n_frames)
@@ -602,40 +603,27 @@ class VideoTransformer(Prior):
                 context,
                 lambda t: vectors[:, t] if t < vectors.shape[1] else self.conditioner.null.expand_as(vectors[:, 0]),
                 *(num_samples, generator, guidance_scale, use_cache, bar),
-                choose={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+                choose=choose,
             )
             future = torch.stack([next(frames) for _ in range(n_frames)], 1)
         return future.unflatten(0, (-1, num_samples))
 
-    def stream(
-        self,
-        context,
-        told,
-        *,
-        num_samples=1,
-        generator=None,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        guidance_scale=1.0,
-        use_cache=True,
-    ):
+    def stream(self, context, told, *, num_samples, generator, guidance_scale, use_cache, **choose):
         """As Prior's. A model whose slices span several frames generates a window of frames together: told what leads
         to each, it would have to know so beforehand, which is refused."""
-        self._check_sampling(context, num_samples, temperature, top_k, top_p, guidance_scale, use_cache)
+        self._check_sampling(context, num_samples, guidance_scale, use_cache, choose)
         if self.conditioner is not None and not self.single_frame:
             raise ValueError(
                 f"rollout: expected subscale=[{self.grid[0]}, 1, 1], a frame at a time, of a prior with conditions, "
                 f"found {list(self.subscale)}"
             )
-        choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         frames = self._stream(
             context, told, num_samples, generator, guidance_scale, use_cache, no_progress(), choose=choose
         )
         return (frame.unflatten(0, (-1, num_samples)) for frame in frames)
 
-    def _check_sampling(self, context, num_samples, temperature, top_k, top_p, guidance_scale, use_cache):
-        check_sampling(temperature, top_k, top_p)
+    def _check_sampling(self, context, num_samples, guidance_scale, use_cache, choose):
+        check_sampling(**choose)
         check_guidance(guidance_scale, self)
         check_switches(use_cache=use_cache)
         check_codes(context, self.codebook_sizes, self.grid[1:], name="context")

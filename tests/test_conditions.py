@@ -291,6 +291,9 @@ def test_a_pipeline_tells_each_context_its_own():
         torch.testing.assert_close(alone[0], together[i])
     with pytest.raises(ValueError, match=r"conditions: action: expected \(2, 5\) \(5 frames\), found \(2, 4\)"):
         pipe(frames, 3, conditions={"action": actions[:, :4]})
+    for wrong in ({"action": actions[[0, 1, 1]]}, {"reward": 0}):  # of more contexts than there are, or no such name
+        with pytest.raises(ValueError, match="conditions: "):
+            pipe(frames, 3, conditions=wrong, generator=[generator(), generator()])
 
 
 KINDS = ["video_transformer", "st_pixelcnn", "recurrent_vae", "sde_diffusion", "residual_diffusion"]

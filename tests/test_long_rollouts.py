@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from tiny import random_clip, tiny_prior
+from tiny import Bar, random_clip, tiny_prior
 
 TRAINED = 4  # frames of the clips that the tiny priors are for
 LONG = 10 * TRAINED
@@ -24,26 +24,16 @@ PRIORS = [
 ]
 
 
-class LiveBytes:
+class LiveBytes(Bar):
     """A progress bar that looks at how much tensors made since it was made hold, at ``MEASURED`` of its steps."""
 
     def __init__(self):
         gc.collect()
         gc.freeze()  # what there is already is not looked at
-        self.peak, self.done, self.next = 0, 0, 0
-
-    def __call__(self, total):
-        self.total = total
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        return False
+        self.peak, self.next = 0, 0
 
     def update(self, n=1):
-        self.done += n
+        super().update(n)
         if self.done >= self.next:
             self.next = self.done + self.total / MEASURED
             self.measure()

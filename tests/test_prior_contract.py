@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import TINY_PRIORS, random_clip, tiny_prior
+from tiny import TINY_PRIORS, Bar, random_clip, tiny_prior
 
 from latentcast import Prior, load_model
 
@@ -106,22 +106,6 @@ def test_likelihood_is_that_of_the_future_only(prior):
 
 
 def test_progress_counts_to_its_total(prior):
-    class Bar:
-        done = 0
-
-        def __call__(self, total):
-            self.total = total
-            return self
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            return False
-
-        def update(self, n=1):
-            self.done += n
-
     bar = Bar()
     sample(prior, random_clip(prior, n_frames=2), 7, progress=bar)
     assert bar.done == bar.total > 0

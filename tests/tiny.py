@@ -221,3 +221,22 @@ def random_clip(prior, batch=2, n_frames=4, seed=0):
 def tiny_prior(name):
     torch.manual_seed(0)
     return TINY_PRIORS[name]().eval()
+
+
+class Bar:
+    """A progress bar that counts, as ``progress`` of a sampler."""
+
+    done = 0
+
+    def __call__(self, total):
+        self.total = total
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return False
+
+    def update(self, n=1):
+        self.done += n

@@ -34,6 +34,7 @@ from latentcast.metrics.frechet import MIN_EXTRAPOLATED
 from latentcast.metrics.statistics import ClipValues
 from latentcast.metrics.weights import find_weights
 from latentcast.modeling import eval_mode, fingerprint
+from latentcast.priors.base import as_keyword
 from latentcast.progress import Bar
 from latentcast.sizes import as_size, sides
 
@@ -247,7 +248,7 @@ class Evaluation:
                 found[f"{RECONSTRUCTION}.clip_mse"] = mse(*(self._seen(torch.cat(parts, 1)) for parts in both))
             if "bits" in self.metrics:
                 codes = self.pipe.encode(clips)
-                log_prob = self.pipe.prior.log_prob(codes, self.protocol.n_context, **_as_argument(told))
+                log_prob = self.pipe.prior.log_prob(codes, self.protocol.n_context, **as_keyword(told))
                 found[f"{MODEL}.bits"] = bits_per_dim(log_prob, codes[0, self.protocol.n_context :].shape)
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
@@ -308,7 +309,7 @@ class Evaluation:
             return self.protocol.divide(self.pipe.tokenizer.decode(latents).float().clamp(-1, 1))
         context, n_predicted = self.protocol.divide(clips)[0], self.protocol.n_predicted
         if name == DETERMINISTIC:
-            mean = self.pipe.prior.predict_mean(self.pipe.encode(context), n_predicted, **_as_argument(told))
+            mean = self.pipe.prior.predict_mean(self.pipe.encode(context), n_predicted, **as_keyword(told))
             return context, self.pipe.decode(mean[:, None])[:, 0]
         return context, BASELINES[name](context, n_predicted)
 
@@ -512,10 +513,6 @@ def fitting_futures(device, dataset, protocol):
     while futures > 1 and futures * bytes_each > room:
         futures //= 2
     return futures
-
-
-def _as_argument(told):
-    return {} if told is None else {"conditions": told}
 
 
 def check_fit(pipe, dataset, protocol):

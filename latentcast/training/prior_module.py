@@ -4,6 +4,8 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from torch.utils.data import default_collate
 
+from latentcast.priors.base import as_keyword
+
 from .module import TrainingModule
 
 LOOKED_AT = 64  # clips of the train split
@@ -72,4 +74,4 @@ class PriorModule(TrainingModule):
 
 def conditions_for(prior, batch):
     """What a prior is told of a batch, as an argument; {} for priors that are told nothing, which need not take it."""
-    return {"conditions": {name: batch["conditions"][name] for name in prior.conditions}} if prior.conditions else {}
+    return as_keyword({name: batch["conditions"][name] for name in prior.conditions} or None)
