@@ -180,6 +180,7 @@ def _become(argv, cwd, environment, outputs):
     os.environ.update(environment)
     tempfile.tempdir = None  # of the server's environment
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see loading.worker_context
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     multiprocessing.set_start_method(None, force=True)
     rank_zero_only.rank = int(environment.get("RANK", 0))  # Lightning looks when it is imported
     sys.argv = argv
