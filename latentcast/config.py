@@ -72,6 +72,11 @@ def config_root():
     return Path(next(iter(module.__path__)))
 
 
+def defaults():
+    """What ``configs/base.yaml`` says, as plain Python: every root key, as it stands where an experiment does not set it."""
+    return _read_yaml(config_root() / "base.yaml")
+
+
 def load_config(experiment, overrides=(), tool=None, go_on=False):
     """Compose an experiment.
 
@@ -128,7 +133,7 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
         else:
             settings.append((key, override_value(key, text)))
 
-    config = _to_config(_read_yaml(root / "base.yaml"), "base.yaml")
+    config = _to_config(defaults(), "base.yaml")
     for path in allowed:  # a flag, so that it is in no saved config
         config._set_flag(f"{ALLOW} {path}", True)
     for group in choices:

@@ -830,6 +830,10 @@ def test_what_resuming_applies_and_what_it_refuses_by_name(tmp_path):
             fit(tiny_config(tmp_path, *go_on, override))
     assert (run.run_dir / "config.yaml").read_text() == config and run.last.read_bytes() == checkpoint
 
+    older = last(run)  # of a version without some of the options
+    for key in ("conditions", "compile"):
+        del older["hyper_parameters"][key]
+    torch.save(older, run.last)
     lower = ["optimizer.lr=0.002", "optimizer.weight_decay=0.3", "trainer.precision=bf16-mixed", "batch_size=4"]
     _, module, run = fit(tiny_config(tmp_path, *go_on, *lower))
     rates = dict(curves(run)["train/lr"])

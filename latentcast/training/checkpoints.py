@@ -7,7 +7,7 @@ import pickle
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from latentcast.config import find_target
+from latentcast.config import defaults, find_target
 from latentcast.files import replacing
 from latentcast.yaml_text import flattened
 
@@ -125,9 +125,12 @@ def _under(name, prefixes):
 
 
 def _default(name, flat):
-    """What an option is where a config does not have it: the default of its group's class."""
+    """What an option is where a config, of an earlier version say, does not have it: the default of its group's class, or
+    of all experiments."""
     group, _, option = name.rpartition(".")
     target = flat.get(f"{group}._target_")
+    if target is None:
+        return flattened(defaults()).get(name)
     parameter = inspect.signature(find_target(target)).parameters.get(option) if target else None
     default = None if parameter is None or parameter.default is parameter.empty else parameter.default
     return list(default) if isinstance(default, tuple) else default
