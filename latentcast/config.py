@@ -73,7 +73,7 @@ def config_root():
 
 
 def defaults():
-    """What ``configs/base.yaml`` says, as plain Python: every root key, as it stands where an experiment does not set it."""
+    """``configs/base.yaml`` as plain Python: what each root key is where an experiment does not set it."""
     return _read_yaml(config_root() / "base.yaml")
 
 

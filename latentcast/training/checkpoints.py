@@ -125,8 +125,7 @@ def _under(name, prefixes):
 
 
 def _default(name, flat):
-    """What an option is where a config, of an earlier version say, does not have it: the default of its group's class, or
-    of all experiments."""
+    """What an option is where a config (of an earlier version, say) does not have it."""
     group, _, option = name.rpartition(".")
     target = flat.get(f"{group}._target_")
     if target is None:
