@@ -10,8 +10,9 @@ from tiny import TINY_TOKENIZERS, random_frames, tiny_tokenizer
 
 from latentcast import STPixelCNN, VideoPredictionPipeline, instantiate, load_config
 from latentcast.config import config_root
-from latentcast.layers.causal_attention import CausalWindowAttention, rotate, rotation_table
+from latentcast.layers.causal_attention import CausalWindowAttention
 from latentcast.layers.masked_convolutions import AxisCausalConv3d, shifted
+from latentcast.layers.positions import rotate, rotation_table
 from latentcast.priors.sampling import sliding_windows
 from latentcast.priors.st_pixelcnn import LayerState
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..sizes import nearest_divisors
 from .attention import attention
+from .positions import rotate, rotation_table
 
 
 class CausalWindowAttention(nn.Module):
@@ -116,24 +117,3 @@ class CausalWindowAttention(nn.Module):
         if span is None:
             logits = logits.masked_fill(slots > slot, -torch.inf)
         return x + self.to_out((logits.softmax(-1) @ values).view(len(x), -1))
-
-
-def rotate(x, cos, sin):
-    """Rotate pairs of channels (..., e) by cosines and signed sines of ``rotation_table``."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def rotation_table(grid, head_dim, longest=100.0):
-    """Cosines and signed sines of the rotation at every position of ``grid``, in raster order: (N, 2, head_dim).
-
-    Channels j and j + head_dim / 2 are a pair; pair j turns with axis j mod 3, at frequencies from 1 down to
-    1 / ``longest`` radians a position. A rotated vector is ``x * cos + x.roll(head_dim // 2, -1) * sin``.
-    """
-    half = head_dim // 2
-    pair = torch.arange(half)
-    per_axis = math.ceil(half / 3)
-    frequencies = longest ** -((pair // 3) / max(per_axis - 1, 1))
-    coordinates = torch.cartesian_prod(*(torch.arange(size, dtype=torch.float32) for size in grid)).view(-1, 3)
-    angles = coordinates[:, pair % 3] * frequencies  # (N, half)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)

@@ -1,4 +1,6 @@
-"""Position encodings over a (t, h, w) grid: fixed sinusoids and learned relative biases."""
+"""Position encodings over a (t, h, w) grid: fixed sinusoids, rotations and learned relative biases."""
+
+import math
 
 import torch
 from torch import nn
@@ -15,6 +17,29 @@ def sinusoidal_positions_3d(grid, dim):
     angles = torch.stack(axes, -1).flatten(0, 2)[..., None] * frequencies  # (N, 3, n)
     encoding = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
     return nn.functional.pad(encoding, (0, dim - encoding.shape[1]))
+
+
+def rotate(x, cos, sin):
+    """Rotate pairs of channels (..., e) by cosines and signed sines of ``rotation_table``."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def rotation_table(grid, head_dim, longest=100.0, start=0):
+    """Cosines and signed sines of the rotation at every position of ``grid``, in raster order: (N, 2, head_dim).
+
+    Channels j and j + head_dim / 2 are a pair; pair j turns with axis j mod 3, at frequencies from 1 down to
+    1 / ``longest`` radians a position. A rotated vector is ``x * cos + x.roll(head_dim // 2, -1) * sin``. The first
+    axis is counted from ``start`` on.
+    """
+    half = head_dim // 2
+    pair = torch.arange(half)
+    per_axis = math.ceil(half / 3)
+    frequencies = longest ** -((pair // 3) / max(per_axis - 1, 1))
+    axes = [torch.arange(first, first + size, dtype=torch.float32) for first, size in zip((start, 0, 0), grid)]
+    coordinates = torch.cartesian_prod(*axes).view(-1, 3)
+    angles = coordinates[:, pair % 3] * frequencies  # (N, half)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)
 
 
 class RelativeBias3D(nn.Module):

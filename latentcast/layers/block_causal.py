@@ -1,0 +1,178 @@
+"""A transformer over space and time in which a frame sees all of itself and of the past, and nothing of the future.
+
+Two streams of the same frames pass through one set of weights. In the **clean** stream stand frames as they are known;
+a frame there sees itself and earlier clean ones. In the **target** stream stand frames as they are on the way to be
+predicted (codes masked, numbers noised); a frame there sees itself and the clean frames before it. So one pass trains
+the prediction of every frame of a clip, each given the true past, in the place of a pass a frame. When futures are
+drawn, the keys and values of the clean stream are cached frame by frame.
+
+Rotary positions on the three axes (Su et al. 2021), RMS norm (Zhang and Sennrich 2019). A vector of each frame (its
+noise, its conditions) shifts, scales and gates every block by one map that all blocks share (PixArt's adaLN-single,
+Chen et al. 2023).
+
+Shape letters: B clips, t clean frames, s target frames, P positions of a frame in raster order, d width, m heads.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from latentcast.config import check_counts
+
+from .attention import attention
+from .positions import rotate, rotation_table
+
+
+@dataclass
+class Past:
+    """Keys and values of clean frames, of which ``n_seen`` have been; of each block (B, m, frames * P, e) twice."""
+
+    n_seen: int = 0
+    blocks: list = field(default_factory=list)
+
+    def repeat_interleave(self, n):
+        """The same past for ``n`` neighbouring rows each."""
+        return Past(self.n_seen, [[x.repeat_interleave(n, 0) for x in pair] for pair in self.blocks])
+
+
+@dataclass
+class Stream:
+    """Frames on their way through the blocks.
+
+    x: (B, s, P, d). first: index of the first frame. vectors: (B, s, 6, d), what the frames' vectors add to shift,
+    scale and gate of each half of a block. rotation: (2, s * P, e).
+    """
+
+    x: torch.Tensor
+    first: int
+    vectors: torch.Tensor
+    rotation: torch.Tensor
+
+
+class BlockCausalTransformer(nn.Module):
+    """The trunk of MaskedTransformer and FlowTransformer.
+
+    Args:
+        dim, n_layers, n_heads, head_dim: d, blocks, heads, and the width of each head (even).
+        grid: (h, w), positions of a frame.
+        window: frames that a frame sees, itself among them. Clips of at most so many are seen whole; in longer ones the
+            past is forgotten frame by frame.
+        expansion: of the feed-forward network.
+    Raises:
+        ValueError: a size that is no whole number of at least 1, or heads of an odd width.
+    """
+
+    def __init__(self, dim, n_layers, n_heads, head_dim, grid, window, expansion=4):
+        super().__init__()
+        check_counts(dim=dim, n_layers=n_layers, n_heads=n_heads, head_dim=head_dim, window=window, expansion=expansion)
+        if head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number, found {head_dim}")
+        self.grid, self.window, self.head_dim = tuple(grid), window, head_dim
+        self.blocks = nn.ModuleList(Block(dim, n_heads, head_dim, expansion, n_layers) for _ in range(n_layers))
+        self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        nn.init.normal_(self.modulate[1].weight, std=0.02)
+        nn.init.zeros_(self.modulate[1].bias)
+        self.norm = nn.RMSNorm(dim)
+
+    def forward(self, clean, target, clean_vectors, target_vectors):
+        """Features of the last s frames of a clip, each seen with the clean frames before it.
+
+        Args:
+            clean: (B, t, P, d), all frames but the last, which nothing sees. target: (B, s, P, d), the last s of the
+                t + 1 frames.
+            clean_vectors, target_vectors: (B, t, d) and (B, s, d).
+        Returns:
+            (B, s, P, d), normalised.
+        """
+        return self._run(Past(), clean, target, clean_vectors, target_vectors)[0]
+
+    def remember(self, past, clean, vectors):
+        """``past`` with the clean frames (B, t, P, d) that come next, and their vectors (B, t, d) -> Past, in which no
+        more is left than what the next frame sees."""
+        past = self._run(past, clean, None, vectors, None)[1]
+        n_kept = (self.window - 1) * clean.shape[2]
+        past.blocks = [[x[:, :, max(x.shape[2] - n_kept, 0) :] for x in pair] for pair in past.blocks]
+        return past
+
+    def predict(self, past, target, vectors):
+        """As ``forward``, of the frame (B, 1, P, d) that comes after ``past``, and its vector (B, 1, d)."""
+        return self._run(past, None, target, None, vectors)[0]
+
+    def _run(self, past, clean, target, clean_vectors, target_vectors):
+        n_positions = (target if clean is None else clean).shape[2]
+        n_seen = past.n_seen + (0 if clean is None else clean.shape[1])
+        clean, target = self._stream(clean, clean_vectors, n_seen), self._stream(target, target_vectors, n_seen + 1)
+        blocks = []
+        for index, block in enumerate(self.blocks):
+            keys, values = past.blocks[index] if past.blocks else (None, None)
+            if clean is not None:
+                query, key, value = block.project(clean)
+                keys = key if keys is None else torch.cat([keys, key], 2)
+                values = value if values is None else torch.cat([values, value], 2)
+            pair = [keys, values]
+            blocks.append(pair)
+            if clean is not None and index + 1 < len(self.blocks):  # of the last block there are looked at keys alone
+                attended = [
+                    attention(q, *self._seen(pair, frame, frame + 1, n_seen, n_positions))
+                    for frame, q in enumerate(query.split(n_positions, 2), clean.first)
+                ]
+                block.finish(clean, attended)
+            if target is not None:
+                parts, attended = [x.split(n_positions, 2) for x in block.project(target)], []
+                for frame, (q, *own) in enumerate(zip(*parts), target.first):
+                    seen = self._seen(pair, frame, frame, n_seen, n_positions)
+                    attended.append(attention(q, *(torch.cat(parts, 2) for parts in zip(seen, own))))
+                block.finish(target, attended)
+        return None if target is None else self.norm(target.x), Past(n_seen, blocks)
+
+    def _seen(self, pair, frame, stop, n_seen, n_positions):
+        """Of keys and values of the last clean frames before ``n_seen``, those of the ones before ``stop`` that
+        ``frame`` sees."""
+        kept_from = n_seen - pair[0].shape[2] // n_positions  # index of the first frame of which there are any
+        start = max(frame + 1 - self.window, kept_from)
+        return [x[:, :, (start - kept_from) * n_positions : (stop - kept_from) * n_positions] for x in pair]
+
+    def _stream(self, x, vectors, stop):
+        """The Stream of frames before ``stop``."""
+        if x is None:
+            return None
+        first = stop - x.shape[1]
+        table = rotation_table((x.shape[1], *self.grid), self.head_dim, start=first).to(x.device, x.dtype)
+        return Stream(x, first, self.modulate(vectors).unflatten(-1, (6, -1)), table.transpose(0, 1))
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward network, each after a norm that the frame's vector shifts and scales."""
+
+    def __init__(self, dim, n_heads, head_dim, expansion, n_layers):
+        super().__init__()
+        self.n_heads = n_heads
+        self.norms = nn.ModuleList(nn.RMSNorm(dim, elementwise_affine=False) for _ in range(2))
+        self.to_qkv = nn.Linear(dim, 3 * n_heads * head_dim, bias=False)
+        self.to_out = nn.Linear(n_heads * head_dim, dim, bias=False)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, expansion * dim), nn.GELU(approximate="tanh"), nn.Linear(expansion * dim, dim)
+        )
+        for layer in (self.to_out, self.feed_forward[2]):  # the sum over blocks keeps its size (GPT-2)
+            nn.init.normal_(layer.weight, std=(2 * n_layers * layer.in_features) ** -0.5)
+        # Shift, scale and gate of either half, to which the vector adds; at first every gate is open.
+        self.modulation = nn.Parameter(torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])[:, None].repeat(1, dim))
+
+    def project(self, stream):
+        """-> queries, keys and values, (B, m, s * P, e) each."""
+        shift, scale = self._modulation(stream, 0, 1)
+        y = self.norms[0](stream.x) * (1 + scale) + shift
+        q, k, v = self.to_qkv(y.flatten(1, 2)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        return rotate(q, *stream.rotation), rotate(k, *stream.rotation), v
+
+    def finish(self, stream, attended):
+        """Move the stream past this block, by what each of its frames attended to, (B, m, P, e)."""
+        attended = torch.stack(attended, 1).transpose(2, 3).flatten(3)  # (B, s, P, m e)
+        gate, shift, scale, feed_gate = self._modulation(stream, 2, 3, 4, 5)
+        x = stream.x + gate * self.to_out(attended)
+        stream.x = x + feed_gate * self.feed_forward(self.norms[1](x) * (1 + scale) + shift)
+
+    def _modulation(self, stream, *parts):
+        """(B, s, 1, d) each."""
+        return [(stream.vectors[:, :, i] + self.modulation[i])[:, :, None] for i in parts]
