@@ -39,6 +39,7 @@ _EXPORTS = {
     "VideoTransformer": "latentcast.priors.video_transformer",
     "ResidualDiffusion": "latentcast.priors.residual_diffusion",
     "STPixelCNN": "latentcast.priors.st_pixelcnn",
+    "MaskedTransformer": "latentcast.priors.masked_transformer",
     "RecurrentVAE": "latentcast.priors.recurrent_vae",
     "SDEDiffusion": "latentcast.priors.sde_diffusion",
     # sampling

@@ -1,0 +1,586 @@
+"""MaskedTransformer: the codes of a frame are drawn together, in a few steps, down their tree.
+
+No paper's. What it is made of: masked training and decoding by confidence (MaskGIT, Chang et al. 2022; of video MAGVIT,
+Yu et al. 2023), one level of codes after the other (SoundStorm, Borsos et al. 2023), and a transformer that is causal
+from frame to frame (``latentcast/layers/block_causal.py``) in which one pass trains all frames of a clip.
+
+    p(future | context) = prod_t p(frame t | frames < t)
+
+Of a frame some codes are known and the rest is masked. A position has levels (quantisation layers, codebooks, channels
+of pixels), and its **depth** is how many of them are known, from the coarsest on: a code is never known while its
+parent is masked, so every state on the way stands for a picture. The network sees a frame's state and all earlier
+frames, and gives of each masked position the probabilities of its next code, and of those below it given the path down
+to them.
+
+Training draws a level and a rate for each frame: of so many positions this level is masked, and of all positions what
+is below it. Sampling begins with nothing known, draws all masked codes at every step, and keeps some of them.
+
+Shape letters: B clips, s frames predicted, P positions of a frame in raster order, n levels, M rows of a sampler, d
+width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from latentcast.config import check_counts, is_whole, one_line
+from latentcast.layers.block_causal import BlockCausalTransformer, Past
+from latentcast.tokenizers.base import check_codes
+
+from .base import Prior, PriorOutput, need_codes, no_progress
+from .sampling import DRAWING, GUIDANCE, check_guidance, check_sampling, check_switches, draw, guided, is_number
+
+MASKINGS = ("tree", "flat")
+ORDERS = ("confidence", "random", "raster")
+CANVASES = ("last", "argmax")
+
+
+class MaskedTransformer(Prior):
+    """Masked decoding over the codes of any discrete tokenizer: one codebook, several side by side, or a tree.
+
+    Args:
+        latent_spec: ``FrameTokenizer.latent_spec`` of the tokenizer; codebooks, height and width are used.
+        n_frames: of the longest clip in training, at least 2: how far back the model sees.
+        dim, n_layers, n_heads, head_dim: of the transformer.
+        masking: "tree", level after level; "flat", where a position is masked all of its levels are.
+        corruption: in training a share of the codes before the predicted frame is replaced by random ones, as its own
+            mistakes will be. The share is drawn for each clip, from 0 to this, and told to the model.
+        conditions, condition_dropout: see Prior; what is told of a frame enters every block there.
+    Raises:
+        ValueError: a spec without codes, or an option that is out of range.
+    """
+
+    accepts = "codes"
+    explains = ("nats",)
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_spec,
+        n_frames=16,
+        dim=256,
+        n_layers=6,
+        n_heads=4,
+        head_dim=64,
+        masking="tree",
+        corruption=0.2,
+        conditions=None,
+        condition_dropout=0.1,
+    ):
+        super().__init__()
+        need_codes(latent_spec, "MaskedTransformer")
+        check_counts(least=2, n_frames=n_frames)
+        if masking not in MASKINGS:
+            raise ValueError(f"masking: expected one of {', '.join(MASKINGS)}, found {one_line(masking)}")
+        if not (is_number(corruption) and 0 <= corruption < 1):
+            raise ValueError(f"corruption: expected at least 0 and below 1, found {one_line(corruption)}")
+        self.codebook_sizes = sizes = list(latent_spec["codebook_sizes"])
+        self.grid = latent_spec["height"], latent_spec["width"]
+        self.n_positions, self.n_levels = math.prod(self.grid), len(sizes)
+        self.trunk = BlockCausalTransformer(dim, n_layers, n_heads, head_dim, self.grid, n_frames)
+        # Of a position stand in its place the sum of its known codes, and a vector for how many are known.
+        self.codes = nn.ModuleList(nn.Embedding(size, dim) for size in sizes)
+        self.depths = nn.Embedding(self.n_levels + 1, dim)
+        self.places = nn.Parameter(torch.zeros(self.n_positions, dim))
+        for weight, n_summed in ((self.depths.weight, 1), *((table.weight, self.n_levels) for table in self.codes)):
+            nn.init.normal_(weight, std=n_summed**-0.5)
+        nn.init.normal_(self.places, std=0.1)
+        # A frame's vector: as which it stands there, how corrupt the past is, and what is told.
+        self.as_clean, self.as_target = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
+        self.corrupt = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.make_conditioner(dim)
+        # The logits of a level, from the features and the path down to it.
+        self.path = nn.ModuleList(nn.Embedding(size, dim) for size in sizes[:-1])
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, size)) for size in sizes
+        )
+
+    # The network --------------------------------------------------------------------------------------------------
+
+    def embed(self, codes, depth):
+        """Codes (..., P, n) of which ``depth`` (..., P) levels are known -> (..., P, d)."""
+        known = depth[..., None] > torch.arange(self.n_levels, device=depth.device)  # (..., P, n)
+        x = self.depths(depth) + self.places
+        for i, table in enumerate(self.codes):
+            x = x + table(codes[..., i]) * known[..., i, None]
+        return x
+
+    def embed_clean(self, codes):
+        """Codes (..., P, n) that are all known -> (..., P, d)."""
+        return self.embed(codes, torch.full(codes.shape[:-1], self.n_levels, device=codes.device))
+
+    def vectors(self, stands_as, corruption, told=None):
+        """What tells the blocks of frames: corruption (B, 1) of the clips' past, told (B, s, d) or None -> (B, s,
+        d)."""
+        x = stands_as + self.corrupt(corruption.to(self.dtype))[:, None]
+        return x if told is None else x + told
+
+    def _both_vectors(self, corruption, told, n_context):
+        """Of the frames of both streams, where (B, t, d) or nothing is told of a clip."""
+        parts = (None, None) if told is None else (told[:, :-1], told[:, n_context:])
+        return [self.vectors(*each) for each in zip((self.as_clean, self.as_target), (corruption,) * 2, parts)]
+
+    def logits(self, features, i, codes):
+        """Logits of level i: features (..., d), codes (..., n), of which those above level i count -> (..., size)."""
+        for j in range(i):
+            features = features + self.path[j](codes[..., j])
+        return self.heads[i](features)
+
+    # Training -----------------------------------------------------------------------------------------------------
+
+    def forward(self, clip, n_context, conditions=None):
+        """Mean cross-entropy of the masked codes, in nats a code.
+
+        In eval mode masks and corruption are the same in every call (``eval_seed``), so that losses compare.
+
+        Args:
+            clip: (B, t, h, w, n) int64, t of at most ``n_frames``. n_context: context frames; the others are predicted,
+                all in one pass, each from the true frames before it.
+            conditions: see Prior.
+        Returns:
+            PriorOutput; ``logs`` has the bits a masked code, and of each level where there are several.
+        """
+        codes, told = self._check_clip(clip, n_context, conditions)
+        target, n_clips = codes[:, n_context:], len(codes)
+        generator = None if self.training else torch.Generator().manual_seed(self.eval_seed)
+        depth, masked = self._draw_masks(target.shape[:2], generator)
+        rate = self._rand((n_clips, 1), generator) * self.config.corruption
+        clean = self._corrupted(codes[:, :-1], rate, generator)
+        features = self.trunk(
+            self.embed_clean(clean),
+            self.embed(target, depth),
+            *self._both_vectors(rate, told, n_context),
+        )
+        features, target, depth = features[masked], target[masked], depth[masked]  # (N, d), (N, n), (N,)
+        total, n_codes, logs = 0, 0, {}
+        for i in range(self.n_levels):
+            here = depth <= i
+            nats = F.cross_entropy(
+                self.logits(features[here], i, target[here]).float(), target[here][:, i], reduction="sum"
+            )
+            count = here.sum()
+            total, n_codes = total + nats, n_codes + count
+            logs[f"bits_per_masked_code_{i + 1}"] = nats.detach() / count.clamp(min=1) / math.log(2)
+        loss = total / n_codes
+        logs = {"bits_per_masked_code": loss.detach() / math.log(2)} | (logs if self.n_levels > 1 else {})
+        return PriorOutput(loss=loss, logs=logs)
+
+    def _draw_masks(self, shape, generator):
+        """For frames of ``shape`` -> how many levels of each position are known, and of which the next is masked and to
+        be predicted (both (*shape, P)): with r uniform in [0, 1), of a share cos(pi r / 2), at least one."""
+        share = torch.cos(self._rand((*shape, 1), generator) * math.pi / 2)
+        order = self._rand((*shape, self.n_positions), generator).argsort(-1).argsort(-1)
+        masked = order < (share * self.n_positions).ceil()
+        if self.config.masking == "flat":
+            return (~masked) * self.n_levels, masked
+        level = (self._rand((*shape, 1), generator) * self.n_levels).long()
+        return level + ~masked, masked
+
+    def _corrupted(self, codes, rate, generator):
+        """Codes (B, t, P, n), of a share ``rate`` (B, 1) of the positions random ones from a random level down."""
+        wrong = self._rand(codes.shape[:3], generator) < rate[..., None]
+        level = (self._rand(codes.shape[:3], generator) * self.n_levels).long()
+        wrong = wrong[..., None] & (level[..., None] <= torch.arange(self.n_levels, device=codes.device))
+        sizes = torch.tensor(self.codebook_sizes, device=codes.device)
+        return torch.where(wrong, (self._rand(codes.shape, generator) * sizes).long(), codes)
+
+    def _rand(self, shape, generator=None):
+        """Uniform numbers in [0, 1) on the model's device, drawn on the generator's."""
+        device = self.device if generator is None else generator.device
+        return torch.rand(shape, generator=generator, device=device).to(self.device)
+
+    def _check_clip(self, clip, n_context, conditions):
+        """-> codes (B, t, P, n), what is told of the frames (B, t, d) or None."""
+        check_codes(clip, self.codebook_sizes, self.grid, name="clip")
+        if clip.shape[1] > self.config.n_frames:
+            raise ValueError(f"clip: expected at most {self.config.n_frames} frames (n_frames), found {clip.shape[1]}")
+        self.check_context(n_context, clip.shape[1])
+        return clip.flatten(2, 3), self.condition_vectors(conditions, *clip.shape[:2])
+
+    # Likelihood ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def log_prob(self, clip, n_context, conditions=None):
+        """Log-likelihood of the codes after the context when they are drawn one by one, in nats: (B, t, h, w, n) ->
+        (B,).
+
+        That of ``sample(order="raster", n_steps=...)`` with as many steps as there are codes in a frame (with flat
+        masking: positions): a proper distribution, of which each code costs a pass. ``log_prob_bound`` needs fewer.
+        """
+        return -self._nats(clip, n_context, conditions).flatten(1).sum(1)
+
+    @torch.no_grad()
+    def explain(self, clip, n_context, conditions=None, **options):
+        """As Prior's: ``nats`` of each code, drawn one by one, see ``log_prob``."""
+        return {"nats": self._nats(clip, n_context, conditions)}
+
+    def _nats(self, clip, n_context, conditions):
+        """(B, s, h, w, n): what each code costs, level after level in raster order."""
+        predict, target = self._from_true_past(clip, n_context, conditions)
+        nats = torch.zeros(target.shape, device=target.device)
+        for levels, _ in self._phases([1] * self.n_levels):
+            for place in range(self.n_positions):
+                known = torch.arange(self.n_positions, device=target.device) < place
+                depth = torch.where(known, levels[-1] + 1, levels[0]).expand(target.shape[:-1])
+                features = predict(depth)[:, :, place]
+                for i in levels:
+                    nats[:, :, place, i] = self._code_nats(features, i, target[:, :, place])
+        return nats.unflatten(2, self.grid)
+
+    @torch.no_grad()
+    def log_prob_bound(self, clip, n_context, conditions=None, n_draws=8, generator=None):
+        """An estimate of a lower bound of the log-likelihood, in nats -> (B,): the mean over all orders in which the
+        positions of a level might be drawn one by one (the any-order ELBO, Hoogeboom et al. 2022, Eq. 4),
+
+            sum over levels of P E_k E_(k positions masked) [mean over these of log p(code | what is known)], k = 1 ..
+            P.
+
+        Args:
+            n_draws: of k, spread evenly, and of masks for each level and frame; each is one pass.
+        """
+        check_counts(n_draws=n_draws)
+        predict, target = self._from_true_past(clip, n_context, conditions)
+        shape, total = target.shape[:2], 0
+        for levels, _ in self._phases([1] * self.n_levels):
+            for number in range(n_draws):
+                where = (number + self._rand((*shape, 1), generator)) / n_draws
+                n_masked = (where * self.n_positions).long() + 1  # 1 .. P
+                order = self._rand((*shape, self.n_positions), generator).argsort(-1).argsort(-1)
+                masked = order < n_masked
+                features = predict(torch.where(masked, levels[0], levels[-1] + 1))
+                nats = sum(self._code_nats(features, i, target) for i in levels) * masked
+                total = total - (nats.sum(-1) * self.n_positions / n_masked[..., 0]).sum(1) / n_draws
+        return total
+
+    def _from_true_past(self, clip, n_context, conditions):
+        """-> function of depths (B, s, P) -> features (B, s, P, d) of frames each seen with the true ones before it;
+        and the codes of these, (B, s, P, n)."""
+        codes, told = self._check_clip(clip, n_context, conditions)
+        none = codes.new_zeros(len(codes), 1)
+        clean, target = self.embed_clean(codes[:, :-1]), codes[:, n_context:]
+        vectors = self._both_vectors(none, told, n_context)
+        return lambda depth: self.trunk(clean, self.embed(target, depth), *vectors), target
+
+    def _code_nats(self, features, i, codes):
+        """Cross-entropy of the codes of level i: (..., d), (..., n) -> (...)."""
+        logits = self.logits(features, i, codes).float()
+        return F.cross_entropy(logits.flatten(0, -2), codes[..., i].flatten(), reduction="none").view(codes.shape[:-1])
+
+    # Sampling -----------------------------------------------------------------------------------------------------
+
+    def sampler_ranges(self):
+        return (
+            DRAWING
+            | GUIDANCE
+            | {
+                "n_steps": {"least": 1},
+                "order": {"choices": ORDERS},
+                "choice_temperature": {"least": 0},
+                "canvas": {"kind": None},
+                "doubt": {"least": 0, "most": 1},
+                "revise": {"least": 0, "most": self.n_positions},
+                "told_corruption": {"least": 0, "most": 1},
+            }
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        context,
+        n_frames,
+        *,
+        num_samples=1,
+        generator=None,
+        progress=None,
+        conditions=None,
+        n_steps=8,
+        steps=None,
+        order="confidence",
+        choice_temperature=4.5,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        canvas=None,
+        doubt=0.1,
+        revise=0,
+        told_corruption=0.0,
+        guidance_scale=1.0,
+        use_cache=True,
+    ):
+        """Continue codes (B, n_context, h, w, n) -> (B, num_samples, n_frames, h, w, n).
+
+        A frame costs a pass for each step, and one to remember it.
+
+        Args:
+            context: int64 codes, at least one frame. n_frames: how many to predict.
+            num_samples: futures for each context, which is read once.
+            generator: a ``torch.Generator`` for reproducible samples.
+            progress: a callable like ``tqdm``; counts steps.
+            conditions: see Prior.
+            n_steps: of a frame. The coarsest level gets what the others, with one each, leave; where there are fewer
+                steps than levels, all levels of a position are drawn in the same pass.
+            steps: in the place of ``n_steps``, a list: of each level; a level with 0 is drawn along with the one above
+            it.
+            order: which of the codes drawn are kept at a step: "confidence", the likeliest ones (MaskGIT), after Gumbel
+                noise that falls from ``choice_temperature`` to 0; "random"; "raster", the first ones, at even steps.
+                Without noise the likeliest codes are those of the last frame, and everything stands still.
+            temperature: divides the logits; 0 is greedy. top_k, top_p: truncate the distribution.
+            canvas: what a frame begins with: None, nothing; "last", the frame before; "argmax", the most likely code of
+                each position; or codes (B, k, h, w, n), of the k-th frame the last for all after it. A code of it stays
+                if its probability, given the past alone, is at least 1 - ``doubt``; the others are drawn.
+            revise: so many positions, those with the least probable codes, are drawn anew in the end, all of their
+            levels.
+            told_corruption: what the model is told of the share of wrong codes in the past, see ``corruption``.
+            guidance_scale: moves the logits away from those without conditions (above 1), or towards them.
+            use_cache: False reads the past anew for each frame (a reference for tests and benchmarks).
+        """
+        how = Decoding(
+            *(n_steps, steps, order, choice_temperature, temperature, top_k, top_p),
+            *(canvas, doubt, revise, told_corruption, guidance_scale, use_cache),
+        )
+        check_counts(n_frames=n_frames)
+        phases = self._check_sampling(context, num_samples, how)
+        told = self._told(conditions, len(context), context.shape[1] + n_frames)
+        with (progress or no_progress)(total=n_frames * how.n_calls(phases)) as bar:
+            frames = self._stream(context, told, num_samples, generator, how, phases, lambda *_: bar.update())
+            future = torch.stack([next(frames) for _ in range(n_frames)], 1)
+        return future.unflatten(0, (-1, num_samples))
+
+    def stream(self, context, told, *, num_samples, generator, **options):
+        """As Prior's; the last frames that the model sees are kept."""
+        how = Decoding(**options)
+        phases = self._check_sampling(context, num_samples, how)
+        frames = self._stream(context, told, num_samples, generator, how, phases, lambda *_: None)
+        return (frame.unflatten(0, (-1, num_samples)) for frame in frames)
+
+    def options_of(self, options, index, n_contexts, n_frames):
+        canvas = options.get("canvas")
+        if torch.is_tensor(canvas) and len(canvas) > 1:
+            options = options | {"canvas": canvas[index : index + 1]}
+        return super().options_of(options, index, n_contexts, n_frames)
+
+    def _check_sampling(self, context, num_samples, how):
+        """Refuse what cannot be sampled -> the phases of a frame."""
+        how.check(self)
+        check_counts(num_samples=num_samples)
+        check_codes(context, self.codebook_sizes, self.grid, name="context")
+        self.check_context(context.shape[1], context.shape[1] + 1)
+        if torch.is_tensor(how.canvas):
+            check_codes(how.canvas, self.codebook_sizes, self.grid, name="canvas")
+            if len(how.canvas) not in (1, len(context)) or not how.canvas.shape[1]:
+                raise ValueError(
+                    f"canvas: expected frames for each of {len(context)} contexts, or for all, found "
+                    f"{tuple(how.canvas.shape)}"
+                )
+        return self._phases(how.steps or self._spread(how.n_steps))
+
+    def _spread(self, n_steps):
+        """Steps of each level: the coarsest has what is left by one for each of the others."""
+        others = 1 if n_steps >= self.n_levels and self.config.masking == "tree" else 0
+        return [n_steps - others * (self.n_levels - 1)] + [others] * (self.n_levels - 1)
+
+    def _phases(self, steps):
+        """Steps of each level -> (levels, steps) of what is drawn together."""
+        if self.config.masking == "flat":
+            return [(list(range(self.n_levels)), sum(steps[:1]))]
+        phases = []
+        for level, n_steps in enumerate(steps):
+            if n_steps:
+                phases.append(([level], n_steps))
+            else:
+                phases[-1][0].append(level)
+        return phases
+
+    def _stream(self, context, told, num_samples, generator, how, phases, on_step):
+        """Yield predicted frames (B * num_samples, h, w, n), without an end.
+
+        With guidance every row is there twice, and the second time is told nothing, see ``guided``.
+        """
+        n_copies = 1 if how.guidance_scale == 1 else 2
+        rate = torch.full((1, 1), float(how.told_corruption), device=self.device)
+
+        def vector(stands_as, t, n):
+            """Of frame t, of all copies of the contexts, n rows each: (rows, 1, d)."""
+            rows = None if self.conditioner is None else told(t)[:, None]
+            if n_copies == 2:
+                rows = torch.cat([rows, self.conditioner.null.expand_as(rows)])
+            vectors = self.vectors(stands_as, rate, rows)
+            return vectors.expand(n_copies * len(context), -1, -1).repeat_interleave(n, 0)
+
+        codes = context.flatten(2, 3).repeat(n_copies, 1, 1, 1)
+        n_seen = codes.shape[1]
+        clean = self.embed_clean(codes)
+        vectors = torch.cat([vector(self.as_clean, t, 1) for t in range(n_seen)], 1)
+        past = self.trunk.remember(Past(), clean, vectors).repeat_interleave(num_samples)
+        all_frames = [(clean.repeat_interleave(num_samples, 0), vectors.repeat_interleave(num_samples, 0))]
+        last = context[:, -1].flatten(1, 2).repeat_interleave(num_samples, 0)
+        while True:
+            target_vector = vector(self.as_target, n_seen, num_samples)
+
+            def predict(codes, depth):
+                """Features (n_copies * M, P, d) of a state of the frame."""
+                x = self.embed(codes, depth)[:, None].repeat(n_copies, 1, 1, 1)
+                return self.trunk.predict(past, x, target_vector)[:, 0]  # noqa: B023
+
+            canvas = self._canvas(how.canvas, last, n_seen - context.shape[1])
+            last = self._decode(predict, len(last), canvas, how, phases, generator, on_step)
+            clean = self.embed_clean(last)[:, None].repeat(n_copies, 1, 1, 1)
+            clean_vector = vector(self.as_clean, n_seen, num_samples)
+            if how.use_cache:
+                past = self.trunk.remember(past, clean, clean_vector)
+            else:
+                all_frames.append((clean, clean_vector))
+                past = self.trunk.remember(Past(), *(torch.cat(parts, 1) for parts in zip(*all_frames)))
+            on_step(last, None)
+            n_seen += 1
+            yield last.unflatten(1, self.grid)
+
+    def _canvas(self, canvas, last, number):
+        """Codes (M, P, n) of the canvas of the ``number``-th predicted frame; "argmax" for those yet to be found."""
+        if canvas == "last":
+            return last
+        if torch.is_tensor(canvas):
+            codes = canvas[:, min(number, canvas.shape[1] - 1)].to(last.device).flatten(1, 2)
+            return codes.repeat_interleave(len(last) // len(codes), 0)
+        return canvas
+
+    def _decode(self, predict, n_rows, canvas, how, phases, generator, on_step):
+        """Draw a frame -> codes (M, P, n).
+
+        Args:
+            predict: function of codes (M, P, n) and depth (M, P) -> features, of all copies of the rows.
+            n_rows: M. canvas: of ``_canvas``.
+            on_step: called after each step with the codes, those not known yet as they were drawn last, and the depth.
+        """
+        codes = torch.zeros(n_rows, self.n_positions, self.n_levels, dtype=torch.long, device=self.device)
+        depth, sure = torch.zeros_like(codes[..., 0]), torch.zeros(codes.shape[:2], device=self.device)
+        for levels, n_steps in phases:
+            codes, depth, sure = self._draw_levels(
+                levels, n_steps, codes, depth, sure, predict, canvas, how, generator, on_step
+            )
+        if how.revise:
+            worst = sure.argsort(-1)[:, : how.revise]
+            depth, sure = depth.scatter(-1, worst, 0), sure.scatter(-1, worst, 0.0)
+            for levels, _ in phases:
+                codes, depth, sure = self._draw_levels(
+                    levels, 1, codes, depth, sure, predict, None, how, generator, on_step
+                )
+        return codes
+
+    def _draw_levels(self, levels, n_steps, codes, depth, sure, predict, canvas, how, generator, on_step):
+        """Draw these levels of all positions where they are masked, in ``n_steps`` steps -> codes, depth, and ``sure``
+        (M, P), the log-probability of each position's codes when they were drawn."""
+        first, last = levels[0], levels[-1] + 1
+        n_masked = (depth == first).sum(-1, keepdim=True)
+        for step in range(n_steps):
+            masked = depth == first
+            features = predict(codes, depth)
+            if step == 0 and canvas is not None:
+                kept, codes, chance = self._kept(canvas, levels, features, codes, masked, how)
+                depth, sure = torch.where(kept, last, depth), torch.where(kept, sure + chance, sure)
+                masked = masked & ~kept
+                n_masked = masked.sum(-1, keepdim=True)
+            drawn, chance = codes, 0
+            for i in levels:
+                logits = self._guided_logits(features, i, drawn, how)
+                uniform = self._rand(masked.shape, generator)
+                code = torch.where(masked, draw(logits, uniform, how.temperature, how.top_k, how.top_p), drawn[..., i])
+                drawn = torch.cat([drawn[..., :i], code[..., None], drawn[..., i + 1 :]], -1)
+                chance = chance + logits.log_softmax(-1).gather(-1, code[..., None])[..., 0]
+            done = (step + 1) / n_steps
+            if how.order == "raster":
+                score = -torch.arange(self.n_positions, device=self.device).expand(masked.shape).float()
+                n_left = (n_masked * (1 - done)).ceil()
+            else:
+                score = self._rand(masked.shape, generator)
+                if how.order == "confidence":
+                    gumbel = -(-score.clamp(1e-20).log()).clamp(1e-20).log()
+                    score = chance + how.choice_temperature * (1 - done) * gumbel
+                n_left = (n_masked * math.cos(done * math.pi / 2)).floor()
+            # The least likely stay masked; at every step one at least becomes known.
+            n_left = torch.minimum(n_left, masked.sum(-1, keepdim=True) - 1) if done < 1 else torch.zeros_like(n_left)
+            rank = score.masked_fill(~masked, torch.inf).argsort(-1).argsort(-1)
+            known = masked & (rank >= n_left)
+            codes, depth = drawn, torch.where(known, last, depth)
+            sure = torch.where(known, sure + chance, sure)
+            on_step(codes, depth)
+        return codes, depth, sure
+
+    def _kept(self, canvas, levels, features, codes, masked, how):
+        """Of which positions the canvas's codes are taken as known (M, P), the codes with these, and their
+        log-probabilities (M, P)."""
+        found, chance = codes, 0
+        for i in levels:
+            logits = self._guided_logits(features, i, found, how).log_softmax(-1)
+            code = logits.argmax(-1) if isinstance(canvas, str) else canvas[..., i]
+            found = torch.cat(
+                [found[..., :i], torch.where(masked, code, codes[..., i])[..., None], found[..., i + 1 :]], -1
+            )
+            chance = chance + logits.gather(-1, found[..., i, None])[..., 0]
+        kept = masked & (chance >= math.log(max(1 - how.doubt, torch.finfo(torch.float32).tiny)))
+        if not isinstance(canvas, str):  # its codes below others than those drawn mean something else
+            kept = kept & (codes[..., : levels[0]] == canvas[..., : levels[0]]).all(-1)
+        return kept, torch.where(kept[..., None], found, codes), chance
+
+    def _guided_logits(self, features, i, codes, how):
+        """Logits of level i of the rows (M, P, size), fp32, from the features of all their copies."""
+        if how.guidance_scale == 1:
+            return self.logits(features, i, codes).float()
+        return guided(self.logits(features, i, codes.repeat(2, 1, 1)).float(), how.guidance_scale)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How frames are drawn: the options of ``MaskedTransformer.sample``."""
+
+    n_steps: int
+    steps: list | None
+    order: str
+    choice_temperature: float
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    canvas: torch.Tensor | str | None
+    doubt: float
+    revise: int
+    told_corruption: float
+    guidance_scale: float
+    use_cache: bool
+
+    def check(self, prior):
+        """Refuse options out of their ranges."""
+        check_sampling(self.temperature, self.top_k, self.top_p)
+        check_guidance(self.guidance_scale, prior)
+        check_switches(use_cache=self.use_cache)
+        check_counts(n_steps=self.n_steps)
+        check_counts(0, revise=self.revise)
+        if self.revise > prior.n_positions:
+            raise ValueError(f"revise: expected 0 to {prior.n_positions} positions, found {self.revise}")
+        if self.steps is not None:
+            n = prior.n_levels
+            whole = isinstance(self.steps, (list, tuple)) and all(is_whole(each, 0) for each in self.steps)
+            if not whole or len(self.steps) != n or not self.steps[0]:
+                raise ValueError(
+                    f"steps: expected a whole number for each of {n} levels, the first at least 1, found "
+                    f"{one_line(self.steps)}"
+                )
+        if self.order not in ORDERS:
+            raise ValueError(f"order: expected one of {', '.join(ORDERS)}, found {one_line(self.order)}")
+        if not (self.canvas is None or torch.is_tensor(self.canvas) or self.canvas in CANVASES):
+            raise ValueError(
+                f"canvas: expected one of {', '.join(CANVASES)}, codes or None, found {one_line(self.canvas)}"
+            )
+        if not (is_number(self.choice_temperature) and self.choice_temperature >= 0):
+            raise ValueError(f"choice_temperature: expected a number >= 0, found {one_line(self.choice_temperature)}")
+        for name in ("doubt", "told_corruption"):
+            value = getattr(self, name)
+            if not (is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"{name}: expected a number from 0 to 1, found {one_line(value)}")
+
+    def n_calls(self, phases):
+        """Passes of the network for a frame: the steps, and one to remember it."""
+        return sum(n_steps for _, n_steps in phases) + (len(phases) if self.revise else 0) + 1
