@@ -40,6 +40,7 @@ _EXPORTS = {
     "ResidualDiffusion": "latentcast.priors.residual_diffusion",
     "STPixelCNN": "latentcast.priors.st_pixelcnn",
     "MaskedTransformer": "latentcast.priors.masked_transformer",
+    "FlowTransformer": "latentcast.priors.flow_transformer",
     "RecurrentVAE": "latentcast.priors.recurrent_vae",
     "SDEDiffusion": "latentcast.priors.sde_diffusion",
     # sampling

@@ -11,6 +11,7 @@ from latentcast.config import MisfitError, is_whole
 from latentcast.layers.conditions import ConditionEmbedding
 from latentcast.modeling import VideoModel, eval_mode
 from latentcast.sizes import nearest_fit
+from latentcast.tokenizers.base import check_frames, check_latents
 
 logger = logging.getLogger("latentcast")
 
@@ -211,6 +212,25 @@ class Prior(VideoModel):
             raise ValueError(f"n_context: expected at least {self.min_context}, found {n_context}")
         if n_context >= n_total:
             raise ValueError(f"n_context: expected fewer than the clip's {n_total} frames, found {n_context}")
+
+
+class ContinuousPrior(Prior):
+    """A prior over numbers: frames where ``latent_spec`` is of kind "pixels", else the latents of any tokenizer."""
+
+    @property
+    def accepts(self):
+        """The space of ``latent_spec``: "pixels" or "latents"."""
+        return "pixels" if self.config.latent_spec["kind"] == "pixels" else "latents"
+
+    def check_clip(self, clip, name="clip"):
+        """Refuse anything but a float (B, T, C, H, W) of the sizes in ``latent_spec``, pixels within [-1, 1]."""
+        spec = self.config.latent_spec
+        check = check_frames if self.accepts == "pixels" else check_latents
+        check(clip, spec["channels"], spec["height"], spec["width"], name=name)
+
+    def in_range(self, x):
+        """x, of pixels within [-1, 1]."""
+        return x.clamp(-1, 1) if self.accepts == "pixels" else x
 
 
 class Rollout:

@@ -28,18 +28,28 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from latentcast.config import check_counts, is_whole, one_line
-from latentcast.layers.block_causal import BlockCausalTransformer, Past
 from latentcast.tokenizers.base import check_codes
 
-from .base import Prior, PriorOutput, need_codes, no_progress
-from .sampling import DRAWING, GUIDANCE, check_guidance, check_sampling, check_switches, draw, guided, is_number
+from .base import PriorOutput, need_codes, no_progress
+from .block_causal import BlockCausalPrior, Memory
+from .sampling import (
+    DRAWING,
+    GUIDANCE,
+    check_guidance,
+    check_numbers,
+    check_sampling,
+    check_switches,
+    draw,
+    guided,
+    is_number,
+)
 
 MASKINGS = ("tree", "flat")
 ORDERS = ("confidence", "random", "raster")
 CANVASES = ("last", "argmax")
 
 
-class MaskedTransformer(Prior):
+class MaskedTransformer(BlockCausalPrior):
     """Masked decoding over the codes of any discrete tokenizer: one codebook, several side by side, or a tree.
 
     Args:
@@ -73,7 +83,6 @@ class MaskedTransformer(Prior):
     ):
         super().__init__()
         need_codes(latent_spec, "MaskedTransformer")
-        check_counts(least=2, n_frames=n_frames)
         if masking not in MASKINGS:
             raise ValueError(f"masking: expected one of {', '.join(MASKINGS)}, found {one_line(masking)}")
         if not (is_number(corruption) and 0 <= corruption < 1):
@@ -81,18 +90,12 @@ class MaskedTransformer(Prior):
         self.codebook_sizes = sizes = list(latent_spec["codebook_sizes"])
         self.grid = latent_spec["height"], latent_spec["width"]
         self.n_positions, self.n_levels = math.prod(self.grid), len(sizes)
-        self.trunk = BlockCausalTransformer(dim, n_layers, n_heads, head_dim, self.grid, n_frames)
+        self.make_trunk(self.grid, dim, n_layers, n_heads, head_dim, n_frames)
         # Of a position stand in its place the sum of its known codes, and a vector for how many are known.
         self.codes = nn.ModuleList(nn.Embedding(size, dim) for size in sizes)
         self.depths = nn.Embedding(self.n_levels + 1, dim)
-        self.places = nn.Parameter(torch.zeros(self.n_positions, dim))
         for weight, n_summed in ((self.depths.weight, 1), *((table.weight, self.n_levels) for table in self.codes)):
             nn.init.normal_(weight, std=n_summed**-0.5)
-        nn.init.normal_(self.places, std=0.1)
-        # A frame's vector: as which it stands there, how corrupt the past is, and what is told.
-        self.as_clean, self.as_target = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
-        self.corrupt = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.make_conditioner(dim)
         # The logits of a level, from the features and the path down to it.
         self.path = nn.ModuleList(nn.Embedding(size, dim) for size in sizes[:-1])
         self.heads = nn.ModuleList(
@@ -112,17 +115,6 @@ class MaskedTransformer(Prior):
     def embed_clean(self, codes):
         """Codes (..., P, n) that are all known -> (..., P, d)."""
         return self.embed(codes, torch.full(codes.shape[:-1], self.n_levels, device=codes.device))
-
-    def vectors(self, stands_as, corruption, told=None):
-        """What tells the blocks of frames: corruption (B, 1) of the clips' past, told (B, s, d) or None -> (B, s,
-        d)."""
-        x = stands_as + self.corrupt(corruption.to(self.dtype))[:, None]
-        return x if told is None else x + told
-
-    def _both_vectors(self, corruption, told, n_context):
-        """Of the frames of both streams, where (B, t, d) or nothing is told of a clip."""
-        parts = (None, None) if told is None else (told[:, :-1], told[:, n_context:])
-        return [self.vectors(*each) for each in zip((self.as_clean, self.as_target), (corruption,) * 2, parts)]
 
     def logits(self, features, i, codes):
         """Logits of level i: features (..., d), codes (..., n), of which those above level i count -> (..., size)."""
@@ -188,17 +180,10 @@ class MaskedTransformer(Prior):
         sizes = torch.tensor(self.codebook_sizes, device=codes.device)
         return torch.where(wrong, (self._rand(codes.shape, generator) * sizes).long(), codes)
 
-    def _rand(self, shape, generator=None):
-        """Uniform numbers in [0, 1) on the model's device, drawn on the generator's."""
-        device = self.device if generator is None else generator.device
-        return torch.rand(shape, generator=generator, device=device).to(self.device)
-
     def _check_clip(self, clip, n_context, conditions):
         """-> codes (B, t, P, n), what is told of the frames (B, t, d) or None."""
         check_codes(clip, self.codebook_sizes, self.grid, name="clip")
-        if clip.shape[1] > self.config.n_frames:
-            raise ValueError(f"clip: expected at most {self.config.n_frames} frames (n_frames), found {clip.shape[1]}")
-        self.check_context(n_context, clip.shape[1])
+        self.check_length(clip, n_context)
         return clip.flatten(2, 3), self.condition_vectors(conditions, *clip.shape[:2])
 
     # Likelihood ---------------------------------------------------------------------------------------------------
@@ -400,23 +385,19 @@ class MaskedTransformer(Prior):
 
         With guidance every row is there twice, and the second time is told nothing, see ``guided``.
         """
-        n_copies = 1 if how.guidance_scale == 1 else 2
-        rate = torch.full((1, 1), float(how.told_corruption), device=self.device)
+        copies = [(how.told_corruption, True), (how.told_corruption, False)][: 1 if how.guidance_scale == 1 else 2]
 
         def vector(stands_as, t, n):
             """Of frame t, of all copies of the contexts, n rows each: (rows, 1, d)."""
-            rows = None if self.conditioner is None else told(t)[:, None]
-            if n_copies == 2:
-                rows = torch.cat([rows, self.conditioner.null.expand_as(rows)])
-            vectors = self.vectors(stands_as, rate, rows)
-            return vectors.expand(n_copies * len(context), -1, -1).repeat_interleave(n, 0)
+            return self.copied_vectors(
+                stands_as, copies, None if self.conditioner is None else told(t), len(context), n
+            )
 
-        codes = context.flatten(2, 3).repeat(n_copies, 1, 1, 1)
-        n_seen = codes.shape[1]
-        clean = self.embed_clean(codes)
+        n_copies, n_seen = len(copies), context.shape[1]
+        memory = Memory(self.trunk, how.use_cache)
         vectors = torch.cat([vector(self.as_clean, t, 1) for t in range(n_seen)], 1)
-        past = self.trunk.remember(Past(), clean, vectors).repeat_interleave(num_samples)
-        all_frames = [(clean.repeat_interleave(num_samples, 0), vectors.repeat_interleave(num_samples, 0))]
+        memory.add(self.embed_clean(context.flatten(2, 3).repeat(n_copies, 1, 1, 1)), vectors)
+        memory.repeat_interleave(num_samples)
         last = context[:, -1].flatten(1, 2).repeat_interleave(num_samples, 0)
         while True:
             target_vector = vector(self.as_target, n_seen, num_samples)
@@ -424,17 +405,12 @@ class MaskedTransformer(Prior):
             def predict(codes, depth):
                 """Features (n_copies * M, P, d) of a state of the frame."""
                 x = self.embed(codes, depth)[:, None].repeat(n_copies, 1, 1, 1)
-                return self.trunk.predict(past, x, target_vector)[:, 0]  # noqa: B023
+                return self.trunk.predict(memory.past, x, target_vector)[:, 0]  # noqa: B023
 
             canvas = self._canvas(how.canvas, last, n_seen - context.shape[1])
             last = self._decode(predict, len(last), canvas, how, phases, generator, on_step)
             clean = self.embed_clean(last)[:, None].repeat(n_copies, 1, 1, 1)
-            clean_vector = vector(self.as_clean, n_seen, num_samples)
-            if how.use_cache:
-                past = self.trunk.remember(past, clean, clean_vector)
-            else:
-                all_frames.append((clean, clean_vector))
-                past = self.trunk.remember(Past(), *(torch.cat(parts, 1) for parts in zip(*all_frames)))
+            memory.add(clean, vector(self.as_clean, n_seen, num_samples))
             on_step(last, None)
             n_seen += 1
             yield last.unflatten(1, self.grid)
@@ -576,10 +552,7 @@ class Decoding:
             )
         if not (is_number(self.choice_temperature) and self.choice_temperature >= 0):
             raise ValueError(f"choice_temperature: expected a number >= 0, found {one_line(self.choice_temperature)}")
-        for name in ("doubt", "told_corruption"):
-            value = getattr(self, name)
-            if not (is_number(value) and 0 <= value <= 1):
-                raise ValueError(f"{name}: expected a number from 0 to 1, found {one_line(value)}")
+        check_numbers(0, 1, doubt=self.doubt, told_corruption=self.told_corruption)
 
     def n_calls(self, phases):
         """Passes of the network for a frame: the steps, and one to remember it."""

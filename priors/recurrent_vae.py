@@ -32,9 +32,8 @@ from latentcast.layers.multilevel import SteadyDecoder, n_halvings
 from latentcast.layers.vgg import VGGDecoder, VGGEncoder
 from latentcast.modeling import eval_mode
 from latentcast.sizes import nearest_multiples, size_text
-from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, no_progress
+from .base import ContinuousPrior, PriorOutput, no_progress
 from .sampling import check_switches
 
 NETWORKS = {
@@ -47,7 +46,7 @@ KL_REDUCTIONS = ("sum", "mean")
 ACTIVE = 0.01  # nats: a number of z whose KL is below this says nothing
 
 
-class RecurrentVAE(Prior):
+class RecurrentVAE(ContinuousPrior):
     """SVG-LP and HAF-SVG over pixels, or over the latents of any tokenizer.
 
     Over pixels, encoder and decoder are SVG's and everything is trained end to end; over latents, small convolutional
@@ -110,8 +109,7 @@ class RecurrentVAE(Prior):
         condition_dropout: float = 0.1,
     ):
         super().__init__()
-        self.over_pixels = latent_spec["kind"] == "pixels"
-        self.accepts = "pixels" if self.over_pixels else "latents"
+        self.over_pixels = self.accepts == "pixels"
         network = network or ("dcgan" if self.over_pixels else "latent")
         for name, value, known in (
             ("network", network, tuple(NETWORKS)),
@@ -163,7 +161,7 @@ class RecurrentVAE(Prior):
             the group), ``active_units`` and ``active_units_group_1`` ... (numbers of z with a KL of at least 0.01 nats;
             none: the group has collapsed onto the prior).
         """
-        self._check(clip, "clip")
+        self.check_clip(clip, "clip")
         self.check_context(n_context, clip.shape[1])
         B, T = clip.shape[:2]
         h, features = self.encoder(clip.to(self.dtype).flatten(0, 1))
@@ -211,7 +209,7 @@ class RecurrentVAE(Prior):
     @torch.no_grad()
     def explain(self, clip, n_context, *, generator=None, conditions=None, **options):
         """As Prior's: ``kl`` of each number of z, of all frames after the first; {} without z."""
-        self._check(clip, "clip")
+        self.check_clip(clip, "clip")
         self.check_context(n_context, clip.shape[1])
         if not self._z_dim:
             return {}
@@ -252,11 +250,6 @@ class RecurrentVAE(Prior):
     @property
     def _z_dim(self):
         return self.config.n_groups * self.config.group_dim
-
-    def _check(self, clip, name):
-        spec = self.config.latent_spec
-        check = check_frames if self.over_pixels else check_latents
-        check(clip, spec["channels"], spec["height"], spec["width"], name=name)
 
     # Sampling -----------------------------------------------------------------------------------------------------
 
@@ -339,7 +332,7 @@ class RecurrentVAE(Prior):
 
     def _check_sampling(self, context, n_frames, num_samples, z_groups, sample_batch, batch_statistics):
         """Refuse what cannot be sampled -> the values in ``z_groups``: group, from 0 -> (B, n_frames, group_dim)."""
-        self._check(context, "context")
+        self.check_clip(context, "context")
         check_counts(num_samples=num_samples, sample_batch=sample_batch)
         check_switches(batch_statistics=batch_statistics)
         B, n_context = context.shape[:2]
@@ -469,7 +462,7 @@ class RecurrentVAE(Prior):
             dict from group, counted from 1, to (B, T - 1, group_dim). ``sample(..., z_groups=...)`` takes those of the
             frames that it is to predict: reconstructed, or in between two clips where theirs are interpolated.
         """
-        self._check(clip, "clip")
+        self.check_clip(clip, "clip")
         self.check_context(1, clip.shape[1])
         B, T = clip.shape[:2]
         noise = self._noise((B, T - 1, self._z_dim), generator)

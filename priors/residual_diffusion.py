@@ -20,9 +20,8 @@ from latentcast.config import check_counts
 from latentcast.layers.linear_attention import LinearAttention
 from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResBlock, double, halve
 from latentcast.sizes import nearest_fit
-from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, check_widths, levels_for, no_progress
+from .base import ContinuousPrior, PriorOutput, check_widths, levels_for, no_progress
 from .denoising import SCHEDULERS, check_steps, denoise, make_scheduler, noise_schedule, noised, precise
 from .sampling import GUIDANCE, check_guidance, check_switches, guided
 
@@ -157,7 +156,7 @@ class DenoisingUNet(LevelNetwork):
         return self.to_noise(x)
 
 
-class ResidualDiffusion(Prior):
+class ResidualDiffusion(ContinuousPrior):
     """Residual Video Diffusion over pixels or over the latents of any tokenizer.
 
     The defaults are the paper's for 64 x 64 frames. For 128 x 128 (Table 3): ``width=64``,
@@ -294,20 +293,9 @@ class ResidualDiffusion(Prior):
             self.enable_gradient_checkpointing()
 
     @property
-    def accepts(self):
-        """The space of ``latent_spec``: "pixels" or "latents"."""
-        return "pixels" if self.config.latent_spec["kind"] == "pixels" else "latents"
-
-    @property
     def explains(self):
         """``mu`` and ``future``, where there is a mu."""
         return ("mu", "future") if self.config.residual else ()
-
-    def check_clip(self, clip, name="clip"):
-        """Refuse anything but a float (B, T, C, H, W) of the sizes in ``latent_spec``, pixels within [-1, 1]."""
-        spec = self.config.latent_spec
-        check = check_frames if self.accepts == "pixels" else check_latents
-        check(clip, spec["channels"], spec["height"], spec["width"], name=name)
 
     def save_pretrained(self, *args, **kwargs):
         """As in diffusers; the config has the number that ``sigma="auto"`` came to."""
@@ -565,7 +553,7 @@ class ResidualDiffusion(Prior):
                 clamp=self.config.residual_bound_sigmas or self._bound / sigma,
                 on_step=on_step,
             )
-            x = self._in_range(mu + sigma * y)
+            x = self.in_range(mu + sigma * y)
             yield x
             memory = self._read(x.to(self.dtype), t, memory, told, clips, is_guided)
 
@@ -583,7 +571,7 @@ class ResidualDiffusion(Prior):
         n_clips, n_context = context.shape[:2]
         self.check_context(n_context, n_context + n_frames)
         told = self._told(conditions, n_clips, n_context + n_frames)
-        return self._in_range(self._means(context, n_context, n_frames, told)).to(context.dtype)
+        return self.in_range(self._means(context, n_context, n_frames, told)).to(context.dtype)
 
     @torch.no_grad()
     def explain(self, clip, n_context, *, generator=None, conditions=None, guidance_scale=1.0, **options):
@@ -612,11 +600,8 @@ class ResidualDiffusion(Prior):
             if t >= n_context:
                 means.append(self.predict_frame(memory, guidance_scale)[0])
             if t == len(frames):
-                frames.append(self._in_range(means[-1]))
+                frames.append(self.in_range(means[-1]))
         return torch.stack(means, 1)
-
-    def _in_range(self, x):
-        return x.clamp(-1, 1) if self.accepts == "pixels" else x
 
     def _noise_predictor(self, context, guidance_scale, use_cache):
         """``predict(y, n)`` for the denoising steps of one frame; guided, the context has two rows for each of y's."""

@@ -31,9 +31,7 @@ def check_guidance(scale, prior):
     Raises:
         ValueError: a scale out of the range of ``GUIDANCE``, or other than 1 for a prior without conditions.
     """
-    least, most = GUIDANCE["guidance_scale"].values()
-    if not (is_number(scale) and least <= scale <= most):
-        raise ValueError(f"guidance_scale: expected a number from {least} to {most}, found {one_line(scale)}")
+    check_numbers(**GUIDANCE["guidance_scale"], guidance_scale=scale)
     if scale != 1 and prior.conditioner is None:
         raise ValueError(f"guidance_scale: expected 1 for a {type(prior).__name__} without conditions, found {scale}")
     return scale != 1
@@ -52,6 +50,13 @@ def is_number(value):
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # of a whole number
         return False
+
+
+def check_numbers(least, most, **numbers):
+    """Refuse what is no number from ``least`` to ``most``, by name."""
+    for name, value in numbers.items():
+        if not (is_number(value) and least <= value <= most):
+            raise ValueError(f"{name}: expected a number from {least} to {most}, found {one_line(value)}")
 
 
 def check_switches(**switches):

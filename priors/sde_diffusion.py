@@ -21,9 +21,8 @@ from latentcast.layers.conv_gru import ConvGRUCell
 from latentcast.layers.neural_sde import NeuralSDE, Path
 from latentcast.layers.spade_unet import SpadeUNet
 from latentcast.sizes import nearest_fit
-from latentcast.tokenizers.base import check_frames, check_latents
 
-from .base import Prior, PriorOutput, check_widths, levels_for, no_progress
+from .base import ContinuousPrior, PriorOutput, check_widths, levels_for, no_progress
 from .denoising import (
     SCHEDULERS,
     check_steps,
@@ -115,7 +114,7 @@ class MotionPosterior(nn.Module):
         return self.network(torch.cat([m, c], 1))
 
 
-class SDEDiffusion(Prior):
+class SDEDiffusion(ContinuousPrior):
     """STDiff over pixels or over the latents of any tokenizer.
 
     The defaults are the paper's for 64 x 64 RGB: 204.2M parameters, 201.9M with ``motion="ode"``.
@@ -262,10 +261,6 @@ class SDEDiffusion(Prior):
         if gradient_checkpointing:
             self.enable_gradient_checkpointing()
 
-    @property
-    def accepts(self):
-        return "pixels" if self.config.latent_spec["kind"] == "pixels" else "latents"
-
     # Motion -----------------------------------------------------------------------------------------------------
 
     def encode_motion(self, context):
@@ -307,7 +302,7 @@ class SDEDiffusion(Prior):
         Raises:
             ValueError: wrong shape or range. FloatingPointError: the motion exploded.
         """
-        self._check(clip, "clip")
+        self.check_clip(clip, "clip")
         self.check_context(n_context, clip.shape[1])
         config, batch, device = self.config, len(clip), clip.device
         n_future = clip.shape[1] - n_context
@@ -362,15 +357,10 @@ class SDEDiffusion(Prior):
             logs["motion_kl"] = kl.detach().mean()
         return PriorOutput(loss=loss, logs=logs)
 
-    def _check(self, clip, name):
-        spec = self.config.latent_spec
-        check = check_frames if self.accepts == "pixels" else check_latents
-        check(clip, spec["channels"], spec["height"], spec["width"], name=name)
-
     @torch.no_grad()
     def explain(self, clip, n_context, *, num_samples=1, generator=None, conditions=None, motion_seed=None, **options):
         """As Prior's: ``motion`` features at the last given frame and each frame after it, of ``num_samples`` paths."""
-        self._check(clip, "clip")
+        self.check_clip(clip, "clip")
         self.check_context(n_context, clip.shape[1])
         batch, n_frames = len(clip), clip.shape[1] - n_context
         seed = draw_seeds(generator)[0] if motion_seed is None else motion_seed
@@ -543,7 +533,7 @@ class SDEDiffusion(Prior):
         return move
 
     def _check_sampling(self, context, horizon, num_samples, scheduler, n_steps, guidance_scale, use_cache):
-        self._check(context, "context")
+        self.check_clip(context, "context")
         check_counts(num_samples=num_samples)
         check_switches(use_cache=use_cache)
         check_guidance(guidance_scale, self)
@@ -608,7 +598,7 @@ class SDEDiffusion(Prior):
                     clamp=1 if pixels else None,
                     on_step=lambda: bar.update(1),
                 )
-                previous = previous.clamp(-1, 1) if pixels else previous
+                previous = self.in_range(previous)
                 if number % rate == 0:
                     known = [*known[1:], previous]
                 yield previous

@@ -380,7 +380,7 @@ def test_mean_and_explanation_are_told_and_guided():
         assert torch.equal(found["future"], future)
         means = model._means(clip[:, :2], 2, 1, model._told(told, 2, 4), scale)[:, 0]
         torch.testing.assert_close(found["mu"][:, 0], means)
-        assert torch.allclose(model._in_range(means), mean[:, 0]) == (scale == 1)
+        assert torch.allclose(model.in_range(means), mean[:, 0]) == (scale == 1)
     model.train()  # what training leaves out, sampling does not
     model.conditioner.dropout = 0.9
     assert torch.equal(model.predict_mean(clip[:, :2], 2, told), mean)
