@@ -50,9 +50,8 @@ class BlockCausalPrior(Prior):
         vectors = []
         for damage, is_told in copies:
             rows = told if told is None or is_told else self.conditioner.null.expand_as(told)
-            damage = torch.full((1, 1), float(damage), device=self.device)
-            vector = self.vectors(stands_as, damage, None if rows is None else rows[:, None])
-            vectors.append(vector.expand(n_contexts, -1, -1))
+            damage = torch.full((n_contexts, 1), float(damage), device=self.device)
+            vectors.append(self.vectors(stands_as, damage, None if rows is None else rows[:, None]))
         return torch.cat(vectors).repeat_interleave(num_samples, 0)
 
     def check_length(self, clip, n_context):

@@ -12,7 +12,7 @@ from latentcast.config import one_line
 from .denoising import check_steps
 
 SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
-MOST_STEPS = 1000
+MOST_STEPS = 100  # of a path that is next to straight
 # Of ``make_scheduler``'s arguments, as ``Prior.sampler_ranges`` has them.
 RANGES = {
     "n_steps": {"least": 1, "most": MOST_STEPS},

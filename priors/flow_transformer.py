@@ -10,6 +10,10 @@ sibling of MaskedTransformer.
 
     x_s = (1 - s) x + s e,    loss = E |v(x_s, s, frames < t) - (e - x)|^2    for a frame x and noise e
 
+What the network says is the frame, v = (x_s - x) / s (Li and He 2025, "Back to basics"): what there is in a frame's
+patches, the past mostly tells, and noise, which a narrow network has to hand through, is nobody's to learn. Or it is v
+itself, as published.
+
 Shape letters: B clips, t clean frames, s frames predicted, P patches of a frame in raster order, M rows of a sampler,
 d width, n numbers in a patch.
 """
@@ -33,6 +37,8 @@ from .sampling import GUIDANCE, check_guidance, check_numbers, check_switches, i
 
 STARTS = ("noise", "previous")
 HISTORY_GUIDANCE = {"history_guidance_scale": GUIDANCE["guidance_scale"]}
+PREDICTIONS = ("sample", "velocity")
+LEAST_TIME = 0.05  # by which a predicted frame's error is divided at most (Li and He)
 TIME_CHANNELS = 256  # of the sinusoids of a time
 
 
@@ -47,6 +53,7 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
             divide the grid. None: the smallest with at most ``max_positions`` in a frame.
         max_positions: see ``patch``.
         dim, n_layers, n_heads, head_dim: of the transformer.
+        prediction_type: what the network says: "sample", the frame, or "velocity"; the loss is the velocity's.
         time_mean, time_std: of the normal numbers of which the logistic function gives the times of training: a larger
             mean means more noise.
         past_noise: in training the frames before the predicted one are noised a little, as its own predictions will be
@@ -68,6 +75,7 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
         n_layers=6,
         n_heads=4,
         head_dim=64,
+        prediction_type="sample",
         time_mean=0.0,
         time_std=1.0,
         past_noise=0.1,
@@ -76,6 +84,10 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
         condition_dropout=0.1,
     ):
         super().__init__()
+        if prediction_type not in PREDICTIONS:
+            raise ValueError(
+                f"prediction_type: expected one of {', '.join(PREDICTIONS)}, found {one_line(prediction_type)}"
+            )
         check_numbers(-10, 10, time_mean=time_mean)
         check_numbers(0.01, 10, time_std=time_std)
         for name, value in (("past_noise", past_noise), ("past_dropout", past_dropout)):
@@ -89,11 +101,12 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
         self.from_patch = nn.Linear(n_numbers, dim)
         self.sinusoids = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time = TimestepEmbedding(TIME_CHANNELS, dim)
-        # The last layer, at first 0: a frame's vector shifts and scales what it sees (DiT, Peebles and Xie 2023).
+        # The last layer, near 0 at first: the vector shifts and scales what it sees (DiT, Peebles and Xie 2023).
         self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
         self.to_patch = nn.Linear(dim, n_numbers)
+        nn.init.zeros_(self.modulate[1].weight)
+        nn.init.normal_(self.to_patch.weight, std=0.1 * dim**-0.5)
         for layer in (self.modulate[1], self.to_patch):
-            nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     # The network --------------------------------------------------------------------------------------------------
@@ -104,12 +117,14 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
         x = x.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)  # (..., P, n)
         return self.from_patch(x.to(self.dtype)) + self.places
 
-    def velocity(self, features, vectors):
-        """Features (..., P, d) of frames and their vectors (..., d) -> (..., C, H, W), at least fp32."""
+    def velocity(self, features, vectors, noisy, s):
+        """Features (..., P, d) of frames, their vectors (..., d), the frames x_s (..., C, H, W) and s, which broadcasts
+        to them -> their velocity, at least fp32."""
         shift, scale = self.modulate(vectors)[..., None, :].chunk(2, -1)
         x = precise(self.to_patch(features * (1 + scale) + shift))
         x = x.unflatten(-2, self.grid).unflatten(-1, (-1, *self.patch))  # (..., h, w, C, p, q)
-        return x.movedim((-5, -4), (-4, -2)).flatten(-2).flatten(-3, -2)
+        x = x.movedim((-5, -4), (-4, -2)).flatten(-2).flatten(-3, -2)
+        return x if self.config.prediction_type == "velocity" else velocity_to(x, noisy, s)
 
     def time_vectors(self, s):
         """Times (...) -> (..., d)."""
@@ -141,12 +156,14 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
         times = self._draw_times(target.shape[:2], generator)
         noise = self._rand(target.shape, generator, torch.randn)
         clean = interpolate(past, self._rand(past.shape, generator, torch.randn), level[..., None, None, None])
-        noisy = interpolate(target, noise, times[..., None, None, None])
+        s = times[..., None, None, None]
+        noisy = interpolate(target, noise, s)
         of_clean, of_target = self._both_vectors(level, told, n_context)
         of_target = of_target + self.time_vectors(times)
         of_clean = of_clean.expand(-1, past.shape[1], -1)
         features = self.trunk(self.embed(clean), self.embed(noisy), of_clean, of_target)
-        loss = F.mse_loss(self.velocity(features, of_target), noise - target)
+        wanted = noise - target if self.config.prediction_type == "velocity" else velocity_to(target, noisy, s)
+        loss = F.mse_loss(self.velocity(features, of_target, noisy, s), wanted)
         return PriorOutput(loss=loss, logs={"flow_loss": loss.detach()})
 
     def _draw_times(self, shape, generator):
@@ -275,10 +292,12 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
 
             def predict(x, s):
                 """The guided velocity of x (M, C, H, W)."""
-                vectors = of_target + self.time_vectors(torch.full((1, 1), s, device=self.device))  # noqa: B023
-                tokens = self.embed(x)[:, None].repeat(len(copies), 1, 1, 1)
-                features = self.trunk.predict(memory.past, tokens, vectors)
-                full, *others = self.velocity(features, vectors)[:, 0].chunk(len(copies))
+                x = x[:, None].repeat(len(copies), 1, 1, 1, 1)
+                s = torch.full((len(x), 1), s, device=self.device)
+                vectors = of_target + self.time_vectors(s)  # noqa: B023
+                features = self.trunk.predict(memory.past, self.embed(x), vectors)
+                velocity = self.velocity(features, vectors, x, s[..., None, None, None])[:, 0]
+                full, *others = velocity.chunk(len(copies))
                 return full + sum((scale - 1) * (full - other) for (*_, scale), other in zip(copies[1:], others))
 
             solver = how.scheduler_with_times()
@@ -287,6 +306,11 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
             last = self.in_range(follow(predict, x, solver, generator, on_pass))
             yield last
             x, ts, level, n, n_seen = last[:, None], [n_seen], how.told_noise, num_samples, n_seen + 1
+
+
+def velocity_to(x, noisy, s):
+    """The velocity at x_s that has the frame x at its end; near there as if it had further to go."""
+    return (noisy - x) / s.clamp(min=LEAST_TIME)
 
 
 @dataclass(frozen=True)
@@ -314,7 +338,7 @@ class Following:
             )
         check_switches(use_cache=self.use_cache)
         check_numbers(0, prior.config.past_noise, told_noise=self.told_noise)
-        if self.start not in STARTS:
+        if not isinstance(self.start, str) or self.start not in STARTS:
             raise ValueError(f"start: expected one of {', '.join(STARTS)}, found {one_line(self.start)}")
         for name in ("start_time", "shift"):
             least, most = (RANGES[name][end] for end in ("least", "most"))

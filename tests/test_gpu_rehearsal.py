@@ -50,6 +50,7 @@ IN_SAMPLING = {
     "recurrent_vae_latents": {},
     "recurrent_vae_vectors": {},
     "residual_diffusion_latents": {},
+    "flow_transformer_latents": {},
     "latent_sde_diffusion": {"down": 2},
     "sde_diffusion": {"down": 2},  # the second: whether the solution exploded
 }

@@ -21,6 +21,8 @@ PRIORS = [
     "ode_diffusion_latents",
     "residual_diffusion",
     "residual_diffusion_latents",
+    "flow_transformer",
+    "flow_transformer_latents",
 ]
 
 

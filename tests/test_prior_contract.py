@@ -78,8 +78,9 @@ def test_seeded_samples_are_reproducible_and_differ_otherwise(prior):
 
 def test_the_context_matters(prior):
     torch.manual_seed(1)
+    std = 0.5 if prior.accepts == "codes" else 0.2  # frames that are black or white all over look alike
     for parameter in prior.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+        torch.nn.init.normal_(parameter, std=std)
     one, other = (random_clip(prior, n_frames=2, seed=seed) for seed in (0, 1))
     assert not torch.equal(sample(prior, one, 3), sample(prior, other, 3))
 

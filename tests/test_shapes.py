@@ -15,6 +15,7 @@ from noise_benchmark import Noise
 from PIL import Image
 from tiny import (
     SMALL_DIFFUSERS,
+    SMALL_FLOW,
     SMALL_LOOKUP_FREE,
     SMALL_PIXELCNN,
     SMALL_RESIDUAL_DIFFUSION,
@@ -30,6 +31,7 @@ from video_files import encode
 import latentcast
 from latentcast import (
     DiffusersTokenizer,
+    FlowTransformer,
     Protocol,
     ResidualDiffusion,
     SDEDiffusion,
@@ -294,6 +296,8 @@ PRIORS = {
     "sde_diffusion_pixels": ("pixels", lambda spec: SDEDiffusion(spec, **SMALL_SDE_DIFFUSION)),
     "residual_diffusion": ("continuous", lambda spec: ResidualDiffusion(spec, **SMALL_RESIDUAL_DIFFUSION)),
     "residual_diffusion_pixels": ("pixels", lambda spec: ResidualDiffusion(spec, **SMALL_RESIDUAL_DIFFUSION)),
+    "flow_transformer": ("continuous", lambda spec: FlowTransformer(spec, **SMALL_FLOW)),
+    "flow_transformer_patches": ("pixels", lambda spec: FlowTransformer(spec, patch=2, **SMALL_FLOW)),
 }
 
 
@@ -306,7 +310,7 @@ def test_priors_take_any_grid_that_they_can_halve_or_name_the_nearest(name, heig
     except ValueError as error:
         found = str(error)
         assert "\n" not in found
-        if name in ("spatial", "windowed"):  # an option does not divide the grid
+        if name in ("spatial", "windowed", "flow_transformer_patches"):  # an option does not divide the grid
             assert re.search(r"the nearest are \[[\d, ]+\]$", found)
             return
         assert (height, width) != (12, 8)

@@ -11,6 +11,7 @@ from latentcast import (
     VQVAE,
     DCGANAutoencoder,
     DiffusersTokenizer,
+    FlowTransformer,
     PixelTokenizer,
     RecurrentVAE,
     ResidualDiffusion,
@@ -136,6 +137,13 @@ def small_residual_diffusion(tokenizer="continuous_pixel", **options):
     return ResidualDiffusion(TINY_TOKENIZERS[tokenizer]().latent_spec, **SMALL_RESIDUAL_DIFFUSION | options)
 
 
+SMALL_FLOW = {"n_frames": 4, "dim": 24, "n_layers": 1, "n_heads": 2, "head_dim": 8}
+
+
+def small_flow(tokenizer="continuous_pixel", **options):
+    return FlowTransformer(TINY_TOKENIZERS[tokenizer]().latent_spec, **SMALL_FLOW | options)
+
+
 TINY_PRIORS = {
     "video_transformer": lambda: VideoTransformer(CODES_SPEC, subscale=[4, 1, 1], **SMALL_TRANSFORMER),
     "video_transformer_spatial": lambda: VideoTransformer(CODES_SPEC, subscale=[1, 2, 2], **SMALL_TRANSFORMER),
@@ -151,6 +159,8 @@ TINY_PRIORS = {
     "ode_diffusion_latents": lambda: small_sde_diffusion("kl_vae", motion="ode", prediction_type="sample"),
     "residual_diffusion": small_residual_diffusion,
     "residual_diffusion_latents": lambda: small_residual_diffusion("kl_vae", learned_sigma=True, shared_step=False),
+    "flow_transformer": lambda: small_flow(patch=2),
+    "flow_transformer_latents": lambda: small_flow("kl_vae", patch=[2, 4]),
 }
 
 
@@ -184,6 +194,8 @@ TOLD_PRIORS = {
     "residual_diffusion_latents": lambda **told: small_residual_diffusion(
         "kl_vae", learned_sigma=True, shared_step=False, **told
     ),
+    "flow_transformer": lambda **told: small_flow(patch=2, **told),
+    "flow_transformer_latents": lambda **told: small_flow("kl_vae", patch=[2, 4], **told),
 }
 
 
