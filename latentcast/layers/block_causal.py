@@ -138,7 +138,8 @@ class BlockCausalTransformer(nn.Module):
         if x is None:
             return None
         first = stop - x.shape[1]
-        table = rotation_table((x.shape[1], *self.grid), self.head_dim, start=first).to(x.device, x.dtype)
+        table = rotation_table((x.shape[1], *self.grid), self.head_dim, start=first)
+        table = table.to(x.device, x.dtype, non_blocking=True)
         return Stream(x, first, self.modulate(vectors).unflatten(-1, (6, -1)), table.transpose(0, 1))
 
 
