@@ -41,6 +41,7 @@ MODELS = {
     "stdiff": ("prior", "stdiff_smmnist", 1, 10),
     "rvd": ("prior", "rvd_kth", 1, 8),
     "st_pixelcnn": ("prior", "shrvqvae_moving_mnist", 1, 16),
+    "flow": ("prior", "small/flow_transformer", 4, 64),
 }
 STEPS, WARM = 7, 2  # of which the first are left out
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -71,6 +71,7 @@ SIZES = {
             "head_dim": 8,
             "norm_groups": 4,
         },
+        "flow_transformer": {"max_positions": 16, "dim": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8},
     },
 }
 MATRIX = EXPERIMENT | {
@@ -86,7 +87,8 @@ MATRIX = EXPERIMENT | {
     "evaluation": {"baselines": ["copy_last_frame"]},
     "when": {
         group: {
-            name: {group: sizes} | (FEW_STEPS if name.endswith("diffusion") else {}) for name, sizes in sizes_of.items()
+            name: {group: sizes} | (FEW_STEPS if name.endswith("diffusion") or name == "flow_transformer" else {})
+            for name, sizes in sizes_of.items()
         }
         for group, sizes_of in SIZES.items()
     },
