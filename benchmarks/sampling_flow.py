@@ -12,9 +12,8 @@ N_FRAMES = 2
 
 @torch.no_grad()
 def flow():
-    """``flow_time_vs_stdiff``: seconds of a future of frames of 64 x 64 x 3 after 5, at the default sizes of both models
-    (FlowTransformer's at n_steps=8), over those of SDEDiffusion's default sampler. Models that were not trained take the
-    same time."""
+    """``flow_time_vs_stdiff``: seconds of a future of frames of 64 x 64 x 3 after 5 at n_steps=8, over those of SDEDiffusion's
+    default sampler, both at their default sizes. Models that were not trained take the same time."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = [FlowTransformer(RGB64, n_frames=15).eval().to(device), SDEDiffusion(RGB64).eval().to(device)]
@@ -27,7 +26,7 @@ def flow():
     )
     sizes = [f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M" for model in models]
     say(
-        f"flow: {N_FRAMES} frames of 64 x 64 x 3 on {device}: FlowTransformer ({sizes[0]} parameters, 8 steps) {ours:.2f} s, "
-        f"SDEDiffusion ({sizes[1]}) {theirs:.2f} s, {ratio:.3f} of the time (medians of 3, in turns)"
+        f"flow: {N_FRAMES} frames of 64 x 64 x 3 on {device}: FlowTransformer ({sizes[0]} parameters, 8 steps) "
+        f"{ours:.2f} s, SDEDiffusion ({sizes[1]}) {theirs:.2f} s, {ratio:.3f} of the time (medians of 3, in turns)"
     )
     return {"flow_time_vs_stdiff": ratio}

@@ -40,6 +40,7 @@ BLOCKS = {
     "norm_num_groups": 4,
 }
 LEVELS = ["encoder_block_out_channels", "decoder_block_out_channels", "num_encoder_blocks", "num_decoder_blocks"]
+STEPPING = ("residual_diffusion", "sde_diffusion", "flow_transformer")
 FEW_STEPS = {"preview": {"sampler": {"n_steps": 2}}}
 SIZES = {
     "tokenizer": {
@@ -86,10 +87,7 @@ MATRIX = EXPERIMENT | {
     "protocol": {"n_clips": 1, "n_predicted": 2, "n_samples": 2, "metrics": ["mse"]},
     "evaluation": {"baselines": ["copy_last_frame"]},
     "when": {
-        group: {
-            name: {group: sizes} | (FEW_STEPS if name.endswith("diffusion") or name == "flow_transformer" else {})
-            for name, sizes in sizes_of.items()
-        }
+        group: {name: {group: sizes} | (FEW_STEPS if name in STEPPING else {}) for name, sizes in sizes_of.items()}
         for group, sizes_of in SIZES.items()
     },
 }
