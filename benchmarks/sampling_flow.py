@@ -12,8 +12,8 @@ N_FRAMES = 2
 
 @torch.no_grad()
 def flow():
-    """``flow_time_vs_stdiff``: seconds of a future of frames of 64 x 64 x 3 after 5 at n_steps=8, over those of SDEDiffusion's
-    default sampler, both at their default sizes. Models that were not trained take the same time."""
+    """``flow_time_vs_stdiff``: seconds of a future of frames of 64 x 64 x 3 after 5 at n_steps=8, over those of
+    SDEDiffusion's default sampler, both at their default sizes. Models that were not trained take the same time."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = [FlowTransformer(RGB64, n_frames=15).eval().to(device), SDEDiffusion(RGB64).eval().to(device)]
