@@ -37,6 +37,7 @@ from .sampling import DRAWING, GUIDANCE, check_guidance, check_sampling, check_s
 MASKINGS = ("tree", "flat")
 ORDERS = ("confidence", "random", "raster")
 CANVASES = ("last", "argmax")
+IGNORED = -100  # in the place of a code
 
 
 class MaskedTransformer(Prior):
@@ -81,6 +82,7 @@ class MaskedTransformer(Prior):
         self.codebook_sizes = sizes = list(latent_spec["codebook_sizes"])
         self.grid = latent_spec["height"], latent_spec["width"]
         self.n_positions, self.n_levels = math.prod(self.grid), len(sizes)
+        self.register_buffer("sizes", torch.tensor(sizes), persistent=False)
         self.trunk = BlockCausalTransformer(dim, n_layers, n_heads, head_dim, self.grid, n_frames)
         # Of a position stand in its place the sum of its known codes, and a vector for how many are known.
         self.codes = nn.ModuleList(nn.Embedding(size, dim) for size in sizes)
@@ -88,7 +90,7 @@ class MaskedTransformer(Prior):
         self.places = nn.Parameter(torch.zeros(self.n_positions, dim))
         for weight, n_summed in ((self.depths.weight, 1), *((table.weight, self.n_levels) for table in self.codes)):
             nn.init.normal_(weight, std=n_summed**-0.5)
-        nn.init.normal_(self.places, std=0.1)
+        nn.init.normal_(self.places)
         # A frame's vector: as which it stands there, how corrupt the past is, and what is told.
         self.as_clean, self.as_target = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
         self.corrupt = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -155,14 +157,14 @@ class MaskedTransformer(Prior):
             self.embed(target, depth),
             *self._both_vectors(rate, told, n_context),
         )
-        features, target, depth = features[masked], target[masked], depth[masked]  # (N, d), (N, n), (N,)
         total, n_codes, logs = 0, 0, {}
         for i in range(self.n_levels):
-            here = depth <= i
-            nats = F.cross_entropy(
-                self.logits(features[here], i, target[here]).float(), target[here][:, i], reduction="sum"
-            )
-            count = here.sum()
+            predicted = masked & (depth <= i)
+            # All positions are looked at, and some do not count: to pick them would wait for a GPU.
+            codes = target[..., i].masked_fill(~predicted, IGNORED)
+            logits = self.logits(features, i, target).float()
+            nats = F.cross_entropy(logits.flatten(0, -2), codes.flatten(), ignore_index=IGNORED, reduction="sum")
+            count = predicted.sum()
             total, n_codes = total + nats, n_codes + count
             logs[f"bits_per_masked_code_{i + 1}"] = nats.detach() / count.clamp(min=1) / math.log(2)
         loss = total / n_codes
@@ -185,8 +187,7 @@ class MaskedTransformer(Prior):
         wrong = self._rand(codes.shape[:3], generator) < rate[..., None]
         level = (self._rand(codes.shape[:3], generator) * self.n_levels).long()
         wrong = wrong[..., None] & (level[..., None] <= torch.arange(self.n_levels, device=codes.device))
-        sizes = torch.tensor(self.codebook_sizes, device=codes.device)
-        return torch.where(wrong, (self._rand(codes.shape, generator) * sizes).long(), codes)
+        return torch.where(wrong, (self._rand(codes.shape, generator) * self.sizes).long(), codes)
 
     def _rand(self, shape, generator=None):
         """Uniform numbers in [0, 1) on the model's device, drawn on the generator's."""

@@ -16,6 +16,7 @@ from PIL import Image
 from tiny import (
     SMALL_DIFFUSERS,
     SMALL_LOOKUP_FREE,
+    SMALL_MASKED,
     SMALL_PIXELCNN,
     SMALL_RESIDUAL_DIFFUSION,
     SMALL_SDE_DIFFUSION,
@@ -30,6 +31,7 @@ from video_files import encode
 import latentcast
 from latentcast import (
     DiffusersTokenizer,
+    MaskedTransformer,
     Protocol,
     ResidualDiffusion,
     SDEDiffusion,
@@ -287,6 +289,7 @@ PRIORS = {
     "spatial": ("discrete", lambda spec: VideoTransformer(spec, subscale=[1, 2, 2], **SMALL_TRANSFORMER)),
     "st_pixelcnn": ("discrete", lambda spec: STPixelCNN(spec, **SMALL_PIXELCNN)),
     "windowed": ("discrete", lambda spec: STPixelCNN(spec, attention="windowed", window=[2, 3], **SMALL_PIXELCNN)),
+    "masked_transformer": ("discrete", lambda spec: MaskedTransformer(spec, **SMALL_MASKED)),
     "dcgan": ("pixels", lambda spec: small_recurrent_vae(spec, network="dcgan")),
     "vgg": ("pixels", lambda spec: small_recurrent_vae(spec, network="vgg", aligner="none")),
     "recurrent_vae_latents": ("continuous", lambda spec: small_recurrent_vae(spec, n_groups=2)),

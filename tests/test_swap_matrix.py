@@ -22,7 +22,7 @@ TOKENIZERS, PRIORS = (
 )
 CODES = {"vqvae", "sliced_vqvae", "hr_vqvae", "residual_vqvae", "fsq", "lfq", "diffusers_vq", "pixel"}
 VECTORS = {"dcgan", "vgg"}
-CODE_PRIORS = {"video_transformer", "st_pixelcnn"}
+CODE_PRIORS = {"video_transformer", "st_pixelcnn", "masked_transformer"}
 
 
 def fits(tokenizer, prior):
@@ -60,6 +60,7 @@ SIZES = {
     "prior": {
         "video_transformer": {"dim": 16, "embed_dim": 8, "n_heads": 2, "head_dim": 8, "n_layers": 1},
         "st_pixelcnn": {"dim": 8, "n_blocks": 1, "block_layers": 1, "n_heads": 2, "head_dim": 4},
+        "masked_transformer": {"dim": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8},
         "recurrent_vae": {"dim": 8, "hidden_channels": 4, "group_dim": 3, "cells": 12},
         "residual_diffusion": {"width": 16, "denoising_multipliers": [1, 2, 2], "transform_multipliers": [1, 2, 2]},
         "sde_diffusion": {
