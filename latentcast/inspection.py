@@ -410,6 +410,14 @@ def residual(subject):
     )
 
 
+def decoding(subject):
+    n = min(2, len(subject.names))
+    found = subject.explained(n)
+    steps = subject.pipe.decode(found["decoding"][:, None].long().to(subject.prior.device))[:, 0].cpu()
+    known = found["depth"] / found["decoding"].shape[-1]
+    return figures.decoding(subject.truth[:n, 0], steps, known, subject.names[:n], subject.title("Step by step"))
+
+
 def half_steps(subject):
     future = subject.predict(subject.context[:2], 2 * subject.truth.shape[1], fps_multiplier=2)[:, 0]
     parts = subject.context[:2], future, subject.truth[:2], subject.names[:2]
@@ -569,6 +577,7 @@ FIGURES = {
     "z_groups": _of_prior(z_groups, "end", "kl", "z_groups"),
     "motion": _of_prior(motion, "end", "motion", "motion_seed"),
     "residual": _of_prior(residual, "end", "mu"),
+    "decoding": _of_prior(decoding, "end", "decoding"),
     "half_steps": _of_prior(half_steps, "asked", option="fps_multiplier"),
     "drift": _of_prior(drift, "asked"),
     **{

@@ -163,7 +163,9 @@ class Prior(VideoModel):
         The names, those in ``explains``, say what: ``nats`` (B, T - n_context, h, w, n_codebooks), what each code
         costs; ``kl`` (B, T - 1, G, group_dim), nats of each number of the G groups of z; ``mu`` and ``future``
         (B, T - n_context, ...), the mean and what was drawn around it; ``motion`` (B, S, 1 + T - n_context, ...),
-        motion features from the last given frame on.
+        motion features from the last given frame on; ``decoding`` (B, n_steps, h, w, n_codebooks) and ``depth``
+        (B, n_steps, h, w), codes after each step in which the first frame is drawn, and how many of each position are
+        known.
 
         Args:
             clip, conditions: as for ``forward``. num_samples, generator: as for ``sample``, of priors that draw here.

@@ -56,7 +56,7 @@ class MaskedTransformer(Prior):
     """
 
     accepts = "codes"
-    explains = ("nats",)
+    explains = ("nats", "decoding", "depth")
 
     @register_to_config
     def __init__(
@@ -214,11 +214,6 @@ class MaskedTransformer(Prior):
         """
         return -self._nats(clip, n_context, conditions).flatten(1).sum(1)
 
-    @torch.no_grad()
-    def explain(self, clip, n_context, conditions=None, **options):
-        """As Prior's: ``nats`` of each code, drawn one by one, see ``log_prob``."""
-        return {"nats": self._nats(clip, n_context, conditions)}
-
     def _nats(self, clip, n_context, conditions):
         """(B, s, h, w, n): what each code costs, level after level in raster order."""
         predict, target = self._from_true_past(clip, n_context, conditions)
@@ -243,19 +238,47 @@ class MaskedTransformer(Prior):
         Args:
             n_draws: of k, spread evenly, and of masks for each level and frame; each is one pass.
         """
+        total = 0
+        for nats, masked in self._by_random_orders(clip, n_context, conditions, n_draws, generator):
+            share = masked.float().mean(2, keepdim=True)[..., None]
+            total = total - (nats * masked[..., None] / share).sum((1, 2, 3)) / n_draws
+        return total
+
+    def _by_random_orders(self, clip, n_context, conditions, n_draws, generator):
+        """Yield for each draw what the codes of a level (or of all) cost where they are masked, nats (B, s, P, n), 0 of
+        other levels; and where they are, (B, s, P): of k positions, k uniform in 1 .. P and spread evenly over the
+        draws."""
         check_counts(n_draws=n_draws)
         predict, target = self._from_true_past(clip, n_context, conditions)
-        shape, total = target.shape[:2], 0
         for levels, _ in self._phases([1] * self.n_levels):
             for number in range(n_draws):
-                where = (number + self._rand((*shape, 1), generator)) / n_draws
-                n_masked = (where * self.n_positions).long() + 1  # 1 .. P
-                order = self._rand((*shape, self.n_positions), generator).argsort(-1).argsort(-1)
-                masked = order < n_masked
+                where = (number + self._rand((*target.shape[:2], 1), generator)) / n_draws
+                order = self._rand(target.shape[:3], generator).argsort(-1).argsort(-1)
+                masked = order <= (where * self.n_positions).long()
                 features = predict(torch.where(masked, levels[0], levels[-1] + 1))
-                nats = sum(self._code_nats(features, i, target) for i in levels) * masked
-                total = total - (nats.sum(-1) * self.n_positions / n_masked[..., 0]).sum(1) / n_draws
-        return total
+                nats = torch.zeros(target.shape, device=target.device)
+                for i in levels:
+                    nats[..., i] = self._code_nats(features, i, target)
+                yield nats, masked
+
+    @torch.no_grad()
+    def explain(self, clip, n_context, *, num_samples=1, generator=None, conditions=None, n_draws=8, **options):
+        """As Prior's: ``nats`` of each code, as ``log_prob_bound`` estimates them; and of the first frame that is
+        predicted the states on the way to it, ``decoding`` (B, n_steps, h, w, n), in which codes that are not known yet
+        are as they were drawn last, and ``depth`` (B, n_steps, h, w), how many levels of each position are known."""
+        total = weights = 0
+        for nats, masked in self._by_random_orders(clip, n_context, conditions, n_draws, generator):
+            weight = (masked / masked.sum(2, keepdim=True))[..., None] * (nats != 0)
+            total, weights = total + nats * weight, weights + weight
+        states = []
+        how = Decoding(**self._sampling_defaults() | options)
+        context, told = clip[:, :n_context], self._told(conditions, *clip.shape[:2])
+        phases = self._check_sampling(context, 1, how)
+        next(self._stream(context, told, 1, generator, how, phases, lambda *state: states.append(state)))
+        drawn = states[: how.n_calls(phases) - 1]  # and then remembered
+        codes, depth = (torch.stack(each, 1).unflatten(2, self.grid) for each in zip(*drawn))
+        nats = total / weights.clamp(min=torch.finfo(torch.float32).tiny)
+        return {"nats": nats.unflatten(2, self.grid), "decoding": codes, "depth": depth}
 
     def _from_true_past(self, clip, n_context, conditions):
         """-> function of depths (B, s, P) -> features (B, s, P, d) of frames each seen with the true ones before it;
@@ -436,7 +459,7 @@ class MaskedTransformer(Prior):
             else:
                 all_frames.append((clean, clean_vector))
                 past = self.trunk.remember(Past(), *(torch.cat(parts, 1) for parts in zip(*all_frames)))
-            on_step(last, None)
+            on_step(last, torch.full_like(last[..., 0], self.n_levels))
             n_seen += 1
             yield last.unflatten(1, self.grid)
 

@@ -6,9 +6,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CODES_SPEC, TINY_PRIORS, random_clip, tiny_prior, told_prior
+from tiny import (
+    CODES_SPEC,
+    SMALL_MASKED,
+    TINY_PRIORS,
+    random_clip,
+    random_frames,
+    tiny_prior,
+    tiny_tokenizer,
+    told_prior,
+)
 
-from latentcast import MaskedTransformer
+from latentcast import MaskedTransformer, VideoPredictionPipeline
+from latentcast.inspection import ShownClips, Subject, draw, reasons
 from latentcast.layers.block_causal import BlockCausalTransformer, Past
 from latentcast.layers.positions import rotate, rotation_table
 
@@ -316,3 +326,71 @@ def test_a_canvas_of_another_size_is_refused():
         prior.sample(context, 1, canvas=context[[0, 0, 1]])
     with pytest.raises(ValueError, match="canvas: expected a grid"):
         prior.sample(context, 1, canvas=torch.zeros(2, 1, 3, 3, 2, dtype=torch.long))
+
+
+# Explained, and in a pipeline -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masking", ["tree", "flat"])
+def test_what_lies_behind_a_frame(masking):
+    prior = small((3, 4), height=3, width=4, masking=masking)
+    clip = random_clip(prior, n_frames=4)
+    found = prior.explain(clip, 2, generator=generator(), n_steps=5, revise=2)
+    n_steps = 5 + (2 if masking == "tree" else 1)
+    assert found["nats"].shape == (2, 2, 3, 4, 2) and (found["nats"] > 0).all()
+    assert found["decoding"].shape == (2, n_steps, 3, 4, 2) and found["depth"].shape == (2, n_steps, 3, 4)
+    bound = prior.log_prob_bound(clip, 2, n_draws=64, generator=generator())
+    many = prior.explain(clip, 2, generator=generator(), n_draws=64)["nats"]
+    assert torch.allclose(many.flatten(1).sum(1), -bound, rtol=0.05)
+    settings = {"n_steps": 5, "revise": 2}
+    drawn = generator()
+    for _ in prior._by_random_orders(clip, 2, None, 8, drawn):
+        pass  # takes its share of the generator's numbers
+    assert torch.equal(found["decoding"][:, -1], prior.sample(clip[:, :2], 1, generator=drawn, **settings)[:, 0, 0])
+
+
+def test_a_pipeline_decodes_layer_by_layer_and_takes_frames_as_canvas():
+    tokenizer = tiny_tokenizer("hr_vqvae")
+    torch.manual_seed(0)
+    prior = MaskedTransformer(tokenizer.latent_spec, **SMALL_MASKED).eval()
+    pipe = VideoPredictionPipeline(prior, tokenizer, n_context=2)
+    pipe.set_progress_bar_config(disable=True)
+    frames, canvas = random_frames(tokenizer, n_frames=2), random_frames(tokenizer, n_frames=1, seed=4)
+    settings = {"n_frames": 2, "n_steps": 4, "value_range": (-1, 1)}
+
+    def predict(**options):
+        return pipe(frames, generator=generator(), **settings, **options).frames
+
+    codes = predict(output_type="latent")
+    for n in (1, 2, 3):
+        expected = tokenizer.decode(codes[:, 0], n_layers=n)
+        torch.testing.assert_close(predict(output_layers=n)[:, 0], expected)
+    torch.testing.assert_close(predict(), predict(output_layers=3))
+    encoded = tokenizer.encode(canvas).codes
+    drawn = predict(canvas=canvas, doubt=1.0, output_type="latent")
+    assert torch.equal(drawn, encoded[:, None].expand(-1, -1, 2, -1, -1, -1))
+    each = pipe(
+        frames, generator=[generator(), generator()], canvas=canvas, doubt=1.0, output_type="latent", **settings
+    )
+    assert torch.equal(each.frames, drawn)
+    for layers in (0, 4, "one"):
+        with pytest.raises(ValueError, match=r"output_layers: expected 1 to 3, found"):
+            predict(output_layers=layers)
+    flat = tiny_tokenizer("vqvae")
+    pipe = VideoPredictionPipeline(MaskedTransformer(flat.latent_spec, **SMALL_MASKED).eval(), flat)
+    with pytest.raises(
+        ValueError, match=r"output_layers: expected a prior over codes in layers .*found MaskedTransformer"
+    ):
+        pipe(random_frames(flat, n_frames=2), 1, output_layers=1, value_range=(-1, 1))
+
+
+def test_the_steps_to_a_frame_are_drawn():
+    tokenizer = tiny_tokenizer("hr_vqvae")
+    prior = MaskedTransformer(tokenizer.latent_spec, **SMALL_MASKED).eval()
+    clips = ShownClips(random_frames(tokenizer, n_frames=4), 10.0, ["one", "two"])
+    subject = Subject(
+        clips, pipe=VideoPredictionPipeline(prior, tokenizer, n_context=2), n_context=2, sampler={"n_steps": 4}
+    )
+    assert reasons(subject, ["decoding", "losses"]) == {"decoding": None, "losses": None}
+    ((name, drawing),) = draw(subject, ["decoding"])
+    assert name == drawing.name == "decoding" and min(drawing.picture.size) > 50
