@@ -8,12 +8,20 @@ A slow side that is extrapolated from a measured slice of it is labelled so.
 from common import run_parts  # isort: skip  (sets the thread policy before torch loads)
 
 from sampling_lvt import lvt
+from sampling_masked import masked
 from sampling_recurrent_vae import recurrent_vae
 from sampling_rvd import rvd
 from sampling_st_pixelcnn import st_pixelcnn
 from sampling_stdiff import stdiff
 
-PARTS = {"lvt": lvt, "st_pixelcnn": st_pixelcnn, "recurrent_vae": recurrent_vae, "stdiff": stdiff, "rvd": rvd}
+PARTS = {
+    "lvt": lvt,
+    "st_pixelcnn": st_pixelcnn,
+    "recurrent_vae": recurrent_vae,
+    "stdiff": stdiff,
+    "rvd": rvd,
+    "masked": masked,
+}
 
 if __name__ == "__main__":
     run_parts(__doc__.splitlines()[0], PARTS)

@@ -45,7 +45,9 @@ class MaskedTransformer(Prior):
 
     Args:
         latent_spec: ``FrameTokenizer.latent_spec`` of the tokenizer; codebooks, height and width are used.
-        n_frames: of the longest clip in training, at least 2: how far back the model sees.
+        n_frames: of the longest clip in training, at least 2.
+        window: frames that each layer sees, the one being predicted among them, at least 2; None: ``n_frames``. Few
+            make a step cheaper, and through several layers more are seen.
         dim, n_layers, n_heads, head_dim: of the transformer.
         masking: "tree", level after level; "flat", where a position is masked all of its levels are.
         corruption: in training a share of the codes before the predicted frame is replaced by random ones, as its own
@@ -67,6 +69,7 @@ class MaskedTransformer(Prior):
         n_layers=6,
         n_heads=4,
         head_dim=64,
+        window=None,
         masking="tree",
         corruption=0.2,
         conditions=None,
@@ -74,7 +77,7 @@ class MaskedTransformer(Prior):
     ):
         super().__init__()
         need_codes(latent_spec, "MaskedTransformer")
-        check_counts(least=2, n_frames=n_frames)
+        check_counts(least=2, n_frames=n_frames, window=n_frames if window is None else window)
         if masking not in MASKINGS:
             raise ValueError(f"masking: expected one of {', '.join(MASKINGS)}, found {one_line(masking)}")
         if not (is_number(corruption) and 0 <= corruption < 1):
@@ -83,7 +86,7 @@ class MaskedTransformer(Prior):
         self.grid = latent_spec["height"], latent_spec["width"]
         self.n_positions, self.n_levels = math.prod(self.grid), len(sizes)
         self.register_buffer("sizes", torch.tensor(sizes), persistent=False)
-        self.trunk = BlockCausalTransformer(dim, n_layers, n_heads, head_dim, self.grid, n_frames)
+        self.trunk = BlockCausalTransformer(dim, n_layers, n_heads, head_dim, self.grid, window or n_frames)
         # Of a position stand in its place the sum of its known codes, and a vector for how many are known.
         self.codes = nn.ModuleList(nn.Embedding(size, dim) for size in sizes)
         self.depths = nn.Embedding(self.n_levels + 1, dim)

@@ -165,6 +165,7 @@ def test_clips_that_are_too_long_are_refused():
         ({"corruption": 1.0}, "corruption: expected at least 0 and below 1, found 1.0"),
         ({"head_dim": 5}, "head_dim: expected an even number, found 5"),
         ({"n_frames": 1}, "n_frames: expected"),
+        ({"window": 1}, "window: expected"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

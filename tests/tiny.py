@@ -146,7 +146,7 @@ TINY_PRIORS = {
     "st_pixelcnn_shared": lambda: STPixelCNN(CODES_SPEC, layers="shared", attention="factorised", **SMALL_PIXELCNN),
     "st_pixelcnn_windowed": lambda: STPixelCNN(CODES_SPEC, attention="windowed", window=2, **SMALL_PIXELCNN),
     "masked_transformer": lambda: MaskedTransformer(CODES_SPEC, **SMALL_MASKED),
-    "masked_transformer_flat": lambda: MaskedTransformer(CODES_SPEC, masking="flat", **SMALL_MASKED),
+    "masked_transformer_flat": lambda: MaskedTransformer(CODES_SPEC, masking="flat", window=3, **SMALL_MASKED),
     "recurrent_vae": lambda: small_recurrent_vae(PixelTokenizer(1, 8, 16, levels=None).latent_spec, n_groups=2),
     "svg_lp_vgg": lambda: small_recurrent_vae(PixelTokenizer(1, 8, 16).latent_spec, network="vgg", aligner="none"),
     "recurrent_vae_latents": lambda: small_recurrent_vae(CODES_SPEC, n_groups=3, aligner="encoder_value"),
