@@ -119,8 +119,7 @@ class MaskedTransformer(Prior):
         return self.embed(codes, torch.full(codes.shape[:-1], self.n_levels, device=codes.device))
 
     def vectors(self, stands_as, corruption, told=None):
-        """What tells the blocks of frames: corruption (B, 1) of the clips' past, told (B, s, d) or None -> (B, s,
-        d)."""
+        """Of frames, from the corruption (B, 1) of the clips' past and what is told (B, s, d) or None -> (B, s, d)."""
         x = stands_as + self.corrupt(corruption.to(self.dtype))[:, None]
         return x if told is None else x + told
 
@@ -164,9 +163,9 @@ class MaskedTransformer(Prior):
         for i in range(self.n_levels):
             predicted = masked & (depth <= i)
             # All positions are looked at, and some do not count: to pick them would wait for a GPU.
-            codes = target[..., i].masked_fill(~predicted, IGNORED)
+            wanted = target[..., i].masked_fill(~predicted, IGNORED)
             logits = self.logits(features, i, target).float()
-            nats = F.cross_entropy(logits.flatten(0, -2), codes.flatten(), ignore_index=IGNORED, reduction="sum")
+            nats = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
             count = predicted.sum()
             total, n_codes = total + nats, n_codes + count
             logs[f"bits_per_masked_code_{i + 1}"] = nats.detach() / count.clamp(min=1) / math.log(2)
@@ -209,8 +208,7 @@ class MaskedTransformer(Prior):
 
     @torch.no_grad()
     def log_prob(self, clip, n_context, conditions=None):
-        """Log-likelihood of the codes after the context when they are drawn one by one, in nats: (B, t, h, w, n) ->
-        (B,).
+        """Log-likelihood in nats of the codes after the context, drawn one by one: (B, t, h, w, n) -> (B,).
 
         That of ``sample(order="raster", n_steps=...)`` with as many steps as there are codes in a frame (with flat
         masking: positions): a proper distribution, of which each code costs a pass. ``log_prob_bound`` needs fewer.
@@ -235,8 +233,7 @@ class MaskedTransformer(Prior):
         """An estimate of a lower bound of the log-likelihood, in nats -> (B,): the mean over all orders in which the
         positions of a level might be drawn one by one (the any-order ELBO, Hoogeboom et al. 2022, Eq. 4),
 
-            sum over levels of P E_k E_(k positions masked) [mean over these of log p(code | what is known)], k = 1 ..
-            P.
+            sum over levels of P E_k E_(k positions masked) [mean over these of log p(code | known)], k = 1 .. P.
 
         Args:
             n_draws: of k, spread evenly, and of masks for each level and frame; each is one pass.
@@ -351,7 +348,7 @@ class MaskedTransformer(Prior):
             n_steps: of a frame. The coarsest level gets what the others, with one each, leave; where there are fewer
                 steps than levels, all levels of a position are drawn in the same pass.
             steps: in the place of ``n_steps``, a list: of each level; a level with 0 is drawn along with the one above
-            it.
+                it. With flat masking their sum counts.
             order: which of the codes drawn are kept at a step: "confidence", the likeliest ones (MaskGIT), after Gumbel
                 noise that falls from ``choice_temperature`` to 0; "random"; "raster", the first ones, at even steps.
                 Without noise the likeliest codes are those of the last frame, and everything stands still.
@@ -360,7 +357,7 @@ class MaskedTransformer(Prior):
                 each position; or codes (B, k, h, w, n), of the k-th frame the last for all after it. A code of it stays
                 if its probability, given the past alone, is at least 1 - ``doubt``; the others are drawn.
             revise: so many positions, those with the least probable codes, are drawn anew in the end, all of their
-            levels.
+                levels.
             told_corruption: what the model is told of the share of wrong codes in the past, see ``corruption``.
             guidance_scale: moves the logits away from those without conditions (above 1), or towards them.
             use_cache: False reads the past anew for each frame (a reference for tests and benchmarks).
@@ -413,7 +410,7 @@ class MaskedTransformer(Prior):
     def _phases(self, steps):
         """Steps of each level -> (levels, steps) of what is drawn together."""
         if self.config.masking == "flat":
-            return [(list(range(self.n_levels)), sum(steps[:1]))]
+            return [(list(range(self.n_levels)), sum(steps))]
         phases = []
         for level, n_steps in enumerate(steps):
             if n_steps:
@@ -425,7 +422,8 @@ class MaskedTransformer(Prior):
     def _stream(self, context, told, num_samples, generator, how, phases, on_step):
         """Yield predicted frames (B * num_samples, h, w, n), without an end.
 
-        With guidance every row is there twice, and the second time is told nothing, see ``guided``.
+        With guidance every row is there twice, and the second time is told nothing, see ``guided``. ``on_step`` is called
+        after each pass with the state of the frame: ``_decode``'s, and what is remembered.
         """
         n_copies = 1 if how.guidance_scale == 1 else 2
         rate = torch.full((1, 1), float(how.told_corruption), device=self.device)
