@@ -422,7 +422,8 @@ class MaskedTransformer(Prior):
     def _stream(self, context, told, num_samples, generator, how, phases, on_step):
         """Yield predicted frames (B * num_samples, h, w, n), without an end.
 
-        With guidance every row is there twice, and the second time is told nothing, see ``guided``. ``on_step`` is called
+        With guidance every row is there twice, and the second time is told nothing, see ``guided``. ``on_step`` is
+        called
         after each pass with the state of the frame: ``_decode``'s, and what is remembered.
         """
         n_copies = 1 if how.guidance_scale == 1 else 2
