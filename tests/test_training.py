@@ -230,6 +230,28 @@ def test_wherever_a_run_is_stopped_it_goes_on_with_the_right_weights_and_every_r
     assert rows(resumed) == rows(whole)
 
 
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(tmp_path, whole, caplog):
+    """And ends as a run that was never stopped. The damaged file does not take its place."""
+    with pytest.raises(RuntimeError):
+        chain(tiny_config(tmp_path, *CHAIN), StopAt("draw", 2, None))  # at step 8
+    folder = tmp_path / "run/tokenizer_training"
+    steps = [torch.load(folder / name, weights_only=True)["global_step"] for name in ("previous.ckpt", "last.ckpt")]
+    assert steps == [4, 6]
+    cut = (folder / "last.ckpt").read_bytes()[:-1000]
+    (folder / "last.ckpt").write_bytes(cut)
+    moments = Moments(tmp_path / "moments")
+    with caplog.at_level("WARNING", "latentcast"):
+        resumed, _ = chain(tiny_config(tmp_path, *CHAIN, "resume=true"), moments)
+    assert f"{folder / 'last.ckpt'}: damaged, cannot be resumed" in caplog.text
+    assert "the one before it is taken" in caplog.text
+    found, expected = last(resumed), last(whole)
+    for part in ("state_dict", "current_model_state"):
+        assert all(torch.equal(tensor, found[part][name]) for name, tensor in expected[part].items()), part
+    assert rows(resumed) == rows(whole)
+    for copy in moments.folder.glob("*/tokenizer_training/previous.ckpt"):
+        assert torch.load(copy, weights_only=True)["global_step"] >= 4
+
+
 class Moments(pl.Callback):
     """Copies what lies on the disk, which is all that kill -9 leaves, between any two things that a run writes."""
 
@@ -807,7 +829,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert last(run)["global_step"] == 2
-    assert {path.name for path in run.training_dir.iterdir()} <= {"last.ckpt", "best.ckpt"}
+    assert {path.name for path in run.training_dir.iterdir()} <= {"last.ckpt", "previous.ckpt", "best.ckpt"}
     figures, _, _ = fit(tiny_config(tmp_path, "resume=true"))
     assert figures["steps"] == 4
 
