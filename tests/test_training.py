@@ -252,6 +252,12 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(tmp_path, whole, caplog
         assert torch.load(copy, weights_only=True)["global_step"] >= 4
 
 
+def test_each_run_has_its_own_time_limit(tmp_path):
+    limits = ["trainer.max_steps=100000", "trainer.max_time=00:00:00:01", "lr_scheduler=null", "resume=true"]
+    first, second = (fit(tiny_config(tmp_path, *limits))[0]["steps"] for _ in range(2))
+    assert 0 < first < second < 100000
+
+
 class Moments(pl.Callback):
     """Copies what lies on the disk, which is all that kill -9 leaves, between any two things that a run writes."""
 

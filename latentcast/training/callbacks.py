@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pytorch_lightning.callbacks import Callback, WeightAveraging
+from pytorch_lightning.callbacks import Callback, Timer, WeightAveraging
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import AveragedModel
 
@@ -191,6 +191,10 @@ class LastCheckpoint(Callback):
                 keep_previous(self.path, self.previous)
             trainer.save_checkpoint(self.path, False)  # False: not the weights alone
             self._saved, self._keeps = state, True
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        """Forget how long earlier runs took: ``trainer.max_time`` is of this one."""
+        checkpoint["callbacks"].pop(Timer.__qualname__, None)
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         """Keep what the data is, and make Lightning's counters those of the end of a step."""
