@@ -176,33 +176,6 @@ class ShownClips:
         return cls(frames, dataset.fps, [dataset.videos[index].name for index in chosen], trained_on, conditions)
 
 
-class SharedEpoch(Dataset):
-    """A data set for loaders whose epoch lies in shared memory, so that persistent workers see it change."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch):
-        self.epoch.fill_(epoch)
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        self.dataset.set_epoch(int(self.epoch))
-        return view_item(self.dataset, index)
-
-    def item_name(self, index):
-        self.dataset.set_epoch(int(self.epoch))
-        return self.dataset.item_name(index)
-
-
-def view_item(dataset, index):
-    """``dataset[index]``, or what a data set has instead for those who copy at once (``view``)."""
-    return getattr(dataset, "view", dataset.__getitem__)(index)
-
-
 class ClipWindows:
     """Where the clips of an epoch lie in videos of the given lengths; see VideoDataset."""
 

@@ -449,6 +449,10 @@ class ShardReader:
         changed, kept or sent to another process."""
         return self._tensor(video)[start:stop:stride]
 
+    def array(self, video, start, stop, stride=1):
+        """The same as an array, where NumPy has the type; costs a third of that."""
+        return self._tensor(video).numpy()[start:stop:stride]
+
     def conditions(self, video, start, stop, stride=1):
         """name -> tensor: frames ``start:stop:stride`` of conditions per frame, the whole of others."""
         found = {}
@@ -533,6 +537,10 @@ class ClipReader:
     def frames(self, index, start=0, stop=None):
         """Frames ``start:stop`` of video ``index`` -> (stop - start, *frame_shape), as ShardReader gives them."""
         return self._reader.frames(*self._place(index, start, stop))
+
+    def array(self, index, start=0, stop=None):
+        """The same as an array; see ShardReader."""
+        return self._reader.array(*self._place(index, start, stop))
 
     def conditions(self, index, start=0, stop=None):
         """Conditions of the same frames; see VideoDataset."""
