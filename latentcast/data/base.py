@@ -182,9 +182,10 @@ class ClipWindows:
     def __init__(self, lengths, clip_length, split, seed):
         self.lengths, self.clip_length, self.split, self.seed = lengths, clip_length, split, seed
         self._ends = list(itertools.accumulate(n // clip_length for n in lengths))  # of each video's clips
+        self._numbers = range(self._ends[-1] if self._ends else 0)
 
     def __len__(self):
-        return self._ends[-1] if self._ends else 0
+        return len(self._numbers)
 
     def spread(self, n):
         """See VideoDataset."""
@@ -195,7 +196,7 @@ class ClipWindows:
 
     def place(self, index, epoch):
         """Clip number ``index`` -> (video, start, stop)"""
-        index = range(len(self))[index]  # from the end where it is negative; raises IndexError
+        index = self._numbers[index]  # from the end where it is negative; raises IndexError
         video = bisect.bisect_right(self._ends, index)
         start = (index - (self._ends[video - 1] if video else 0)) * self.clip_length
         if self.split == "train":
