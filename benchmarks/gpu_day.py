@@ -445,16 +445,19 @@ def train(report, experiment, overrides, device, preparing):
         row["stages"] = len(stages)
     if "error" in row:
         return
+    ending = ENDING
     for tool, share in stages:
         settings = [text for text in common if not text.startswith(("overwrite", "trainer.accelerator"))]
         step = None if tool == "encode_dataset" else experiments_step(report, experiment, overrides, tool, device)
         with report.row("training", tool) as row:
             limit = report.left() - ENDING / 4  # of all stages: what one takes too long for, those after it have less
             if tool != "encode_dataset":
-                row["seconds"] = int(max(limit * share - ENDING, 5))
+                row["seconds"] = int(max(limit * share - ending, 5))
                 settings = [*common, *in_time(load_config(experiment, overrides, tool=tool), row["seconds"], step)]
             command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), experiment, *settings]
+            began = time.monotonic()
             row["status"], output = run(command, report.folder / f"{tool}.txt", limit)
+            ending = max(ending, time.monotonic() - began - row.get("seconds", 0))  # what this machine takes for it
             if row["status"]:
                 raise RuntimeError((output.strip().splitlines() or ["no output"])[-1])
             row |= {k: v for k, v in json.loads(output.strip().splitlines()[-1]).items() if k in ("steps", "val")}
