@@ -461,7 +461,7 @@ def train(report, experiment, overrides, device, preparing):
             if row["status"]:
                 raise RuntimeError((output.strip().splitlines() or ["no output"])[-1])
             row |= {k: v for k, v in json.loads(output.strip().splitlines()[-1]).items() if k in ("steps", "val")}
-        if "error" in row:  # what comes next needs it
+        if "error" in row and tool != "train_prior":  # what comes next needs it; a pipeline may have been saved by then
             report.content["not_measured"].append(f"training after {tool}")
             return
     with report.row("training", "pipeline in bf16") as row:
