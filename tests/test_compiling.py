@@ -18,7 +18,13 @@ def compiled(model):
 
 
 @pytest.mark.parametrize(
-    "name, told", [("video_transformer", False), ("residual_diffusion", False), ("residual_diffusion", True)]
+    "name, told",
+    [
+        ("video_transformer", False),
+        ("masked_transformer", False),
+        ("residual_diffusion", False),
+        ("residual_diffusion", True),
+    ],
 )
 def test_a_priors_training_is_one_graph(name, told):
     torch.manual_seed(0)
