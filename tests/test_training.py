@@ -406,7 +406,7 @@ def test_best_weights_can_be_kept(tmp_path):
 
 
 def test_previews_do_not_change_the_training(tmp_path):
-    named = "preview.figures=[reconstructions, change_masks, code_frequencies, code_maps, futures]"
+    named = "preview.figures=[reconstructions, change_masks, code_frequencies, code_maps, training_tokenizer]"
     call_tool("train_tokenizer", tmp_path, f"run_dir={tmp_path}/a", "preview.every_n_steps=1", named)
     call_tool("train_tokenizer", tmp_path, f"run_dir={tmp_path}/b")
     a, b = (load_model(tmp_path / name / "tokenizer").state_dict() for name in "ab")
@@ -417,6 +417,7 @@ def test_previews_do_not_change_the_training(tmp_path):
         "a": sorted(f"step_{step:07d}{kind}.png" for step in (1, 2, 3, 4) for kind in kinds),
         "b": ["step_0000004.png"],  # the experiment names one
     }
+    assert [(tmp_path / name / "metrics/tokenizer_curves.png").exists() for name in "ab"] == [True, False]
 
 
 @pytest.mark.parametrize("clip_length, n_rows, n_columns", [(3, 4, 3), (1, 2, 2)])
@@ -536,6 +537,7 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
         "lr_scheduler.num_warmup_steps=2",
         "trainer.max_steps=6",
         "optimizer.lr=.01",
+        "preview.figures=null",
     ]
     _, _, run = fit(tiny_config(tmp_path, *overrides))
     figures = curves(run)
