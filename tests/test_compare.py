@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import runpy
-import sys
 from pathlib import Path
 
 import numpy as np

@@ -29,11 +29,11 @@ from latentcast.figures.sheets import BORDER, LINE
 from latentcast.zoo import export
 
 pytest.importorskip("selenium")
-from chromium import open_chromium  # noqa: E402
-from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+from chromium import open_chromium
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 if importlib.util.find_spec("gradio") is None:  # imported late: it takes seconds, of every process that collects tests
     pytest.skip("no gradio", allow_module_level=True)

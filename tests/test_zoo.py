@@ -1,7 +1,6 @@
 """Pipelines that are handed on: export, example clips, card, and the demo that predicts them."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
