@@ -537,9 +537,10 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
         "lr_scheduler.num_warmup_steps=2",
         "trainer.max_steps=6",
         "optimizer.lr=.01",
-        "preview.figures=null",
     ]
-    _, _, run = fit(tiny_config(tmp_path, *overrides))
+    config = tiny_config(tmp_path, *overrides)
+    config.preview.figures = None  # the default: all, the curves too
+    _, _, run = fit(config)
     figures = curves(run)
     expected = [0, 0.005, 0.01, 0.0075, 0.005, 0.0025]  # warm-up over 2 steps, then down to 0 at step 6
     assert [value for _, value in figures["train/lr"]] == pytest.approx(expected)
