@@ -434,7 +434,7 @@ def test_best_weights_can_be_kept(tmp_path):
 
 
 def test_previews_do_not_change_the_training(tmp_path):
-    named = "preview.figures=[reconstructions, change_masks, code_frequencies, code_maps, futures]"
+    named = "preview.figures=[reconstructions, change_masks, code_frequencies, code_maps, training_tokenizer]"
     call_tool("train_tokenizer", tmp_path, f"run_dir={tmp_path}/a", "preview.every_n_steps=1", named)
     call_tool("train_tokenizer", tmp_path, f"run_dir={tmp_path}/b")
     a, b = (load_model(tmp_path / name / "tokenizer").state_dict() for name in "ab")
@@ -445,6 +445,7 @@ def test_previews_do_not_change_the_training(tmp_path):
         "a": sorted(f"step_{step:07d}{kind}.png" for step in (1, 2, 3, 4) for kind in kinds),
         "b": ["step_0000004.png"],  # the experiment names one
     }
+    assert [(tmp_path / name / "metrics/tokenizer_curves.png").exists() for name in "ab"] == [True, False]
 
 
 @pytest.mark.parametrize("clip_length, n_rows, n_columns", [(3, 4, 3), (1, 2, 2)])
@@ -565,7 +566,9 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
         "trainer.max_steps=6",
         "optimizer.lr=.01",
     ]
-    _, _, run = fit(tiny_config(tmp_path, *overrides))
+    config = tiny_config(tmp_path, *overrides)
+    config.preview.figures = None  # the default: all, the curves too
+    _, _, run = fit(config)
     figures = curves(run)
     expected = [0, 0.005, 0.01, 0.0075, 0.005, 0.0025]  # warm-up over 2 steps, then down to 0 at step 6
     assert [value for _, value in figures["train/lr"]] == pytest.approx(expected)

@@ -243,7 +243,8 @@ class TrainingRun:
                 logger.info("%s holds step %d; resume=true goes on from there", self.last, trainer.global_step)
             raise KeyboardInterrupt from None
         finally:
-            if curves.is_file():
+            named = to_container(config.preview.figures)
+            if curves.is_file() and (named is None or f"training_{self.stage}" in named):
                 try:
                     plot_curves(curves, curves.with_name(f"{self.stage}_curves.png"))
                 except OSError as error:  # a picture; the trained model is still to be saved
