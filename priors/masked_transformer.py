@@ -467,12 +467,10 @@ class MaskedTransformer(Prior):
 
     def _canvas(self, canvas, last, number):
         """Codes (M, P, n) of the canvas of the ``number``-th predicted frame; "argmax" for those yet to be found."""
-        if canvas == "last":
-            return last
         if torch.is_tensor(canvas):
             codes = canvas[:, min(number, canvas.shape[1] - 1)].to(last.device).flatten(1, 2)
             return codes.repeat_interleave(len(last) // len(codes), 0)
-        return canvas
+        return last if canvas == "last" else canvas
 
     def _decode(self, predict, n_rows, canvas, how, phases, generator, on_step):
         """Draw a frame -> codes (M, P, n).
@@ -594,9 +592,10 @@ class Decoding:
                     f"steps: expected a whole number for each of {n} levels, the first at least 1, found "
                     f"{one_line(self.steps)}"
                 )
-        if self.order not in ORDERS:
+        if not isinstance(self.order, str) or self.order not in ORDERS:
             raise ValueError(f"order: expected one of {', '.join(ORDERS)}, found {one_line(self.order)}")
-        if not (self.canvas is None or torch.is_tensor(self.canvas) or self.canvas in CANVASES):
+        named = isinstance(self.canvas, str) and self.canvas in CANVASES
+        if not (self.canvas is None or torch.is_tensor(self.canvas) or named):
             raise ValueError(
                 f"canvas: expected one of {', '.join(CANVASES)}, codes or None, found {one_line(self.canvas)}"
             )
