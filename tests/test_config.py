@@ -493,7 +493,7 @@ def test_every_experiment_is_built(experiment, video_folder, tmp_path, monkeypat
     trainer = instantiate(config.trainer, logger=False, enable_checkpointing=False)
     assert trainer.max_steps == config.trainer.max_steps
     clip = instantiate(config.data)(split="train")[0]["frames"]
-    assert clip.shape == (config.clip_length, config.channels, config.frame_size, config.frame_size)
+    assert clip.shape == (config.clip_length, config.channels, height, width)
 
 
 @pytest.mark.parametrize(
