@@ -9,7 +9,6 @@ tools/figures.py and whoever else shows a model go through it.
 """
 
 import functools
-import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -352,7 +351,7 @@ def crps_maps(subject):
 def losses(subject):
     bits = subject.explained()["nats"].mean(0) / math.log(2)
     entropies = [math.log2(value) for value in _perplexities(subject)]
-    noun = "layer" if _is_hierarchical(subject) else "codebook"
+    noun = "layer" if subject.tokenizer.has_layers else "codebook"
     sizes, title = subject.prior.config.latent_spec["codebook_sizes"], subject.title("What a code costs")
     return figures.losses(bits, entropies, sizes, subject.n_context, title, noun)
 
@@ -464,7 +463,7 @@ def _count(clips):
 
 
 def _books(subject):
-    noun = "layer" if _is_hierarchical(subject) else "codebook"
+    noun = "layer" if subject.tokenizer.has_layers else "codebook"
     return [f"{noun} {number}" for number in range(1, len(subject.counts) + 1)]
 
 
@@ -496,11 +495,7 @@ def _changes_lack(subject):
 
 def _layers_lack(subject):
     lack = _codes_lack(subject)
-    return lack or (None if _is_hierarchical(subject) else f"{type(subject.tokenizer).__name__} has no layers")
-
-
-def _is_hierarchical(subject):
-    return "n_layers" in inspect.signature(subject.tokenizer.decode).parameters
+    return lack or (None if subject.tokenizer.has_layers else f"{type(subject.tokenizer).__name__} has no layers")
 
 
 def _latents_lack(subject):

@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import inspect
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -251,7 +250,7 @@ class VideoPredictionPipeline(VideoPipeline):
         if output_layers is None:
             return
         n = len(self.prior.config.latent_spec["codebook_sizes"])
-        if self.prior.accepts != "codes" or "n_layers" not in inspect.signature(self.tokenizer.decode).parameters:
+        if self.prior.accepts != "codes" or not self.tokenizer.has_layers:
             found = f"{type(self.prior).__name__} over {type(self.tokenizer or self.prior).__name__}"
             raise ValueError(f"output_layers: expected a prior over codes in layers (HRVQVAE), found {found}")
         if not is_whole(output_layers, 1) or output_layers > n:
