@@ -9,8 +9,6 @@ from sampling_st_pixelcnn import cached_seconds
 
 from latentcast import MaskedTransformer, instantiate, load_config
 
-N_STEPS = 8  # the sampler's default
-
 
 def masked():
     """S-HR-VQVAE's codes of Moving-MNIST, untrained: 10 -> 10 frames of 16 x 16 x 3 codes, by MaskedTransformer at its
@@ -27,7 +25,8 @@ def masked():
     model = MaskedTransformer(spec, n_frames=20).eval()
     for name, each in (("ST-PixelCNN", pixelcnn), ("MaskedTransformer", model)):
         say(f"{name}: {sum(p.numel() for p in each.parameters()) / 1e6:.1f}M parameters")
-    calls = math.prod(model.grid) * model.n_levels, N_STEPS + 1
+    n_steps = model.sampler_options()["n_steps"].default
+    calls = math.prod(model.grid) * model.n_levels, n_steps + 1
     ratios = {"masked_calls_vs_pixelcnn": calls[0] / calls[1]}
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:

@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
 from latentcast.config import MisfitError, is_whole
@@ -260,6 +261,11 @@ def check_widths(**lists):
     for name, values in lists.items():
         if not values or not all(is_whole(value, 1) for value in values):
             raise ValueError(f"{name}: expected whole numbers of at least 1, found {list(values)}")
+
+
+def code_nats(logits, codes):
+    """What each code costs, its cross-entropy in nats, fp32: logits (..., size), codes (...) -> (...)."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), codes.flatten(), reduction="none").view(codes.shape)
 
 
 def need_codes(latent_spec, who):

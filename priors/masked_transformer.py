@@ -31,7 +31,7 @@ from latentcast.config import check_counts, is_whole, one_line
 from latentcast.layers.block_causal import BlockCausalTransformer, Past
 from latentcast.tokenizers.base import check_codes
 
-from .base import Prior, PriorOutput, need_codes, no_progress
+from .base import Prior, PriorOutput, code_nats, need_codes, no_progress
 from .sampling import DRAWING, GUIDANCE, check_guidance, check_sampling, check_switches, draw, guided, is_number
 
 MASKINGS = ("tree", "flat")
@@ -177,8 +177,7 @@ class MaskedTransformer(Prior):
         """For frames of ``shape`` -> how many levels of each position are known, and of which the next is masked and to
         be predicted (both (*shape, P)): with r uniform in [0, 1), of a share cos(pi r / 2), at least one."""
         share = torch.cos(self._rand((*shape, 1), generator) * math.pi / 2)
-        order = self._rand((*shape, self.n_positions), generator).argsort(-1).argsort(-1)
-        masked = order < (share * self.n_positions).ceil()
+        masked = ranks(self._rand((*shape, self.n_positions), generator)) < (share * self.n_positions).ceil()
         if self.config.masking == "flat":
             return (~masked) * self.n_levels, masked
         level = (self._rand((*shape, 1), generator) * self.n_levels).long()
@@ -224,8 +223,7 @@ class MaskedTransformer(Prior):
                 known = torch.arange(self.n_positions, device=target.device) < place
                 depth = torch.where(known, levels[-1] + 1, levels[0]).expand(target.shape[:-1])
                 features = predict(depth)[:, :, place]
-                for i in levels:
-                    nats[:, :, place, i] = self._code_nats(features, i, target[:, :, place])
+                nats[:, :, place, levels] = self._level_nats(levels, features, target[:, :, place])
         return nats.unflatten(2, self.grid)
 
     @torch.no_grad()
@@ -239,38 +237,34 @@ class MaskedTransformer(Prior):
             n_draws: of k, spread evenly, and of masks for each level and frame; each is one pass.
         """
         total = 0
-        for nats, masked in self._by_random_orders(clip, n_context, conditions, n_draws, generator):
+        for _, nats, masked in self._by_random_orders(clip, n_context, conditions, n_draws, generator):
             share = masked.float().mean(2, keepdim=True)[..., None]
             total = total - (nats * masked[..., None] / share).sum((1, 2, 3)) / n_draws
         return total
 
     def _by_random_orders(self, clip, n_context, conditions, n_draws, generator):
-        """Yield for each draw what the codes of a level (or of all) cost where they are masked, nats (B, s, P, n), 0 of
-        other levels; and where they are, (B, s, P): of k positions, k uniform in 1 .. P and spread evenly over the
-        draws."""
+        """Yield for each draw a level (or all), what its codes cost where they are masked, nats (B, s, P, len(levels)),
+        and where they are, (B, s, P): of k positions, k uniform in 1 .. P and spread evenly over the draws."""
         check_counts(n_draws=n_draws)
         predict, target = self._from_true_past(clip, n_context, conditions)
         for levels, _ in self._phases([1] * self.n_levels):
             for number in range(n_draws):
                 where = (number + self._rand((*target.shape[:2], 1), generator)) / n_draws
-                order = self._rand(target.shape[:3], generator).argsort(-1).argsort(-1)
-                masked = order <= (where * self.n_positions).long()
+                masked = ranks(self._rand(target.shape[:3], generator)) <= (where * self.n_positions).long()
                 features = predict(torch.where(masked, levels[0], levels[-1] + 1))
-                nats = torch.zeros(target.shape, device=target.device)
-                for i in levels:
-                    nats[..., i] = self._code_nats(features, i, target)
-                yield nats, masked
+                yield levels, self._level_nats(levels, features, target), masked
 
     @torch.no_grad()
     def explain(self, clip, n_context, *, num_samples=1, generator=None, conditions=None, n_draws=8, **options):
         """As Prior's: ``nats`` of each code, as ``log_prob_bound`` estimates them; and of the first frame that is
         predicted the states on the way to it, ``decoding`` (B, n_steps, h, w, n), in which codes that are not known yet
         are as they were drawn last, and ``depth`` (B, n_steps, h, w), how many levels of each position are known."""
-        total = weights = 0
-        for nats, masked in self._by_random_orders(clip, n_context, conditions, n_draws, generator):
-            weight = (masked / masked.sum(2, keepdim=True))[..., None] * (nats != 0)
-            total, weights = total + nats * weight, weights + weight
-        states = []
+        shape = len(clip), clip.shape[1] - n_context, self.n_positions, self.n_levels
+        total, weights, states = torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device), []
+        for levels, nats, masked in self._by_random_orders(clip, n_context, conditions, n_draws, generator):
+            weight = (masked / masked.sum(2, keepdim=True))[..., None]
+            total[..., levels] += nats * weight
+            weights[..., levels] += weight
         how = Decoding(**self._sampling_defaults() | options)
         context, told = clip[:, :n_context], self._told(conditions, *clip.shape[:2])
         phases = self._check_sampling(context, 1, how)
@@ -289,10 +283,9 @@ class MaskedTransformer(Prior):
         vectors = self._both_vectors(none, told, n_context)
         return lambda depth: self.trunk(clean, self.embed(target, depth), *vectors), target
 
-    def _code_nats(self, features, i, codes):
-        """Cross-entropy of the codes of level i: (..., d), (..., n) -> (...)."""
-        logits = self.logits(features, i, codes).float()
-        return F.cross_entropy(logits.flatten(0, -2), codes[..., i].flatten(), reduction="none").view(codes.shape[:-1])
+    def _level_nats(self, levels, features, codes):
+        """What the codes of these levels cost: features (..., d), codes (..., n) -> (..., len(levels))."""
+        return torch.stack([code_nats(self.logits(features, i, codes), codes[..., i]) for i in levels], -1)
 
     # Sampling -----------------------------------------------------------------------------------------------------
 
@@ -508,13 +501,12 @@ class MaskedTransformer(Prior):
                 depth, sure = torch.where(kept, last, depth), torch.where(kept, sure + chance, sure)
                 masked = masked & ~kept
                 n_masked = masked.sum(-1, keepdim=True)
-            drawn, chance = codes, 0
-            for i in levels:
-                logits = self._guided_logits(features, i, drawn, how)
-                uniform = self._rand(masked.shape, generator)
-                code = torch.where(masked, draw(logits, uniform, how.temperature, how.top_k, how.top_p), drawn[..., i])
-                drawn = torch.cat([drawn[..., :i], code[..., None], drawn[..., i + 1 :]], -1)
-                chance = chance + logits.log_softmax(-1).gather(-1, code[..., None])[..., 0]
+
+            def drawn_code(i, logits):
+                uniform = self._rand(logits.shape[:-1], generator)
+                return draw(logits, uniform, how.temperature, how.top_k, how.top_p)
+
+            drawn, chance = self._filled(levels, features, codes, masked, drawn_code, how)
             done = (step + 1) / n_steps
             if how.order == "raster":
                 score = -torch.arange(self.n_positions, device=self.device).expand(masked.shape).float()
@@ -527,8 +519,7 @@ class MaskedTransformer(Prior):
                 n_left = (n_masked * math.cos(done * math.pi / 2)).floor()
             # The least likely stay masked; at every step one at least becomes known.
             n_left = torch.minimum(n_left, masked.sum(-1, keepdim=True) - 1) if done < 1 else torch.zeros_like(n_left)
-            rank = score.masked_fill(~masked, torch.inf).argsort(-1).argsort(-1)
-            known = masked & (rank >= n_left)
+            known = masked & (ranks(score.masked_fill(~masked, torch.inf)) >= n_left)
             codes, depth = drawn, torch.where(known, last, depth)
             sure = torch.where(known, sure + chance, sure)
             on_step(codes, depth)
@@ -537,24 +528,37 @@ class MaskedTransformer(Prior):
     def _kept(self, canvas, levels, features, codes, masked, how):
         """Of which positions the canvas's codes are taken as known (M, P), the codes with these, and their
         log-probabilities (M, P)."""
-        found, chance = codes, 0
-        for i in levels:
-            logits = self._guided_logits(features, i, found, how).log_softmax(-1)
-            code = logits.argmax(-1) if isinstance(canvas, str) else canvas[..., i]
-            found = torch.cat(
-                [found[..., :i], torch.where(masked, code, codes[..., i])[..., None], found[..., i + 1 :]], -1
-            )
-            chance = chance + logits.gather(-1, found[..., i, None])[..., 0]
+
+        def code_of_canvas(i, logits):
+            return logits.argmax(-1) if isinstance(canvas, str) else canvas[..., i]
+
+        found, chance = self._filled(levels, features, codes, masked, code_of_canvas, how)
         kept = masked & (chance >= math.log(max(1 - how.doubt, torch.finfo(torch.float32).tiny)))
         if not isinstance(canvas, str):  # its codes below others than those drawn mean something else
             kept = kept & (codes[..., : levels[0]] == canvas[..., : levels[0]]).all(-1)
         return kept, torch.where(kept[..., None], found, codes), chance
+
+    def _filled(self, levels, features, codes, masked, choose, how):
+        """Go down these levels where they are masked, and take of each the code that ``choose(i, logits)`` gives -> the
+        codes with these (M, P, n), and their log-probabilities (M, P)."""
+        chance = 0
+        for i in levels:
+            logits = self._guided_logits(features, i, codes, how)
+            code = torch.where(masked, choose(i, logits), codes[..., i])
+            codes = torch.cat([codes[..., :i], code[..., None], codes[..., i + 1 :]], -1)
+            chance = chance + logits.log_softmax(-1).gather(-1, code[..., None])[..., 0]
+        return codes, chance
 
     def _guided_logits(self, features, i, codes, how):
         """Logits of level i of the rows (M, P, size), fp32, from the features of all their copies."""
         if how.guidance_scale == 1:
             return self.logits(features, i, codes).float()
         return guided(self.logits(features, i, codes.repeat(2, 1, 1)).float(), how.guidance_scale)
+
+
+def ranks(x):
+    """The place of each number among those of its row, from the smallest, 0, on."""
+    return x.argsort(-1).argsort(-1)
 
 
 @dataclass(frozen=True)

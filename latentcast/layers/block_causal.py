@@ -122,7 +122,7 @@ class BlockCausalTransformer(nn.Module):
                 parts, attended = [x.split(n_positions, 2) for x in block.project(target)], []
                 for frame, (q, *own) in enumerate(zip(*parts), target.first):
                     seen = self._seen(pair, frame, frame, n_seen, n_positions)
-                    attended.append(attention(q, *(torch.cat(parts, 2) for parts in zip(seen, own))))
+                    attended.append(attention(q, *(torch.cat(both, 2) for both in zip(seen, own))))
                 block.finish(target, attended)
         return None if target is None else self.norm(target.x), Past(n_seen, blocks)
 
