@@ -150,8 +150,8 @@ class LastCheckpoint(Callback):
     when the next batch is there, which a resumed run reads again. Whatever ends a run, the metrics file then holds
     every row up to the checkpoint. A validation that a stop breaks off is made again by the resumed run. The file is
     replaced as a whole, so a ``kill -9`` leaves the one before; and that stays as ``previous``. An error leaves it as
-    it is, but for that of a loader
-    in a process alone: of several ranks one has it, and the others, who take part in saving, wait for its gradients.
+    it is, but for that of a loader in a process alone: of several ranks one has it, and the others, who take part in
+    saving, wait for its gradients.
     """
 
     def __init__(self, path, previous, every_n_steps, keeps=True):

@@ -148,6 +148,6 @@ def _default(name, flat):
     target = flat.get(f"{group}._target_")
     if target is None:
         return flattened(defaults()).get(name)
-    parameter = inspect.signature(find_target(target)).parameters.get(option) if target else None
+    parameter = inspect.signature(find_target(target)).parameters.get(option)
     default = None if parameter is None or parameter.default is parameter.empty else parameter.default
     return list(default) if isinstance(default, tuple) else default
