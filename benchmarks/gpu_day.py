@@ -83,7 +83,7 @@ LAYERS = CODES | {"codebook_sizes": [16] * 3}
 PRIORS = {
     "lvt": Case(VideoTransformer, CODES, {}, SMALL_LVT, (5, 11, 16)),
     "st_pixelcnn": Case(STPixelCNN, LAYERS, {"attention": "factorised"}, SMALL_PIXELCNN, (10, 10, 20)),
-    "masked": Case(MaskedTransformer, LAYERS, {}, SMALL_MASKED, (10, 10, 20)),
+    "masked": Case(MaskedTransformer, LAYERS, {"n_frames": 20}, SMALL_MASKED, (10, 10, 20)),
     "svg_lp": Case(RecurrentVAE, GREY, {"aligner": "none", "group_dim": 10}, SMALL_VAE, (5, 10, 15), ("encoder",)),
     "hafsvg": Case(RecurrentVAE, GREY, {"group_dim": 10}, SMALL_VAE, (5, 10, 15), ("encoder",)),
     "stdiff": Case(SDEDiffusion, RGB, {}, SMALL_STDIFF, (5, 10, 15), ("unet",)),
