@@ -28,6 +28,7 @@ import torch
 
 from latentcast import (
     DiffusersTokenizer,
+    MaskedTransformer,
     PixelTokenizer,
     RecurrentVAE,
     ResidualDiffusion,
@@ -37,6 +38,7 @@ from latentcast import (
 )
 from latentcast.files import write_json, write_text
 from latentcast.priors import st_pixelcnn, video_transformer
+from latentcast.sizes import sides
 from latentcast.tokenizers.base import trusted
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +75,7 @@ class Case:
 SMALL_VAE = {"dim": 8, "hidden_channels": 4, "cells": 12}
 SMALL_LVT = {"dim": 16, "embed_dim": 8, "n_heads": 1, "head_dim": 8, "n_layers": 1}
 SMALL_PIXELCNN = {"dim": 16, "n_blocks": 1, "block_layers": 1, "n_heads": 1, "head_dim": 4}
+SMALL_MASKED = {"dim": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8}
 SMALL_STDIFF = {"motion_channels": [8, 8], "motion_kernels": [3, 3], "block_channels": [8, 16], "n_blocks": 1}
 SMALL_STDIFF |= {"head_dim": 8, "norm_groups": 4}
 SMALL_RVD = {"width": 8, "denoising_multipliers": [1, 2], "transform_multipliers": [1, 2]}
@@ -80,6 +83,7 @@ LAYERS = CODES | {"codebook_sizes": [16] * 3}
 PRIORS = {
     "lvt": Case(VideoTransformer, CODES, {}, SMALL_LVT, (5, 11, 16)),
     "st_pixelcnn": Case(STPixelCNN, LAYERS, {"attention": "factorised"}, SMALL_PIXELCNN, (10, 10, 20)),
+    "masked": Case(MaskedTransformer, LAYERS, {"n_frames": 20}, SMALL_MASKED, (10, 10, 20)),
     "svg_lp": Case(RecurrentVAE, GREY, {"aligner": "none", "group_dim": 10}, SMALL_VAE, (5, 10, 15), ("encoder",)),
     "hafsvg": Case(RecurrentVAE, GREY, {"group_dim": 10}, SMALL_VAE, (5, 10, 15), ("encoder",)),
     "stdiff": Case(SDEDiffusion, RGB, {}, SMALL_STDIFF, (5, 10, 15), ("unet",)),
@@ -248,15 +252,15 @@ def clip_of(model, batch, n_frames):
     return torch.rand(batch, n_frames, spec["channels"], *shape[2:], device=device) * 2 - 1
 
 
-def training_step(model, clip, n_context, mode):
-    """-> function() that takes a whole training step of ``model``, compiled or not."""
+def training_step(model, clip, *n_context, mode):
+    """-> function() that takes a whole training step of a prior, or of a tokenizer, compiled or not."""
     device = clip.device.type
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
     forward = torch.compile(model.train()) if "compiled" in mode else model.train()
 
     def step():
         with torch.autocast(device, torch.bfloat16, enabled="bf16" in mode), trusted():
-            loss = forward(clip, n_context).loss
+            loss = forward(clip, *n_context).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -345,7 +349,7 @@ def speed(report, device, tiny):
             model, n_context, n_frames = build(name, device, tiny), PRIORS[name].frames[0], PRIORS[name].frames[2]
             size, time_, peak = largest(
                 report,
-                lambda b, m=model, c=n_context, f=n_frames: training_step(m, clip_of(m, b, f), c, "bf16"),
+                lambda b, m=model, c=n_context, f=n_frames: training_step(m, clip_of(m, b, f), c, mode="bf16"),
                 device,
             )
             row |= figures(time_, peak, size)
@@ -371,8 +375,8 @@ def prior_rows(report, name, mode, device, tiny, best):
     with report.row("training step", name, mode=mode) as row:
         model = build(name, device, tiny)
         clip = clip_of(model, 1, n_frames)
-        flops = counted_flops(training_step(model, clip, n_context, mode.replace("compiled ", "")))
-        step = training_step(model, clip, n_context, mode)
+        flops = counted_flops(training_step(model, clip, n_context, mode=mode.replace("compiled ", "")))
+        step = training_step(model, clip, n_context, mode=mode)
         row |= figures(*measured(step, device), 1, flops, best.get(mode.replace("compiled ", "")))
     graphs = model.accepts == "codes" and device == "cuda"
     for form in ["graph", "no graph"] if graphs and "compiled" not in mode else [""]:
@@ -438,40 +442,71 @@ def train(report, experiment, overrides, device, preparing):
         with report.row("training", "preparing the data") as row:
             row["status"] = preparing.wait(max(report.left() - ENDING, 1))
     stages = [("train_prior", 1.0)]
-    with report.row("training", "step at the experiment's batch") as row:
-        config = load_config(experiment, overrides, tool="train_prior")
-        tokenizer = instantiate(config.tokenizer)
-        if tokenizer.needs_training:
-            stages = [("train_tokenizer", 0.35), ("encode_dataset", 0.7), ("train_prior", 1.0)]
-        model = instantiate(config.prior, latent_spec=tokenizer.latent_spec).to(device)
-        clip = clip_of(model, config.batch_size, config.clip_length)
-        mode = "bf16" if "bf16" in str(config.trainer.precision) else "fp32"
-        tf32(False)
-        time_, peak = measured(training_step(model, clip, config.n_context, mode), device)
-        row |= figures(time_, peak, config.batch_size)
-        del model, clip
-    a_minute = max(1, int(60 / row.get("seconds", 0.1)))
+    with report.row("training", experiment) as row:
+        if instantiate(load_config(experiment, overrides, tool="train_prior").tokenizer).needs_training:
+            stages = [("train_tokenizer", 0.35), ("encode_dataset", None), *stages]
+        row["stages"] = len(stages)
+    if "error" in row:
+        return
+    ending = ENDING
     for tool, share in stages:
+        settings = [text for text in common if not text.startswith(("overwrite", "trainer.accelerator"))]
+        step = None if tool == "encode_dataset" else experiments_step(report, experiment, overrides, tool, device)
         with report.row("training", tool) as row:
-            limit = (report.left() - ENDING / 4) * share
-            settings = [*common]
+            limit = report.left() - ENDING / 4  # of all stages: what one takes too long for, those after it have less
             if tool != "encode_dataset":
-                length = int(max(limit - ENDING, 5))
-                settings += [f"trainer.max_time=00:{length // 3600:02}:{length // 60 % 60:02}:{length % 60:02}"]
-                settings += [f"checkpoint_every_n_steps={a_minute}", "trainer.max_steps=-1"]
-                row["seconds"] = length
-            else:
-                settings = [text for text in common if not text.startswith(("overwrite", "trainer.accelerator"))]
+                row["seconds"] = int(max(limit * share - ending, 5))
+                settings = [*common, *in_time(load_config(experiment, overrides, tool=tool), row["seconds"], step)]
             command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), experiment, *settings]
+            began = time.monotonic()
             row["status"], output = run(command, report.folder / f"{tool}.txt", limit)
+            ending = max(ending, time.monotonic() - began - row.get("seconds", 0))  # what this machine takes for it
             if row["status"]:
                 raise RuntimeError((output.strip().splitlines() or ["no output"])[-1])
             row |= {k: v for k, v in json.loads(output.strip().splitlines()[-1]).items() if k in ("steps", "val")}
+        if "error" in row and tool != "train_prior":  # what comes next needs it; a pipeline may have been saved by then
+            report.content["not_measured"].append(f"training after {tool}")
+            return
     with report.row("training", "pipeline in bf16") as row:
         pipe = VideoPredictionPipeline.from_pretrained(run_dir / "pipeline").to(torch.bfloat16)
         pipe.save_pretrained(report.folder / "pipeline_bf16")
         size = sum(path.stat().st_size for path in (report.folder / "pipeline_bf16").rglob("*") if path.is_file())
         row |= {"MB": size / 1e6, "under_16_MB": size < 16e6}
+
+
+def experiments_step(report, experiment, overrides, tool, device):
+    """Measure a stage's training step at its own batch -> seconds, or None where that failed."""
+    from latentcast import instantiate, load_config
+    from latentcast.training.run import precision_here
+
+    with report.row("training", f"a step of {tool}") as row:
+        config = load_config(experiment, overrides, tool=tool)
+        model, told = instantiate(config.tokenizer), ()
+        if tool == "train_prior":
+            model, told = instantiate(config.prior, latent_spec=model.latent_spec), (config.n_context,)
+            clip = clip_of(model.to(device), config.batch_size, config.clip_length)
+        else:
+            shape = config.clip_length, config.channels, *sides(config.frame_size)
+            clip = torch.rand(config.batch_size, *shape, device=device) * 2 - 1
+        tf32(False)
+        mode = "bf16" if "bf16" in precision_here({**config.trainer, "accelerator": device}) else "fp32"
+        row |= figures(*measured(training_step(model.to(device), clip, *told, mode=mode), device), config.batch_size)
+    return row.get("seconds")
+
+
+def in_time(config, length, step):
+    """Overrides for a training that ends after ``length`` seconds, its learning rate's schedule with it, if its
+    steps of ``step`` seconds are what they were measured to be; with a checkpoint a minute."""
+    hours, rest = divmod(length, 3600)
+    settings = [f"trainer.max_time=00:{hours:02}:{rest // 60:02}:{rest % 60:02}"]
+    if step is not None:
+        settings += [
+            f"checkpoint_every_n_steps={max(1, int(60 / step))}",
+            f"trainer.max_steps={max(1, int(length / step))}",
+        ]
+        if config.lr_scheduler and (config.lr_scheduler.get("num_warmup_steps") or 0) >= 1:  # may be more than these
+            settings.append("lr_scheduler.num_warmup_steps=0.05")
+    return settings
 
 
 def main():

@@ -9,6 +9,7 @@ from common import run_parts  # isort: skip  (sets the thread policy before torc
 
 from sampling_flow import flow
 from sampling_lvt import lvt
+from sampling_masked import masked
 from sampling_recurrent_vae import recurrent_vae
 from sampling_rvd import rvd
 from sampling_st_pixelcnn import st_pixelcnn
@@ -20,6 +21,7 @@ PARTS = {
     "recurrent_vae": recurrent_vae,
     "stdiff": stdiff,
     "rvd": rvd,
+    "masked": masked,
     "flow": flow,
 }
 

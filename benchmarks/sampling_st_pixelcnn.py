@@ -71,12 +71,12 @@ def full_seconds(model, n_samples, device):
     window, frame = rows[:, :14], rows[:, 14:].clone()
     uniform = torch.rand(n_samples, device=device)
     n_layers = len(model.codebook_sizes)
-    stepper.fill(window, frame, 0, 8, 8, uniform)
-    each = [seconds(lambda i=i: stepper.fill(window, frame, i, 8, 8, uniform), device) for i in range(n_layers)]
+    stepper.fill(window, frame, None, 0, 8, 8, uniform)
+    each = [seconds(lambda i=i: stepper.fill(window, frame, None, i, 8, 8, uniform), device) for i in range(n_layers)]
     positions = 10 * math.prod(model.grid[1:])
     return sum(each) * positions, n_layers, positions * n_layers
 
 
 def random_codes(model, batch, frames, device):
     sizes = torch.tensor(model.codebook_sizes)
-    return (torch.rand(batch, frames, *model.grid[1:], len(sizes)) * sizes).long().to(device)
+    return (torch.rand(batch, frames, *model.grid[-2:], len(sizes)) * sizes).long().to(device)

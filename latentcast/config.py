@@ -555,12 +555,18 @@ def _read_yaml(path):
             text = file.read(MAX_SIZE + 1)
         if len(text) > MAX_SIZE:
             raise ConfigError(f"{path}: expected a config of at most {MAX_SIZE} bytes")
-        found = parse(text.decode(), path)
+        found = copy.deepcopy(_parse(text.decode(), path, os.path.expanduser("~")))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     if not isinstance(found, dict | None):
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(found).__name__}")
     return found or {}
+
+
+@functools.lru_cache(maxsize=256)
+def _parse(text, path, home):
+    """``parse``, once for all readings of a file: a check of what fits reads the same ones dozens of times."""
+    return parse(text, path)
 
 
 def _to_config(content, source):

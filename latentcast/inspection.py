@@ -9,7 +9,6 @@ tools/figures.py and whoever else shows a model go through it.
 """
 
 import functools
-import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -352,7 +351,7 @@ def crps_maps(subject):
 def losses(subject):
     bits = subject.explained()["nats"].mean(0) / math.log(2)
     entropies = [math.log2(value) for value in _perplexities(subject)]
-    noun = "layer" if _is_hierarchical(subject) else "codebook"
+    noun = "layer" if subject.tokenizer.has_layers else "codebook"
     sizes, title = subject.prior.config.latent_spec["codebook_sizes"], subject.title("What a code costs")
     return figures.losses(bits, entropies, sizes, subject.n_context, title, noun)
 
@@ -410,6 +409,14 @@ def residual(subject):
     )
 
 
+def decoding(subject):
+    n = min(2, len(subject.names))
+    found = subject.explained(n)
+    steps = subject.pipe.decode(found["decoding"][:, None].long().to(subject.prior.device))[:, 0].cpu()
+    known = found["depth"] / found["decoding"].shape[-1]
+    return figures.decoding(subject.truth[:n, 0], steps, known, subject.names[:n], subject.title("Step by step"))
+
+
 def half_steps(subject):
     future = subject.predict(subject.context[:2], 2 * subject.truth.shape[1], fps_multiplier=2)[:, 0]
     parts = subject.context[:2], future, subject.truth[:2], subject.names[:2]
@@ -456,7 +463,7 @@ def _count(clips):
 
 
 def _books(subject):
-    noun = "layer" if _is_hierarchical(subject) else "codebook"
+    noun = "layer" if subject.tokenizer.has_layers else "codebook"
     return [f"{noun} {number}" for number in range(1, len(subject.counts) + 1)]
 
 
@@ -488,11 +495,7 @@ def _changes_lack(subject):
 
 def _layers_lack(subject):
     lack = _codes_lack(subject)
-    return lack or (None if _is_hierarchical(subject) else f"{type(subject.tokenizer).__name__} has no layers")
-
-
-def _is_hierarchical(subject):
-    return "n_layers" in inspect.signature(subject.tokenizer.decode).parameters
+    return lack or (None if subject.tokenizer.has_layers else f"{type(subject.tokenizer).__name__} has no layers")
 
 
 def _latents_lack(subject):
@@ -569,6 +572,7 @@ FIGURES = {
     "z_groups": _of_prior(z_groups, "end", "kl", "z_groups"),
     "motion": _of_prior(motion, "end", "motion", "motion_seed"),
     "residual": _of_prior(residual, "end", "mu"),
+    "decoding": _of_prior(decoding, "end", "decoding"),
     "half_steps": _of_prior(half_steps, "asked", option="fps_multiplier"),
     "drift": _of_prior(drift, "asked"),
     **{

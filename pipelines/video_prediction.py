@@ -1,6 +1,7 @@
 """From context frames to predicted futures."""
 
 import difflib
+import functools
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +11,7 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
-from latentcast.config import check_counts, one_line
+from latentcast.config import check_counts, is_whole, one_line
 from latentcast.data.video_reader import CROPS, check_crop
 from latentcast.figures.sheets import shown_channels
 from latentcast.modeling import eval_mode
@@ -100,6 +101,7 @@ class VideoPredictionPipeline(VideoPipeline):
         num_inference_steps=None,
         value_range=None,
         conditions=None,
+        output_layers=None,
         return_dict=True,
         **sampler,
     ):
@@ -121,9 +123,11 @@ class VideoPredictionPipeline(VideoPipeline):
             conditions: what the prior is told, of all in ``prior.conditions``: name -> (B, T, *shape) of those per
                 frame, T the context's and the predicted ones together, (B, *shape) of those per video, or the same
                 without B, for all contexts. What stands at frame t is what led to it. None: nothing is told.
+            output_layers: of a tokenizer whose codes have layers, coarse to fine: only the first so many are decoded.
             return_dict: False gives the plain tuple (frames,).
             **sampler: options of the prior's sampler; ``prior.sampler_options()`` lists them. ``scheduler``, where the
-                prior takes one, only in a pipeline without that component.
+                prior takes one, only in a pipeline without that component. ``canvas``, of priors that take one, may be
+                frames, as ``frames``.
         Returns:
             VideoPipelineOutput, or a tuple
         Raises:
@@ -146,12 +150,16 @@ class VideoPredictionPipeline(VideoPipeline):
         frames, conditions = self._as_frames(frames, value_range), self._batched(conditions)
         self.check_inputs(frames, n_frames, num_samples, output_type, frame_times, sampler, decode_batch)
         self._check_generator(generator, len(frames))
+        self._check_layers(output_layers)
+        self._encode_canvas(sampler, value_range)
         if frame_times is not None:
             sampler["frame_times"] = frame_times
         if self.scheduler is not None:
             sampler["scheduler"] = self.scheduler
 
-        decode_batch = None if output_type == "latent" else decode_batch
+        decode = functools.partial(self.decode, decode_batch=decode_batch, n_layers=output_layers)
+        if output_type == "latent":
+            decode = None
         with eval_mode(self.prior, self.tokenizer):
             if isinstance(generator, (list, tuple)):
                 bar = OneBar(self.progress_bar, len(frames))
@@ -160,12 +168,12 @@ class VideoPredictionPipeline(VideoPipeline):
                     options = self.prior.options_of(sampler, i, len(frames), n_frames)
                     told = conditions and {name: _row(value, i, len(frames)) for name, value in conditions.items()}
                     parts.append(
-                        self._predict(frames[i : i + 1], n_frames, num_samples, own, bar, told, options, decode_batch)
+                        self._predict(frames[i : i + 1], n_frames, num_samples, own, bar, told, options, decode)
                     )
                 predicted = torch.cat(parts)
             else:
                 own, bar = generator, self.progress_bar
-                predicted = self._predict(frames, n_frames, num_samples, own, bar, conditions, sampler, decode_batch)
+                predicted = self._predict(frames, n_frames, num_samples, own, bar, conditions, sampler, decode)
         self.maybe_free_model_hooks()
         predicted = _convert(predicted, output_type)
         return VideoPipelineOutput(frames=predicted) if return_dict else (predicted,)
@@ -191,6 +199,7 @@ class VideoPredictionPipeline(VideoPipeline):
             raise ValueError(f"generator: expected one for a rollout, found a list of {len(generator)}")
         if self.scheduler is not None:
             sampler["scheduler"] = self.scheduler
+        self._encode_canvas(sampler, value_range)
         with eval_mode(self.prior, self.tokenizer):
             context = self.encode(frames)
         settings = {"num_samples": num_samples, "generator": generator, "conditions": self._batched(conditions)}
@@ -218,13 +227,13 @@ class VideoPredictionPipeline(VideoPipeline):
             found[name] = value
         return found
 
-    def _predict(self, frames, n_frames, num_samples, generator, progress, conditions, sampler, decode_batch):
-        """Encode, continue, and decode but for ``decode_batch`` None."""
+    def _predict(self, frames, n_frames, num_samples, generator, progress, conditions, sampler, decode):
+        """Encode, continue, and ``decode``, if that is not None."""
         context = self.encode(frames)
         _onload(self.prior)
         settings = {"num_samples": num_samples, "generator": generator, "progress": progress, **as_keyword(conditions)}
         future = self.prior.sample(context, n_frames, **settings, **sampler)
-        return future if decode_batch is None else self.decode(future, decode_batch)
+        return future if decode is None else decode(future)
 
     def _check_generator(self, generator, n_contexts):
         several = isinstance(generator, (list, tuple))
@@ -237,6 +246,23 @@ class VideoPredictionPipeline(VideoPipeline):
         if several and len(generator) != n_contexts:
             raise ValueError(f"generator: expected one for each of {n_contexts} contexts, found {len(generator)}")
 
+    def _check_layers(self, output_layers):
+        if output_layers is None:
+            return
+        n = len(self.prior.config.latent_spec["codebook_sizes"])
+        if self.prior.accepts != "codes" or not self.tokenizer.has_layers:
+            found = f"{type(self.prior).__name__} over {type(self.tokenizer or self.prior).__name__}"
+            raise ValueError(f"output_layers: expected a prior over codes in layers (HRVQVAE), found {found}")
+        if not is_whole(output_layers, 1) or output_layers > n:
+            raise ValueError(f"output_layers: expected 1 to {n}, found {one_line(output_layers)}")
+
+    def _encode_canvas(self, sampler, value_range):
+        """Frames as the sampler option ``canvas`` become the codes that the prior takes, in place."""
+        canvas = sampler.get("canvas")
+        if torch.is_tensor(canvas) and canvas.is_floating_point():
+            with eval_mode(self.tokenizer):
+                sampler["canvas"] = self.encode(self._as_frames(canvas, value_range))
+
     def encode(self, frames):
         """(B, T, C, H, W) in [-1, 1] -> what the prior accepts: codes, latents or the frames themselves."""
         frames = frames.to(self._execution_device)
@@ -246,15 +272,22 @@ class VideoPredictionPipeline(VideoPipeline):
         output = self.tokenizer.encode(frames)
         return output.codes if self.prior.accepts == "codes" else output.latents.to(self.prior.dtype)
 
-    def decode(self, future, decode_batch=256):
-        """What the prior predicts, (B, S, T, ...) -> (B, S, T, C, H, W) float32 in [-1, 1]. Never quantises."""
+    def decode(self, future, decode_batch=256, n_layers=None):
+        """What the prior predicts, (B, S, T, ...) -> (B, S, T, C, H, W) float32 in [-1, 1]. Never quantises.
+
+        Args:
+            decode_batch: number of frames decoded at once.
+            n_layers: of codes in layers, so many are decoded; None: all.
+        """
         if self.prior.accepts == "pixels":
             return future.float().clamp(-1, 1)
         _onload(self.tokenizer)
         frames = []
         for part in future.flatten(0, 2).split(decode_batch):
             part = part[:, None]
-            latents = self.tokenizer.codes_to_latents(part) if self.prior.accepts == "codes" else part
+            latents = part
+            if self.prior.accepts == "codes":
+                latents = self.tokenizer.codes_to_latents(part, **({} if n_layers is None else {"n_layers": n_layers}))
             frames.append(self.tokenizer.decode(latents)[:, 0].float().clamp(-1, 1))
         return torch.cat(frames).unflatten(0, future.shape[:3])
 

@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
 from latentcast.config import MisfitError, is_whole
@@ -164,7 +165,9 @@ class Prior(VideoModel):
         The names, those in ``explains``, say what: ``nats`` (B, T - n_context, h, w, n_codebooks), what each code
         costs; ``kl`` (B, T - 1, G, group_dim), nats of each number of the G groups of z; ``mu`` and ``future``
         (B, T - n_context, ...), the mean and what was drawn around it; ``motion`` (B, S, 1 + T - n_context, ...),
-        motion features from the last given frame on.
+        motion features from the last given frame on; ``decoding`` (B, n_steps, h, w, n_codebooks) and ``depth``
+        (B, n_steps, h, w), codes after each step in which the first frame is drawn, and how many of each position are
+        known.
 
         Args:
             clip, conditions: as for ``forward``. num_samples, generator: as for ``sample``, of priors that draw here.
@@ -278,6 +281,11 @@ def check_widths(**lists):
     for name, values in lists.items():
         if not values or not all(is_whole(value, 1) for value in values):
             raise ValueError(f"{name}: expected whole numbers of at least 1, found {list(values)}")
+
+
+def code_nats(logits, codes):
+    """What each code costs, its cross-entropy in nats, fp32: logits (..., size), codes (...) -> (...)."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), codes.flatten(), reduction="none").view(codes.shape)
 
 
 def need_codes(latent_spec, who):

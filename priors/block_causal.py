@@ -17,12 +17,12 @@ class BlockCausalPrior(Prior):
     ``config.n_frames``; in longer rollouts the model sees the last of them.
     """
 
-    def make_trunk(self, grid, dim, n_layers, n_heads, head_dim, n_frames):
+    def make_trunk(self, grid, dim, n_layers, n_heads, head_dim, n_frames, window):
         """Add the trunk over frames of ``grid`` (h, w) positions, and what all priors on it have beside it."""
-        check_counts(least=2, n_frames=n_frames)
-        self.trunk = BlockCausalTransformer(dim, n_layers, n_heads, head_dim, grid, n_frames)
-        self.places = nn.Parameter(torch.zeros(grid[0] * grid[1], dim))
-        nn.init.normal_(self.places, std=0.1)
+        window = n_frames if window is None else window
+        check_counts(least=2, n_frames=n_frames, window=window)
+        self.trunk = BlockCausalTransformer(dim, n_layers, n_heads, head_dim, grid, window)
+        self.places = nn.Parameter(torch.randn(grid[0] * grid[1], dim))
         self.as_clean, self.as_target = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
         self.corrupt = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.make_conditioner(dim)

@@ -48,7 +48,8 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
     Args:
         latent_spec: ``FrameTokenizer.latent_spec`` of the tokenizer. Of kind "pixels" the prior works on frames in
             [-1, 1], of any other kind on latents of about unit variance.
-        n_frames: of the longest clip in training, at least 2: how far back the model sees.
+        n_frames: of the longest clip in training, at least 2.
+        window: frames that each layer sees, as MaskedTransformer's; None: ``n_frames``.
         patch: side of the square patches of pixels or latents that are one position each, or [height, width]; must
             divide the grid. None: the smallest with at most ``max_positions`` in a frame.
         max_positions: see ``patch``.
@@ -75,6 +76,7 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
         n_layers=6,
         n_heads=4,
         head_dim=64,
+        window=None,
         prediction_type="sample",
         time_mean=0.0,
         time_std=1.0,
@@ -97,7 +99,7 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
         self.patch = _smallest_patch(size, max_positions) if patch is None else _checked_patch(size, patch)
         self.grid = tuple(side // part for side, part in zip(size, self.patch))
         n_numbers = latent_spec["channels"] * self.patch[0] * self.patch[1]
-        self.make_trunk(self.grid, dim, n_layers, n_heads, head_dim, n_frames)
+        self.make_trunk(self.grid, dim, n_layers, n_heads, head_dim, n_frames, window)
         self.from_patch = nn.Linear(n_numbers, dim)
         self.sinusoids = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time = TimestepEmbedding(TIME_CHANNELS, dim)

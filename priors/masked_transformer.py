@@ -30,7 +30,7 @@ from torch import nn
 from latentcast.config import check_counts, is_whole, one_line
 from latentcast.tokenizers.base import check_codes
 
-from .base import PriorOutput, need_codes, no_progress
+from .base import PriorOutput, code_nats, need_codes, no_progress
 from .block_causal import BlockCausalPrior, Memory
 from .sampling import (
     DRAWING,
@@ -47,6 +47,7 @@ from .sampling import (
 MASKINGS = ("tree", "flat")
 ORDERS = ("confidence", "random", "raster")
 CANVASES = ("last", "argmax")
+IGNORED = -100  # in the place of a code
 
 
 class MaskedTransformer(BlockCausalPrior):
@@ -54,7 +55,9 @@ class MaskedTransformer(BlockCausalPrior):
 
     Args:
         latent_spec: ``FrameTokenizer.latent_spec`` of the tokenizer; codebooks, height and width are used.
-        n_frames: of the longest clip in training, at least 2: how far back the model sees.
+        n_frames: of the longest clip in training, at least 2.
+        window: frames that each layer sees, the one being predicted among them, at least 2; None: ``n_frames``. Few
+            make a step cheaper, and through several layers more are seen.
         dim, n_layers, n_heads, head_dim: of the transformer.
         masking: "tree", level after level; "flat", where a position is masked all of its levels are.
         corruption: in training a share of the codes before the predicted frame is replaced by random ones, as its own
@@ -65,7 +68,7 @@ class MaskedTransformer(BlockCausalPrior):
     """
 
     accepts = "codes"
-    explains = ("nats",)
+    explains = ("nats", "decoding", "depth")
 
     @register_to_config
     def __init__(
@@ -76,6 +79,7 @@ class MaskedTransformer(BlockCausalPrior):
         n_layers=6,
         n_heads=4,
         head_dim=64,
+        window=None,
         masking="tree",
         corruption=0.2,
         conditions=None,
@@ -90,7 +94,8 @@ class MaskedTransformer(BlockCausalPrior):
         self.codebook_sizes = sizes = list(latent_spec["codebook_sizes"])
         self.grid = latent_spec["height"], latent_spec["width"]
         self.n_positions, self.n_levels = math.prod(self.grid), len(sizes)
-        self.make_trunk(self.grid, dim, n_layers, n_heads, head_dim, n_frames)
+        self.register_buffer("sizes", torch.tensor(sizes), persistent=False)
+        self.make_trunk(self.grid, dim, n_layers, n_heads, head_dim, n_frames, window)
         # Of a position stand in its place the sum of its known codes, and a vector for how many are known.
         self.codes = nn.ModuleList(nn.Embedding(size, dim) for size in sizes)
         self.depths = nn.Embedding(self.n_levels + 1, dim)
@@ -147,14 +152,14 @@ class MaskedTransformer(BlockCausalPrior):
             self.embed(target, depth),
             *self._both_vectors(rate, told, n_context),
         )
-        features, target, depth = features[masked], target[masked], depth[masked]  # (N, d), (N, n), (N,)
         total, n_codes, logs = 0, 0, {}
         for i in range(self.n_levels):
-            here = depth <= i
-            nats = F.cross_entropy(
-                self.logits(features[here], i, target[here]).float(), target[here][:, i], reduction="sum"
-            )
-            count = here.sum()
+            predicted = masked & (depth <= i)
+            # All positions are looked at, and some do not count: to pick them would wait for a GPU.
+            wanted = target[..., i].masked_fill(~predicted, IGNORED)
+            logits = self.logits(features, i, target).float()
+            nats = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+            count = predicted.sum()
             total, n_codes = total + nats, n_codes + count
             logs[f"bits_per_masked_code_{i + 1}"] = nats.detach() / count.clamp(min=1) / math.log(2)
         loss = total / n_codes
@@ -165,8 +170,7 @@ class MaskedTransformer(BlockCausalPrior):
         """For frames of ``shape`` -> how many levels of each position are known, and of which the next is masked and to
         be predicted (both (*shape, P)): with r uniform in [0, 1), of a share cos(pi r / 2), at least one."""
         share = torch.cos(self._rand((*shape, 1), generator) * math.pi / 2)
-        order = self._rand((*shape, self.n_positions), generator).argsort(-1).argsort(-1)
-        masked = order < (share * self.n_positions).ceil()
+        masked = ranks(self._rand((*shape, self.n_positions), generator)) < (share * self.n_positions).ceil()
         if self.config.masking == "flat":
             return (~masked) * self.n_levels, masked
         level = (self._rand((*shape, 1), generator) * self.n_levels).long()
@@ -177,8 +181,7 @@ class MaskedTransformer(BlockCausalPrior):
         wrong = self._rand(codes.shape[:3], generator) < rate[..., None]
         level = (self._rand(codes.shape[:3], generator) * self.n_levels).long()
         wrong = wrong[..., None] & (level[..., None] <= torch.arange(self.n_levels, device=codes.device))
-        sizes = torch.tensor(self.codebook_sizes, device=codes.device)
-        return torch.where(wrong, (self._rand(codes.shape, generator) * sizes).long(), codes)
+        return torch.where(wrong, (self._rand(codes.shape, generator) * self.sizes).long(), codes)
 
     def _check_clip(self, clip, n_context, conditions):
         """-> codes (B, t, P, n), what is told of the frames (B, t, d) or None."""
@@ -190,18 +193,12 @@ class MaskedTransformer(BlockCausalPrior):
 
     @torch.no_grad()
     def log_prob(self, clip, n_context, conditions=None):
-        """Log-likelihood of the codes after the context when they are drawn one by one, in nats: (B, t, h, w, n) ->
-        (B,).
+        """Log-likelihood in nats of the codes after the context, drawn one by one: (B, t, h, w, n) -> (B,).
 
         That of ``sample(order="raster", n_steps=...)`` with as many steps as there are codes in a frame (with flat
         masking: positions): a proper distribution, of which each code costs a pass. ``log_prob_bound`` needs fewer.
         """
         return -self._nats(clip, n_context, conditions).flatten(1).sum(1)
-
-    @torch.no_grad()
-    def explain(self, clip, n_context, conditions=None, **options):
-        """As Prior's: ``nats`` of each code, drawn one by one, see ``log_prob``."""
-        return {"nats": self._nats(clip, n_context, conditions)}
 
     def _nats(self, clip, n_context, conditions):
         """(B, s, h, w, n): what each code costs, level after level in raster order."""
@@ -212,8 +209,7 @@ class MaskedTransformer(BlockCausalPrior):
                 known = torch.arange(self.n_positions, device=target.device) < place
                 depth = torch.where(known, levels[-1] + 1, levels[0]).expand(target.shape[:-1])
                 features = predict(depth)[:, :, place]
-                for i in levels:
-                    nats[:, :, place, i] = self._code_nats(features, i, target[:, :, place])
+                nats[:, :, place, levels] = self._level_nats(levels, features, target[:, :, place])
         return nats.unflatten(2, self.grid)
 
     @torch.no_grad()
@@ -221,25 +217,48 @@ class MaskedTransformer(BlockCausalPrior):
         """An estimate of a lower bound of the log-likelihood, in nats -> (B,): the mean over all orders in which the
         positions of a level might be drawn one by one (the any-order ELBO, Hoogeboom et al. 2022, Eq. 4),
 
-            sum over levels of P E_k E_(k positions masked) [mean over these of log p(code | what is known)], k = 1 ..
-            P.
+            sum over levels of P E_k E_(k positions masked) [mean over these of log p(code | known)], k = 1 .. P.
 
         Args:
             n_draws: of k, spread evenly, and of masks for each level and frame; each is one pass.
         """
+        total = 0
+        for _, nats, masked in self._by_random_orders(clip, n_context, conditions, n_draws, generator):
+            share = masked.float().mean(2, keepdim=True)[..., None]
+            total = total - (nats * masked[..., None] / share).sum((1, 2, 3)) / n_draws
+        return total
+
+    def _by_random_orders(self, clip, n_context, conditions, n_draws, generator):
+        """Yield for each draw a level (or all), what its codes cost where they are masked, nats (B, s, P, len(levels)),
+        and where they are, (B, s, P): of k positions, k uniform in 1 .. P and spread evenly over the draws."""
         check_counts(n_draws=n_draws)
         predict, target = self._from_true_past(clip, n_context, conditions)
-        shape, total = target.shape[:2], 0
         for levels, _ in self._phases([1] * self.n_levels):
             for number in range(n_draws):
-                where = (number + self._rand((*shape, 1), generator)) / n_draws
-                n_masked = (where * self.n_positions).long() + 1  # 1 .. P
-                order = self._rand((*shape, self.n_positions), generator).argsort(-1).argsort(-1)
-                masked = order < n_masked
+                where = (number + self._rand((*target.shape[:2], 1), generator)) / n_draws
+                masked = ranks(self._rand(target.shape[:3], generator)) <= (where * self.n_positions).long()
                 features = predict(torch.where(masked, levels[0], levels[-1] + 1))
-                nats = sum(self._code_nats(features, i, target) for i in levels) * masked
-                total = total - (nats.sum(-1) * self.n_positions / n_masked[..., 0]).sum(1) / n_draws
-        return total
+                yield levels, self._level_nats(levels, features, target), masked
+
+    @torch.no_grad()
+    def explain(self, clip, n_context, *, num_samples=1, generator=None, conditions=None, n_draws=8, **options):
+        """As Prior's: ``nats`` of each code, as ``log_prob_bound`` estimates them; and of the first frame that is
+        predicted the states on the way to it, ``decoding`` (B, n_steps, h, w, n), in which codes that are not known yet
+        are as they were drawn last, and ``depth`` (B, n_steps, h, w), how many levels of each position are known."""
+        shape = len(clip), clip.shape[1] - n_context, self.n_positions, self.n_levels
+        total, weights, states = torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device), []
+        for levels, nats, masked in self._by_random_orders(clip, n_context, conditions, n_draws, generator):
+            weight = (masked / masked.sum(2, keepdim=True))[..., None]
+            total[..., levels] += nats * weight
+            weights[..., levels] += weight
+        how = Decoding(**self._sampling_defaults() | options)
+        context, told = clip[:, :n_context], self._told(conditions, *clip.shape[:2])
+        phases = self._check_sampling(context, 1, how)
+        next(self._stream(context, told, 1, generator, how, phases, lambda *state: states.append(state)))
+        drawn = states[: how.n_calls(phases) - 1]  # and then remembered
+        codes, depth = (torch.stack(each, 1).unflatten(2, self.grid) for each in zip(*drawn))
+        nats = total / weights.clamp(min=torch.finfo(torch.float32).tiny)
+        return {"nats": nats.unflatten(2, self.grid), "decoding": codes, "depth": depth}
 
     def _from_true_past(self, clip, n_context, conditions):
         """-> function of depths (B, s, P) -> features (B, s, P, d) of frames each seen with the true ones before it;
@@ -250,10 +269,9 @@ class MaskedTransformer(BlockCausalPrior):
         vectors = self._both_vectors(none, told, n_context)
         return lambda depth: self.trunk(clean, self.embed(target, depth), *vectors), target
 
-    def _code_nats(self, features, i, codes):
-        """Cross-entropy of the codes of level i: (..., d), (..., n) -> (...)."""
-        logits = self.logits(features, i, codes).float()
-        return F.cross_entropy(logits.flatten(0, -2), codes[..., i].flatten(), reduction="none").view(codes.shape[:-1])
+    def _level_nats(self, levels, features, codes):
+        """What the codes of these levels cost: features (..., d), codes (..., n) -> (..., len(levels))."""
+        return torch.stack([code_nats(self.logits(features, i, codes), codes[..., i]) for i in levels], -1)
 
     # Sampling -----------------------------------------------------------------------------------------------------
 
@@ -309,7 +327,7 @@ class MaskedTransformer(BlockCausalPrior):
             n_steps: of a frame. The coarsest level gets what the others, with one each, leave; where there are fewer
                 steps than levels, all levels of a position are drawn in the same pass.
             steps: in the place of ``n_steps``, a list: of each level; a level with 0 is drawn along with the one above
-            it.
+                it. With flat masking their sum counts.
             order: which of the codes drawn are kept at a step: "confidence", the likeliest ones (MaskGIT), after Gumbel
                 noise that falls from ``choice_temperature`` to 0; "random"; "raster", the first ones, at even steps.
                 Without noise the likeliest codes are those of the last frame, and everything stands still.
@@ -318,7 +336,7 @@ class MaskedTransformer(BlockCausalPrior):
                 each position; or codes (B, k, h, w, n), of the k-th frame the last for all after it. A code of it stays
                 if its probability, given the past alone, is at least 1 - ``doubt``; the others are drawn.
             revise: so many positions, those with the least probable codes, are drawn anew in the end, all of their
-            levels.
+                levels.
             told_corruption: what the model is told of the share of wrong codes in the past, see ``corruption``.
             guidance_scale: moves the logits away from those without conditions (above 1), or towards them.
             use_cache: False reads the past anew for each frame (a reference for tests and benchmarks).
@@ -371,7 +389,7 @@ class MaskedTransformer(BlockCausalPrior):
     def _phases(self, steps):
         """Steps of each level -> (levels, steps) of what is drawn together."""
         if self.config.masking == "flat":
-            return [(list(range(self.n_levels)), sum(steps[:1]))]
+            return [(list(range(self.n_levels)), sum(steps))]
         phases = []
         for level, n_steps in enumerate(steps):
             if n_steps:
@@ -383,7 +401,8 @@ class MaskedTransformer(BlockCausalPrior):
     def _stream(self, context, told, num_samples, generator, how, phases, on_step):
         """Yield predicted frames (B * num_samples, h, w, n), without an end.
 
-        With guidance every row is there twice, and the second time is told nothing, see ``guided``.
+        With guidance every row is there twice, and the second time is told nothing, see ``guided``. ``on_step`` is
+        called after each pass with the state of the frame: ``_decode``'s, and what is remembered.
         """
         copies = [(how.told_corruption, True), (how.told_corruption, False)][: 1 if how.guidance_scale == 1 else 2]
 
@@ -411,18 +430,16 @@ class MaskedTransformer(BlockCausalPrior):
             last = self._decode(predict, len(last), canvas, how, phases, generator, on_step)
             clean = self.embed_clean(last)[:, None].repeat(n_copies, 1, 1, 1)
             memory.add(clean, vector(self.as_clean, n_seen, num_samples))
-            on_step(last, None)
+            on_step(last, torch.full_like(last[..., 0], self.n_levels))
             n_seen += 1
             yield last.unflatten(1, self.grid)
 
     def _canvas(self, canvas, last, number):
         """Codes (M, P, n) of the canvas of the ``number``-th predicted frame; "argmax" for those yet to be found."""
-        if canvas == "last":
-            return last
         if torch.is_tensor(canvas):
             codes = canvas[:, min(number, canvas.shape[1] - 1)].to(last.device).flatten(1, 2)
             return codes.repeat_interleave(len(last) // len(codes), 0)
-        return canvas
+        return last if canvas == "last" else canvas
 
     def _decode(self, predict, n_rows, canvas, how, phases, generator, on_step):
         """Draw a frame -> codes (M, P, n).
@@ -460,13 +477,12 @@ class MaskedTransformer(BlockCausalPrior):
                 depth, sure = torch.where(kept, last, depth), torch.where(kept, sure + chance, sure)
                 masked = masked & ~kept
                 n_masked = masked.sum(-1, keepdim=True)
-            drawn, chance = codes, 0
-            for i in levels:
-                logits = self._guided_logits(features, i, drawn, how)
-                uniform = self._rand(masked.shape, generator)
-                code = torch.where(masked, draw(logits, uniform, how.temperature, how.top_k, how.top_p), drawn[..., i])
-                drawn = torch.cat([drawn[..., :i], code[..., None], drawn[..., i + 1 :]], -1)
-                chance = chance + logits.log_softmax(-1).gather(-1, code[..., None])[..., 0]
+
+            def drawn_code(i, logits):
+                uniform = self._rand(logits.shape[:-1], generator)
+                return draw(logits, uniform, how.temperature, how.top_k, how.top_p)
+
+            drawn, chance = self._filled(levels, features, codes, masked, drawn_code, how)
             done = (step + 1) / n_steps
             if how.order == "raster":
                 score = -torch.arange(self.n_positions, device=self.device).expand(masked.shape).float()
@@ -479,8 +495,7 @@ class MaskedTransformer(BlockCausalPrior):
                 n_left = (n_masked * math.cos(done * math.pi / 2)).floor()
             # The least likely stay masked; at every step one at least becomes known.
             n_left = torch.minimum(n_left, masked.sum(-1, keepdim=True) - 1) if done < 1 else torch.zeros_like(n_left)
-            rank = score.masked_fill(~masked, torch.inf).argsort(-1).argsort(-1)
-            known = masked & (rank >= n_left)
+            known = masked & (ranks(score.masked_fill(~masked, torch.inf)) >= n_left)
             codes, depth = drawn, torch.where(known, last, depth)
             sure = torch.where(known, sure + chance, sure)
             on_step(codes, depth)
@@ -489,24 +504,37 @@ class MaskedTransformer(BlockCausalPrior):
     def _kept(self, canvas, levels, features, codes, masked, how):
         """Of which positions the canvas's codes are taken as known (M, P), the codes with these, and their
         log-probabilities (M, P)."""
-        found, chance = codes, 0
-        for i in levels:
-            logits = self._guided_logits(features, i, found, how).log_softmax(-1)
-            code = logits.argmax(-1) if isinstance(canvas, str) else canvas[..., i]
-            found = torch.cat(
-                [found[..., :i], torch.where(masked, code, codes[..., i])[..., None], found[..., i + 1 :]], -1
-            )
-            chance = chance + logits.gather(-1, found[..., i, None])[..., 0]
+
+        def code_of_canvas(i, logits):
+            return logits.argmax(-1) if isinstance(canvas, str) else canvas[..., i]
+
+        found, chance = self._filled(levels, features, codes, masked, code_of_canvas, how)
         kept = masked & (chance >= math.log(max(1 - how.doubt, torch.finfo(torch.float32).tiny)))
         if not isinstance(canvas, str):  # its codes below others than those drawn mean something else
             kept = kept & (codes[..., : levels[0]] == canvas[..., : levels[0]]).all(-1)
         return kept, torch.where(kept[..., None], found, codes), chance
+
+    def _filled(self, levels, features, codes, masked, choose, how):
+        """Go down these levels where they are masked, and take of each the code that ``choose(i, logits)`` gives -> the
+        codes with these (M, P, n), and their log-probabilities (M, P)."""
+        chance = 0
+        for i in levels:
+            logits = self._guided_logits(features, i, codes, how)
+            code = torch.where(masked, choose(i, logits), codes[..., i])
+            codes = torch.cat([codes[..., :i], code[..., None], codes[..., i + 1 :]], -1)
+            chance = chance + logits.log_softmax(-1).gather(-1, code[..., None])[..., 0]
+        return codes, chance
 
     def _guided_logits(self, features, i, codes, how):
         """Logits of level i of the rows (M, P, size), fp32, from the features of all their copies."""
         if how.guidance_scale == 1:
             return self.logits(features, i, codes).float()
         return guided(self.logits(features, i, codes.repeat(2, 1, 1)).float(), how.guidance_scale)
+
+
+def ranks(x):
+    """The place of each number among those of its row, from the smallest, 0, on."""
+    return x.argsort(-1).argsort(-1)
 
 
 @dataclass(frozen=True)
@@ -544,9 +572,10 @@ class Decoding:
                     f"steps: expected a whole number for each of {n} levels, the first at least 1, found "
                     f"{one_line(self.steps)}"
                 )
-        if self.order not in ORDERS:
+        if not isinstance(self.order, str) or self.order not in ORDERS:
             raise ValueError(f"order: expected one of {', '.join(ORDERS)}, found {one_line(self.order)}")
-        if not (self.canvas is None or torch.is_tensor(self.canvas) or self.canvas in CANVASES):
+        named = isinstance(self.canvas, str) and self.canvas in CANVASES
+        if not (self.canvas is None or torch.is_tensor(self.canvas) or named):
             raise ValueError(
                 f"canvas: expected one of {', '.join(CANVASES)}, codes or None, found {one_line(self.canvas)}"
             )

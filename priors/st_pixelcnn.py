@@ -18,7 +18,6 @@ Shape letters: B clips, M rows of a sampler (samples of all contexts; with guida
 import math
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
@@ -29,7 +28,7 @@ from latentcast.layers.positions import sinusoidal_positions_3d
 from latentcast.sizes import as_size, sides
 from latentcast.tokenizers.base import check_codes
 
-from .base import Prior, PriorOutput, need_codes, no_progress
+from .base import Prior, PriorOutput, code_nats, need_codes, no_progress
 from .sampling import (
     DRAWING,
     GUIDANCE,
@@ -299,7 +298,7 @@ class STPixelCNN(Prior):
         """As Prior's: ``nats`` of each code."""
         target = clip[:, n_context:]
         logits = self._logits(clip, n_context, conditions)
-        return {"nats": torch.stack([self._code_nats(layer, target[..., i]) for i, layer in enumerate(logits)], -1)}
+        return {"nats": torch.stack([code_nats(layer, target[..., i]) for i, layer in enumerate(logits)], -1)}
 
     def layer_bits_per_code(self, clip, n_context, conditions=None):
         """-log2 of the likelihood, averaged over the predicted codes of each layer -> (B, n)."""
@@ -319,13 +318,8 @@ class STPixelCNN(Prior):
     def _nll(logits, clip, n_context):
         """Summed cross-entropy of each layer, in nats -> (B, n)."""
         target = clip[:, n_context:]
-        nll = [STPixelCNN._code_nats(layer, target[..., i]) for i, layer in enumerate(logits)]
+        nll = [code_nats(layer, target[..., i]) for i, layer in enumerate(logits)]
         return torch.stack([layer.flatten(1).sum(1) for layer in nll], 1)
-
-    @staticmethod
-    def _code_nats(logits, codes):
-        """Cross-entropy of each code: logits (..., size), codes (...) -> (...)."""
-        return F.cross_entropy(logits.flatten(0, -2).float(), codes.flatten(), reduction="none").view(codes.shape)
 
     # Sampling ---------------------------------------------------------------------------------------------------
 

@@ -4,8 +4,6 @@ import argparse
 import json
 import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_experiment import TOOLS
+from tiny_experiment import TOOLS, Started
 
 from latentcast import Protocol, figures, load_config
 from latentcast.cli import UserError
@@ -80,10 +78,9 @@ def compare(*paths, **options):
 
 
 def run(*arguments):
-    process = subprocess.run(
-        [sys.executable, str(TOOLS / "compare.py"), *map(str, arguments)], capture_output=True, text=True, timeout=150
-    )
-    return process.returncode, process.stdout, process.stderr
+    process = Started(TOOLS / "compare.py", *arguments, cwd=TOOLS.parent)
+    out, err = process.communicate(timeout=150)
+    return process.returncode, out, err
 
 
 def test_two_runs_stand_side_by_side_with_their_differences(tmp_path):

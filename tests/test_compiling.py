@@ -1,5 +1,7 @@
 """What torch.compile takes whole: one graph, without a break for a check of values."""
 
+import copy
+
 import pytest
 import torch
 from tiny import TINY_PRIORS, random_clip, random_conditions, random_frames, tiny_tokenizer, told_prior
@@ -16,7 +18,13 @@ def compiled(model):
 
 
 @pytest.mark.parametrize(
-    "name, told", [("video_transformer", False), ("residual_diffusion", False), ("residual_diffusion", True)]
+    "name, told",
+    [
+        ("video_transformer", False),
+        ("masked_transformer", False),
+        ("residual_diffusion", False),
+        ("residual_diffusion", True),
+    ],
 )
 def test_a_priors_training_is_one_graph(name, told):
     torch.manual_seed(0)
@@ -39,3 +47,17 @@ def test_a_vqvaes_evaluation_is_one_graph(name):
     expected, found = model(frames), compiled(model)(frames)
     assert torch.equal(found.codes, expected.codes)
     torch.testing.assert_close(found.frames, expected.frames)
+
+
+@pytest.mark.parametrize("name", ["vqvae", "sliced_vqvae"])
+def test_a_vqvaes_training_is_one_graph_once_its_codes_are_placed(name):
+    eager = tiny_tokenizer(name).train()
+    frames = random_frames(eager)
+    eager(frames)
+    model = copy.deepcopy(eager)
+    for _ in range(2):  # no code is dead, so that none is drawn by chance
+        expected, found = eager(frames), compiled(model)(frames)
+        torch.testing.assert_close(found.loss, expected.loss)
+    assert all(torch.allclose(a, b) for a, b in zip(eager.buffers(), model.buffers(), strict=True))
+    found.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

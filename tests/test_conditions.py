@@ -7,6 +7,7 @@ import torch
 from tiny import (
     CODES_SPEC,
     CONDITIONS,
+    SMALL_MASKED,
     SMALL_PIXELCNN,
     SMALL_SDE_DIFFUSION,
     SMALL_TRANSFORMER,
@@ -21,6 +22,7 @@ from tiny import (
 )
 
 from latentcast import (
+    MaskedTransformer,
     PixelTokenizer,
     RecurrentVAE,
     ResidualDiffusion,
@@ -344,6 +346,10 @@ STEERED = {
     "st_pixelcnn": (
         lambda: STPixelCNN(RING_OF_CODES, attention="none", conditions=STEER, **SMALL_PIXELCNN),
         *(50, 2e-2),
+    ),
+    "masked_transformer": (
+        lambda: MaskedTransformer(RING_OF_CODES, conditions=STEER, **SMALL_MASKED),
+        *(160, 4e-3),
     ),
     "sde_diffusion": (
         lambda: SDEDiffusion(

@@ -21,6 +21,7 @@ from latentcast.cli import UserError, parse_options
 from latentcast.config import TOOLS, ConfigError, config_root, instantiate, load_config, to_container
 from latentcast.data.prepared import prepare
 from latentcast.modeling import known_models
+from latentcast.sizes import as_size, sides
 from latentcast.targets import _written_parameters, find_target, parameters_of
 from latentcast.yaml_text import dump
 
@@ -481,7 +482,8 @@ def test_every_experiment_is_built(experiment, video_folder, tmp_path, monkeypat
     config = load_config(experiment, overrides, tool="train_prior")
     tokenizer = instantiate(config.tokenizer)
     spec = tokenizer.latent_spec
-    assert (spec["frame_channels"], spec["frame_height"]) == (config.channels, config.frame_size)
+    height, width = sides(as_size(config.frame_size))
+    assert [spec[f"frame_{x}"] for x in ("channels", "height", "width")] == [config.channels, height, width]
     if config.prior is not None:
         prior = instantiate(config.prior, latent_spec=spec)
         prior.check_context(config.n_context, config.clip_length)
@@ -491,7 +493,7 @@ def test_every_experiment_is_built(experiment, video_folder, tmp_path, monkeypat
     trainer = instantiate(config.trainer, logger=False, enable_checkpointing=False)
     assert trainer.max_steps == config.trainer.max_steps
     clip = instantiate(config.data)(split="train")[0]["frames"]
-    assert clip.shape == (config.clip_length, config.channels, config.frame_size, config.frame_size)
+    assert clip.shape == (config.clip_length, config.channels, height, width)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,18 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from torch.utils.data import DistributedSampler, default_collate
 from video_files import counter_frames, encode
 
-from latentcast import LatentCacheWriter, MovingDigits, PixelTokenizer, VideoDataModule, VideoFolder
+from latentcast import (
+    KLVAE,
+    LatentCacheDataset,
+    LatentCacheWriter,
+    MovingDigits,
+    PixelTokenizer,
+    VideoDataModule,
+    VideoFolder,
+)
 from latentcast.data.base import EmptySplitError, VideoEntry
 from latentcast.data.datamodules import LatentDataModule
 
@@ -157,6 +166,50 @@ def write_cache(folder, lengths):
             shard.append(i, tensor)
     writer.finish()
     return codes
+
+
+@pytest.mark.parametrize(
+    "store, dtype", [("codes", "float32"), ("latents", "bfloat16"), ("posterior", "float16"), ("posterior", "float32")]
+)
+def test_batches_are_the_items(tmp_path, store, dtype):
+    """Of several shards, with conditions, also where the data set fills batches in workers."""
+    spec = (PixelTokenizer(1, 2, 2, levels=512) if store == "codes" else KLVAE(1, 8, 8, latent_channels=3)).latent_spec
+    action = {"shape": [2], "dtype": "float32", "per": "frame"}
+    conditions = {"action": action, "label": {"shape": [], "dtype": "int64", "per": "video"}}
+    videos = [VideoEntry(f"v{i}", n, 10.0) for i, n in enumerate((7, 9, 3, 8, 12))]
+    options = {"store": store, "dtype": dtype, "shard_videos": 2, "conditions": conditions}
+    writer = LatentCacheWriter(tmp_path / "train", spec, "f" * 64, videos=videos, data={}, fps=10.0, **options)
+    for shard in range(3):
+        with writer.open_shard(shard) as file:
+            for i in writer.shard_videos(shard):
+                shape = videos[i].n_frames, *writer.job["frame_shape"]
+                file.append(i, torch.randint(512, shape) if store == "codes" else torch.randn(shape))
+                file.describe(i, {"action": torch.randn(shape[0], 2), "label": torch.tensor(i)})
+    writer.finish()
+    for sample_posterior in (True, False) if store == "posterior" else (True,):
+        loaders = [
+            LatentDataModule(
+                tmp_path, 2, 3, stride=2, num_workers=workers, seed=4, sample_posterior=sample_posterior
+            ).train_dataloader()
+            for workers in (0, 2)
+        ]
+        dataset = LatentCacheDataset(tmp_path / "train", 2, 2, seed=4, sample_posterior=sample_posterior)
+        for epoch in range(2):
+            dataset.set_epoch(epoch)
+            sampler = DistributedSampler(dataset, 1, 0, shuffle=True, seed=4)
+            sampler.set_epoch(epoch)
+            expected = [default_collate([dataset[i] for i in part]) for part in batched(sampler, 3)]
+            for batches in map(list, loaders):
+                for batch, items in zip(batches, expected, strict=True):
+                    assert torch.equal(batch[dataset.space].to(items[dataset.space].dtype), items[dataset.space])
+                    assert batch["conditions"].keys() == conditions.keys()
+                    assert all(torch.equal(batch["conditions"][name], items["conditions"][name]) for name in conditions)
+
+
+def batched(indices, size):
+    """Whole batches alone."""
+    indices = list(indices)
+    return [indices[start : start + size] for start in range(0, len(indices) - size + 1, size)]
 
 
 def test_latents(tmp_path, caplog):

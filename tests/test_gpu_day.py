@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_experiment import BENCHMARKS
+from tiny_experiment import BENCHMARKS, write_experiment
+
+from latentcast import load_config
 
 
 @pytest.fixture
@@ -76,6 +78,17 @@ gpu_day.main()
     content, table = read(tmp_path)
     assert [row["error"] for row in content["rows"]] == ["interrupted"] and not content["finished"]
     assert "| train_prior | interrupted |" in table and "what comes after this" in table
+
+
+@pytest.mark.parametrize("warmup, fraction", [(0.1, 0.1), (5000, 0.05)])
+def test_a_training_for_a_time_ends_with_its_schedule(gpu_day, tmp_path, warmup, fraction):
+    experiment = str(write_experiment(tmp_path))
+    schedule = ["lr_scheduler.name=cosine", f"lr_scheduler.num_warmup_steps={warmup}"]
+    settings = gpu_day.in_time(load_config(experiment, schedule, tool="train_prior"), 3723, 0.5)
+    config = load_config(experiment, [*schedule, *settings], tool="train_prior")
+    assert config.trainer.max_time == "00:01:02:03" and config.trainer.max_steps == 7446
+    assert config.checkpoint_every_n_steps == 120 and config.lr_scheduler.num_warmup_steps == fraction
+    assert gpu_day.in_time(config, 60, None) == ["trainer.max_time=00:00:01:00"]  # the step could not be measured
 
 
 def test_what_a_cut_leaves_is_whole(tmp_path):

@@ -391,7 +391,7 @@ def test_it_goes_on_with_the_prior_that_was_trained_alone(encoded, tmp_path):
 def test_the_tool_leaves_both_stages_and_itself_in_order(encoded):
     """The prior alone, jointly (as a process), jointly for longer; then the prior alone once more."""
     run = encoded / "run"
-    settings = [*PRIOR, "optimizer.lr=0.01", "preview.num_samples=1"]
+    settings = [*PRIOR, "optimizer.lr=0.01", "preview.num_samples=1", "preview.figures=[futures, training_joint]"]
     call(encoded, *settings)
     kept = ("tokenizer", "latents", "prior", "prior_training")
     before = files(encoded, *kept)

@@ -37,6 +37,7 @@ def write_table(folder):
     (folder / "tiny.yaml").write_text(yaml.safe_dump(EXPERIMENT | settings))
     run = {"experiment": str(folder / "tiny.yaml"), "label": "Tiny"}
     run["evaluate"] = ["protocol.n_clips=2", "protocol.n_samples=2", "protocol.frame_size=32", "protocol.best_of=[]"]
+    run["evaluate"] += ["protocol.metrics=[psnr]"]
     run["evaluate"] += ["evaluation.baselines=[copy_last_frame]", *(f"data.{k}={v}" for k, v in data.items())]
     tables = {"one_digit": {"title": "A digit", "data": "moving_digits", "runs": {"tiny": run}}}
     (folder / "table.yaml").write_text(yaml.safe_dump({"cpu_hours": 30 / 3600, "tables": tables}))

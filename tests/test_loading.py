@@ -15,6 +15,7 @@ from latentcast.data.loading import WorkerError, open_loader
 
 HANGS = """
 import ctypes, os, sys, time
+import torch
 from torch.utils.data import Dataset
 
 class Hangs(Dataset):
@@ -29,6 +30,14 @@ class Hangs(Dataset):
     def item_name(self, index):
         return f"clip_{{index}}.mp4"
 
+class FillsAndHangs(Hangs):
+    def new_batch(self, n_items):
+        return {{"number": torch.empty(n_items, dtype=torch.int64)}}
+    def fill(self, batch, indices):
+        for row, index in enumerate(indices):
+            batch["number"][row] = self[index]
+        return batch
+
 def never(library):  # a lock that this thread has already: waits in C for ever, whatever signals come
     mutex = ctypes.create_string_buffer(64)
     library.pthread_mutex_lock(mutex), library.pthread_mutex_lock(mutex)
@@ -42,18 +51,23 @@ def module(folder, how, name="hanging_reader"):
 
 
 @pytest.mark.parametrize(
-    ("name", "how", "timeout"), [("native", NATIVE, 1), ("holding", HOLDING, 1), ("exits", "os._exit(3)", 60)]
+    ("name", "kind", "how", "timeout"),
+    [
+        ("native", "Hangs", NATIVE, 1),
+        ("holding", "FillsAndHangs", HOLDING, 1),
+        ("exits", "FillsAndHangs", "os._exit(3)", 60),
+    ],
 )
-def test_an_item_that_a_worker_does_not_come_back_from_is_named(tmp_path, monkeypatch, name, how, timeout):
+def test_an_item_that_a_worker_does_not_come_back_from_is_named(tmp_path, monkeypatch, name, kind, how, timeout):
     module(tmp_path, how, name := f"{name}_reader")  # the server of workers keeps the modules it has
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    dataset = importlib.import_module(name).Hangs()
-    loader = open_loader(dataset, num_workers=1, read_timeout=timeout, batch_size=1)
+    dataset = getattr(importlib.import_module(name), kind)()
+    loader = open_loader(dataset, num_workers=1, read_timeout=timeout, batch_size=2)
     seen, began = [], time.monotonic()
     with pytest.raises(WorkerError) as error:
         for batch in loader:
-            seen.append(batch.item())
+            seen += (batch["number"] if kind == "FillsAndHangs" else batch).tolist()
     reason = "the process that read it was lost" if "exit" in how else "reading it did not end within 1 s"
     assert str(error.value).startswith(f"clip_5.mp4: {reason}") and seen == list(range(len(seen)))
     assert time.monotonic() - began < 60

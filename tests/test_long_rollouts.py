@@ -15,6 +15,7 @@ PRIORS = [
     "video_transformer",
     "video_transformer_spatial",
     "st_pixelcnn",
+    "masked_transformer",
     "recurrent_vae",
     "recurrent_vae_latents",
     "sde_diffusion",

@@ -1,5 +1,6 @@
 """tools/playground.py, clicked through in headless Chromium; what needs no browser without one."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -27,15 +28,15 @@ from latentcast.data.video_reader import VideoError
 from latentcast.figures.sheets import BORDER, LINE
 from latentcast.zoo import export
 
-gradio = pytest.importorskip("gradio")
 pytest.importorskip("selenium")
-from chromium import open_chromium  # noqa: E402
-from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+from chromium import open_chromium
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
-from latentcast.playground import Clip, Playground, Stopped  # noqa: E402
+if importlib.util.find_spec("gradio") is None:  # imported late: it takes seconds, of every process that collects tests
+    pytest.skip("no gradio", allow_module_level=True)
 
 SIZE, SCALE, N_CONTEXT, LENGTH = 8, 16, 3, 7
 PATIENCE = 60  # seconds, on a busy machine
@@ -309,8 +310,8 @@ def test_ctrl_c_ends_it_and_removes_its_files(browser, server):
 
 
 def test_without_gradio_the_extra_is_named(root, command, monkeypatch):
-    monkeypatch.delitem(sys.modules, "latentcast.playground")
-    monkeypatch.delattr(latentcast, "playground")
+    monkeypatch.delitem(sys.modules, "latentcast.playground", raising=False)
+    monkeypatch.delattr(latentcast, "playground", raising=False)
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the tool sets
     monkeypatch.setitem(sys.modules, "gradio", None)  # as where it is not installed
     status, _, err = command("playground", "--pipeline", root / "tiny", "--port", free_port())
@@ -321,6 +322,8 @@ def test_without_gradio_the_extra_is_named(root, command, monkeypatch):
 @pytest.fixture
 def playground(tmp_path):
     """name -> a Playground on a tiny prior over pixels that may read 20 frames of a video."""
+    from latentcast.playground import Playground
+
     tokenizer = PixelTokenizer(1, SIZE, SIZE, levels=None)
     priors = {
         "sde": lambda: SDEDiffusion(tokenizer.latent_spec, **SMALL_SDE_DIFFUSION),
@@ -335,6 +338,8 @@ def playground(tmp_path):
 
 
 def test_twice_the_frame_rate_and_each_step_is_told(playground):
+    from latentcast.playground import Stopped
+
     served, told = playground("sde"), []
     options = {"n_steps": 2.0, "fps_multiplier": 2, "horizon": " ", "scheduler": "ddim"}
     served.pipe.set_progress_bar_config(disable=True)
@@ -375,6 +380,8 @@ def test_what_cannot_be_chosen_is_not_offered(playground):
 @pytest.mark.parametrize("suffix, options", [(".mp4", {}), (".gif", {"codec": "gif", "pix_fmt": "rgb8"})])
 def test_no_more_of_a_video_is_read_than_may_be(playground, tmp_path, suffix, options):
     """Of a file whose packets tell its frames the first ones alone count, of others all."""
+    from latentcast.playground import Clip
+
     served = playground("sde")
     path = encode(tmp_path / f"long{suffix}", counter_frames(40), fps=10, **options)
     clip = Clip(path.name, path=path)

@@ -14,6 +14,7 @@ from latentcast.reporting.folder import read_run
 from latentcast.reporting.page import write_page
 
 PROTOCOL = ("protocol=video_folder", "protocol.name=tiny", "protocol.n_predicted=3", "protocol.n_samples=2")
+CURVES = "preview.figures=[reconstructions, futures, training_tokenizer, training_prior]"
 
 
 class Page(html.parser.HTMLParser):
@@ -49,7 +50,7 @@ def folder(tmp_path_factory):
     """A run of both stages, evaluated."""
     folder = tmp_path_factory.mktemp("report")
     for tool in ("train_tokenizer", "encode_dataset", "train_prior"):
-        status, _, err = run_tool(tool, folder, "preview.every_n_steps=2")
+        status, _, err = run_tool(tool, folder, "preview.every_n_steps=2", CURVES)
         assert status == 0, err
     status, _, err = run_tool("evaluate", folder, *PROTOCOL)
     assert status == 0, err
@@ -86,7 +87,8 @@ def test_report_shows_what_the_run_left_and_needs_nothing_else(folder):
 
 def test_a_run_knows_the_command_that_repeats_it(folder):
     first = (folder / "config_prior.yaml").read_text().partition("\n")[0]
-    assert first == f"# python tools/train_prior.py {folder.parent / 'tiny.yaml'} preview.every_n_steps=2"
+    command = f"# python tools/train_prior.py {folder.parent / 'tiny.yaml'} preview.every_n_steps=2 '{CURVES}'"
+    assert first == command
     stages = {stage.name: stage for stage in read_run(folder).stages}
     assert stages["prior"].command == first.removeprefix("# ")
     assert stages["prior"].steps == 4 and stages["tokenizer"].n_parameters > 1000

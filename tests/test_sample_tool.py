@@ -5,8 +5,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from tiny import SMALL_SDE_DIFFUSION, small_recurrent_vae
+from tiny_experiment import Started
 from video_files import counter_frames, encode, overwrite_middle
 
 from latentcast import (
@@ -119,25 +118,21 @@ def cells(path, row_count):
 
 
 def test_a_folder_of_videos_from_the_shell(folder, tmp_path):
-    command = [sys.executable, TOOL, "--pipeline", folder / "run/pipeline", "--input", folder / "videos"]
-    done = subprocess.run(
-        [*command, "--n-frames", "5", "--num-samples", "3", "temperature=0.8", "top_k=4"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.strip().splitlines()[-1])
+    options = "--n-frames", "5", "--num-samples", "3", "temperature=0.8", "top_k=4"
+    place = "--pipeline", folder / "run/pipeline", "--input", folder / "videos"
+    process = Started(TOOL, *place, *options, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    result = json.loads(out.strip().splitlines()[-1])
     samples = folder / "run/samples"
     names = ["deep_er_brief.mp4", "deep_er_brief.gif", "long.mp4", "long.gif", "contact_sheet.png"]
     assert result["outputs"] == [str(samples / name) for name in names]
     assert sorted(path.name for path in samples.iterdir()) == sorted(names)
     assert sorted(Path(path).name for path in result["skipped"]) == ["cut.avi", "short.gif", "text.mp4"]
     for name in ("cut.avi", "short.gif", "text.mp4"):
-        assert f"skipped: {folder / 'videos' / name}" in done.stderr
+        assert f"skipped: {folder / 'videos' / name}" in err
     assert result["seconds"] > 0 and result["frames_per_s"] > 0
-    assert len(done.stdout.strip().splitlines()) == 1
+    assert len(out.strip().splitlines()) == 1
 
     # Every second frame, for the pipeline was trained at half the rate; the truth first, then the samples.
     for suffix in (".mp4", ".gif"):

@@ -17,6 +17,7 @@ from tiny import (
     SMALL_DIFFUSERS,
     SMALL_FLOW,
     SMALL_LOOKUP_FREE,
+    SMALL_MASKED,
     SMALL_PIXELCNN,
     SMALL_RESIDUAL_DIFFUSION,
     SMALL_SDE_DIFFUSION,
@@ -32,6 +33,7 @@ import latentcast
 from latentcast import (
     DiffusersTokenizer,
     FlowTransformer,
+    MaskedTransformer,
     Protocol,
     ResidualDiffusion,
     SDEDiffusion,
@@ -289,6 +291,7 @@ PRIORS = {
     "spatial": ("discrete", lambda spec: VideoTransformer(spec, subscale=[1, 2, 2], **SMALL_TRANSFORMER)),
     "st_pixelcnn": ("discrete", lambda spec: STPixelCNN(spec, **SMALL_PIXELCNN)),
     "windowed": ("discrete", lambda spec: STPixelCNN(spec, attention="windowed", window=[2, 3], **SMALL_PIXELCNN)),
+    "masked_transformer": ("discrete", lambda spec: MaskedTransformer(spec, **SMALL_MASKED)),
     "dcgan": ("pixels", lambda spec: small_recurrent_vae(spec, network="dcgan")),
     "vgg": ("pixels", lambda spec: small_recurrent_vae(spec, network="vgg", aligner="none")),
     "recurrent_vae_latents": ("continuous", lambda spec: small_recurrent_vae(spec, n_groups=2)),

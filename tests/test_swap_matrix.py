@@ -2,16 +2,13 @@
 
 import functools
 import hashlib
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tiny_experiment import EXPERIMENT, call_main
+from tiny_experiment import EXPERIMENT, Started, call_main, finished
 
 from latentcast import VideoPredictionPipeline
 from latentcast.config import MisfitError, config_root, instantiate, load_config
@@ -22,7 +19,7 @@ TOKENIZERS, PRIORS = (
 )
 CODES = {"vqvae", "sliced_vqvae", "hr_vqvae", "residual_vqvae", "fsq", "lfq", "diffusers_vq", "pixel"}
 VECTORS = {"dcgan", "vgg"}
-CODE_PRIORS = {"video_transformer", "st_pixelcnn"}
+CODE_PRIORS = {"video_transformer", "st_pixelcnn", "masked_transformer"}
 
 
 def fits(tokenizer, prior):
@@ -61,6 +58,7 @@ SIZES = {
     "prior": {
         "video_transformer": {"dim": 16, "embed_dim": 8, "n_heads": 2, "head_dim": 8, "n_layers": 1},
         "st_pixelcnn": {"dim": 8, "n_blocks": 1, "block_layers": 1, "n_heads": 2, "head_dim": 4},
+        "masked_transformer": {"dim": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8},
         "recurrent_vae": {"dim": 8, "hidden_channels": 4, "group_dim": 3, "cells": 12},
         "residual_diffusion": {"width": 16, "denoising_multipliers": [1, 2, 2], "transform_multipliers": [1, 2, 2]},
         "sde_diffusion": {
@@ -162,14 +160,14 @@ def test_a_swap_goes_from_training_to_an_evaluation(experiment, trained, tokeniz
     assert result["metrics"]["mse"] > 0 and result["baselines"]["copy_last_frame"]["mse"] > 0
 
 
-def test_a_fresh_process_predicts_the_same(trained):
+def test_a_fresh_process_predicts_the_same(trained, tmp_path):
     """Each prior over each kind of latents that it takes."""
     kinds = ("hr_vqvae", "kl_vae", "vgg", "pixel")
     folders = [str(trained(*cell)[1]) for cell in CELLS if cell[0] in kinds]
-    command = [sys.executable, "-c", FRESH, *folders]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parent)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [futures(folder) for folder in folders]
+    (tmp_path / "fresh.py").write_text(FRESH)
+    status, found, err = finished(Started(tmp_path / "fresh.py", *folders, cwd=tmp_path))
+    assert status == 0, err
+    assert found == [futures(folder) for folder in folders]
 
 
 def planned(experiment, priors=PRIORS, **overrides):

@@ -230,6 +230,34 @@ def test_wherever_a_run_is_stopped_it_goes_on_with_the_right_weights_and_every_r
     assert rows(resumed) == rows(whole)
 
 
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(tmp_path, whole, caplog):
+    """And ends as a run that was never stopped. The damaged file does not take its place."""
+    with pytest.raises(RuntimeError):
+        chain(tiny_config(tmp_path, *CHAIN), StopAt("draw", 2, None))  # at step 8
+    folder = tmp_path / "run/tokenizer_training"
+    steps = [torch.load(folder / name, weights_only=True)["global_step"] for name in ("previous.ckpt", "last.ckpt")]
+    assert steps == [4, 6]
+    cut = (folder / "last.ckpt").read_bytes()[:-1000]
+    (folder / "last.ckpt").write_bytes(cut)
+    moments = Moments(tmp_path / "moments")
+    with caplog.at_level("WARNING", "latentcast"):
+        resumed, _ = chain(tiny_config(tmp_path, *CHAIN, "resume=true"), moments)
+    assert f"{folder / 'last.ckpt'}: damaged, cannot be resumed" in caplog.text
+    assert "the one before it is taken" in caplog.text
+    found, expected = last(resumed), last(whole)
+    for part in ("state_dict", "current_model_state"):
+        assert all(torch.equal(tensor, found[part][name]) for name, tensor in expected[part].items()), part
+    assert rows(resumed) == rows(whole)
+    for copy in moments.folder.glob("*/tokenizer_training/previous.ckpt"):
+        assert torch.load(copy, weights_only=True)["global_step"] >= 4
+
+
+def test_each_run_has_its_own_time_limit(tmp_path):
+    limits = ["trainer.max_steps=100000", "trainer.max_time=00:00:00:01", "lr_scheduler=null", "resume=true"]
+    first, second = (fit(tiny_config(tmp_path, *limits))[0]["steps"] for _ in range(2))
+    assert 0 < first < second < 100000
+
+
 class Moments(pl.Callback):
     """Copies what lies on the disk, which is all that kill -9 leaves, between any two things that a run writes."""
 
@@ -406,7 +434,7 @@ def test_best_weights_can_be_kept(tmp_path):
 
 
 def test_previews_do_not_change_the_training(tmp_path):
-    named = "preview.figures=[reconstructions, change_masks, code_frequencies, code_maps, futures]"
+    named = "preview.figures=[reconstructions, change_masks, code_frequencies, code_maps, training_tokenizer]"
     call_tool("train_tokenizer", tmp_path, f"run_dir={tmp_path}/a", "preview.every_n_steps=1", named)
     call_tool("train_tokenizer", tmp_path, f"run_dir={tmp_path}/b")
     a, b = (load_model(tmp_path / name / "tokenizer").state_dict() for name in "ab")
@@ -417,6 +445,7 @@ def test_previews_do_not_change_the_training(tmp_path):
         "a": sorted(f"step_{step:07d}{kind}.png" for step in (1, 2, 3, 4) for kind in kinds),
         "b": ["step_0000004.png"],  # the experiment names one
     }
+    assert [(tmp_path / name / "metrics/tokenizer_curves.png").exists() for name in "ab"] == [True, False]
 
 
 @pytest.mark.parametrize("clip_length, n_rows, n_columns", [(3, 4, 3), (1, 2, 2)])
@@ -537,7 +566,9 @@ def test_learning_rate_gradient_norm_and_throughput_are_logged(tmp_path):
         "trainer.max_steps=6",
         "optimizer.lr=.01",
     ]
-    _, _, run = fit(tiny_config(tmp_path, *overrides))
+    config = tiny_config(tmp_path, *overrides)
+    config.preview.figures = None  # the default: all, the curves too
+    _, _, run = fit(config)
     figures = curves(run)
     expected = [0, 0.005, 0.01, 0.0075, 0.005, 0.0025]  # warm-up over 2 steps, then down to 0 at step 6
     assert [value for _, value in figures["train/lr"]] == pytest.approx(expected)
@@ -807,7 +838,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert last(run)["global_step"] == 2
-    assert {path.name for path in run.training_dir.iterdir()} <= {"last.ckpt", "best.ckpt"}
+    assert {path.name for path in run.training_dir.iterdir()} <= {"last.ckpt", "previous.ckpt", "best.ckpt"}
     figures, _, _ = fit(tiny_config(tmp_path, "resume=true"))
     assert figures["steps"] == 4
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from tiny_experiment import TOOLS, call_tool
-from wandb.proto import wandb_internal_pb2
 
 from latentcast.evaluation.protocol import METRICS
 from latentcast.metrics.weights import find_weights
@@ -59,6 +58,10 @@ def read_records(path):
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last chunk of one
+            from wandb.proto import (
+                wandb_internal_pb2,
+            )  # here: wandb takes seconds, of every process that collects tests
+
             parsed = wandb_internal_pb2.Record()
             parsed.ParseFromString(record)
             yield parsed

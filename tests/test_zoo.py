@@ -1,15 +1,12 @@
 """Pipelines that are handed on: export, example clips, card, and the demo that predicts them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import small_recurrent_vae
-from tiny_experiment import TOOLS
+from tiny_experiment import TOOLS, Started, finished
 
 from latentcast import PixelTokenizer, VideoPredictionPipeline
 from latentcast.zoo import N_EXAMPLES, example_psnr, export, read_examples
@@ -45,10 +42,10 @@ def test_an_exported_pipeline_gives_its_cards_figure_again(exported):
 
 
 def test_the_demo_predicts_the_example_clips(exported, tmp_path):
-    command = [sys.executable, str(TOOLS / "demo.py"), "--pipeline", str(exported[0]), "--num-samples", "2"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=os.environ)
-    assert ended.returncode == 0, ended.stderr
-    files = json.loads(ended.stdout.splitlines()[-1])["files"]
+    options = "--pipeline", exported[0], "--num-samples", "2"
+    status, figures, err = finished(Started(TOOLS / "demo.py", *options, cwd=tmp_path))
+    assert status == 0, err
+    files = figures["files"]
     assert {Path(path).suffix for path in files.values()} == {".gif", ".png"}
     assert all((tmp_path / path).stat().st_size > 500 for path in files.values())
 

@@ -12,6 +12,7 @@ from latentcast import (
     DCGANAutoencoder,
     DiffusersTokenizer,
     FlowTransformer,
+    MaskedTransformer,
     PixelTokenizer,
     RecurrentVAE,
     ResidualDiffusion,
@@ -108,6 +109,7 @@ CODES_SPEC = {
 }
 SMALL_TRANSFORMER = {"n_frames": 4, "dim": 24, "embed_dim": 12, "n_heads": 2, "head_dim": 8, "n_layers": 1}
 SMALL_PIXELCNN = {"n_frames": 4, "dim": 16, "n_blocks": 1, "block_layers": 2, "n_heads": 2, "head_dim": 4}
+SMALL_MASKED = {"n_frames": 4, "dim": 24, "n_layers": 2, "n_heads": 2, "head_dim": 8}
 SMALL_RECURRENT_VAE = {"dim": 8, "hidden_channels": 4, "group_dim": 3, "cells": 12, "beta": 1e-2}
 
 
@@ -151,6 +153,8 @@ TINY_PRIORS = {
     "st_pixelcnn": lambda: STPixelCNN(CODES_SPEC, **SMALL_PIXELCNN),
     "st_pixelcnn_shared": lambda: STPixelCNN(CODES_SPEC, layers="shared", attention="factorised", **SMALL_PIXELCNN),
     "st_pixelcnn_windowed": lambda: STPixelCNN(CODES_SPEC, attention="windowed", window=2, **SMALL_PIXELCNN),
+    "masked_transformer": lambda: MaskedTransformer(CODES_SPEC, **SMALL_MASKED),
+    "masked_transformer_flat": lambda: MaskedTransformer(CODES_SPEC, masking="flat", window=3, **SMALL_MASKED),
     "recurrent_vae": lambda: small_recurrent_vae(PixelTokenizer(1, 8, 16, levels=None).latent_spec, n_groups=2),
     "svg_lp_vgg": lambda: small_recurrent_vae(PixelTokenizer(1, 8, 16).latent_spec, network="vgg", aligner="none"),
     "recurrent_vae_latents": lambda: small_recurrent_vae(CODES_SPEC, n_groups=3, aligner="encoder_value"),
@@ -179,6 +183,8 @@ TOLD_PRIORS = {
     "st_pixelcnn_shared": lambda **told: STPixelCNN(
         CODES_SPEC, layers="shared", attention="factorised", **SMALL_PIXELCNN, **told
     ),
+    "masked_transformer": lambda **told: MaskedTransformer(CODES_SPEC, **SMALL_MASKED, **told),
+    "masked_transformer_flat": lambda **told: MaskedTransformer(CODES_SPEC, masking="flat", **SMALL_MASKED, **told),
     "sde_diffusion": small_sde_diffusion,
     "ode_diffusion_latents": lambda **told: small_sde_diffusion(
         "kl_vae", motion="ode", prediction_type="sample", **told

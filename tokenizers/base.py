@@ -135,6 +135,7 @@ class FrameTokenizer(VideoModel):
     """
 
     has_posterior = False  # True: ``encode`` gives a Gaussian for every latent (see TokenizerOutput)
+    has_layers = False  # True: codes are in layers, coarse to fine, and ``decode`` takes ``n_layers``
 
     @property
     def latent_spec(self):

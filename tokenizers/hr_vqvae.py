@@ -31,6 +31,7 @@ class HRVQVAE(ConvolutionalVQ):
     """
 
     tree = True
+    has_layers = True
 
     @register_to_config
     def __init__(

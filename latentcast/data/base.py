@@ -176,42 +176,16 @@ class ShownClips:
         return cls(frames, dataset.fps, [dataset.videos[index].name for index in chosen], trained_on, conditions)
 
 
-class SharedEpoch(Dataset):
-    """A data set for loaders whose epoch lies in shared memory, so that persistent workers see it change."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch):
-        self.epoch.fill_(epoch)
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        self.dataset.set_epoch(int(self.epoch))
-        return view_item(self.dataset, index)
-
-    def item_name(self, index):
-        self.dataset.set_epoch(int(self.epoch))
-        return self.dataset.item_name(index)
-
-
-def view_item(dataset, index):
-    """``dataset[index]``, or what a data set has instead for those who copy at once (``view``)."""
-    return getattr(dataset, "view", dataset.__getitem__)(index)
-
-
 class ClipWindows:
     """Where the clips of an epoch lie in videos of the given lengths; see VideoDataset."""
 
     def __init__(self, lengths, clip_length, split, seed):
         self.lengths, self.clip_length, self.split, self.seed = lengths, clip_length, split, seed
         self._ends = list(itertools.accumulate(n // clip_length for n in lengths))  # of each video's clips
+        self._numbers = range(self._ends[-1] if self._ends else 0)
 
     def __len__(self):
-        return self._ends[-1] if self._ends else 0
+        return len(self._numbers)
 
     def spread(self, n):
         """See VideoDataset."""
@@ -222,7 +196,7 @@ class ClipWindows:
 
     def place(self, index, epoch):
         """Clip number ``index`` -> (video, start, stop)"""
-        index = range(len(self))[index]  # from the end where it is negative; raises IndexError
+        index = self._numbers[index]  # from the end where it is negative; raises IndexError
         video = bisect.bisect_right(self._ends, index)
         start = (index - (self._ends[video - 1] if video else 0)) * self.clip_length
         if self.split == "train":

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DistributedSampler
 
-from .base import EmptySplitError, SharedEpoch
+from .base import EmptySplitError
 from .latent_cache import LatentCacheDataset
 from .loading import Loader, end_workers, open_loader
 
@@ -16,15 +16,11 @@ logger = logging.getLogger("latentcast")
 
 
 class _EpochSampler(DistributedSampler):
-    """Shuffles by (seed, epoch), a share for each rank, and moves the data set to the epoch's windows.
+    """Shuffles by (seed, epoch), a share for each rank; a pass leaves out the first ``skip`` clips.
 
-    Lightning keeps a DistributedSampler as it is. A pass leaves out the first ``skip`` clips."""
+    Lightning keeps a DistributedSampler as it is."""
 
     skip = 0
-
-    def set_epoch(self, epoch):
-        super().set_epoch(epoch)
-        self.dataset.set_epoch(epoch)
 
     def __iter__(self):
         return itertools.islice(super().__iter__(), self.skip, None)
@@ -41,6 +37,7 @@ class _ResumableLoader(Loader):
     def __iter__(self):
         if len(self.sampler) - self._n_done < (self.batch_size if self.drop_last else 1):
             self._epoch, self._n_done = self._epoch + 1, 0
+        self.dataset.set_epoch(self._epoch)
         self.sampler.set_epoch(self._epoch)
         self.sampler.skip = self._n_done
         for batch in super().__iter__():
@@ -108,12 +105,11 @@ class _ClipDataModule(pl.LightningDataModule):
             self.train_set.set_epoch(0)
             return self._loader(self.train_set)
         world = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        dataset = SharedEpoch(self.train_set)
-        sampler = _EpochSampler(dataset, *world, shuffle=True, seed=self.seed)
+        sampler = _EpochSampler(self.train_set, *world, shuffle=True, seed=self.seed)
         if len(sampler) < self.batch_size:
             logger.warning("train: %d clips a process are fewer than batch_size=%d", len(sampler), self.batch_size)
         drop_last = len(sampler) >= self.batch_size
-        loader = self._loader(dataset, _ResumableLoader, sampler=sampler, drop_last=drop_last)
+        loader = self._loader(self.train_set, _ResumableLoader, sampler=sampler, drop_last=drop_last)
         if self._train_loader is not None:  # trainer.reload_dataloaders_every_n_epochs
             loader.load_state_dict(self._train_loader.state_dict())
         self._train_loader = loader

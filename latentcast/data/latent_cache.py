@@ -226,22 +226,45 @@ class LatentCacheDataset(Dataset):
         return len(self._windows)
 
     def __getitem__(self, index):
-        item = self.view(index)
-        return item | {self.space: item[self.space].to(self._dtype, copy=True)}
+        batch = self.fill(self.new_batch(1), [index])
+        conditions = {name: values[0] for name, values in batch["conditions"].items()}
+        return {self.space: batch[self.space][0].to(self._dtype), "conditions": conditions}
 
-    def view(self, index):
-        """``dataset[index]`` for loaders, whose batches are copies anyway: the frames may be a view of the mapped file,
-        and codes are in the small unsigned type that they are stored in."""
-        window = self._windows.place(index, self.epoch)
-        store = self.manifest["store"]
-        if store == "posterior" and self.sample_posterior:
-            seed = random.Random(f"posterior {self.seed} {self.epoch} {index}").getrandbits(63)
-            frames = sample_moments(self.read_posterior(*window), torch.Generator().manual_seed(seed))
-        elif store == "codes":
-            frames = self._reader.frames(*window)
-        else:
-            frames = self.read_video(*window)
-        return {self.space: frames, "conditions": self.read_conditions(*window)}
+    def new_batch(self, n_items):
+        """Memory for a batch, of which ``fill`` makes one: what items hold, each (n_items, ...); codes in the small
+        unsigned type that they are stored in."""
+        shape, dtype = self.manifest["frame_shape"], self._dtype
+        if self.space == "codes":
+            dtype = shards.DTYPES[self.manifest["dtype"]][0]
+        elif self.manifest["store"] == "posterior":
+            shape = [shape[0] // 2, *shape[1:]]
+        conditions = {}
+        for name, spec in self.conditions.items():
+            n_frames = (self.clip_length,) if spec["per"] == "frame" else ()
+            conditions[name] = torch.empty(n_items, *n_frames, *spec["shape"], dtype=shards.DTYPES[spec["dtype"]][0])
+        return {self.space: torch.empty(n_items, self.clip_length, *shape, dtype=dtype), "conditions": conditions}
+
+    def fill(self, batch, indices):
+        """Read items into the rows of a batch, each once and to its end before the next index is asked for; -> the
+        batch."""
+        clips, conditions, store = batch[self.space], batch["conditions"], self.manifest["store"]
+        if store == "codes":
+            clips = clips.numpy()  # to copy a slice into it takes a third of a tensor's time
+        for row, index in enumerate(indices):
+            window = self._windows.place(index, self.epoch)
+            if store == "codes":
+                clips[row] = self._reader.array(*window)
+            elif store == "latents":
+                clips[row] = self._reader.frames(*window)
+            elif self.sample_posterior:
+                seed = random.Random(f"posterior {self.seed} {self.epoch} {index}").getrandbits(63)
+                clips[row] = sample_moments(self.read_posterior(*window), torch.Generator().manual_seed(seed))
+            else:
+                clips[row] = self._reader.frames(*window).chunk(2, dim=1)[0]
+            if conditions:
+                for name, value in self.read_conditions(*window).items():
+                    conditions[name][row] = value
+        return batch
 
     def item_name(self, index):
         """What ``dataset[index]`` reads, for messages."""

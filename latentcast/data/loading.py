@@ -1,6 +1,7 @@
 """Loaders of batches: their processes start where no thread has run, and what one does not come back from is named."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -9,9 +10,7 @@ import time
 from multiprocessing import forkserver, resource_tracker, util
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
-
-from .base import view_item
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 SECONDS_TO_END = 10.0  # at most, until the system says that a lost process has ended
 
@@ -50,8 +49,8 @@ class Loader(DataLoader):
                     raise
                 end_workers()
                 raise WorkerError(lost) from None
-            if isinstance(batch, _InRoom):
-                batch = batch.taken(self.dataset.room, self.pin_memory and torch.cuda.is_available())
+            if self.dataset.room is not None:
+                batch = self.dataset.taken(*batch, pin=self.pin_memory and torch.cuda.is_available())
             self.waited += time.perf_counter() - began
             yield batch
 
@@ -64,9 +63,9 @@ def open_loader(dataset, kind=Loader, num_workers=0, read_timeout=0, **kwargs):
     not reach them; the main process ends them.
 
     Args:
-        dataset: a map-style data set; ``item_name(index)``, if it has that, names an item in errors. Items of one that
-            has ``view(index)``, as LatentCacheDataset has, are copied once into a batch that travels through memory
-            which all processes share from the start: 40 us a window less than the files that torch makes for each.
+        dataset: a map-style data set; ``item_name(index)``, if it has that, names an item in errors. One that fills
+            batches by itself (``new_batch``, ``fill``), as LatentCacheDataset does, reads them into memory which all
+            processes share from the start: no list of items, and none of the files that torch makes for each batch.
         kind: Loader or a subclass.
         num_workers: processes that read.
         read_timeout: seconds after which a worker that has not come back from an item is ended, whatever it does, and
@@ -79,11 +78,10 @@ def open_loader(dataset, kind=Loader, num_workers=0, read_timeout=0, **kwargs):
         # At the process's end, before multiprocessing waits for them; processes that it started have no "atexit".
         util.Finalize(None, end_workers, exitpriority=0)
     watched = _Watched(dataset, num_workers, read_timeout)
-    in_batches = kwargs.get("batch_size") and "collate_fn" not in kwargs
-    if num_workers and in_batches and hasattr(getattr(dataset, "dataset", dataset), "view"):
-        kwargs["collate_fn"] = watched.collate
+    if kwargs.get("batch_size") and "collate_fn" not in kwargs and hasattr(dataset, "fill"):
+        kwargs["collate_fn"] = _as_it_is
         # A worker has ``prefetch_factor`` batches on their way, and one that is being copied.
-        watched.make_room(1 + (kwargs.get("prefetch_factor") or 2), kwargs["batch_size"])
+        watched.fill_batches(num_workers, 1 + (kwargs.get("prefetch_factor") or 2), kwargs["batch_size"])
     workers = {"num_workers": num_workers, "multiprocessing_context": context, "worker_init_fn": _start_worker}
     return kind(watched, **workers, **kwargs)
 
@@ -149,25 +147,25 @@ def end_with_parent():
     os._exit(1)
 
 
-class _InRoom(dict):
-    """A batch; its clips are in shared memory, at ``place``: (name, worker, turn, number of clips)."""
+def _as_it_is(batch):
+    return batch
 
-    def taken(self, room, pin):
-        """The whole batch, out of the worker's way."""
-        name, worker, turn, n = self.place
-        clips = room[worker, turn, :n]
-        return {name: torch.empty_like(clips, pin_memory=pin).copy_(clips)} | self
+
+def _each(function, batch):
+    """A function of each tensor of a batch."""
+    return {n: _each(function, value) if isinstance(value, dict) else function(value) for n, value in batch.items()}
 
 
 class _Watched(Dataset):
     """A data set that notes, in shared memory, what each worker reads: its process, 1 + the item or 0, and since when
-    (ns)."""
+    (ns). There lie its epoch too, so that persistent workers see it change, and their batches, if it fills those."""
 
     def __init__(self, dataset, num_workers, read_timeout):
         self.dataset, self.read_timeout = dataset, read_timeout
         self.notes = torch.zeros(max(1, num_workers), 3, dtype=torch.int64).share_memory_()
         self._note = None  # this process's, once it has begun
-        self.room, self._turn = None, 0
+        self._epoch = torch.full((), -1).share_memory_()  # that of the data set itself
+        self._fills, self.room, self._turn, self._turns = False, None, 0, 0
         _workers.append(self.notes)
 
     def __getstate__(self):
@@ -178,43 +176,64 @@ class _Watched(Dataset):
 
     def begin(self, worker):
         """Note which process reads as that worker, so that it can be ended, whatever it is at by then."""
-        self._note = self.notes[worker].numpy()
+        self._note = memoryview(self.notes[worker].numpy())
         self._note[0] = os.getpid()
 
-    def make_room(self, n_batches, batch_size):
-        """Share memory for the clips of so many batches of each worker."""
-        clip = next(iter(view_item(self.dataset, 0).values()))
-        self.room = clip.new_empty(len(self.notes), n_batches, batch_size, *clip.shape).share_memory_()
+    def set_epoch(self, epoch):
+        """Of the data set, in all processes."""
+        self._epoch.fill_(epoch)
 
-    def collate(self, items):
-        """Items -> the batch, whose clips this worker has put into the room."""
-        worker, name = get_worker_info().id, next(iter(items[0]))
-        torch.stack([item.pop(name) for item in items], out=self.room[worker, self._turn, : len(items)])
-        batch = _InRoom(default_collate(items))
-        batch.place = name, worker, self._turn, len(items)
-        self._turn = (self._turn + 1) % self.room.shape[1]
-        return batch
+    def fill_batches(self, *places):
+        """Have the data set fill batches; ``places``: workers, batches of each for which there is to be room, items."""
+        self._fills, self._turns = True, places[1]
+        if places[0]:
+            whole = self.dataset.new_batch(math.prod(places))
+            self.room = _each(lambda tensor: tensor.unflatten(0, places).share_memory_(), whole)
+
+    def taken(self, worker, turn, n, pin):
+        """A batch of ``n`` items that a worker has filled, out of its way."""
+        return _each(lambda t: torch.empty_like(t, pin_memory=pin).copy_(t), self._place(worker, turn, n))
+
+    def _place(self, worker, turn, n):
+        return _each(lambda tensor: tensor[worker, turn, :n], self.room)
 
     def __getitem__(self, index):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices):
-        """The items of a batch, which may be views: the loader copies them into one tensor."""
+        """A list of items, or the batch, or in workers where it is: (worker, turn, number of items)."""
         if self._note is None:
             self.begin(0)
-        limit, items = self.read_timeout if get_worker_info() else 0, []
+        dataset, noted, worker = self._current(), self._noted(indices), get_worker_info()
         try:
-            for index in indices:
-                self._note[2] = time.monotonic_ns()
-                self._note[1] = 1 + index
-                if limit:  # SIGALRM ends the process, in native code too
-                    signal.setitimer(signal.ITIMER_REAL, limit)
-                items.append(view_item(self.dataset, index))
+            if not self._fills:
+                return [dataset[index] for index in noted]
+            if not worker:
+                return dataset.fill(dataset.new_batch(len(indices)), noted)
+            place = worker.id, self._turn, len(indices)
+            dataset.fill(self._place(*place), noted)
+            self._turn = (self._turn + 1) % self._turns
+            return place
         finally:
-            if limit:
+            if worker and self.read_timeout:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             self._note[1] = 0
-        return items
+
+    def _noted(self, indices):
+        """The indices, each noted while it is read."""
+        limit = self.read_timeout if get_worker_info() else 0
+        for index in indices:
+            self._note[2] = time.monotonic_ns()
+            self._note[1] = 1 + index
+            if limit:  # SIGALRM ends the process, in native code too
+                signal.setitimer(signal.ITIMER_REAL, limit)
+            yield index
+
+    def _current(self):
+        """The data set at the epoch that was set."""
+        if (epoch := int(self._epoch)) >= 0:
+            self.dataset.set_epoch(epoch)
+        return self.dataset
 
     def lost(self):
         """One line about a worker that has ended in the middle of an item, or None."""
@@ -233,4 +252,4 @@ class _Watched(Dataset):
     def reads(self):
         """The name of what is being read, of the longest since."""
         item = min((since, item) for _, item, since in self.notes.tolist() if item)[1] - 1
-        return getattr(self.dataset, "item_name", "item {}".format)(item)
+        return getattr(self._current(), "item_name", "item {}".format)(item)

@@ -449,6 +449,10 @@ class ShardReader:
         changed, kept or sent to another process."""
         return self._tensor(video)[start:stop:stride]
 
+    def array(self, video, start, stop, stride=1):
+        """The same as an array, where NumPy has the type; costs a fifth of that."""
+        return self._tensor(video, as_array=True)[start:stop:stride]
+
     def conditions(self, video, start, stop, stride=1):
         """name -> tensor: frames ``start:stop:stride`` of conditions per frame, the whole of others."""
         found = {}
@@ -457,12 +461,14 @@ class ShardReader:
             found[name] = (stored[start:stop:stride] if spec["per"] == "frame" else stored).clone()
         return found
 
-    def _tensor(self, video, condition=None):
+    def _tensor(self, video, condition=None, as_array=False):
         """A video's frames, or one of its conditions: mapped, of the shape and type which the manifest says."""
         file, tensors = self._file(video)
-        if (video, condition) not in tensors:
-            tensors[video, condition] = self._map(file, video, condition)
-        return tensors[video, condition]
+        found = tensors.get((video, condition, as_array))
+        if found is None:
+            found = self._map(file, video, condition)
+            found = tensors[video, condition, as_array] = found.numpy() if as_array else found
+        return found
 
     def _map(self, file, video, condition):
         key, length = _key(video, condition), self.length(video)
@@ -533,6 +539,10 @@ class ClipReader:
     def frames(self, index, start=0, stop=None):
         """Frames ``start:stop`` of video ``index`` -> (stop - start, *frame_shape), as ShardReader gives them."""
         return self._reader.frames(*self._place(index, start, stop))
+
+    def array(self, index, start=0, stop=None):
+        """The same as an array; see ShardReader."""
+        return self._reader.array(*self._place(index, start, stop))
 
     def conditions(self, index, start=0, stop=None):
         """Conditions of the same frames; see VideoDataset."""

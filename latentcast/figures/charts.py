@@ -546,6 +546,7 @@ def _styled(axes):
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(fontsize=9, color=INK)
     axes.title.set(fontsize=10, color=INK)
+    axes.set_title("", y=1)  # where it stands anyway; else every label of the ticks is measured to find that out
     return axes
 
 

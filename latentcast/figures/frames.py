@@ -161,6 +161,30 @@ def layers(truth, partial, names=None, notes=None, title="", bits=None, n_given=
     return _sheet("layers", rows, columns, title, caption + said, legend, said, numbers)
 
 
+def decoding(truth, steps, known, names=None, title=""):
+    """A frame that is drawn in steps: after each step what is known, and what the rest would be.
+
+    Args:
+        truth: (N, C, H, W). steps: (N, n_steps, C, H, W), decoded, codes not yet known as they were drawn last.
+        known: (N, n_steps, h, w) in [0, 1], the share of its codes that are known of each position.
+    """
+    truth, steps = (torch.as_tensor(x).detach().float().cpu() for x in (truth, steps))
+    said = not_finite(truth, steps)
+    known, rows = torch.as_tensor(known).float().cpu(), []
+    chosen = picked(steps.shape[1], MOST)
+    for i, name in enumerate(names or _numbered("clip", len(truth))):
+        row = _row(name, torch.cat([truth[i, None], steps[i, chosen]]), [TRUE] + [PREDICTED] * len(chosen), begins=True)
+        maps = torch.cat([torch.ones_like(known[i, :1]), known[i, chosen]])
+        painted = (maps * 255).byte()[..., None].expand(-1, -1, -1, 3).numpy()
+        shares = ("", *(f"{share:.0%}" for share in known[i, chosen].mean((1, 2)).tolist()))
+        rows += [row, _maps_row("known", painted, row.frames, shares, blank=1)]
+    caption = (
+        "The first predicted frame after each step; below it, what is known of its codes (white: all of a position)."
+    )
+    columns = ["truth", *(f"step {i + 1}" for i in chosen.tolist())]
+    return _sheet("decoding", rows, columns, title, caption + said, OF_FRAMES, said)
+
+
 def futures(context, samples, truth=None, best=None, names=None, fps=None, title="", scores=None):
     """Predicted futures, as a sheet and as a video: the truth, the best sample, one at random, their mean and spread.
 

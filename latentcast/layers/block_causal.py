@@ -7,8 +7,8 @@ the prediction of every frame of a clip, each given the true past, in the place 
 drawn, the keys and values of the clean stream are cached frame by frame.
 
 Rotary positions on the three axes (Su et al. 2021), RMS norm (Zhang and Sennrich 2019). A vector of each frame (its
-noise, its conditions) shifts, scales and gates every block by one map that all blocks share (PixArt's adaLN-single,
-Chen et al. 2023).
+noise, its conditions) is added to its positions, and shifts, scales and gates every block by one map that all blocks
+share (PixArt's adaLN-single, Chen et al. 2023).
 
 Shape letters: B clips, t clean frames, s target frames, P positions of a frame in raster order, d width, m heads.
 """
@@ -122,7 +122,7 @@ class BlockCausalTransformer(nn.Module):
                 parts, attended = [x.split(n_positions, 2) for x in block.project(target)], []
                 for frame, (q, *own) in enumerate(zip(*parts), target.first):
                     seen = self._seen(pair, frame, frame, n_seen, n_positions)
-                    attended.append(attention(q, *(torch.cat(parts, 2) for parts in zip(seen, own))))
+                    attended.append(attention(q, *(torch.cat(both, 2) for both in zip(seen, own))))
                 block.finish(target, attended)
         return None if target is None else self.norm(target.x), Past(n_seen, blocks)
 
@@ -138,9 +138,10 @@ class BlockCausalTransformer(nn.Module):
         if x is None:
             return None
         first = stop - x.shape[1]
-        table = rotation_table((x.shape[1], *self.grid), self.head_dim, start=first)
-        table = table.to(x.device, x.dtype, non_blocking=True)
-        return Stream(x, first, self.modulate(vectors).unflatten(-1, (6, -1)), table.transpose(0, 1))
+        table = rotation_table((x.shape[1], *self.grid), self.head_dim, start=first, device=x.device).to(x.dtype)
+        return Stream(
+            x + vectors[:, :, None], first, self.modulate(vectors).unflatten(-1, (6, -1)), table.transpose(0, 1)
+        )
 
 
 class Block(nn.Module):

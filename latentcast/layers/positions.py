@@ -24,7 +24,7 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def rotation_table(grid, head_dim, longest=100.0, start=0):
+def rotation_table(grid, head_dim, longest=100.0, start=0, device=None):
     """Cosines and signed sines of the rotation at every position of ``grid``, in raster order: (N, 2, head_dim).
 
     Channels j and j + head_dim / 2 are a pair; pair j turns with axis j mod 3, at frequencies from 1 down to
@@ -32,10 +32,11 @@ def rotation_table(grid, head_dim, longest=100.0, start=0):
     axis is counted from ``start`` on.
     """
     half = head_dim // 2
-    pair = torch.arange(half)
+    pair = torch.arange(half, device=device)
     per_axis = math.ceil(half / 3)
     frequencies = longest ** -((pair // 3) / max(per_axis - 1, 1))
-    axes = [torch.arange(first, first + size, dtype=torch.float32) for first, size in zip((start, 0, 0), grid)]
+    ends = zip((start, 0, 0), grid)
+    axes = [torch.arange(first, first + size, dtype=torch.float32, device=device) for first, size in ends]
     coordinates = torch.cartesian_prod(*axes).view(-1, 3)
     angles = coordinates[:, pair % 3] * frequencies  # (N, half)
     cos, sin = angles.cos(), angles.sin()

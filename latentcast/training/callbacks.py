@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pytorch_lightning.callbacks import Callback, WeightAveraging
+from pytorch_lightning.callbacks import Callback, Timer, WeightAveraging
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import AveragedModel
 
@@ -23,6 +23,7 @@ from latentcast.distributed import all_reduced, rank_and_world
 from latentcast.metrics.codebook import CodebookUsage
 from latentcast.metrics.ensemble import ilpips
 
+from .checkpoints import keep_previous
 from .loggers import MediaLogger
 
 logger = logging.getLogger("latentcast")
@@ -148,12 +149,14 @@ class LastCheckpoint(Callback):
     A step is saved when all that comes with it is done, its figures logged, its validation and pictures made: that is
     when the next batch is there, which a resumed run reads again. Whatever ends a run, the metrics file then holds
     every row up to the checkpoint. A validation that a stop breaks off is made again by the resumed run. The file is
-    replaced as a whole, so a ``kill -9`` leaves the one before. An error leaves it as it is, but for that of a loader
-    in a process alone: of several ranks one has it, and the others, who take part in saving, wait for its gradients.
+    replaced as a whole, so a ``kill -9`` leaves the one before; and that stays as ``previous``. An error leaves it as
+    it is, but for that of a loader in a process alone: of several ranks one has it, and the others, who take part in
+    saving, wait for its gradients.
     """
 
-    def __init__(self, path, every_n_steps):
-        self.path = Path(path)
+    def __init__(self, path, previous, every_n_steps, keeps=True):
+        self.path, self.previous = Path(path), Path(previous)
+        self._keeps = keeps  # False: what is there is damaged, and does not become the previous one
         self.every_n_steps = every_n_steps
         self._saved = None  # step, and whether its validation is to be made again; None until training starts
         self._broken_off = False  # the validation of the step that is saved
@@ -184,8 +187,14 @@ class LastCheckpoint(Callback):
     def _save(self, trainer):
         state = trainer.global_step, self._broken_off
         if self._saved not in (None, state):
+            if trainer.is_global_zero and self._keeps:
+                keep_previous(self.path, self.previous)
             trainer.save_checkpoint(self.path, False)  # False: not the weights alone
-            self._saved = state
+            self._saved, self._keeps = state, True
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        """Forget how long earlier runs took: ``trainer.max_time`` is of this one."""
+        checkpoint["callbacks"].pop(Timer.__qualname__, None)
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         """Keep what the data is, and make Lightning's counters those of the end of a step."""

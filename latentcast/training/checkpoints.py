@@ -2,7 +2,9 @@
 
 import inspect
 import logging
+import os
 import pickle
+import shutil
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -33,6 +35,10 @@ ELSEWHERE = (
 )
 
 
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that cannot be read."""
+
+
 class WholeFileIO(TorchCheckpointIO):
     """Writes a checkpoint beside the one that it replaces, on the same file system, and renames it when it is on the
     disk. Lightning's own way moves a file out of ``TMPDIR``, which copies it over the old one.
@@ -55,7 +61,8 @@ def check_checkpoint(path, module, averaging, data=None):
         averaging: whether this run averages the weights.
         data: its data module, if the data is to be compared.
     Raises:
-        ValueError: damaged, of another model, written with the moving average switched the other way, or with another
+        DamagedCheckpoint: it cannot be read.
+        ValueError: of another model, written with the moving average switched the other way, or with another
             value of an option that a resumed run cannot change; the message names it.
     """
     try:
@@ -63,7 +70,7 @@ def check_checkpoint(path, module, averaging, data=None):
         found, step = checkpoint["state_dict"], checkpoint["global_step"]
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint {path}: damaged, cannot be resumed ({reason[:100]})") from None
+        raise DamagedCheckpoint(f"checkpoint {path}: damaged, cannot be resumed ({reason[:100]})") from None
     expected = module.state_dict()
     for name in sorted(expected.keys() | found.keys()):
         sides = [tuple(side[name].shape) if name in side else "nothing" for side in (found, expected)]
@@ -87,6 +94,17 @@ def check_checkpoint(path, module, averaging, data=None):
     if was and now and not same_data:
         logger.warning("%s: the videos are not those that it was trained on; it goes on with the new ones", path)
     return step
+
+
+def keep_previous(path, previous):
+    """Let ``previous`` be the checkpoint that ``path`` is now, if it is there, before another takes its place. It is
+    the same file by another name, where the file system can do so, else a copy."""
+    if path.exists():
+        with replacing(previous) as temporary:
+            try:
+                os.link(path, temporary)
+            except OSError:
+                shutil.copyfile(path, temporary)
 
 
 def check_options(path, before, now, stage, same_data=False):
@@ -130,6 +148,6 @@ def _default(name, flat):
     target = flat.get(f"{group}._target_")
     if target is None:
         return flattened(defaults()).get(name)
-    parameter = inspect.signature(find_target(target)).parameters.get(option) if target else None
+    parameter = inspect.signature(find_target(target)).parameters.get(option)
     default = None if parameter is None or parameter.default is parameter.empty else parameter.default
     return list(default) if isinstance(default, tuple) else default

@@ -143,7 +143,11 @@ class Console(Callback):
             self.say(trainer.global_step, time.monotonic())
         self._close()
         if trainer.is_global_zero and self.timer and self.timer.time_remaining() <= 0:
-            logger.info("%s: trainer.max_time is over at step %d", self.stage, trainer.global_step)
+            logger.info(
+                "%s: trainer.max_time is over at step %d; resume=true goes on from there",
+                self.stage,
+                trainer.global_step,
+            )
 
     def on_exception(self, trainer, pl_module, exception):
         self._close()

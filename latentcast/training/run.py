@@ -33,7 +33,7 @@ from .callbacks import (
     WeightAverage,
     finishing_steps,
 )
-from .checkpoints import WholeFileIO, check_checkpoint
+from .checkpoints import DamagedCheckpoint, WholeFileIO, check_checkpoint
 from .compiling import compile_model
 from .console import Console
 from .loggers import CSVMetrics, TrackerLogger, open_logger, plot_curves
@@ -49,9 +49,9 @@ LEFT = ("*.ckpt", "config.json", "model_index.json", "step_*", ".*.tmp")  # what
 class TrainingRun:
     """Where a stage ("tokenizer", "prior", or "joint" for both together) of an experiment trains.
 
-    ``run_dir`` gets ``{stage}_training/`` with ``last.ckpt`` and ``best.ckpt``, ``metrics/{stage}.csv`` and its curves,
-    ``previews/{stage}/``, and in the end ``{stage}/``, the model (of "joint": the pipeline) as ``save_pretrained``
-    writes it.
+    ``run_dir`` gets ``{stage}_training/`` with ``last.ckpt``, the one before it and ``best.ckpt``,
+    ``metrics/{stage}.csv`` and its curves, ``previews/{stage}/``, and in the end ``{stage}/``, the model (of "joint":
+    the pipeline) as ``save_pretrained`` writes it.
     """
 
     config: DictConfig
@@ -123,9 +123,32 @@ class TrainingRun:
         return self.training_dir / "last.ckpt"
 
     @property
+    def previous(self):
+        return self.training_dir / "previous.ckpt"
+
+    @property
     def checkpoint(self):
         """The checkpoint that this run continues, or None."""
         return self.last if self.config.resume and self.last.exists() else None
+
+    def _resumed(self, module, datamodule):
+        """-> the checkpoint that this run continues and its step: the last one, the one before where that is damaged,
+        or None and 0."""
+        checkpoint, averaging = self.checkpoint, self.config.ema_decay > 0
+        if checkpoint is None:
+            if self.config.resume:
+                logger.info("%s: nothing to resume, starting at step 0", self.last)
+            return None, 0
+        try:
+            step = check_checkpoint(checkpoint, module, averaging, datamodule)
+        except DamagedCheckpoint as error:
+            if not self.previous.exists():
+                raise
+            logger.warning("%s; the one before it is taken", error)
+            checkpoint = self.previous
+            step = check_checkpoint(checkpoint, module, averaging, datamodule)
+        logger.info("resuming from step %d (%s)", step, checkpoint)
+        return checkpoint, step
 
     @property
     def best(self):
@@ -156,14 +179,7 @@ class TrainingRun:
             KeyboardInterrupt: asked to stop; ``last.ckpt`` is written.
         """
         config, started = self.config, time.perf_counter()
-        checkpoint = self.checkpoint
-        if checkpoint is not None:
-            start_step = check_checkpoint(checkpoint, module, config.ema_decay > 0, datamodule)
-            logger.info("resuming from step %d (%s)", start_step, checkpoint)
-        else:
-            start_step = 0
-            if config.resume:
-                logger.info("%s: nothing to resume, starting at step 0", self.last)
+        checkpoint, start_step = self._resumed(module, datamodule)
         curves = self.run_dir / "metrics" / f"{self.stage}.csv"
         logged = max((row[0] for row in read_metrics(curves)), default=0) if checkpoint and curves.is_file() else 0
         csv = CSVMetrics(curves)
@@ -199,7 +215,7 @@ class TrainingRun:
                 LogInterval(),
                 Throughput(),
                 *callbacks,
-                LastCheckpoint(self.last, config.checkpoint_every_n_steps),
+                LastCheckpoint(self.last, self.previous, config.checkpoint_every_n_steps, checkpoint != self.previous),
                 *([self._best_checkpoint()] if keeps_best else []),
                 *own["callbacks"],
             ],
@@ -227,7 +243,8 @@ class TrainingRun:
                 logger.info("%s holds step %d; resume=true goes on from there", self.last, trainer.global_step)
             raise KeyboardInterrupt from None
         finally:
-            if curves.is_file():
+            named = to_container(config.preview.figures)
+            if curves.is_file() and (named is None or f"training_{self.stage}" in named):
                 try:
                     plot_curves(curves, curves.with_name(f"{self.stage}_curves.png"))
                 except OSError as error:  # a picture; the trained model is still to be saved

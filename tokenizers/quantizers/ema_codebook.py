@@ -217,6 +217,7 @@ class EMACodebook(KeepsDtype):
         sizes = (visits.float() / K)[:, None].expand_as(rows)
         self._set_counts(rows, torch.where(seen, sizes, self.cluster_size[rows]), seen)
         self.initialized.view(-1)[ids] |= seen[:, 0]
+        self._placed = self.n_parents == 1  # then it is the one that was visited
         placed[rows] = seen
         return placed
 
@@ -246,7 +247,9 @@ class EMACodebook(KeepsDtype):
             self.codebook[rows] = torch.where(seen[..., None], moved / smoothed[..., None], codebook)
         revived = torch.zeros(len(self.codebook), dtype=torch.bool, device=rows.device)
         dead = (sizes < self.dead_code_threshold * totals / K) & seen
-        if not self.revives or not self.dead_code_threshold or (dead.device.type == "cpu" and not dead.any()):
+        if not self.revives or not self.dead_code_threshold:
+            return revived
+        if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any():  # would break the graph
             return revived
         drawn, n_drawn = self._draw(vectors, slots, len(ids))
         # Where a parent has a vector for each of its codes, code c takes the c-th. Where it has fewer, its first dead
