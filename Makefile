@@ -9,7 +9,7 @@ quickstart: $(STAMP)
 	$(VENV)/bin/python tools/quickstart.py
 
 test: $(STAMP) lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -653,20 +653,20 @@ def _measure(node, sizes, level=0):
     ``sizes``: those of nodes by id, None while they are being measured. A few lines of references can come to billions
     of values, so nothing is resolved before.
     """
-    name = node._get_full_key(None)
     if id(node) in sizes:
         if sizes[id(node)] is None:
-            raise ConfigError(f"{name}: it refers to itself")
+            raise ConfigError(f"{node._get_full_key(None)}: it refers to itself")
         size, depth = sizes[id(node)]
     elif level > MAX_DEPTH:
-        raise ConfigError(f"{name}: nested more than {MAX_DEPTH} levels deep")
+        raise ConfigError(f"{node._get_full_key(None)}: nested more than {MAX_DEPTH} levels deep")
     else:
         sizes[id(node)] = None
         size, depth = 1, 0
         value = node._value()
         if isinstance(value, str):
             size += len(value)
-            inner = [_referred(node, key, sizes, level) for key in _references(value, name)]
+            keys = _references(value, node._get_full_key(None)) if "$" in value else []
+            inner = [_referred(node, key, sizes, level) for key in keys]
         elif isinstance(node, DictConfig | ListConfig) and value is not None:
             inner = [node._get_node(key) for key in (range(len(node)) if isinstance(node, ListConfig) else node)]
         else:
@@ -676,9 +676,9 @@ def _measure(node, sizes, level=0):
             size, depth = size + other_size, max(depth, 1 + other_depth)
         sizes[id(node)] = size, depth
     if level + depth > MAX_DEPTH:
-        raise ConfigError(f"{name}: nested more than {MAX_DEPTH} levels deep")
+        raise ConfigError(f"{node._get_full_key(None)}: nested more than {MAX_DEPTH} levels deep")
     if size > MAX_SIZE:
-        raise ConfigError(f"{name or 'config'}: it comes to more than {MAX_SIZE} values and characters")
+        raise ConfigError(f"{node._get_full_key(None) or 'config'}: it comes to more than {MAX_SIZE} values and characters")
     return size, depth
 
 

@@ -387,13 +387,13 @@ class MaskedTransformer(BlockCausalPrior):
         return [n_steps - others * (self.n_levels - 1)] + [others] * (self.n_levels - 1)
 
     def _phases(self, steps):
-        """Steps of each level -> (levels, steps) of what is drawn together."""
+        """Steps of each level -> (levels, steps) of what is drawn together, a step a position at most."""
         if self.config.masking == "flat":
-            return [(list(range(self.n_levels)), sum(steps))]
+            return [(list(range(self.n_levels)), min(sum(steps), self.n_positions))]
         phases = []
         for level, n_steps in enumerate(steps):
             if n_steps:
-                phases.append(([level], n_steps))
+                phases.append(([level], min(n_steps, self.n_positions)))
             else:
                 phases[-1][0].append(level)
         return phases
@@ -563,7 +563,7 @@ class Decoding:
         check_counts(n_steps=self.n_steps)
         check_counts(0, revise=self.revise)
         if self.revise > prior.n_positions:
-            raise ValueError(f"revise: expected 0 to {prior.n_positions} positions, found {self.revise}")
+            raise ValueError(f"revise: expected 0 to {prior.n_positions} positions, found {one_line(self.revise)}")
         if self.steps is not None:
             n = prior.n_levels
             whole = isinstance(self.steps, (list, tuple)) and all(is_whole(each, 0) for each in self.steps)
