@@ -678,7 +678,8 @@ def _measure(node, sizes, level=0):
     if level + depth > MAX_DEPTH:
         raise ConfigError(f"{node._get_full_key(None)}: nested more than {MAX_DEPTH} levels deep")
     if size > MAX_SIZE:
-        raise ConfigError(f"{node._get_full_key(None) or 'config'}: it comes to more than {MAX_SIZE} values and characters")
+        name = node._get_full_key(None) or "config"
+        raise ConfigError(f"{name}: it comes to more than {MAX_SIZE} values and characters")
     return size, depth
 
 
