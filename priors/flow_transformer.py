@@ -272,22 +272,26 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
             of_frame = None if self.conditioner is None else told(t)
             return self.copied_vectors(stands_as, damage, of_frame, n_contexts, n)
 
-        def add(frames, ts, level, n):
-            """Remember frames (N, k, C, H, W), those of the times ts, noised to the level."""
+        def clean_vectors(ts, level, n):
+            """Of the frames of the times ts, of which ``told`` knows no more once the next one is asked for."""
+            return torch.cat([vector(self.as_clean, t, level, n) for t in ts], 1)
+
+        def add(frames, level, vectors):
+            """Remember frames (N, k, C, H, W), noised to the level."""
             seen = [
                 self._rand(frames.shape, generator, torch.randn) if is_blind else frames for _, is_blind, _ in copies
             ]
             if level:
                 noisy = interpolate(frames, self._rand(frames.shape, generator, torch.randn), level)
                 seen = [noisy if x is frames else x for x in seen]
-            memory.add(self.embed(torch.cat(seen)), torch.cat([vector(self.as_clean, t, level, n) for t in ts], 1))
+            memory.add(self.embed(torch.cat(seen)), vectors)
             on_pass()
 
         memory, n_seen, level = Memory(self.trunk, how.use_cache), context.shape[1], 0.0
         last, x = precise(context[:, -1]).repeat_interleave(num_samples, 0), precise(context)
-        ts, n = range(n_seen), 1
+        vectors = clean_vectors(range(n_seen), level, 1)
         while True:
-            add(x, ts, level, n)
+            add(x, level, vectors)
             if n_seen == context.shape[1]:
                 memory.repeat_interleave(num_samples)
             of_target = vector(self.as_target, n_seen, level, num_samples)
@@ -306,8 +310,9 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
             noise = noise_like(last)
             x = noise if how.start == "noise" else interpolate(last, noise, solver.sigmas[0])
             last = self.in_range(follow(predict, x, solver, generator, on_pass))
+            vectors = clean_vectors([n_seen], how.told_noise, num_samples)
             yield last
-            x, ts, level, n, n_seen = last[:, None], [n_seen], how.told_noise, num_samples, n_seen + 1
+            x, level, n_seen = last[:, None], how.told_noise, n_seen + 1
 
 
 def velocity_to(x, noisy, s):
