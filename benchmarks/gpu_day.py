@@ -28,6 +28,7 @@ import torch
 
 from latentcast import (
     DiffusersTokenizer,
+    FlowTransformer,
     MaskedTransformer,
     PixelTokenizer,
     RecurrentVAE,
@@ -75,7 +76,7 @@ class Case:
 SMALL_VAE = {"dim": 8, "hidden_channels": 4, "cells": 12}
 SMALL_LVT = {"dim": 16, "embed_dim": 8, "n_heads": 1, "head_dim": 8, "n_layers": 1}
 SMALL_PIXELCNN = {"dim": 16, "n_blocks": 1, "block_layers": 1, "n_heads": 1, "head_dim": 4}
-SMALL_MASKED = {"dim": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8}
+SMALL_TRUNK = {"dim": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8}
 SMALL_STDIFF = {"motion_channels": [8, 8], "motion_kernels": [3, 3], "block_channels": [8, 16], "n_blocks": 1}
 SMALL_STDIFF |= {"head_dim": 8, "norm_groups": 4}
 SMALL_RVD = {"width": 8, "denoising_multipliers": [1, 2], "transform_multipliers": [1, 2]}
@@ -83,7 +84,8 @@ LAYERS = CODES | {"codebook_sizes": [16] * 3}
 PRIORS = {
     "lvt": Case(VideoTransformer, CODES, {}, SMALL_LVT, (5, 11, 16)),
     "st_pixelcnn": Case(STPixelCNN, LAYERS, {"attention": "factorised"}, SMALL_PIXELCNN, (10, 10, 20)),
-    "masked": Case(MaskedTransformer, LAYERS, {"n_frames": 20}, SMALL_MASKED, (10, 10, 20)),
+    "masked": Case(MaskedTransformer, LAYERS, {"n_frames": 20}, SMALL_TRUNK, (10, 10, 20)),
+    "flow": Case(FlowTransformer, RGB, {"n_frames": 15}, SMALL_TRUNK, (5, 10, 15)),
     "svg_lp": Case(RecurrentVAE, GREY, {"aligner": "none", "group_dim": 10}, SMALL_VAE, (5, 10, 15), ("encoder",)),
     "hafsvg": Case(RecurrentVAE, GREY, {"group_dim": 10}, SMALL_VAE, (5, 10, 15), ("encoder",)),
     "stdiff": Case(SDEDiffusion, RGB, {}, SMALL_STDIFF, (5, 10, 15), ("unet",)),
