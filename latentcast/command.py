@@ -20,7 +20,7 @@ TOOLS = (HERE.parent if IN_CHECKOUT else HERE) / "tools"
 def typed(tool):
     """What a user types to run a tool, the way this program was called: "python tools/train_prior.py" or
     "latentcast train-prior"."""
-    if IN_CHECKOUT and not _is_command():
+    if _by_file():
         return f"python tools/{tool}.py"
     return f"latentcast {_dashed(tool)}"
 
@@ -32,7 +32,7 @@ def named(tool):
 
 def process_of(tool):
     """The words that start a tool as a process of its own, the way this program was called."""
-    if IN_CHECKOUT and not _is_command():
+    if _by_file():
         return [sys.executable, str(TOOLS / f"{tool}.py")]
     # As this process does, -m alone seeks latentcast in the current folder first.
     where = [] if Path(sys.argv[0]).name == "__main__.py" else ["-P"]
@@ -45,6 +45,10 @@ def command_line():
     if not (_is_command() or program.parent.name == "tools"):
         return None
     return shlex.join([*("latentcast" if _is_command() else typed(program.stem)).split(), *sys.argv[1:]])
+
+
+def _by_file():
+    return IN_CHECKOUT and not _is_command()
 
 
 def _is_command():
@@ -94,6 +98,7 @@ def _make_parser():
     parser = argparse.ArgumentParser(
         prog="latentcast",
         description="Video prediction in latent space. latentcast TOOL --help says what a tool takes.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=24),
     )
     parser.add_argument("--version", action="version", version=f"latentcast {__version__}")
     choices = parser.add_subparsers(title="tools", metavar="TOOL", required=True)
@@ -104,7 +109,7 @@ def _make_parser():
 
 def _summary(path):
     """The first clause of a tool's docstring; importing them all would take longer than the help may."""
-    return " ".join(re.match(r'"""(.+?)[.:]\s', path.read_text(encoding="utf-8"), re.DOTALL)[1].split())
+    return " ".join(re.match(r'"""(.+?)[.,:]\s', path.read_text(encoding="utf-8"), re.DOTALL)[1].split())
 
 
 def _load(name):

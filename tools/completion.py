@@ -1,4 +1,4 @@
-"""Print what makes a shell complete tools, experiments and overrides of the command latentcast.
+"""Print the script by which a shell completes the command latentcast: tools, experiments, overrides, options.
 
 bash: eval "$(latentcast completion bash)" in ~/.bashrc; zsh: the same with zsh in ~/.zshrc, after compinit;
 fish: latentcast completion fish > ~/.config/fish/completions/latentcast.fish
