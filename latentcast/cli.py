@@ -81,8 +81,13 @@ def run_tool(main, parser, argv=None):
         if isinstance(error, Findings):
             print(json.dumps(error.figures), flush=True)
         raise SystemExit(1) from None
-    if not later_rank():
+    if later_rank():
+        return
+    try:
         print(result if isinstance(result, str) else json.dumps(result), flush=True)
+    except BrokenPipeError:  # whoever reads, head say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
+        raise SystemExit(1) from None
 
 
 def add_debug(parser):

@@ -164,13 +164,14 @@ assert not heavy, heavy
     assert "quickstart" in run("-c", code, cwd=tmp_path, path=site)
 
 
-def test_list_has_every_config_with_what_its_first_line_says(called):
+def test_list_has_every_config_with_what_its_first_line_says(called, site, tmp_path):
     found = json.loads(called("list", "--json")[0])
     for kind, folder in CONFIGS.items():
         paths = sorted((ROOT / "configs" / folder).rglob("*.yaml"))
         assert sorted(found[kind]) == sorted(str(path.relative_to(ROOT / "configs" / folder))[:-5] for path in paths)
         assert all(found[kind].values())
     assert found["data"]["kth"] == "KTH actions, grey"
+    assert ended("bash", "-c", f"'{site / 'bin/latentcast'}' list | :", cwd=tmp_path, path=site) == ("", "")
     out, _ = called("list", "experiments", COLUMNS="80")
     assert max(map(len, out.splitlines())) <= 80
     assert re.search(r"^  quickstart +One moving handwritten digit", out, re.MULTILINE) and "vqvae" not in out.split()
@@ -184,9 +185,10 @@ def test_config_prints_what_the_tools_compose(called, tmp_path):
         assert (yaml.safe_load(out)["batch_size"] == 3) == (stage == "prior")
     (tmp_path / "mine.yaml").write_text(out)  # itself an experiment
     assert yaml.safe_load(called("config", "mine.yaml")[0]) == yaml.safe_load(out)
-    joint = yaml.safe_load(called("config", "shrvqvae_tiny", "joint=true")[0])
-    assert joint == to_container(stage_config("shrvqvae_tiny", ["joint=true"], "prior")) and joint["joint"] is True
-    assert yaml.safe_load(called("config", "video_folder")[0])["data"]["root"] == "???"
+    words = ["shrvqvae_tiny", "joint=true", "data=video_folder"]
+    joint = yaml.safe_load(called("config", *words)[0])
+    assert joint == to_container(stage_config(words[0], words[1:], "prior"), whole=False)
+    assert joint["joint"] is True and joint["data"]["root"] == "???"
 
 
 def test_doctor_says_what_is_there_and_what_is_missing(called, tmp_path):
@@ -227,7 +229,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 """
     )
     path = f"{site / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    return lambda line: ended("bash", "-c", script, "-", line, cwd=tmp_path, path=site, PATH=path)[0].split()
+    return lambda line: sorted(ended("bash", "-c", script, "-", line, cwd=tmp_path, path=site, PATH=path)[0].split())
 
 
 def test_bash_completes_tools_experiments_and_overrides(completed, tmp_path):
