@@ -73,6 +73,7 @@ setup(
         "google-crc32c>=1.5",  # the checksums of TFRecord files
         "protobuf>=4.25",  # and their records
         "argcomplete>=3.5",  # what a shell completes after latentcast
+        "packaging>=23",  # whether versions are as expected here
     ],
     extras_require={
         "wandb": ["wandb>=0.28.2", "wandb-workspaces>=0.4.13"],

@@ -184,7 +184,7 @@ def test_config_prints_what_the_tools_compose(called, tmp_path):
         assert yaml.safe_load(out) == to_container(stage_config("quickstart", overrides, stage))
         assert (yaml.safe_load(out)["batch_size"] == 3) == (stage == "prior")
     (tmp_path / "mine.yaml").write_text(out)  # itself an experiment
-    assert yaml.safe_load(called("config", "mine.yaml")[0]) == yaml.safe_load(out)
+    assert to_container(stage_config(tmp_path / "mine.yaml", [], "prior")) == yaml.safe_load(out)
     words = ["shrvqvae_tiny", "joint=true", "data=video_folder"]
     joint = yaml.safe_load(called("config", *words)[0])
     assert joint == to_container(stage_config(words[0], words[1:], "prior"), whole=False)
@@ -248,9 +248,18 @@ def test_bash_completes_tools_experiments_and_overrides(completed, tmp_path):
     assert completed("latentcast train-prior mi") == ["mine.yaml"]
 
 
-def test_other_shells_have_scripts_of_their_own(called):
-    scripts = [called("completion", shell)[0] for shell in ("zsh", "fish")]
-    assert "compdef _python_argcomplete latentcast" in scripts[0] and "complete --command latentcast" in scripts[1]
+@pytest.mark.parametrize(
+    "shell, line, between", [("fish", "complete --command latentcast", "\t"), ("zsh", "compdef", ":")]
+)
+def test_other_shells_show_what_a_name_is(called, site, tmp_path, shell, line, between):
+    assert line in called("completion", shell)[0]
+    typed = "latentcast train-prior quick"
+    asked = {"COMP_LINE": typed, "COMP_POINT": str(len(typed))}  # what its script says, by which the shell asks
+    asked |= {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": shell, "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    asked |= {"_ARGCOMPLETE_DFS": between} if shell == "fish" else {}
+    command = ["bash", "-c", '"$0" 8>&1 >/dev/null', site / "bin/latentcast"]
+    out, _ = ended(*command, cwd=tmp_path, path=site, **asked)
+    assert out.startswith(f"quickstart{between}One moving handwritten digit")
 
 
 def test_the_checkout_works_beside_transformers(tmp_path):
