@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from latentcast.catalogue import complete_experiment, complete_overrides
+from latentcast.command import typed
 from latentcast.files import later_rank, printable
 
 # libgomp's spinning makes two threads slower than one beside another busy process; must be set before torch loads.
@@ -166,7 +167,9 @@ def _end(status, reading):
 def experiment_parser(description):
     """``TOOL EXPERIMENT [key=value ...]``"""
     parser = argparse.ArgumentParser(description=description)
-    experiment = parser.add_argument("experiment", help="a name under configs/experiment/ or the path of a YAML file")
+    experiment = parser.add_argument(
+        "experiment", help=f"a name ({typed('list')} shows them) or the path of a YAML file"
+    )
     experiment.completer = complete_experiment
     overrides = parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. prior.n_layers=4 or prior=st_pixelcnn"

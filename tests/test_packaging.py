@@ -144,6 +144,7 @@ def test_the_commands_help_names_every_tool(called):
         assert re.search(rf"^ +{tool.stem.replace('_', '-')}(\s|$)", out, re.MULTILINE), tool
     assert re.search(r"^ +train-prior +Train a prior$", out, re.MULTILINE)
     assert "usage: latentcast train-prior [-h] [--debug]" in called("train-prior", "--help")[0]
+    assert "latentcast fetch-weights" in " ".join(called("evaluate", "--help")[0].split())
     assert called("--version")[0].split() == ["latentcast", latentcast.__version__]
     assert "no command 'train-priors'; did you mean 'train-prior'?" in called("train-priors", "x", status=2)[1]
     assert called(status=2)[1] == out

@@ -24,7 +24,7 @@ from latentcast.cli import (
     run_tool,
     user_path,
 )
-from latentcast.command import command_line, named
+from latentcast.command import command_line, named, typed
 
 logger = logging.getLogger("latentcast")
 
@@ -38,7 +38,7 @@ def make_parser():
     parser.add_argument(
         "--pipeline", metavar="DIR", type=os.path.expanduser, help="a saved pipeline, instead of an experiment"
     )
-    parser.add_argument("--data", metavar="NAME", help="a data set under configs/data").completer = complete_data
+    parser.add_argument("--data", metavar="NAME", help="a data set, by its config's name").completer = complete_data
     parser.add_argument(
         "--weights", metavar="DIR", type=user_path, help=f"the metric networks (see {named('fetch_weights')})"
     )
@@ -58,7 +58,7 @@ def main(args):
     began = time.perf_counter()
     config, folder = choose(args)
     if config.protocol is None:
-        raise UserError("protocol: choose one by protocol=NAME (see configs/protocol)")
+        raise UserError(f"protocol: choose one by protocol=NAME ({typed('list')} protocols shows them)")
     if config.data is None:
         raise UserError("data: choose a data set by data=NAME")
     if not (folder / "model_index.json").is_file():

@@ -74,7 +74,7 @@ def make_parser():
     parser.add_argument(
         "--input", type=user_path, metavar="VIDEO_OR_FOLDER", help="clips to show, instead of the run's"
     )
-    data = parser.add_argument("--data", metavar="NAME", help="a data set under configs/data, with data.root=PATH")
+    data = parser.add_argument("--data", metavar="NAME", help="a data set, by its config's name, with data.root=PATH")
     data.completer = complete_data
     parser.add_argument("--n-clips", type=int, default=4, help="clips to look at (default: 4)")
     parser.add_argument("--n-frames", type=int, help="frames after the context (default: as in training)")

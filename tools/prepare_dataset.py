@@ -15,7 +15,7 @@ OWN = ("env", "policy", "frames", "actions")  # options of single sets that have
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    name = parser.add_argument("name", help="the data set (see docs/datasets.md), or 'check'")
+    name = parser.add_argument("name", help=f"the data set ({', '.join(BENCHMARKS)}), or 'check'")
     name.completer = lambda **_: [*BENCHMARKS, "check"]
     parser.add_argument(
         "arguments", nargs="*", metavar="key=value", help="the data set's options; for check: the folder"

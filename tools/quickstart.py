@@ -1,4 +1,4 @@
-"""From nothing to predicted futures in minutes: trains configs/experiment/quickstart.yaml and judges the result.
+"""From nothing to predicted futures in minutes: trains the experiment quickstart and judges the result.
 
 The same as the tools train_tokenizer, encode_dataset, train_prior and evaluate with the argument ``quickstart``, then
 pictures of four futures for each of six held-out clips, and a report of it all: ``run_dir/report.html``.
