@@ -98,7 +98,6 @@ def _make_parser():
     parser = argparse.ArgumentParser(
         prog="latentcast",
         description="Video prediction in latent space. latentcast TOOL --help says what a tool takes.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=24),
     )
     parser.add_argument("--version", action="version", version=f"latentcast {__version__}")
     choices = parser.add_subparsers(title="tools", metavar="TOOL", required=True)
