@@ -1,4 +1,4 @@
-"""Packaging. The stage folders stand at the top level of the repository and are installed *inside* the
+"""Packaging. Stage folders, configs and tools stand at the top level of the repository and are installed *inside* the
 ``latentcast`` package, so that they never collide with other packages of the same name (HuggingFace's
 ``tokenizers`` above all). See docs/architecture.md."""
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import find_namespace_packages, find_packages, setup
 
 ROOT = Path(__file__).parent
-MOUNTED = ["tokenizers", "priors", "pipelines", "configs"]
+MOUNTED = ["tokenizers", "priors", "pipelines", "configs", "tools"]
 
 
 def mounted_packages():
@@ -42,9 +42,11 @@ setup(
     package_dir={"": "."} if editable else {"latentcast": "latentcast", **mounted},
     package_data={
         "latentcast": ["*.html"],
+        "latentcast.evaluation": ["*.yaml"],
         "latentcast.reporting": ["*.j2"],
         **{name: ["*.yaml"] for name in mounted if name.startswith("latentcast.configs")},
     },
+    entry_points={"console_scripts": ["latentcast = latentcast.command:main"]},
     install_requires=[
         "torch>=2.6",
         "pytorch-lightning>=2.6",
@@ -70,6 +72,8 @@ setup(
         "tqdm>=4.66",
         "google-crc32c>=1.5",  # the checksums of TFRecord files
         "protobuf>=4.25",  # and their records
+        "argcomplete>=3.5",  # what a shell completes after latentcast
+        "packaging>=23",  # whether versions are as expected here
     ],
     extras_require={
         "wandb": ["wandb>=0.28.2", "wandb-workspaces>=0.4.13"],

@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import os
 import select
-import shlex
 import signal
 import socket
 import sys
@@ -15,6 +14,8 @@ import threading
 import traceback
 from pathlib import Path
 
+from latentcast.catalogue import complete_experiment, complete_overrides
+from latentcast.command import typed
 from latentcast.files import later_rank, printable
 
 # libgomp's spinning makes two threads slower than one beside another busy process; must be set before torch loads.
@@ -55,10 +56,11 @@ class Findings(UserError):
 def run_tool(main, parser, argv=None):
     """Parse the command line, run ``main(args) -> dict``, and leave through the exit status.
 
-    Logs and progress bars go to stderr; the last line on stdout is ``main``'s result as one JSON object. Status 0:
-    done; 1: an error, as one clear line (``--debug`` adds the traceback); 2: usage; 130: interrupted.
+    Logs and progress bars go to stderr; the last line on stdout is ``main``'s result as one JSON object. Where it is
+    text, that is what stdout has. Status 0: done; 1: an error, as one clear line (``--debug`` adds the traceback); 2:
+    usage; 130: interrupted.
     """
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and all that is logged")
+    add_debug(parser)
     args = parser.parse_intermixed_args(argv)  # key=value may stand on both sides of an option
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(message)s"))
@@ -80,8 +82,18 @@ def run_tool(main, parser, argv=None):
         if isinstance(error, Findings):
             print(json.dumps(error.figures), flush=True)
         raise SystemExit(1) from None
-    if not later_rank():
-        print(json.dumps(result), flush=True)
+    if later_rank():
+        return
+    try:
+        print(result if isinstance(result, str) else json.dumps(result), flush=True)
+    except BrokenPipeError:  # whoever reads, head say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
+        raise SystemExit(1) from None
+
+
+def add_debug(parser):
+    """The option of every tool."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and all that is logged")
 
 
 def error_line(error):
@@ -153,12 +165,16 @@ def _end(status, reading):
 
 
 def experiment_parser(description):
-    """``TOOL.py EXPERIMENT [key=value ...]``"""
+    """``TOOL EXPERIMENT [key=value ...]``"""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("experiment", help="a name under configs/experiment/ or the path of a YAML file")
-    parser.add_argument(
+    experiment = parser.add_argument(
+        "experiment", help=f"a name ({typed('list')} shows them) or the path of a YAML file"
+    )
+    experiment.completer = complete_experiment
+    overrides = parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. prior.n_layers=4 or prior=st_pixelcnn"
     )
+    overrides.completer = complete_overrides
     return parser
 
 
@@ -170,7 +186,7 @@ def add_pipeline_arguments(parser):
         required=True,
         metavar="DIR",
         type=os.path.expanduser,
-        help="what train_prior.py saved, or OWNER/NAME",
+        help="a saved pipeline, or OWNER/NAME",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="auto: bfloat16 where the hardware has it")
@@ -198,12 +214,6 @@ def parse_options(options):
 def user_path(text):
     """The path that an argument names; ``~`` is the user's home."""
     return Path(os.path.expanduser(text))
-
-
-def command_line():
-    """What was typed to run this tool, as it can be typed again; None where no tool runs."""
-    tool = Path(sys.argv[0])
-    return shlex.join(["python", f"tools/{tool.name}", *sys.argv[1:]]) if tool.parent.name == "tools" else None
 
 
 def pick_device(name):

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import importlib
 import logging
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from latentcast.catalogue import config_root, names_below
 from latentcast.files import MANIFEST_MB, read_json
 from latentcast.saved import is_location, pipeline_settings, tokenizer_folder, tokenizer_settings, used_tokenizer
 from latentcast.schemas import LatentSpec, check
@@ -64,12 +64,6 @@ class MisfitError(ValueError):
     def __init__(self, message, needs=None):
         super().__init__(message)
         self.needs = needs
-
-
-def config_root():
-    """The folder ``configs/``, wherever latentcast is installed."""
-    module = importlib.import_module("latentcast.configs")
-    return Path(next(iter(module.__path__)))
 
 
 def defaults():
@@ -181,6 +175,18 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
     _check(config, experiment)
     _check_trained(config, folder, trained)
     return config
+
+
+def stage_config(experiment, overrides, stage):
+    """An experiment as the tool that trains a stage composes it; see ``load_config``.
+
+    Args:
+        stage: "tokenizer", or "prior", with ``joint=true`` prior and decoder together.
+    """
+    if stage == "tokenizer":
+        return load_config(experiment, overrides, tool="train_tokenizer")
+    config = load_config(experiment, overrides, tool="train_prior", go_on=True)
+    return load_config(experiment, overrides, tool="train_jointly", go_on=True) if config.joint else config
 
 
 def _pop_sections(body, place):
@@ -529,16 +535,18 @@ def _allows(root, path):
     return root is not None and bool(root._get_flag(f"{ALLOW} {path}"))
 
 
-def to_container(config):
+def to_container(config, whole=True):
     """A DictConfig as plain, resolved Python (JSON-able): what models and Lightning need. None stays None.
 
+    Args:
+        whole: whether all values must have been given; else ``???`` stays.
     Raises:
         ConfigError: a value that must be given (``???``) was not.
     """
     if config is None:
         return None
     try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=whole)
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: a value must be given ({error.full_key}=...)") from None
     except OmegaConfBaseException as error:
@@ -727,9 +735,7 @@ def _is_saved(root, group, choice):
 def _group_path(root, group, choice):
     path = root / group / f"{choice}.yaml"
     if not _is_file(path):
-        folder = root / group
-        known = [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
-        raise ConfigError(f"{group}: no config named {short(choice)}{nearest(choice, known)}")
+        raise ConfigError(f"{group}: no config named {short(choice)}{nearest(choice, names_below(root / group))}")
     return path
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.module import (
 )
 
 import latentcast
+from latentcast.command import named
 from latentcast.config import instantiate
 from latentcast.files import update_digest, writing
 from latentcast.saved import CONFIG, MODELS, PRIORS, TOKENIZERS, ModelConfig, used_tokenizer, where_instead
@@ -245,6 +246,6 @@ def find_tokenizer(config, run_dir):
         if not tokenizer.needs_training:
             return tokenizer.eval()
     raise FileNotFoundError(
-        f"{Path(run_dir) / 'tokenizer'}: no trained tokenizer here; run tools/train_tokenizer.py first, or give one by "
-        "tokenizer=PATH"
+        f"{Path(run_dir) / 'tokenizer'}: no trained tokenizer here; run {named('train_tokenizer')} first, or give one "
+        "by tokenizer=PATH"
     )

@@ -6,7 +6,8 @@ import logging
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from latentcast.config import MisfitError, config_root, instantiate, load_config
+from latentcast.catalogue import config_root, names_below
+from latentcast.config import MisfitError, instantiate, load_config
 
 logger = logging.getLogger("latentcast")
 
@@ -72,7 +73,7 @@ def check_pair(config, experiment, overrides):
         return
     fitting = []
     for group in GROUPS:
-        names = sorted(path.stem for path in (config_root() / group).glob("*.yaml"))
+        names = names_below(config_root() / group)
         found = [name for name in names if _fits(group, name, tokenizer, experiment, overrides)]
         if found:
             fitting.append(f"{group}={' or '.join(found)}")

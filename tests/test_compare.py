@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from latentcast import Protocol, figures, load_config
 from latentcast.cli import UserError
 from latentcast.config import instantiate
 from latentcast.evaluation.comparison import (
+    PUBLISHED,
     differences,
     paired,
     published_beside,
@@ -27,7 +27,6 @@ from latentcast.evaluation.comparison import (
 from latentcast.metrics import BestOfN, crps, mse
 from latentcast.metrics.statistics import ClipValues, paired_bootstrap
 
-PUBLISHED = Path(__file__).parents[1] / "docs/results/published.yaml"
 N_CLIPS, T = 12, 3
 
 

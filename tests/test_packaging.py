@@ -1,6 +1,10 @@
-"""Installed as a wheel, installed editable, beside HuggingFace's packages of the same names; run from anywhere."""
+"""Installed as a wheel, installed editable, beside HuggingFace's packages of the same names; run from anywhere; and the
+command ``latentcast``, which needs no checkout."""
 
+import importlib.metadata
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,11 +12,21 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+from tiny_experiment import write_experiment
 
 import latentcast
+from latentcast.config import stage_config, to_container
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("latentcast", "tokenizers", "priors", "pipelines", "configs")
+FOLDERS = ("latentcast", "tokenizers", "priors", "pipelines", "configs", "tools")
+CONFIGS = {
+    "tokenizers": "tokenizer",
+    "priors": "prior",
+    "experiments": "experiment",
+    "protocols": "protocol",
+    "data": "data",
+}
 
 # Run with the wheel and with the editable install: argv[1] is the folder that everything of ours must come from.
 PROGRAM = """
@@ -37,6 +51,10 @@ if __name__ == "__main__":
     for module in (sys.modules["latentcast"], sys.modules["latentcast.pipelines.base"], nested):
         assert home in Path(module.__file__).resolve().parents, module.__file__
     assert home in config_root().resolve().parents
+    if (home / "latentcast/tools").is_dir():  # of a wheel; the repository that it may lie in is another's
+        from latentcast.evaluation.evaluator import git_commit
+
+        assert git_commit() is None
 
     config = load_config("lvt_bair")
     assert config.prior._target_ == "latentcast.VideoTransformer"
@@ -51,15 +69,20 @@ if __name__ == "__main__":
 """
 
 
-def run(*command, cwd, path=None):
+def run(*command, cwd, path=None, **others):
     """Standard output of a command that must succeed."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return ended(sys.executable, *command, cwd=cwd, path=path, **others)[0]
+
+
+def ended(*command, cwd, path=None, status=0, **environment):
+    """-> [standard output, standard error] of a command with that exit status."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
     if path is not None:
         environment["PYTHONPATH"] = str(path)
-    command = [sys.executable, *map(str, command)]
+    command = list(map(str, command))
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout, done.stderr
 
 
 def sources():
@@ -92,12 +115,152 @@ def test_the_wheel_holds_everything_and_nothing_beside_latentcast(wheel):
     assert sorted(name for name in names if name.startswith("latentcast/")) == sorted(sources())
 
 
-def test_the_wheel_works_beside_transformers(wheel, tmp_path):
-    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel, cwd=elsewhere)
-    (elsewhere / "program.py").write_text(PROGRAM)
-    assert "all well" in run("program.py", site, cwd=elsewhere, path=site)
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """A folder of packages with the wheel in it, in a repository of somebody else's."""
+    root = tmp_path_factory.mktemp("installed")
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", root / "site", wheel, cwd=root)
+    if shutil.which("git"):
+        identity = ["-c", "user.name=somebody", "-c", "user.email=else"]
+        for words in (["init", "--quiet"], [*identity, "commit", "--quiet", "--allow-empty", "--message", "theirs"]):
+            subprocess.run(["git", *words], cwd=root, check=True)
+    return root / "site"
+
+
+def test_the_wheel_works_beside_transformers(site, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    assert "all well" in run("program.py", site, cwd=tmp_path, path=site)
+
+
+@pytest.fixture
+def called(site, tmp_path):
+    """Run ``called(*words)`` as ``latentcast WORDS`` of the wheel, in an empty folder -> see ``ended``."""
+    return lambda *words, **options: ended(site / "bin/latentcast", *words, cwd=tmp_path, path=site, **options)
+
+
+def test_the_commands_help_names_every_tool(called):
+    out, _ = called("--help")
+    for tool in (ROOT / "tools").glob("*.py"):
+        assert re.search(rf"^ +{tool.stem.replace('_', '-')}(\s|$)", out, re.MULTILINE), tool
+    assert re.search(r"^ +train-prior +Train a prior$", out, re.MULTILINE)
+    assert "usage: latentcast train-prior [-h] [--debug]" in called("train-prior", "--help")[0]
+    assert "latentcast fetch-weights" in " ".join(called("evaluate", "--help")[0].split())
+    assert called("--version")[0].split() == ["latentcast", latentcast.__version__]
+    assert "no command 'train-priors'; did you mean 'train-prior'?" in called("train-priors", "x", status=2)[1]
+    assert called(status=2)[1] == out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["evaluate", "--help"], ["config", "quickstart"]])
+def test_the_command_loads_nothing_that_takes_seconds(site, tmp_path, words):
+    code = f"""
+import runpy, sys
+sys.argv = ["latentcast", *{words}]
+try:
+    runpy.run_module("latentcast", run_name="__main__")
+except SystemExit as ended:
+    assert not ended.code
+heavy = {{"torch", "diffusers", "pytorch_lightning", "numpy", "av", "wandb"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    assert "quickstart" in run("-c", code, cwd=tmp_path, path=site)
+
+
+def test_list_has_every_config_with_what_its_first_line_says(called, site, tmp_path):
+    found = json.loads(called("list", "--json")[0])
+    for kind, folder in CONFIGS.items():
+        paths = sorted((ROOT / "configs" / folder).rglob("*.yaml"))
+        assert sorted(found[kind]) == sorted(str(path.relative_to(ROOT / "configs" / folder))[:-5] for path in paths)
+        assert all(found[kind].values())
+    assert found["data"]["kth"] == "KTH actions, grey"
+    assert ended("bash", "-c", f"'{site / 'bin/latentcast'}' list | :", cwd=tmp_path, path=site) == ("", "")
+    out, _ = called("list", "experiments", COLUMNS="80")
+    assert max(map(len, out.splitlines())) <= 80
+    assert re.search(r"^  quickstart +One moving handwritten digit", out, re.MULTILINE) and "vqvae" not in out.split()
+
+
+def test_config_prints_what_the_tools_compose(called, tmp_path):
+    for stage in ("tokenizer", "prior"):
+        overrides = ["prior.n_layers=4", "train_prior.batch_size=3"]
+        out, _ = called("config", "quickstart", *overrides, "--stage", stage)
+        assert yaml.safe_load(out) == to_container(stage_config("quickstart", overrides, stage))
+        assert (yaml.safe_load(out)["batch_size"] == 3) == (stage == "prior")
+    (tmp_path / "mine.yaml").write_text(out)  # itself an experiment
+    assert to_container(stage_config(tmp_path / "mine.yaml", [], "prior")) == yaml.safe_load(out)
+    words = ["shrvqvae_tiny", "joint=true", "data=video_folder"]
+    joint = yaml.safe_load(called("config", *words)[0])
+    assert joint == to_container(stage_config(words[0], words[1:], "prior"), whole=False)
+    assert joint["joint"] is True and joint["data"]["root"] == "???"
+
+
+def test_doctor_says_what_is_there_and_what_is_missing(called, tmp_path):
+    found = json.loads(called("doctor", "--json", LATENTCAST_WEIGHTS=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))[0])
+    assert found["latentcast"]["version"] == latentcast.__version__
+    assert found["packages"]["torch"] == importlib.metadata.version("torch") and "argcomplete" in found["packages"]
+    assert not {"pytest", "ruff"} & set(found["packages"])
+    assert found["cpu"]["threads"] >= 1 and found["disk"]["cache"]["free_gb"] > 0
+    assert "h264" in found["video"]["PyAV"]["decoders"].split()
+    assert found["weights"] == dict.fromkeys(["i3d_k400", "lpips_alex", "lpips_vgg16", "i3d_torchscript"])
+    assert [line for line in found["problems"] if line.endswith("get them by latentcast fetch-weights")]
+
+
+def test_a_wheel_trains_and_names_its_commands(called, tmp_path):
+    experiment = write_experiment(tmp_path)
+    figures = json.loads(called("train-tokenizer", experiment, "trainer.max_steps=2")[0].splitlines()[-1])
+    assert figures["steps"] == 2 and (tmp_path / "run/tokenizer/config.json").is_file()
+    first = (tmp_path / "run/config.yaml").read_text().partition("\n")[0]
+    assert first == f"# latentcast train-tokenizer {experiment} trainer.max_steps=2"
+    _, err = called("evaluate", "quickstart", "protocol=one_digit", status=1)
+    assert "runs/quickstart/pipeline: no pipeline here; run latentcast train-prior first" in err
+
+
+def test_quickstart_starts_the_others_as_it_was_started(called):
+    _, err = called("quickstart", "prior.n_layer=4", status=1)
+    assert "did you mean 'prior.n_layers'?" in err and "train_tokenizer failed; its error stands above" in err
+
+
+@pytest.fixture
+def completed(called, site, tmp_path):
+    """``completed(line)``: what bash offers after a line that is typed so far."""
+    script = (
+        called("completion", "bash")[0]
+        + """
+COMP_LINE="$1" COMP_POINT=${#1} COMP_TYPE=9
+_python_argcomplete latentcast
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+    )
+    path = f"{site / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return lambda line: sorted(ended("bash", "-c", script, "-", line, cwd=tmp_path, path=site, PATH=path)[0].split())
+
+
+def test_bash_completes_tools_experiments_and_overrides(completed, tmp_path):
+    assert completed("latentcast train") == ["train-prior", "train-tokenizer"]
+    assert {"sample", "list", "doctor", "config"} <= set(completed("latentcast "))
+    assert completed("latentcast train-prior quick") == ["quickstart"]
+    assert completed("latentcast config small/s") == ["small/st_pixelcnn", "small/stdiff", "small/svg_lp"]
+    assert completed("latentcast train-prior quickstart pri") == ["prior="]
+    assert completed("latentcast train-prior quickstart prior=s") == ["sde_diffusion", "st_pixelcnn"]  # "=" ends a word
+    assert completed("latentcast evaluate quickstart protocol=one") == ["one_digit"]
+    assert completed("latentcast evaluate --pipeline x --data smm") == ["smmnist", "smmnist32"]
+    assert completed("latentcast prepare-dataset k") == ["kinetics600", "kitti", "kth"]
+    assert completed("latentcast list p") == ["priors", "protocols"]
+    assert completed("latentcast sample --deb") == ["--debug"]
+    (tmp_path / "mine.yaml").touch()
+    assert completed("latentcast train-prior mi") == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    "shell, line, between", [("fish", "complete --command latentcast", "\t"), ("zsh", "compdef", ":")]
+)
+def test_other_shells_show_what_a_name_is(called, site, tmp_path, shell, line, between):
+    assert line in called("completion", shell)[0]
+    typed = "latentcast train-prior quick"
+    asked = {"COMP_LINE": typed, "COMP_POINT": str(len(typed))}  # what its script says, by which the shell asks
+    asked |= {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": shell, "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    asked |= {"_ARGCOMPLETE_DFS": between} if shell == "fish" else {}
+    command = ["bash", "-c", '"$0" 8>&1 >/dev/null', site / "bin/latentcast"]
+    out, _ = ended(*command, cwd=tmp_path, path=site, **asked)
+    assert out.startswith(f"quickstart{between}One moving handwritten digit")
 
 
 def test_the_checkout_works_beside_transformers(tmp_path):

@@ -1,18 +1,29 @@
-"""Set results of tools/evaluate.py side by side: a table, paired differences from the first, plots.
+"""Set results of evaluations side by side: a table, paired differences from the first, plots.
 
 Results under different protocols, data or detectors are refused, unless --force labels them. --published adds what the
-papers published for the same data (docs/results/published.yaml), and how their protocols differ.
+papers published for the same data, and how their protocols differ.
 """
 
 import argparse
 import logging
-from pathlib import Path
 
 from latentcast.cli import UserError, prepare_run_dir, run_tool, user_path
 
 logger = logging.getLogger("latentcast")
 
-PUBLISHED = Path(__file__).resolve().parents[1] / "docs/results/published.yaml"
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "results", nargs="+", type=user_path, metavar="A.json", help="metrics/PROTOCOL.json of each run"
+    )
+    parser.add_argument("--output", type=user_path, metavar="DIR", help="where comparison.md and the plots go")
+    parser.add_argument("--published", action="store_true", help="set published figures of the same data beside")
+    parser.add_argument("--force", action="store_true", help="set results side by side that do not compare")
+    parser.add_argument(
+        "--labels", nargs="+", help="names of the results (default: the models' names, or those of the runs)"
+    )
+    return parser
 
 
 def main(args):
@@ -37,7 +48,7 @@ def main(args):
         tables.append(comparison.difference_table(results, pairs))
     published = {}
     if args.published:
-        rows = comparison.read_published(PUBLISHED)
+        rows = comparison.read_published(comparison.PUBLISHED)
         for name in dict.fromkeys(result["data"]["name"] for result in results.values()):
             same_data = {label: result for label, result in results.items() if result["data"]["name"] == name}
             published[name] = comparison.published_beside(rows, next(iter(same_data.values())))
@@ -136,14 +147,4 @@ def draw_maps(paths, folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "results", nargs="+", type=user_path, metavar="A.json", help="metrics/PROTOCOL.json of each run"
-    )
-    parser.add_argument("--output", type=user_path, metavar="DIR", help="where comparison.md and the plots go")
-    parser.add_argument("--published", action="store_true", help="set published figures of the same data beside")
-    parser.add_argument("--force", action="store_true", help="set results side by side that do not compare")
-    parser.add_argument(
-        "--labels", nargs="+", help="names of the results (default: the models' names, or those of the runs)"
-    )
-    run_tool(main, parser)
+    run_tool(main, make_parser())

@@ -9,6 +9,16 @@ from latentcast.cli import run_tool
 N_SHOWN = 6
 
 
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pipeline", required=True, metavar="DIR", help="a pipeline with example clips")
+    parser.add_argument("--output", default="demo", metavar="DIR", help="where the pictures go (default: demo)")
+    parser.add_argument("--num-samples", type=int, default=4, metavar="N", help="futures of each clip")
+    parser.add_argument("--scale", type=int, default=3, metavar="N", help="enlarges the pixels (default: 3)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
 def main(args):
     import torch
 
@@ -37,10 +47,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pipeline", required=True, metavar="DIR", help="a pipeline with example clips")
-    parser.add_argument("--output", default="demo", metavar="DIR", help="where the pictures go (default: demo)")
-    parser.add_argument("--num-samples", type=int, default=4, metavar="N", help="futures of each clip")
-    parser.add_argument("--scale", type=int, default=3, metavar="N", help="enlarges the pixels (default: 3)")
-    parser.add_argument("--seed", type=int, default=0)
-    run_tool(main, parser)
+    run_tool(main, make_parser())

@@ -1,15 +1,23 @@
-"""Between the stages: encode a data set with the trained tokenizer into ``run_dir/latents/{train,val,test}``.
+"""Encode a data set, between the stages, with the trained tokenizer into ``run_dir/latents/{train,val,test}``.
 
 What is stored follows from the experiment's prior, unless ``cache.store`` says it.
 
-Continues what an earlier run left. Several GPUs: ``torchrun --nproc-per-node N tools/encode_dataset.py EXPERIMENT``.
+Continues what an earlier run left. Several GPUs: ``torchrun --nproc-per-node N tools/encode_dataset.py EXPERIMENT``, or
+``torchrun --nproc-per-node N -m latentcast encode-dataset EXPERIMENT``.
 """
 
 import logging
 
 from latentcast.cli import UserError, announce, experiment_parser, prepare_run_dir, run_tool
+from latentcast.command import named
 
 logger = logging.getLogger("latentcast")
+
+
+def make_parser():
+    parser = experiment_parser(__doc__.partition("\n")[0])
+    parser.add_argument("--verify", action="store_true", help="compare the finished cache with its checksums, and end")
+    return parser
 
 
 def main(args):
@@ -35,7 +43,7 @@ def main(args):
     prior = None if config.prior is None else plan_prior(config, tokenizer)
     if spec["kind"] == "pixels":
         logger.warning(
-            "%s: tools/train_prior.py takes pixels from the videos and needs no cache", type(tokenizer).__name__
+            "%s: %s takes pixels from the videos and needs no cache", type(tokenizer).__name__, named("train_prior")
         )
     not_its = ("root", "splits", "sample_posterior")
     options = {name: value for name, value in config.cache.items() if name not in not_its}
@@ -98,11 +106,9 @@ def verify(config):
     root = cache_root(config)
     splits = [split for split in config.cache.splits if (root / split).is_dir()]
     if not splits:
-        raise UserError(f"{root}: no latents cache here; run tools/encode_dataset.py")
+        raise UserError(f"{root}: no latents cache here; run {named('encode_dataset')}")
     return {"splits": {split: {"verified_shards": verify_cache(root / split)} for split in splits}}
 
 
 if __name__ == "__main__":
-    parser = experiment_parser(__doc__.partition("\n")[0])
-    parser.add_argument("--verify", action="store_true", help="compare the finished cache with its checksums, and end")
-    run_tool(main, parser)
+    run_tool(main, make_parser())

@@ -4,7 +4,7 @@
 ``evaluate.py --pipeline DIR --data NAME protocol=NAME [key=value ...]`` any pipeline and data set. Results go to
 ``run_dir/metrics``, under the protocol's name. Continues what an earlier run left; the finished result of another
 evaluation is replaced with ``evaluation.overwrite=true`` alone. Several GPUs: ``torchrun --nproc-per-node N
-tools/evaluate.py ...``.
+tools/evaluate.py ...``, or ``torchrun --nproc-per-node N -m latentcast evaluate ...``.
 """
 
 import argparse
@@ -13,19 +13,43 @@ import os
 import time
 from pathlib import Path
 
+from latentcast.catalogue import complete_data, complete_words
 from latentcast.cli import (
     DTYPES,
     UserError,
     announce,
-    command_line,
     pick_device,
     pick_dtype,
     prepare_run_dir,
     run_tool,
     user_path,
 )
+from latentcast.command import command_line, named, typed
 
 logger = logging.getLogger("latentcast")
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    words = parser.add_argument(
+        "arguments", nargs="*", metavar="EXPERIMENT key=value", help="e.g. quickstart protocol=one_digit"
+    )
+    words.completer = complete_words
+    parser.add_argument(
+        "--pipeline", metavar="DIR", type=os.path.expanduser, help="a saved pipeline, instead of an experiment"
+    )
+    parser.add_argument("--data", metavar="NAME", help="a data set, by its config's name").completer = complete_data
+    parser.add_argument(
+        "--weights", metavar="DIR", type=user_path, help=f"the metric networks (see {named('fetch_weights')})"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="of the pipeline; auto: bfloat16 where the hardware has it",
+    )
+    return parser
 
 
 def main(args):
@@ -34,11 +58,11 @@ def main(args):
     began = time.perf_counter()
     config, folder = choose(args)
     if config.protocol is None:
-        raise UserError("protocol: choose one by protocol=NAME (see configs/protocol)")
+        raise UserError(f"protocol: choose one by protocol=NAME ({typed('list')} protocols shows them)")
     if config.data is None:
         raise UserError("data: choose a data set by data=NAME")
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder}: no pipeline here; run tools/train_prior.py first, or give --pipeline DIR")
+        raise UserError(f"{folder}: no pipeline here; run {named('train_prior')} first, or give --pipeline DIR")
     if args.weights is not None and not Path(args.weights).is_dir():
         raise UserError(f"--weights {args.weights}: no such folder")
     check_data(config)
@@ -165,22 +189,4 @@ def summary(results):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "arguments", nargs="*", metavar="EXPERIMENT key=value", help="e.g. quickstart protocol=one_digit"
-    )
-    parser.add_argument(
-        "--pipeline", metavar="DIR", type=os.path.expanduser, help="what train_prior.py saved, instead of an experiment"
-    )
-    parser.add_argument("--data", metavar="NAME", help="a data set under configs/data")
-    parser.add_argument(
-        "--weights", metavar="DIR", type=user_path, help="the metric networks (see tools/fetch_weights.py)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=DTYPES,
-        help="of the pipeline; auto: bfloat16 where the hardware has it",
-    )
-    run_tool(main, parser)
+    run_tool(main, make_parser())

@@ -14,6 +14,23 @@ from latentcast.cli import UserError, run_tool, user_path
 logger = logging.getLogger("latentcast")
 
 
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--weights", metavar="DIR", type=user_path, help="default: $LATENTCAST_WEIGHTS, or the user's cache"
+    )
+    parser.add_argument(
+        "--from",
+        dest="archives",
+        metavar="FILE",
+        type=user_path,
+        nargs="+",
+        default=[],
+        help="source distributions downloaded before; nothing is then downloaded",
+    )
+    return parser
+
+
 def main(args):
     from latentcast.metrics.weights import SOURCES, convert, default_folder, download, load_weights
 
@@ -52,17 +69,4 @@ def read_archives(paths):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--weights", metavar="DIR", type=user_path, help="default: $LATENTCAST_WEIGHTS, or the user's cache"
-    )
-    parser.add_argument(
-        "--from",
-        dest="archives",
-        metavar="FILE",
-        type=user_path,
-        nargs="+",
-        default=[],
-        help="source distributions downloaded before; nothing is then downloaded",
-    )
-    run_tool(main, parser)
+    run_tool(main, make_parser())

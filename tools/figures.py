@@ -1,4 +1,4 @@
-"""Draw figures of a trained model: python tools/figures.py RUN_DIR|PIPELINE [NAME ...] [key=value ...]
+"""Draw figures of a trained model.
 
 From a run's folder, or that of a pipeline or tokenizer, every figure of the papers that the model has, or those that
 are named. The clips are held-out ones of the run's own data set (data.root=... and other keys of it say where it is
@@ -10,6 +10,7 @@ there. Beside the pictures, figures.json holds their captions and numbers.
 import argparse
 import logging
 
+from latentcast.catalogue import complete_data
 from latentcast.cli import Findings, UserError, parse_options, pick_device, prepare_run_dir, run_tool, user_path
 
 logger = logging.getLogger("latentcast")
@@ -73,7 +74,8 @@ def make_parser():
     parser.add_argument(
         "--input", type=user_path, metavar="VIDEO_OR_FOLDER", help="clips to show, instead of the run's"
     )
-    parser.add_argument("--data", metavar="NAME", help="a data set under configs/data, with data.root=PATH")
+    data = parser.add_argument("--data", metavar="NAME", help="a data set, by its config's name, with data.root=PATH")
+    data.completer = complete_data
     parser.add_argument("--n-clips", type=int, default=4, help="clips to look at (default: 4)")
     parser.add_argument("--n-frames", type=int, help="frames after the context (default: as in training)")
     parser.add_argument("--n-context", type=int, help="frames given (default: as in training)")

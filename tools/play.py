@@ -29,6 +29,19 @@ logger = logging.getLogger("latentcast")
 PORT = 7861
 
 
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_pipeline_arguments(parser)
+    parser.add_argument("--input", metavar="VIDEO_OR_FOLDER", type=user_path, help="games begin with their frames")
+    parser.add_argument("--n-clips", type=int, default=8, help="clips that are offered (default: 8)")
+    parser.add_argument("--n-context", type=int, help="frames given (default: as in training)")
+    parser.add_argument("--fps", type=float, help="speed at first, and of recordings (default: that of the clips)")
+    parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0: any that is free")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine may play")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="of the prior's sampler, and data.root=PATH")
+    return parser
+
+
 def main(args):
     if args.n_clips < 1:
         raise UserError(f"--n-clips: expected at least 1, found {args.n_clips}")
@@ -75,13 +88,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_pipeline_arguments(parser)
-    parser.add_argument("--input", metavar="VIDEO_OR_FOLDER", type=user_path, help="games begin with their frames")
-    parser.add_argument("--n-clips", type=int, default=8, help="clips that are offered (default: 8)")
-    parser.add_argument("--n-context", type=int, help="frames given (default: as in training)")
-    parser.add_argument("--fps", type=float, help="speed at first, and of recordings (default: that of the clips)")
-    parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0: any that is free")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine may play")
-    parser.add_argument("options", nargs="*", metavar="key=value", help="of the prior's sampler, and data.root=PATH")
-    run_tool(main, parser)
+    run_tool(main, make_parser())

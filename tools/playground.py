@@ -19,6 +19,18 @@ logger = logging.getLogger("latentcast")
 PORT = 7860
 
 
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_pipeline_arguments(parser)
+    parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0: any that is free")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine may use it")
+    parser.add_argument("--max-mb", type=float, default=64, help="largest video that is taken (default: 64)")
+    parser.add_argument(
+        "--max-frames", type=int, default=2000, help="most frames of a video that are read (default: 2000)"
+    )
+    return parser
+
+
 def main(args):
     from latentcast.saved import pipeline_folder
 
@@ -59,12 +71,4 @@ def serve(args, folder, port, files):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_pipeline_arguments(parser)
-    parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0: any that is free")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine may use it")
-    parser.add_argument("--max-mb", type=float, default=64, help="largest video that is taken (default: 64)")
-    parser.add_argument(
-        "--max-frames", type=int, default=2000, help="most frames of a video that are read (default: 2000)"
-    )
-    run_tool(main, parser)
+    run_tool(main, make_parser())

@@ -8,15 +8,43 @@ import argparse
 import os
 
 from latentcast.cli import Findings, UserError, parse_options, prepare_run_dir, run_tool, user_path
+from latentcast.data.benchmarks import BENCHMARKS
 
 OWN = ("env", "policy", "frames", "actions")  # options of single sets that have an argument of their own
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    name = parser.add_argument("name", help=f"the data set ({', '.join(BENCHMARKS)}), or 'check'")
+    name.completer = lambda **_: [*BENCHMARKS, "check"]
+    parser.add_argument(
+        "arguments", nargs="*", metavar="key=value", help="the data set's options; for check: the folder"
+    )
+    parser.add_argument("--source", type=user_path, help="folder or archive as published")
+    parser.add_argument("--output", type=user_path, help="folder of the prepared set")
+    parser.add_argument("--split", help="protocol: which of the splits in use (the first one documented by default)")
+    parser.add_argument("--env", help="gym: the environment, ALE/Pong-v5 say")
+    parser.add_argument(
+        "--policy", help="gym: random (the default), or FILE.py:function of (observation, env, generator)"
+    )
+    parser.add_argument("--frames", type=int, help="gym: how many to record, of all splits together")
+    parser.add_argument(
+        "--actions",
+        metavar="PATTERN",
+        help="folder: each video's table of actions, csv, npy or parquet, '{folder}/{stem}.csv' say; its row t was "
+        "done after frame t, as in LeRobot; action_rows=between: the same without one of the last frame, as in Minari; "
+        "action_rows=before: row t led to frame t",
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core; 0: none)")
+    parser.add_argument("--partial", action="store_true", help="accept a set with fewer videos than published")
+    parser.add_argument("--clip-length", type=int, default=1, help="check: shorter videos are named")
+    return parser
 
 
 def main(args):
     if args.name == "check":
         return check(args)
     from latentcast.config import call
-    from latentcast.data.benchmarks import BENCHMARKS
     from latentcast.data.prepared import prepare
     from latentcast.targets import import_name
 
@@ -45,27 +73,4 @@ def check(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("name", help="the data set (see docs/datasets.md), or 'check'")
-    parser.add_argument(
-        "arguments", nargs="*", metavar="key=value", help="the data set's options; for check: the folder"
-    )
-    parser.add_argument("--source", type=user_path, help="folder or archive as published")
-    parser.add_argument("--output", type=user_path, help="folder of the prepared set")
-    parser.add_argument("--split", help="protocol: which of the splits in use (the first one documented by default)")
-    parser.add_argument("--env", help="gym: the environment, ALE/Pong-v5 say")
-    parser.add_argument(
-        "--policy", help="gym: random (the default), or FILE.py:function of (observation, env, generator)"
-    )
-    parser.add_argument("--frames", type=int, help="gym: how many to record, of all splits together")
-    parser.add_argument(
-        "--actions",
-        metavar="PATTERN",
-        help="folder: each video's table of actions, csv, npy or parquet, '{folder}/{stem}.csv' say; its row t was "
-        "done after frame t, as in LeRobot; action_rows=between: the same without one of the last frame, as in Minari; "
-        "action_rows=before: row t led to frame t",
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core; 0: none)")
-    parser.add_argument("--partial", action="store_true", help="accept a set with fewer videos than published")
-    parser.add_argument("--clip-length", type=int, default=1, help="check: shorter videos are named")
-    run_tool(main, parser)
+    run_tool(main, make_parser())

@@ -1,8 +1,7 @@
-"""From nothing to predicted futures in minutes: trains configs/experiment/quickstart.yaml and judges the result.
+"""From nothing to predicted futures in minutes: trains the experiment quickstart and judges the result.
 
-The same as ``train_tokenizer.py``, ``encode_dataset.py``, ``train_prior.py`` and ``evaluate.py`` with the argument
-``quickstart``, then pictures of four futures for each of six held-out clips, and a
-report of it all: ``run_dir/report.html``.
+The same as the tools train_tokenizer, encode_dataset, train_prior and evaluate with the argument ``quickstart``, then
+pictures of four futures for each of six held-out clips, and a report of it all: ``run_dir/report.html``.
 """
 
 import argparse
@@ -12,10 +11,16 @@ import time
 from pathlib import Path
 
 from latentcast.cli import run_tool
+from latentcast.command import process_of
 
-TOOLS = Path(__file__).resolve().parent
 EXPERIMENT = "quickstart"
 N_SHOWN, N_SAMPLES = 6, 4
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. run_dir=runs/again")
+    return parser
 
 
 def main(args):
@@ -23,7 +28,7 @@ def main(args):
     seconds = {}
     for tool in ("train_tokenizer", "encode_dataset", "train_prior", "evaluate"):
         began = time.perf_counter()
-        step = [sys.executable, str(TOOLS / f"{tool}.py"), EXPERIMENT, *args.overrides]
+        step = [*process_of(tool), EXPERIMENT, *args.overrides]
         if subprocess.run(step, stdout=sys.stderr).returncode:
             raise RuntimeError(f"{tool} failed; its error stands above")
         seconds[tool] = round(time.perf_counter() - began, 1)
@@ -96,6 +101,4 @@ def show(overrides):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. run_dir=runs/again")
-    run_tool(main, parser)
+    run_tool(main, make_parser())

@@ -11,6 +11,14 @@ from latentcast.cli import UserError, run_tool, user_path
 logger = logging.getLogger("latentcast")
 
 
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=user_path, help="folders of runs")
+    parser.add_argument("--output", metavar="FILE.html", type=user_path, help="default: report.html in the first run")
+    parser.add_argument("--max-mb", type=float, default=20, help="largest size of the file (default: 20)")
+    return parser
+
+
 def main(args):
     if not 1 <= args.max_mb <= 1000:
         raise UserError(f"--max-mb: expected 1 to 1000, found {args.max_mb:g}")
@@ -30,8 +38,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=user_path, help="folders of runs")
-    parser.add_argument("--output", metavar="FILE.html", type=user_path, help="default: report.html in the first run")
-    parser.add_argument("--max-mb", type=float, default=20, help="largest size of the file (default: 20)")
-    run_tool(main, parser)
+    run_tool(main, make_parser())

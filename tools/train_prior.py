@@ -1,4 +1,4 @@
-"""Stage two: train a prior over the cached latents and save it with its tokenizer in ``run_dir/pipeline``.
+"""Train a prior, the second stage, over the cached latents, and save it with its tokenizer in ``run_dir/pipeline``.
 
 With ``joint=true``: go on with prior and decoder together, over the videos themselves.
 """
@@ -6,12 +6,14 @@ With ``joint=true``: go on with prior and decoder together, over the videos them
 from latentcast.cli import announce, experiment_parser, run_tool
 
 
-def main(args):
-    from latentcast.config import check_data, load_config
+def make_parser():
+    return experiment_parser(__doc__)
 
-    config = load_config(args.experiment, args.overrides, tool="train_prior", go_on=True)
-    if config.joint:
-        config = load_config(args.experiment, args.overrides, tool="train_jointly", go_on=True)
+
+def main(args):
+    from latentcast.config import check_data, stage_config
+
+    config = stage_config(args.experiment, args.overrides, "prior")
     check_data(config)
     announce(config)
     from latentcast.pairing import check_pair  # which takes seconds: mistakes in the config show before
@@ -104,6 +106,7 @@ def train(config, run):
 def open_cache(config, tokenizer, prior, videos):
     """The latents cache, made sure to be what the tokenizer gives for the experiment's videos."""
     from latentcast.cli import UserError
+    from latentcast.command import named
     from latentcast.config import cache_root
     from latentcast.data.datamodules import LatentDataModule
     from latentcast.data.latent_cache import SERVING
@@ -111,9 +114,8 @@ def open_cache(config, tokenizer, prior, videos):
 
     root = cache_root(config)
     if not (root / "train").is_dir():
-        raise UserError(
-            f"{root / 'train'}: no latents cache here; run tools/encode_dataset.py first, or give one: cache.root=PATH"
-        )
+        tool = named("encode_dataset")
+        raise UserError(f"{root / 'train'}: no latents cache here; run {tool} first, or give one: cache.root=PATH")
     expect = {"tokenizer_fingerprint": fingerprint(tokenizer), "latent_spec": tokenizer.latent_spec}
     data = LatentDataModule(
         root,
@@ -138,4 +140,4 @@ def open_cache(config, tokenizer, prior, videos):
 
 
 if __name__ == "__main__":
-    run_tool(main, experiment_parser(__doc__))
+    run_tool(main, make_parser())

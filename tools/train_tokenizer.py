@@ -1,15 +1,20 @@
-"""Stage one: train a frame tokenizer and save it in ``run_dir/tokenizer``.
+"""Train a frame tokenizer, the first stage, and save it in ``run_dir/tokenizer``.
 
 With ``tokenizer=PATH``: go on with the weights of one that is trained already.
 """
 
 from latentcast.cli import UserError, announce, experiment_parser, run_tool
+from latentcast.command import named
+
+
+def make_parser():
+    return experiment_parser(__doc__)
 
 
 def main(args):
-    from latentcast.config import check_data, load_config
+    from latentcast.config import check_data, stage_config
 
-    config = load_config(args.experiment, args.overrides, tool="train_tokenizer")
+    config = stage_config(args.experiment, args.overrides, "tokenizer")
     check_data(config)
     announce(config)
     from latentcast.pairing import check_pair  # which takes seconds: mistakes in the config show before
@@ -41,7 +46,7 @@ def train(config, run):
         inputs.append(("tokenizer", tokenizer_folder(config.tokenizer_dir)))
         tokenizer = load_model(inputs[0][1]).train()
     if next(tokenizer.parameters(), None) is None:
-        raise UserError(f"{type(tokenizer).__name__} has nothing to learn; go on with tools/train_prior.py")
+        raise UserError(f"{type(tokenizer).__name__} has nothing to learn; go on with {named('train_prior')}")
     data = VideoDataModule(
         instantiate(config.data), config.batch_size, config.num_workers, config.seed, config.read_timeout
     )
@@ -65,4 +70,4 @@ def train(config, run):
 SCALING_BATCHES = 16  # of the train split, from which the variance of the latents is measured
 
 if __name__ == "__main__":
-    run_tool(main, experiment_parser(__doc__))
+    run_tool(main, make_parser())

@@ -14,6 +14,18 @@ from latentcast.cli import Findings, UserError, run_tool, user_path
 logger = logging.getLogger("latentcast")
 
 
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run_dirs", nargs="*", metavar="RUN_DIR", type=user_path, help="show what these have logged")
+    parser.add_argument("--project", required=True, help="of W&B, as wandb.project")
+    parser.add_argument("--entity", help="user or team (default: the account's own)")
+    parser.add_argument(
+        "--lineage", metavar="RUN_DIR", type=user_path, action="append", default=[], help="add its lineage.json"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print it as JSON; nothing is sent")
+    return parser
+
+
 def main(args):
     from latentcast.training import dashboard, lineage
     from latentcast.training.trackers import logged_in, not_installed
@@ -105,12 +117,4 @@ def declare(edges, entity):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run_dirs", nargs="*", metavar="RUN_DIR", type=user_path, help="show what these have logged")
-    parser.add_argument("--project", required=True, help="of W&B, as wandb.project")
-    parser.add_argument("--entity", help="user or team (default: the account's own)")
-    parser.add_argument(
-        "--lineage", metavar="RUN_DIR", type=user_path, action="append", default=[], help="add its lineage.json"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print it as JSON; nothing is sent")
-    run_tool(main, parser)
+    run_tool(main, make_parser())

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DistributedSampler
 
+from ..command import named
 from .base import EmptySplitError
 from .latent_cache import LatentCacheDataset
 from .loading import Loader, end_workers, open_loader
@@ -203,7 +204,7 @@ class LatentDataModule(_ClipDataModule):
         folder = self.cache_root / split
         if split == "val" and not folder.is_dir():
             if self.has_val:
-                logger.warning("no validation: %s: no such folder; tools/encode_dataset.py makes it", folder)
+                logger.warning("no validation: %s: no such folder; %s makes it", folder, named("encode_dataset"))
             return None
         dataset = LatentCacheDataset(
             folder,

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.utils.data import Dataset
 
+from latentcast.command import named
 from latentcast.distributed import barrier, default_device, rank_and_world, rank_zero_first
 from latentcast.files import locked
 from latentcast.progress import Bar
@@ -82,7 +83,7 @@ def encode_dataset(
     from latentcast.modeling import fingerprint  # here: the loader's processes do without diffusers
 
     identity = fingerprint(tokenizer)
-    with locked(root, "tools/encode_dataset.py"):
+    with locked(root, named("encode_dataset")):
         with rank_zero_first():
             writer = LatentCacheWriter(
                 root,

@@ -12,6 +12,7 @@ import torch
 from pydantic import model_validator
 from torch.utils.data import Dataset
 
+from ..command import named
 from ..config import is_whole
 from ..layers.gaussian import sample_moments
 from ..schemas import Count, LatentSpec, Number, Text
@@ -44,7 +45,7 @@ KIND = shards.Kind(
     name="latents cache",
     version=2,
     job=CacheJob,
-    tool="tools/encode_dataset.py",
+    made_by="encode_dataset",
     replace="set cache.overwrite=true to replace it, or use another run_dir or cache.root",
 )
 # What a prior accepts -> what a cache may store for it, the best first. Codes are looked up in the codebooks.
@@ -214,7 +215,7 @@ class LatentCacheDataset(Dataset):
         difference = shards.difference_of(found, json.loads(json.dumps(asked)))
         if difference:
             raise ValueError(
-                f"latents cache {self.root}: {difference}; re-run tools/encode_dataset.py with cache.overwrite=true"
+                f"latents cache {self.root}: {difference}; re-run {named('encode_dataset')} with cache.overwrite=true"
             )
         return self
 

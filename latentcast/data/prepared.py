@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
+from ..command import named
 from ..figures.sheets import labelled_sheet, scale_for
 from ..files import locked, read_json, replacing, told, write_json
 from ..progress import Bar
@@ -96,7 +97,7 @@ KIND = shards.Kind(
     name="prepared set",
     version=1,
     job=SplitJob,
-    tool="tools/prepare_dataset.py",
+    made_by="prepare_dataset",
     replace="prepare it into another --output, or delete this one",
 )
 
@@ -561,7 +562,7 @@ def read_set_manifest(root, name=None):
     """
     path = Path(root) / MANIFEST
     if not path.is_file():
-        command = f"tools/prepare_dataset.py {name or 'NAME'} --output {root}"
+        command = f"{named('prepare_dataset')} {name or 'NAME'} --output {root}"
         raise FileNotFoundError(f"{root}: no finished set here; run {command}, or give data.root=FOLDER")
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:

@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
+from ..command import named
 from ..files import MANIFEST_MB, file_sha256, read_json, temporary_path, write_json, writing
 from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, read_checked, short
 from .base import EmptySplitError, VideoEntry
@@ -104,15 +105,20 @@ class Notes(Schema):
 class Kind:
     """What a folder of shards is, for error messages.
 
-    Attributes: ``name``; ``version`` of its manifest; ``job``: schema of plan and manifest; ``tool`` that makes it;
-    ``replace``: how to make it anew.
+    Attributes: ``name``; ``version`` of its manifest; ``job``: schema of plan and manifest; ``made_by``: file of the
+    tool that makes it; ``replace``: how to make it anew.
     """
 
     name: str
     version: int
     job: type[Job]
-    tool: str
+    made_by: str
     replace: str
+
+    @property
+    def tool(self):
+        """What texts call the tool."""
+        return named(self.made_by)
 
 
 class ShardWriter:

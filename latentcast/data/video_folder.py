@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
+from ..command import named
 from ..files import read_json, replacing, shortened, told, user_cache
 from ..progress import Bar
 from ..schemas import Count, FileText, Number, Rate, Schema, Whole, check, short
@@ -521,7 +522,7 @@ def no_videos(root):
     hint = f"; expected any of {', '.join(SUFFIXES)}"
     if n_pictures:
         hint = (
-            f", but {n_pictures} pictures: numbered ones become videos by tools/prepare_dataset.py folder "
+            f", but {n_pictures} pictures: numbered ones become videos by {named('prepare_dataset')} folder "
             f"--source {root} --output DIR, and are trained on with data=folder data.root=DIR"
         )
     return f"{root}: no video files here{hint}"

@@ -16,6 +16,7 @@ from latentcast.yaml_text import flattened
 from .protocol import METRICS, without_other_splits
 from .report import cell, extrapolated_fvd, mean_of_samples, measured
 
+PUBLISHED = Path(__file__).with_name("published.yaml")
 CLIP_FIELDS = {  # they choose the frames of a clip that are compared, and what of them
     "split",
     "n_clips",
@@ -136,7 +137,7 @@ class Table(Schema, extra="forbid"):
 
 
 class Published(Schema):
-    """docs/results/published.yaml; its head says what is what."""
+    """The file PUBLISHED; its head says what is what."""
 
     papers: dict[Text, Text]
     units: dict[Text, Number | None]

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.utils.data import default_collate
 
 import latentcast
+from latentcast.command import IN_CHECKOUT
 from latentcast.config import is_whole
 from latentcast.data.base import match_conditions
 from latentcast.data.shards import difference_of
@@ -585,9 +586,11 @@ def hardware(device):
 
 
 def git_commit():
-    """The commit that this code is at, with "+" if files were changed; None outside a repository."""
-    root = Path(latentcast.__file__).parents[1]
-    git = ["git", "-C", str(root)]
+    """The commit that this code is at, with "+" if files were changed; None where it is no checkout (what an
+    environment lies in may be a repository of another project)."""
+    if not IN_CHECKOUT:
+        return None
+    git = ["git", "-C", str(Path(latentcast.__file__).parents[1])]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..command import typed
 from ..files import replacing, update_digest, user_cache
 
 logger = logging.getLogger("latentcast")
@@ -79,7 +80,7 @@ def find_weights(name, folder=None):
     for place in folders:
         if (place / file).is_file():
             return place / file
-    advice = "get it by python tools/fetch_weights.py" if name in SOURCES else "put it there"
+    advice = f"get it by {typed('fetch_weights')}" if name in SOURCES else "put it there"
     raise FileNotFoundError(f"{file}: not in {', '.join(map(str, folders))}; {advice}")
 
 
@@ -94,7 +95,7 @@ def load_weights(name, folder=None):
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it and run python tools/fetch_weights.py") from None
+        raise ValueError(f"{path}: damaged ({error}); delete it and run {typed('fetch_weights')}") from None
     found, expected = fingerprint(tensors), SOURCES[name].fingerprint
     if found != expected:
         raise ValueError(f"{path}: altered, or not {name}: expected fingerprint {expected}, found {found}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from latentcast.command import typed
 from latentcast.evaluation.comparison import read_result
 from latentcast.files import told
 from latentcast.saved import INDEX, STAGES
@@ -16,7 +17,7 @@ from latentcast.training.trackers import summary_of
 
 logger = logging.getLogger("latentcast")
 
-COMMAND = "# python tools/"  # how a config of a run that knows its command begins
+COMMANDS = ("# python tools/", "# latentcast ")  # how a config of a run that knows its command begins
 PLOTS = ("code_frequencies", "latents", "usage", "losses", "kl_groups", "curves", "drift", "ablation")  # figures' names
 
 
@@ -128,7 +129,7 @@ def _read_stage(path, name):
     chosen = settings.get("tokenizer" if name == "tokenizer" else "prior")
     target = chosen.get("_target_") if isinstance(chosen, dict) else None
     first = text.partition("\n")[0]
-    command = first.removeprefix("# ") if first.startswith(COMMAND) else _command(name, file)
+    command = first.removeprefix("# ") if first.startswith(COMMANDS) else _command(name, file)
     stage = Stage(name, str(target or "?").rpartition(".")[2], settings, text, command)
     parts = ("tokenizer", "prior") if name == "joint" else ("",)
     weights = [found for part in parts for found in sorted((path / name / part).glob("*.safetensors"))]
@@ -142,7 +143,7 @@ def _read_stage(path, name):
 
 def _command(name, file):
     tool = "train_tokenizer" if name == "tokenizer" else "train_prior"
-    return f"python tools/{tool}.py {file} run_dir=AGAIN" + " joint=true" * (name == "joint")
+    return f"{typed(tool)} {file} run_dir=AGAIN" + " joint=true" * (name == "joint")
 
 
 def _count(weights):

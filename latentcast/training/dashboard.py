@@ -6,6 +6,8 @@ what ``wandb-workspaces`` sends to a server. The keys are those that ``trackers.
 import math
 import re
 
+from latentcast.command import named
+
 from .trackers import MEDIA
 
 NAME, VIEW = "latentcast", "nw-latentcast-v"  # of the workspace; W&B's own name of it, by which it is found again
@@ -177,8 +179,9 @@ def report(entity, project, found):
     """The report that ``blocks`` describe."""
     import wandb_workspaces.reports.v2 as wr
 
+    tool = named("wandb_dashboard")
     parts = [
-        wr.P(text="Runs of one experiment are a group; a stage is a type of run. Made by tools/wandb_dashboard.py."),
+        wr.P(text=f"Runs of one experiment are a group; a stage is a type of run. Made by {tool}."),
         wr.TableOfContents(),
     ]
     for block in found:

@@ -18,7 +18,8 @@ from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import default_collate
 
-from latentcast.cli import UserError, command_line, computes_bfloat16, prepare_run_dir
+from latentcast.cli import UserError, computes_bfloat16, prepare_run_dir
+from latentcast.command import command_line
 from latentcast.config import instantiate, to_container
 from latentcast.data.base import ShownClips
 from latentcast.files import locked, printable, told, write_text
