@@ -18,9 +18,9 @@ import av
 import torch
 
 from latentcast import VQVAE, VideoFolder, prepared_videos
-from latentcast.data.benchmarks.folder import Folder
 from latentcast.data.loading import open_loader
-from latentcast.data.prepared import prepare
+from latentcast.data.sets.folder import Folder
+from latentcast.data.store.prepared import prepare
 
 N_VIDEOS, N_FRAMES, HEIGHT, WIDTH, SIZE = 24, 150, 240, 320, 64
 CLIP_LENGTH, BATCH, SECONDS = 16, 16, 6.0

@@ -18,7 +18,7 @@ from common import environment, say, seconds  # isort: skip  (sets the thread po
 import torch
 
 from latentcast.config import instantiate, load_config
-from latentcast.data.video_writer import write_image
+from latentcast.data.video.writer import write_image
 from latentcast.figures.sheets import contact_sheet
 from latentcast.metrics import lpips, mse, psnr, ssim
 from latentcast.metrics.codebook import CodebookUsage

@@ -29,9 +29,9 @@ from latentcast import (
     VideoFolder,
     prepared_videos,
 )
-from latentcast.data.benchmarks.folder import Folder
-from latentcast.data.encoding import CPU_CHUNK, encode_dataset
-from latentcast.data.prepared import prepare
+from latentcast.data.sets.folder import Folder
+from latentcast.data.store.encoding import CPU_CHUNK, encode_dataset
+from latentcast.data.store.prepared import prepare
 from latentcast.tokenizers.quantizers.code_tree import CodeTree
 from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
 

@@ -46,16 +46,16 @@ _EXPORTS = {
     # sampling
     "VideoPredictionPipeline": "latentcast.pipelines.video_prediction",
     # data
-    "read_clip": "latentcast.data.video_reader",
-    "probe": "latentcast.data.video_reader",
-    "write_video": "latentcast.data.video_writer",
-    "VideoFolder": "latentcast.data.video_folder",
-    "PreparedVideos": "latentcast.data.prepared",
-    "prepared_videos": "latentcast.data.prepared",
-    "MovingDigits": "latentcast.data.moving_digits",
+    "read_clip": "latentcast.data.video.reader",
+    "probe": "latentcast.data.video.reader",
+    "write_video": "latentcast.data.video.writer",
+    "VideoFolder": "latentcast.data.video.folder",
+    "PreparedVideos": "latentcast.data.store.prepared",
+    "prepared_videos": "latentcast.data.sets.prepared_videos",
+    "MovingDigits": "latentcast.data.sets.moving_digits",
     "VideoDataModule": "latentcast.data.datamodules",
-    "LatentCacheWriter": "latentcast.data.latent_cache",
-    "LatentCacheDataset": "latentcast.data.latent_cache",
+    "LatentCacheWriter": "latentcast.data.store.latent_cache",
+    "LatentCacheDataset": "latentcast.data.store.latent_cache",
     # evaluation
     "Protocol": "latentcast.evaluation.protocol",
     # training

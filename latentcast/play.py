@@ -20,7 +20,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from latentcast.cli import error_line
-from latentcast.data.video_writer import to_uint8, write_video
+from latentcast.data.video.writer import to_uint8, write_video
 from latentcast.layers.conditions import Numbers
 from latentcast.serving import guards
 

@@ -16,9 +16,9 @@ import gradio as gr
 import torch
 
 from latentcast.cli import error_line
-from latentcast.data.futures import Sheet, held, labelled_futures, layout, read_context
-from latentcast.data.video_reader import DEFAULT_RATE
-from latentcast.data.video_writer import check_video, to_uint8, write_both
+from latentcast.data.video.futures import Sheet, held, labelled_futures, layout, read_context
+from latentcast.data.video.reader import DEFAULT_RATE
+from latentcast.data.video.writer import check_video, to_uint8, write_both
 from latentcast.figures.sheets import (
     BORDER,
     GIVEN,

@@ -4,7 +4,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from latentcast.data.video_reader import fit_frames
+from latentcast.data.video.reader import fit_frames
 
 RANGES = ((-1, 1), (0, 1))
 

@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import BaseOutput
 
 from latentcast.config import check_counts, is_whole, one_line
-from latentcast.data.video_reader import CROPS, check_crop
+from latentcast.data.video.reader import CROPS, check_crop
 from latentcast.figures.sheets import shown_channels
 from latentcast.modeling import eval_mode
 from latentcast.priors.base import as_keyword
@@ -57,7 +57,7 @@ class VideoPredictionPipeline(VideoPipeline):
         scheduler: noise scheduler, for priors whose sampler takes one.
         n_context: number of context frames that the prior was trained with; kept for tools.
         fps: frames per second of the clips that the prior was trained on; kept for tools.
-        crop: how the videos that it was trained on got to the shape of its frames (see ``video_reader.fit_frames``), by
+        crop: how the videos that it was trained on got to the shape of its frames (see ``video.reader.fit_frames``), by
             which tools bring others to it, and this pipeline images.
     Raises:
         ValueError: the prior was trained on the latents of another tokenizer, or does not take the scheduler.

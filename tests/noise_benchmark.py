@@ -5,8 +5,9 @@ import signal
 
 import torch
 
-from latentcast.data.benchmarks.base import Benchmark, Clip
-from latentcast.data.video_reader import VideoError
+from latentcast.data.base import Clip
+from latentcast.data.sets.base import Benchmark
+from latentcast.data.video.reader import VideoError
 from latentcast.sizes import sides
 
 LENGTHS = {"train": (5, 12, 9, 3, 7), "test": (8, 6)}

@@ -12,10 +12,10 @@ from noise_benchmark import Noise
 from video_files import counter_frames, encode, read_counter
 
 from latentcast import prepared_videos
-from latentcast.data.action_tables import read_actions
-from latentcast.data.benchmarks.folder import Folder
-from latentcast.data.prepared import IncompleteError, prepare
-from latentcast.data.video_reader import VideoError
+from latentcast.data.sets.action_tables import read_actions
+from latentcast.data.sets.folder import Folder
+from latentcast.data.store.prepared import IncompleteError, prepare
+from latentcast.data.video.reader import VideoError
 
 FIRST = {"a": 0, "b": 50, "c": 100}  # videos of 12 frames, which show the numbers from here on
 N_FRAMES = 12

@@ -20,10 +20,10 @@ from tfrecord_files import (
     write_records,
 )
 
-from latentcast.data.benchmarks.bair import BAIR
-from latentcast.data.prepared import IncompleteError, PreparedVideos, prepare
-from latentcast.data.tfrecord import RecordFile, feature_values, masked_crc, parse_example
-from latentcast.data.video_reader import VideoError
+from latentcast.data.sets.bair import BAIR
+from latentcast.data.sets.tfrecord import RecordFile, feature_values, masked_crc, parse_example
+from latentcast.data.store.prepared import IncompleteError, PreparedVideos, prepare
+from latentcast.data.video.reader import VideoError
 
 # split -> files -> seeds of their records; as text, 10 stands before 2
 LAYOUT = {

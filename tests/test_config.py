@@ -19,7 +19,7 @@ from latentcast import PixelTokenizer
 from latentcast import config as config_module
 from latentcast.cli import UserError, parse_options
 from latentcast.config import TOOLS, ConfigError, config_root, instantiate, load_config, to_container
-from latentcast.data.prepared import prepare
+from latentcast.data.store.prepared import prepare
 from latentcast.modeling import known_models
 from latentcast.sizes import as_size, sides
 from latentcast.targets import _written_parameters, find_target, parameters_of

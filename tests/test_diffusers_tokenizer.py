@@ -11,7 +11,7 @@ from test_latent_cache import Noise
 from tiny import SMALL_DIFFUSERS, random_frames, small_diffusers
 
 from latentcast import DiffusersTokenizer, LatentCacheDataset, instantiate, load_config, load_model
-from latentcast.data.encoding import encode_dataset
+from latentcast.data.store.encoding import encode_dataset
 from latentcast.modeling import find_tokenizer
 
 SIZES = {"height": 16, "width": 16}

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from latentcast import MovingDigits, prepared_videos
-from latentcast.data import digits as module
-from latentcast.data.benchmarks.digits import MovingMNIST, StochasticMovingMNIST
 from latentcast.data.checking import check_folder
-from latentcast.data.prepared import prepare
+from latentcast.data.sets import digits as module
+from latentcast.data.sets.moving_mnist import MovingMNIST, StochasticMovingMNIST
+from latentcast.data.store.prepared import prepare
 
 TRAIN, TEST = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"
 

@@ -26,7 +26,7 @@ from latentcast import (
     VideoPredictionPipeline,
     VideoTransformer,
 )
-from latentcast.data.prepared import PreparedVideos, prepare
+from latentcast.data.store.prepared import PreparedVideos, prepare
 from latentcast.evaluation import report
 from latentcast.evaluation.comparison import paired, read_result
 from latentcast.evaluation.evaluator import Evaluation, _seed, fitting_futures

@@ -35,7 +35,7 @@ from latentcast import (
     figures,
     inspection,
 )
-from latentcast.data.video_writer import write_drawing
+from latentcast.data.video.writer import write_drawing
 from latentcast.figures import style
 from latentcast.figures.sheets import BORDER, GIVEN, PREDICTED, picked
 from latentcast.figures.style import AMOUNT, BAD, CHANGED, Scale, code_colours, rgb

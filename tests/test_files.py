@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentcast.data.video_writer import write_image, write_video
+from latentcast.data.video.writer import write_image, write_video
 from latentcast.files import SILENCE, InUseError, locked, read_json, replacing, temporary_path, write_json
 
 

@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
-from latentcast.data.benchmarks import flow as module
-from latentcast.data.benchmarks.flow import Flow, Stream
-from latentcast.data.video_reader import VideoError
+from latentcast.data.sets import flow as module
+from latentcast.data.sets.flow import Flow, Stream
+from latentcast.data.video.reader import VideoError
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from replica_files import cityscapes_sequence, kitti_drive, wide_frames, write_p
 from video_files import counter_frames, cut_off, encode, read_counter
 
 from latentcast import PreparedVideos, VideoFolder
-from latentcast.data.benchmarks.cityscapes import CITIES, Cityscapes
-from latentcast.data.benchmarks.folder import Folder
-from latentcast.data.benchmarks.kitti import KITTI
-from latentcast.data.image_frames import numbered_pictures, read_pictures
-from latentcast.data.prepared import IncompleteError, prepare
-from latentcast.data.video_reader import VideoError
+from latentcast.data.sets.cityscapes import CITIES, Cityscapes
+from latentcast.data.sets.folder import Folder
+from latentcast.data.sets.kitti import KITTI
+from latentcast.data.store.prepared import IncompleteError, prepare
+from latentcast.data.video.pictures import numbered_pictures, read_pictures
+from latentcast.data.video.reader import VideoError
 
 
 def frames_of(benchmark, split, name):

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from metric_files import moving_squares, weights_or_skip
 from tiny_experiment import free_port
 
-from latentcast.data.moving_digits import MovingDigits
+from latentcast.data.sets.moving_digits import MovingDigits
 from latentcast.metrics import FVD, I3D, frechet_distance
 
 

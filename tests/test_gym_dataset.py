@@ -16,8 +16,8 @@ pytest.importorskip("ale_py", reason="the extra latentcast[gym] is not installed
 from corridor import SIZE, Corridor  # noqa: E402
 
 from latentcast import prepared_videos  # noqa: E402
-from latentcast.data.benchmarks.gym import Gym  # noqa: E402
-from latentcast.data.prepared import IncompleteError, prepare  # noqa: E402
+from latentcast.data.sets.gym import Gym  # noqa: E402
+from latentcast.data.store.prepared import IncompleteError, prepare  # noqa: E402
 
 MEANINGS = ["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE"]
 CORRIDOR = "corridor:Corridor-v0"

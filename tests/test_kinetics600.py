@@ -11,9 +11,9 @@ from replica_files import kinetics_videos
 from video_files import cut_off, read_counter
 
 from latentcast import PreparedVideos, read_clip
-from latentcast.data.benchmarks.kinetics600 import Kinetics600
-from latentcast.data.prepared import IncompleteError, prepare
-from latentcast.data.video_reader import VideoError
+from latentcast.data.sets.kinetics600 import Kinetics600
+from latentcast.data.store.prepared import IncompleteError, prepare
+from latentcast.data.video.reader import VideoError
 
 TRAIN = [("zumba", "-3B32lodo2M", 59), ("abseiling", "0wR5jVB-WPk", 417), ("pulling, as a game", "__NrybzYzUg", 1203)]
 VAL = [("abseiling", "3caPS4FHFF8", 36), ("burping", "3yaoNwz99xM", 0)]

@@ -10,8 +10,8 @@ from tiny import random_frames, tiny_tokenizer
 from torch.distributions import Normal, kl_divergence
 
 from latentcast import KLVAE, LatentCacheDataset, LatentCacheWriter, load_model
-from latentcast.data.encoding import encode_dataset
 from latentcast.data.loading import open_loader
+from latentcast.data.store.encoding import encode_dataset
 from latentcast.layers.gaussian import kl_to_standard_normal, sample_moments, scale_moments
 
 LENGTHS = (5, 12, 9)

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from video_files import counter_frames, cut_off, encode, overwrite_middle, read_counter
 
-from latentcast.data.benchmarks.kth import CLASSES, KTH, read_sequences
-from latentcast.data.prepared import IncompleteError, PreparedVideos, crop_of, prepare
-from latentcast.data.video_reader import CROPS, VideoError, probe, read_clip
+from latentcast.data.sets.kth import CLASSES, KTH, read_sequences
+from latentcast.data.store.prepared import IncompleteError, PreparedVideos, crop_of, prepare
+from latentcast.data.video.reader import CROPS, VideoError, probe, read_clip
 
 HEADING = """
 This database contains sequences of six classes of actions performed by

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from latentcast import KLVAE, VQVAE, LatentCacheDataset, LatentCacheWriter, PixelTokenizer, load_model
 from latentcast.data.base import VideoDataset, VideoEntry
-from latentcast.data.encoding import encode_dataset
-from latentcast.data.latent_cache import read_manifest
-from latentcast.data.video_reader import VideoError
+from latentcast.data.store.encoding import encode_dataset
+from latentcast.data.store.latent_cache import read_manifest
+from latentcast.data.video.reader import VideoError
 from latentcast.modeling import fingerprint
 
 LENGTHS = (5, 12, 9, 3, 20, 8, 7)

@@ -7,7 +7,7 @@ import sysconfig
 import pytest
 import torch
 
-from latentcast.data.lattice_boltzmann import (
+from latentcast.data.sets.lattice_boltzmann import (
     LatticeBoltzmann,
     disc,
     dominant_frequency,

@@ -18,7 +18,7 @@ from tiny_experiment import TOOLS, Started, free_port
 
 from latentcast import PixelTokenizer, VideoPredictionPipeline, VideoTransformer
 from latentcast.data.base import ShownClips
-from latentcast.data.video_writer import to_uint8
+from latentcast.data.video.writer import to_uint8
 from latentcast.zoo import export
 
 play = pytest.importorskip("latentcast.play", exc_type=ImportError)

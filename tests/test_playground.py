@@ -23,8 +23,8 @@ from video_files import counter_frames, encode
 
 import latentcast
 from latentcast import PixelTokenizer, SDEDiffusion, VideoPredictionPipeline, VideoTransformer, probe, read_clip
-from latentcast.data.video_folder import luma
-from latentcast.data.video_reader import VideoError
+from latentcast.data.video.folder import luma
+from latentcast.data.video.reader import VideoError
 from latentcast.figures.sheets import BORDER, LINE
 from latentcast.zoo import export
 

@@ -17,10 +17,10 @@ from tiny_experiment import TOOLS, call_tool
 from video_files import counter_frames, cut_off, encode
 
 from latentcast import LatentCacheDataset, PixelTokenizer, VideoFolder
-from latentcast.data.benchmarks import BENCHMARKS
-from latentcast.data.benchmarks.folder import Folder
-from latentcast.data.encoding import encode_dataset
-from latentcast.data.prepared import prepare
+from latentcast.data.sets import BENCHMARKS
+from latentcast.data.sets.folder import Folder
+from latentcast.data.store.encoding import encode_dataset
+from latentcast.data.store.prepared import prepare
 
 
 @pytest.fixture

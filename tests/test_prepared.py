@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from latentcast import LatentCacheDataset, PixelTokenizer, PreparedVideos, prepared_videos
 from latentcast.data.base import EmptySplitError, match_conditions
 from latentcast.data.checking import check_folder
-from latentcast.data.encoding import encode_dataset
-from latentcast.data.prepared import IncompleteError, prepare
+from latentcast.data.store.encoding import encode_dataset
+from latentcast.data.store.prepared import IncompleteError, prepare
 
 
 def contents(folder):

@@ -8,7 +8,7 @@ import yaml
 
 from latentcast import load_config
 from latentcast.config import config_root, instantiate
-from latentcast.data.benchmarks import BENCHMARKS
+from latentcast.data.sets import BENCHMARKS
 from latentcast.targets import import_name
 
 # context, predicted, samples, pixels: as the papers have it

@@ -11,7 +11,7 @@ from tiny_experiment import call_tool, tiny_config, write_experiment
 
 from latentcast import LatentCacheDataset, VideoPredictionPipeline, instantiate, load_config, load_model
 from latentcast.config import ConfigError
-from latentcast.data.latent_cache import choose_store
+from latentcast.data.store.latent_cache import choose_store
 from latentcast.modeling import find_tokenizer, fingerprint
 from latentcast.yaml_text import parse
 

@@ -26,8 +26,8 @@ from latentcast import (
     write_video,
 )
 from latentcast.cli import run_tool
-from latentcast.data import futures
-from latentcast.data.video_reader import VideoError
+from latentcast.data.video import futures
+from latentcast.data.video.reader import VideoError
 from latentcast.figures.sheets import GIVEN, LINE, PREDICTED
 
 TOOL = Path(__file__).parents[1] / "tools" / "sample.py"

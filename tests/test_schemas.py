@@ -18,9 +18,10 @@ from tiny import tiny_tokenizer
 from latentcast import LatentCacheDataset, Protocol, VideoPredictionPipeline, load_config, load_model
 from latentcast.config import load_pipeline_config
 from latentcast.data.checking import check_folder
-from latentcast.data.encoding import encode_dataset
-from latentcast.data.latent_cache import LatentCacheWriter
-from latentcast.data.prepared import prepare, prepared_videos
+from latentcast.data.sets.prepared_videos import prepared_videos
+from latentcast.data.store.encoding import encode_dataset
+from latentcast.data.store.latent_cache import LatentCacheWriter
+from latentcast.data.store.prepared import prepare
 from latentcast.evaluation.comparison import (
     describe_differences,
     differences,

@@ -48,9 +48,9 @@ from latentcast import (
 )
 from latentcast.config import config_root, instantiate, load_config, load_pipeline_config
 from latentcast.data.base import VideoDataset
-from latentcast.data.benchmarks.folder import Folder
-from latentcast.data.latent_cache import LatentCacheDataset
-from latentcast.data.prepared import prepare, read_set_manifest
+from latentcast.data.sets.folder import Folder
+from latentcast.data.store.latent_cache import LatentCacheDataset
+from latentcast.data.store.prepared import prepare, read_set_manifest
 from latentcast.evaluation.evaluator import check_fit
 from latentcast.figures import sheets
 from latentcast.figures.sheets import BORDER, shown_channels

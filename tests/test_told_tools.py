@@ -14,8 +14,8 @@ from latentcast import VideoPredictionPipeline
 pytest.importorskip("gymnasium", reason="the extra latentcast[gym] is not installed")
 from corridor import Corridor  # noqa: F401  (registers it)
 
-from latentcast.data.benchmarks.gym import Gym
-from latentcast.data.prepared import prepare
+from latentcast.data.sets.gym import Gym
+from latentcast.data.store.prepared import prepare
 
 ACTION = {"shape": [], "dtype": "int64", "per": "frame", "n_values": 3}
 REWARD = {"shape": [], "dtype": "float32", "per": "frame"}

@@ -17,11 +17,11 @@ from video_files import counter_frames, encode, read_counter
 
 from latentcast import VideoFolder, instantiate, load_config, probe, read_clip
 from latentcast.cli import run_tool
-from latentcast.data import video_folder as module
 from latentcast.data.base import EmptySplitError, VideoDataset
 from latentcast.data.loading import open_loader
-from latentcast.data.video_folder import splits_of
-from latentcast.data.video_reader import VideoError, neat_rate
+from latentcast.data.video import folder as module
+from latentcast.data.video.folder import splits_of
+from latentcast.data.video.reader import VideoError, neat_rate
 
 GOOD = ["a.mp4", "b.mkv", "deep/c.avi", "deep/d.webm", "deep/er/e.gif", "deep/er/f.MOV"]
 ALL_TRAIN = {"val_fraction": 0.0, "test_fraction": 0.0}

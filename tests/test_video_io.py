@@ -15,9 +15,9 @@ from PIL import Image
 from video_files import counter_frames, cut_off, encode, overwrite_middle, read_counter
 
 from latentcast import VideoFolder, probe, read_clip, write_video
-from latentcast.data.video_folder import sampled_places, sampled_rate
-from latentcast.data.video_reader import VideoError, _look, fit_frames, iter_clip, look
-from latentcast.data.video_writer import write_image
+from latentcast.data.video.folder import sampled_places, sampled_rate
+from latentcast.data.video.reader import VideoError, _look, fit_frames, iter_clip, look
+from latentcast.data.video.writer import write_image
 from latentcast.figures.sheets import (
     BORDER,
     GAP,

@@ -20,9 +20,9 @@ from PIL import Image
 from video_files import counter_frames, encode, read_counter
 
 from latentcast import VideoFolder, probe, read_clip
-from latentcast.data.benchmarks.folder import Folder
-from latentcast.data.video_folder import build_index
-from latentcast.data.video_reader import VideoAwayError, VideoError, fit_frames, iter_clip, look
+from latentcast.data.sets.folder import Folder
+from latentcast.data.video.folder import build_index
+from latentcast.data.video.reader import VideoAwayError, VideoError, fit_frames, iter_clip, look
 
 N = 60
 B_FRAMES = {"crf": "12", "x264-params": "keyint=20:scenecut=0:bframes=3"}
@@ -496,7 +496,7 @@ ssize_t read(int file, void *buffer, size_t n) {
 """
 LISTING = """
 import json, sys
-from latentcast.data.video_folder import build_index
+from latentcast.data.video.folder import build_index
 for root in sys.argv[1:]:
     print(json.dumps({name: record.get("error") for name, record in build_index(root).items()}))
 """

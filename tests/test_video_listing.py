@@ -10,8 +10,8 @@ from PIL import Image
 from video_files import counter_frames, encode, read_counter
 
 from latentcast import VideoFolder
-from latentcast.data.benchmarks.folder import Folder
-from latentcast.data.video_folder import SUFFIXES, list_videos
+from latentcast.data.sets.folder import Folder
+from latentcast.data.video.folder import SUFFIXES, list_videos
 
 ALL_TRAIN = {"val_fraction": 0.0, "test_fraction": 0.0}
 LATIN1 = os.fsdecode("caf\xe9.mp4".encode("latin-1"))

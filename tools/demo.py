@@ -23,7 +23,7 @@ def main(args):
     import torch
 
     from latentcast import VideoPredictionPipeline
-    from latentcast.data.video_writer import HOLD, write_image, write_video
+    from latentcast.data.video.writer import HOLD, write_image, write_video
     from latentcast.figures.sheets import LEGEND, frame_names, labelled_sheet, labelled_videos, rows_of
     from latentcast.zoo import read_examples
 

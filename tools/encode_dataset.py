@@ -27,8 +27,8 @@ def main(args):
     check_data(config)
     announce(config)
     from latentcast.data.base import conditions_by_name  # which takes seconds: mistakes in the config show before
-    from latentcast.data.encoding import encode_dataset
-    from latentcast.data.latent_cache import choose_store
+    from latentcast.data.store.encoding import encode_dataset
+    from latentcast.data.store.latent_cache import choose_store
     from latentcast.distributed import process_group, rank_and_world, rank_zero_first
     from latentcast.modeling import find_tokenizer
     from latentcast.pairing import check_pair, plan_prior
@@ -101,7 +101,7 @@ def open_split(config, split):
 def verify(config):
     """Compare every shard of the splits that are encoded with its checksum."""
     from latentcast.config import cache_root
-    from latentcast.data.latent_cache import verify_cache
+    from latentcast.data.store.latent_cache import verify_cache
 
     root = cache_root(config)
     splits = [split for split in config.cache.splits if (root / split).is_dir()]

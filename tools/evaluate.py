@@ -68,7 +68,7 @@ def main(args):
     check_data(config)
     announce(config)
     from latentcast.config import instantiate, to_container  # torch takes seconds: mistakes in the config show before
-    from latentcast.data.shards import difference_of
+    from latentcast.data.store.shards import difference_of
     from latentcast.distributed import default_device, process_group, rank_and_world, rank_zero_first
     from latentcast.evaluation.comparison import read_result
     from latentcast.evaluation.evaluator import Evaluation, git_commit, hardware

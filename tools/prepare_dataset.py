@@ -8,7 +8,7 @@ import argparse
 import os
 
 from latentcast.cli import Findings, UserError, parse_options, prepare_run_dir, run_tool, user_path
-from latentcast.data.benchmarks import BENCHMARKS
+from latentcast.data.sets import BENCHMARKS
 
 OWN = ("env", "policy", "frames", "actions")  # options of single sets that have an argument of their own
 
@@ -45,7 +45,7 @@ def main(args):
     if args.name == "check":
         return check(args)
     from latentcast.config import call
-    from latentcast.data.prepared import prepare
+    from latentcast.data.store.prepared import prepare
     from latentcast.targets import import_name
 
     if args.name not in BENCHMARKS:

@@ -88,9 +88,9 @@ def main(args):
     videos = find_videos(args.input)
     import torch  # which takes seconds, as what follows: mistakes in the arguments show before
 
-    from latentcast.data.futures import Sheet, held, labelled_futures, layout, read_context
-    from latentcast.data.video_reader import is_away
-    from latentcast.data.video_writer import check_video, write_both
+    from latentcast.data.video.futures import Sheet, held, labelled_futures, layout, read_context
+    from latentcast.data.video.reader import is_away
+    from latentcast.data.video.writer import check_video, write_both
     from latentcast.figures.sheets import BORDER, labelled_size, rows_of
     from latentcast.files import error_numbers, printable, told
     from latentcast.pipelines.base import VideoPipeline
@@ -215,8 +215,8 @@ def find_videos(path):
 
     if path.is_file():
         return {path: shortened(path.stem)}
-    from latentcast.data.image_frames import is_sequence
-    from latentcast.data.video_folder import list_videos, no_videos
+    from latentcast.data.video.folder import list_videos, no_videos
+    from latentcast.data.video.pictures import is_sequence
 
     files = list_videos(path, is_sequence)
     if not files:

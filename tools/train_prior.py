@@ -109,7 +109,7 @@ def open_cache(config, tokenizer, prior, videos):
     from latentcast.command import named
     from latentcast.config import cache_root
     from latentcast.data.datamodules import LatentDataModule
-    from latentcast.data.latent_cache import SERVING
+    from latentcast.data.store.latent_cache import SERVING
     from latentcast.modeling import fingerprint
 
     root = cache_root(config)

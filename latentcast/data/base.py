@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +32,21 @@ class VideoEntry:
     fps: float
 
 
+@dataclass(frozen=True)
+class Clip:
+    """One video out of a source, as ``Benchmark.read`` gives it.
+
+    Attributes:
+        frames: pieces of the video in order, each (t, C, H, W) uint8; an iterator keeps memory flat on long videos.
+        conditions: name -> tensor, for each of ``Benchmark.conditions``: (n_frames, *shape) or, per video, (*shape).
+        sha256: of the bytes in the source that the video came from; None for videos that were made, not read.
+    """
+
+    frames: Iterable[torch.Tensor]
+    conditions: dict = field(default_factory=dict)
+    sha256: str | None = None
+
+
 class VideoDataset(Dataset):
     """Clips for training, whole videos for caching latents.
 
@@ -40,7 +56,7 @@ class VideoDataset(Dataset):
     so that long ones never sit in memory.
 
     Attributes: ``split``, ``clip_length``, ``size`` (H = W in pixels, or [H, W]), ``channels`` (3: RGB, 1: grey, or any
-    number of other data), ``crop`` (how videos of another shape get to ``size``, see ``video_reader.fit_frames``),
+    number of other data), ``crop`` (how videos of another shape get to ``size``, see ``video.reader.fit_frames``),
     ``fps`` (frames per second of the clips, for writing previews), ``seed`` (of the random windows), ``flip`` (of
     FLIPS: the train split's clips are mirrored so every other time, but not their conditions), ``actions`` (whether
     priors that train on it are told the condition ``action``), and ``conditions``: what is known of each frame or video
@@ -80,7 +96,7 @@ class VideoDataset(Dataset):
     def read_video(self, index, start, stop):
         """Frames ``start:stop`` of video ``index`` -> (stop - start, C, H, W) float32 in [-1, 1].
 
-        Raises VideoError (see video_reader) when the video turns out to be unreadable."""
+        Raises VideoError (see ``video.reader``) when the video turns out to be unreadable."""
         raise NotImplementedError
 
     def read_conditions(self, index, start, stop):

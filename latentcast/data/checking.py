@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ..files import file_sha256, told
 from ..progress import Bar
-from . import prepared, shards
 from .base import SPLITS
-from .video_folder import build_index
+from .sets.prepared_videos import prepared_videos
+from .store import prepared, shards
+from .video.folder import build_index
 
 logger = logging.getLogger("latentcast")
 
@@ -45,7 +46,7 @@ def check_set(root, clip_length=1):
         if split in manifest["generated"]:
             counts[split] = expected
             try:
-                prepared.prepared_videos(root, split, 1)  # compares its sources with their checksums
+                prepared_videos(root, split, 1)  # compares its sources with their checksums
             except OSError as error:
                 problems.append(str(error))
             continue

@@ -10,8 +10,8 @@ from torch.utils.data import DistributedSampler
 
 from ..command import named
 from .base import EmptySplitError
-from .latent_cache import LatentCacheDataset
 from .loading import Loader, end_workers, open_loader
+from .store.latent_cache import LatentCacheDataset
 
 logger = logging.getLogger("latentcast")
 

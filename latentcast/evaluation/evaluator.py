@@ -24,7 +24,7 @@ import latentcast
 from latentcast.command import IN_CHECKOUT
 from latentcast.config import is_whole
 from latentcast.data.base import match_conditions
-from latentcast.data.shards import difference_of
+from latentcast.data.store.shards import difference_of
 from latentcast.distributed import barrier, rank_and_world, rank_zero_first
 from latentcast.files import read_json, replacing, write_json
 from latentcast.metrics import FVD, I3D, LPIPS, BestOfN, bits_per_dim, crps, mse, psnr, ssim

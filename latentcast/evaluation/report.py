@@ -5,7 +5,7 @@ import random
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from latentcast.data.video_writer import write_image, write_video
+from latentcast.data.video.writer import write_image, write_video
 from latentcast.figures import ablation, crps_maps, curves
 from latentcast.figures.charts import HEADINGS
 from latentcast.figures.sheets import (

@@ -17,8 +17,8 @@ from latentcast import inspection
 from latentcast.cli import UserError
 from latentcast.config import instantiate, load_config, load_pipeline_config
 from latentcast.data.base import EmptySplitError, ShownClips
-from latentcast.data.latent_cache import LatentCacheDataset
-from latentcast.data.video_folder import (
+from latentcast.data.store.latent_cache import LatentCacheDataset
+from latentcast.data.video.folder import (
     list_videos,
     nearest_stride,
     no_videos,
@@ -26,8 +26,8 @@ from latentcast.data.video_folder import (
     sampled_places,
     sampled_rate,
 )
-from latentcast.data.video_reader import DEFAULT_RATE, VideoError, probe
-from latentcast.data.video_writer import write_drawing
+from latentcast.data.video.reader import DEFAULT_RATE, VideoError, probe
+from latentcast.data.video.writer import write_drawing
 from latentcast.files import read_json, told, write_json
 from latentcast.inspection import ROLLOUT, Subject, count_codes
 from latentcast.modeling import load_model

@@ -174,7 +174,7 @@ class Drawing:
         return file.getvalue()
 
     def save(self, path):
-        """Write the picture as PNG -> path. (``video_writer.write_drawing`` writes frames as well.)"""
+        """Write the picture as PNG -> path. (``data.video.writer.write_drawing`` writes frames as well.)"""
         with replacing(path) as temporary:
             temporary.write_bytes(self.png())
         return path

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from latentcast import inspection
 from latentcast.config import one_line
 from latentcast.data.loading import WorkerError, waits_for
-from latentcast.data.video_writer import write_drawing
+from latentcast.data.video.writer import write_drawing
 from latentcast.distributed import all_reduced, rank_and_world
 from latentcast.metrics.codebook import CodebookUsage
 from latentcast.metrics.ensemble import ilpips

@@ -14,7 +14,7 @@ import torch
 
 from latentcast.config import check_counts, one_line
 
-from .video_reader import VideoAwayError, VideoError, is_away
+from ..video.reader import VideoAwayError, VideoError, is_away
 
 logger = logging.getLogger("latentcast")
 

@@ -21,10 +21,10 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from ..command import named
-from ..files import MANIFEST_MB, file_sha256, read_json, temporary_path, write_json, writing
-from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, read_checked, short
-from .base import EmptySplitError, VideoEntry
+from ...command import named
+from ...files import MANIFEST_MB, file_sha256, read_json, temporary_path, write_json, writing
+from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, read_checked, short
+from ..base import EmptySplitError, VideoEntry
 
 logger = logging.getLogger("latentcast")
 

@@ -3,9 +3,10 @@
 from latentcast.config import check_counts
 from latentcast.sizes import as_square
 
-from ..digits import MNIST_FILES, mnist_file
-from ..moving_digits import FPS, MAX_SPEED, MOST_VIDEOS, MovingDigits
-from .base import Benchmark, Clip
+from ..base import Clip
+from .base import Benchmark
+from .digits import MNIST_FILES, mnist_file
+from .moving_digits import FPS, MAX_SPEED, MOST_VIDEOS, MovingDigits
 
 TRAIN_FILE = "train-images-idx3-ubyte"
 

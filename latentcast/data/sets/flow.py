@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..lattice_boltzmann import LatticeBoltzmann, disc, strouhal_number, williamson_strouhal
-from ..video_reader import VideoError
-from .base import Benchmark, Clip
+from ..base import Clip
+from ..video.reader import VideoError
+from .base import Benchmark
+from .lattice_boltzmann import LatticeBoltzmann, disc, strouhal_number, williamson_strouhal
 
 logger = logging.getLogger("latentcast")
 

@@ -16,10 +16,10 @@ from latentcast.config import check_counts, is_whole, one_line
 
 from ...files import file_sha256, read_json
 from ...sizes import as_size
-from ..base import SPLITS, unusual_fit
-from ..video_folder import check_options, check_rate, luma
-from ..video_reader import VideoError, check_crop, fit_pieces
-from .base import Benchmark, Clip
+from ..base import SPLITS, Clip, unusual_fit
+from ..video.folder import check_options, check_rate, luma
+from ..video.reader import VideoError, check_crop, fit_pieces
+from .base import Benchmark
 
 EXTRA = "pip install 'latentcast[gym]'"
 RANDOM = "random"
@@ -52,7 +52,7 @@ class Gym(Benchmark):
         repeat: the random policy holds each action for 1 to ``repeat`` frames. Where single random moves lead nowhere
             (the paddle of Pong) 4 to 8 show more.
         frame_size: H = W of the frames in pixels, or [H, W].
-        crop: how the picture gets to that, bilinear with antialiasing, see ``video_reader.fit_frames``.
+        crop: how the picture gets to that, bilinear with antialiasing, see ``video.reader.fit_frames``.
         channels: 3 (RGB) or 1 (grey, BT.601 luma).
         region: [top, left, height, width] of the pixels of the rendered picture that are kept; None: all.
         frame_skip: steps of the environment a frame, in which the action is held.

@@ -8,10 +8,8 @@ import torch
 
 from ...files import file_sha256
 from ...sizes import as_size
-from ..action_tables import ActionTables
-from ..base import SPLITS, unusual_fit
-from ..image_frames import is_sequence, numbered_pictures, read_pictures
-from ..video_folder import (
+from ..base import SPLITS, Clip, unusual_fit
+from ..video.folder import (
     SUFFIXES,
     check_options,
     check_rate,
@@ -23,8 +21,10 @@ from ..video_folder import (
     sampled_rate,
     splits_of,
 )
-from ..video_reader import VideoAwayError, VideoInfo, check_crop, iter_clip, look, neat_rate
-from .base import Benchmark, Clip
+from ..video.pictures import is_sequence, numbered_pictures, read_pictures
+from ..video.reader import VideoAwayError, VideoInfo, check_crop, iter_clip, look, neat_rate
+from .action_tables import ActionTables
+from .base import Benchmark
 
 NO_ACTIONS = "expected one frame rate, that of all videos, with --actions: frames left out or repeated have none"
 
@@ -40,7 +40,7 @@ class Folder(Benchmark):
             video's split follows from a hash of its path below ``source``, as in VideoFolder. None: "folders" where all
             three are there, "hash" where none is.
         frame_size: H = W of the frames in pixels, or [H, W].
-        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video_reader.fit_frames``.
+        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video.reader.fit_frames``.
         channels: 3 (RGB) or 1 (grey, BT.601 luma).
         frame_stride: take every ``frame_stride``-th frame.
         fps: take the frames nearest in time to this rate instead (slower videos then repeat frames). None: as the

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from ...sizes import as_size
-from ..action_tables import led_to
-from ..tfrecord import RecordFile, feature_values, parse_example, tar_members
-from ..video_reader import VideoError
-from .base import Benchmark, Clip
+from ..base import Clip
+from ..video.reader import VideoError
+from .action_tables import led_to
+from .base import Benchmark
+from .tfrecord import RecordFile, feature_values, parse_example, tar_members
 
 FOLDER = "softmotion30_44k"
 SPLITS = ("train", "test")

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..files import replacing, user_cache
-from .base import SPLITS
+from ...files import replacing, user_cache
+from ..base import SPLITS
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 # file -> number of images, md5 of the unzipped content

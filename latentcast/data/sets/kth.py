@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 from ...files import file_sha256
 from ...sizes import as_size
-from ..video_folder import luma
-from ..video_reader import VideoError, check_crop, fit_of, probe, read_clip
-from .base import Benchmark, Clip
+from ..base import Clip
+from ..video.folder import luma
+from ..video.reader import VideoError, check_crop, fit_of, probe, read_clip
+from .base import Benchmark
 
 CLASSES = ("boxing", "handclapping", "handwaving", "jogging", "running", "walking")
 HEIGHT, WIDTH = 120, 160
@@ -71,7 +72,7 @@ class KTH(Benchmark):
         resize: "squeeze" or "crop"; default: the protocol's.
         frame_size: H = W of the prepared frames in pixels, or [H, W].
         crop: the same in the words of other sets: "none" (squeeze), "center" (crop), or "pad"; see
-            ``video_reader.fit_frames``.
+            ``video.reader.fit_frames``.
         sequences: the list; default: ``00sequences.txt`` in the source.
     Raises:
         ValueError: an unknown resize or crop, both, or a frame size below 1.

@@ -5,16 +5,15 @@ import random
 import numpy as np
 import torch
 
-from ..config import check_counts
-from ..sizes import as_square
-from .base import VideoDataset, VideoEntry, check_split
+from ...config import check_counts
+from ...sizes import as_square
+from ..base import VideoDataset, VideoEntry, check_split
+from ..store.prepared import MAX_SPEED, MOTIONS
 from .digits import MNIST_URL, mnist_digits, sklearn_digits
 
-MOTIONS = ("lattice", "deterministic", "stochastic")
 FPS = 10.0
 # Each frame is made from those before it, and the videos are listed: beyond these, nothing would come to an end.
 MOST_DIGITS, MOST_VIDEOS, MOST_FRAMES, MOST_PIXELS = 1000, 10_000_000, 100_000, 4096
-MAX_SPEED = 4  # of SVG's generator, pixels a frame on each axis
 
 
 class MovingDigits(VideoDataset):

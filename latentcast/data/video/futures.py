@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ..figures.sheets import (
+from ...figures.sheets import (
     BORDER,
     LEGEND,
     TRUTH,
@@ -14,10 +14,10 @@ from ..figures.sheets import (
     labelled_size,
     labelled_videos,
 )
-from .image_frames import numbered_pictures, read_pictures
-from .video_folder import nearest_stride, read_places, sampled_places, sampled_rate, to_model
-from .video_reader import DEFAULT_RATE, VideoError, VideoInfo, look, probe
-from .video_writer import write_image
+from .folder import nearest_stride, read_places, sampled_places, sampled_rate, to_model
+from .pictures import numbered_pictures, read_pictures
+from .reader import DEFAULT_RATE, VideoError, VideoInfo, look, probe
+from .writer import write_image
 
 SMALLEST = 128  # frames are enlarged to about this many pixels
 ROW = 8  # so many videos stand beside each other in one row

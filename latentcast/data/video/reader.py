@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from av.stream import Disposition
 from PIL import Image
 
-from ..sizes import sides
+from ...sizes import sides
 
 logger = logging.getLogger("latentcast")
 

@@ -14,9 +14,9 @@ from latentcast.distributed import barrier, default_device, rank_and_world, rank
 from latentcast.files import locked
 from latentcast.progress import Bar
 
+from ..loading import open_loader
+from ..video.reader import VideoError, is_away
 from .latent_cache import LatentCacheWriter, read_manifest
-from .loading import open_loader
-from .video_reader import VideoError, is_away
 
 logger = logging.getLogger("latentcast")
 

@@ -9,10 +9,10 @@ import torch
 
 from ...files import file_sha256
 from ...sizes import as_size
-from ..base import SPLITS, unusual_fit
-from ..video_folder import check_rate, check_whole
-from ..video_reader import VideoError, check_crop, iter_clip
-from .base import Benchmark, Clip
+from ..base import SPLITS, Clip, unusual_fit
+from ..video.folder import check_rate, check_whole
+from ..video.reader import VideoError, check_crop, iter_clip
+from .base import Benchmark
 
 logger = logging.getLogger("latentcast")
 
@@ -39,7 +39,7 @@ class Kinetics600(Benchmark):
             frames of every file at its own rate; the set's ``fps`` is then nominal.
         max_frames: of a video, from its start; None: all.
         frame_size: H = W of the frames in pixels, or [H, W].
-        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video_reader.fit_frames``.
+        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video.reader.fit_frames``.
     Raises:
         FileNotFoundError: no list, or a folder of videos without its list.
         ValueError: a wrong option; a list without its columns, or with a row that cannot be read; more than 600 labels.

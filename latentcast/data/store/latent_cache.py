@@ -12,12 +12,12 @@ import torch
 from pydantic import model_validator
 from torch.utils.data import Dataset
 
-from ..command import named
-from ..config import is_whole
-from ..layers.gaussian import sample_moments
-from ..schemas import Count, LatentSpec, Number, Text
+from ...command import named
+from ...config import is_whole
+from ...layers.gaussian import sample_moments
+from ...schemas import Count, LatentSpec, Number, Text
+from ..base import FITTING, ClipWindows, check_split
 from . import shards
-from .base import FITTING, ClipWindows, check_split
 
 
 class CacheJob(shards.Job):

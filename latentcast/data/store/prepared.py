@@ -20,25 +20,25 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from ..command import named
-from ..figures.sheets import labelled_sheet, scale_for
-from ..files import locked, read_json, replacing, told, write_json
-from ..progress import Bar
-from ..schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
-from ..sizes import as_size, as_square, sides
+from ...command import named
+from ...figures.sheets import labelled_sheet, scale_for
+from ...files import locked, read_json, replacing, told, write_json
+from ...progress import Bar
+from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
+from ...sizes import as_size, as_square, sides
+from ..base import FITTING, SPLITS, Clip, EmptySplitError, VideoDataset, check_split
+from ..loading import end_with_parent, worker_context
+from ..video.folder import luma
+from ..video.reader import VideoAwayError, VideoError, check_crop, is_away
+from ..video.writer import write_image
 from . import shards
-from .base import FITTING, SPLITS, EmptySplitError, VideoDataset, check_flip, check_split
-from .benchmarks.base import Clip
-from .loading import end_with_parent, worker_context
-from .moving_digits import MAX_SPEED, MOTIONS, MovingDigits
-from .video_folder import luma
-from .video_reader import VideoAwayError, VideoError, check_crop, is_away
-from .video_writer import write_image
 
 logger = logging.getLogger("latentcast")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+MOTIONS = ("lattice", "deterministic", "stochastic")  # of MovingDigits
+MAX_SPEED = 4  # of SVG's generator, pixels a frame on each axis
 Split = Literal[SPLITS]
 
 
@@ -417,72 +417,6 @@ def _any_is_back(benchmark, split, writer, videos):
     return False
 
 
-def prepared_videos(
-    root,
-    split,
-    clip_length,
-    size=None,
-    channels=None,
-    *,
-    name=None,
-    frame_stride=1,
-    seed=0,
-    fresh=False,
-    flip=None,
-    actions=False,
-):
-    """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
-
-    Args: see PreparedVideos; videos that are made keep the set's own seed. ``fresh``: draw the train split's videos
-        anew in every epoch, of sets that make them. ``flip``: see VideoDataset. ``actions``: priors are told the
-        condition ``action``; clips are then not mirrored, for in a mirror an action leads elsewhere.
-    Raises:
-        ValueError: also for ``actions`` of a set without them, or of some frames only (``frame_stride``).
-    """
-    check_split(split)
-    if not isinstance(actions, bool):
-        raise ValueError(f"actions: expected true or false, found {actions!r}")
-    dataset = _open(root, split, clip_length, size, channels, name, frame_stride, seed, fresh)
-    dataset.flip, dataset.actions = check_flip(flip), actions
-    if actions:
-        _check_actions(root, dataset, frame_stride)
-        if flip is not None:
-            logger.warning("flip: %s is left out with actions: in a mirror an action leads elsewhere", flip)
-            dataset.flip = None
-    return dataset
-
-
-def _check_actions(root, dataset, frame_stride):
-    if "action" not in dataset.conditions:
-        name, found = read_set_manifest(root)["name"], ", ".join(dataset.conditions) or "no conditions"
-        again = "; it was prepared when they had another name: prepare it again" if "actions" in found else ""
-        raise ValueError(f"actions: {root}: {name} has no condition 'action', found {found}{again}")
-    if frame_stride != 1:
-        raise ValueError(
-            f"frame_stride: expected 1 with actions, as those of frames between would be lost, found {frame_stride}"
-        )
-
-
-def _open(root, split, clip_length, size, channels, name, frame_stride, seed, fresh):
-    root = Path(str(root))  # 2024 in a config is a number
-    manifest = read_set_manifest(root, name)
-    if fresh and "train" not in manifest["generated"]:
-        raise ValueError(f"fresh: expected false, for {manifest['name']} stores its training videos, found {fresh}")
-    if split not in manifest["generated"]:
-        return PreparedVideos(root, split, clip_length, size, channels, name=name, frame_stride=frame_stride, seed=seed)
-    _check_size(root, manifest, size)
-    return MovingDigits(
-        split,
-        clip_length,
-        size=manifest["frame_size"][0],
-        channels=channels or manifest["channels"],
-        mnist_dir=root / "mnist",
-        frame_stride=frame_stride,
-        fresh=fresh,
-        **manifest["generated"][split],
-    )
-
-
 class PreparedVideos(VideoDataset):
     """Clips and whole videos out of a prepared set.
 
@@ -510,7 +444,7 @@ class PreparedVideos(VideoDataset):
         self.root, self.split, self.clip_length, self.frame_stride = Path(str(root)), split, clip_length, frame_stride
         self.seed = seed
         self.manifest = read_set_manifest(self.root, name)
-        _check_size(root, self.manifest, size)
+        check_size(root, self.manifest, size)
         self.size, self.stored_channels = as_size(self.manifest["frame_size"]), self.manifest["channels"]
         self.channels, self.crop = channels or self.stored_channels, crop_of(self.manifest["protocol"])
         known = {1, 3} if self.stored_channels in (1, 3) else {self.stored_channels}
@@ -590,7 +524,7 @@ def crop_of(protocol):
     return FITTING["crop"] if crop is None else check_crop(crop)
 
 
-def _check_size(root, manifest, size):
+def check_size(root, manifest, size):
     found = as_size(manifest["frame_size"])
     if size is not None and as_size(size, "size") != found:
         found, asked = (str(value).replace(" ", "") for value in (found, as_size(size)))  # as on the command line

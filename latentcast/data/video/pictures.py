@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .video_folder import PICTURE_SUFFIXES, visible
-from .video_reader import CHUNK, VideoAwayError, VideoError, fit_pieces, is_away
+from .folder import PICTURE_SUFFIXES, visible
+from .reader import CHUNK, VideoAwayError, VideoError, fit_pieces, is_away
 
 NUMBER = re.compile(r"(\d+)(?:[_-]\d+x\d+)?$")  # in a name without suffix; a size may follow, as in image-007_64x64.png
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's with 8 bits a channel or fewer

@@ -2,10 +2,10 @@
 
 from ...files import file_sha256
 from ...sizes import as_size
-from ..base import SPLITS, unusual_fit
-from ..image_frames import frame_number, numbered_pictures, read_pictures
-from ..video_reader import VideoError, check_crop
-from .base import Benchmark, Clip
+from ..base import SPLITS, Clip, unusual_fit
+from ..video.pictures import frame_number, numbered_pictures, read_pictures
+from ..video.reader import VideoError, check_crop
+from .base import Benchmark
 
 # category -> date -> numbers of the drives
 DRIVES = {
@@ -58,7 +58,7 @@ class KITTI(Benchmark):
         protocol: "prednet" or "wu2020".
         camera: "image_02" (left colour camera) or "image_03" (right).
         frame_size: H = W of the frames in pixels, or [H, W].
-        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video_reader.fit_frames``.
+        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video.reader.fit_frames``.
     Raises:
         ValueError: a wrong option.
     """

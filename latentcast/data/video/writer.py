@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..files import replacing
+from ...files import replacing
 
 logger = logging.getLogger("latentcast")
 

@@ -1,25 +1,6 @@
 """What a benchmark data set must tell so that ``tools/prepare_dataset.py`` can prepare it."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One video out of a source, as ``Benchmark.read`` gives it.
-
-    Attributes:
-        frames: pieces of the video in order, each (t, C, H, W) uint8; an iterator keeps memory flat on long videos.
-        conditions: name -> tensor, for each of ``Benchmark.conditions``: (n_frames, *shape) or, per video, (*shape).
-        sha256: of the bytes in the source that the video came from; None for videos that were made, not read.
-    """
-
-    frames: Iterable[torch.Tensor]
-    conditions: dict = field(default_factory=dict)
-    sha256: str | None = None
 
 
 class Benchmark:
@@ -34,7 +15,7 @@ class Benchmark:
         needs_source: whether there is something to read; False for simulations.
         growing: whether videos are added as they are made; see ``more``.
         frame_size: H = W of prepared frames in pixels, or [H, W].
-        crop: how videos of another shape get to that, see ``video_reader.fit_frames``.
+        crop: how videos of another shape get to that, see ``video.reader.fit_frames``.
         channels: 3 (RGB), 1 (grey), or any number of other data.
         fps: frames per second.
         conditions: see VideoDataset.

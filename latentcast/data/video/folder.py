@@ -18,13 +18,13 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
-from ..command import named
-from ..files import read_json, replacing, shortened, told, user_cache
-from ..progress import Bar
-from ..schemas import Count, FileText, Number, Rate, Schema, Whole, check, short
-from ..sizes import as_size
-from .base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_flip, check_split, unusual_fit
-from .video_reader import (
+from ...command import named
+from ...files import read_json, replacing, shortened, told, user_cache
+from ...progress import Bar
+from ...schemas import Count, FileText, Number, Rate, Schema, Whole, check, short
+from ...sizes import as_size
+from ..base import SPLITS, EmptySplitError, VideoDataset, VideoEntry, check_flip, check_split, unusual_fit
+from .reader import (
     VideoAwayError,
     VideoError,
     VideoInfo,
@@ -84,7 +84,7 @@ class VideoFolder(VideoDataset):
         split: "train", "val" or "test".
         clip_length: frames a clip.
         size: H = W of the frames in pixels, or [H, W].
-        crop: how videos of another shape get to that: "center", "none" or "pad", see ``video_reader.fit_frames``.
+        crop: how videos of another shape get to that: "center", "none" or "pad", see ``video.reader.fit_frames``.
         channels: 3 (RGB) or 1 (grey, BT.601 luma).
         frame_stride: take every ``frame_stride``-th frame.
         fps: take the frames nearest in time to this rate instead (slower videos then repeat frames). None: as the

@@ -5,10 +5,10 @@ import re
 
 from ...files import file_sha256
 from ...sizes import as_size
-from ..base import SPLITS, unusual_fit
-from ..image_frames import read_pictures
-from ..video_reader import VideoError, check_crop
-from .base import Benchmark, Clip
+from ..base import SPLITS, Clip, unusual_fit
+from ..video.pictures import read_pictures
+from ..video.reader import VideoError, check_crop
+from .base import Benchmark
 
 logger = logging.getLogger("latentcast")
 
@@ -37,7 +37,7 @@ class Cityscapes(Benchmark):
             log.
         protocol: "standard", the published split.
         frame_size: H = W of the frames in pixels, or [H, W].
-        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video_reader.fit_frames``.
+        crop: how pictures of another shape get to that: "center", "none" or "pad", see ``video.reader.fit_frames``.
     Raises:
         ValueError: a wrong option.
     """

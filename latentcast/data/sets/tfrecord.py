@@ -15,7 +15,7 @@ import google_crc32c
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from .video_reader import VideoError
+from ..video.reader import VideoError
 
 HEADER, FOOTER = 12, 4  # bytes before and after a record's data
 KINDS = ("bytes", "float", "int64")  # of the values of a feature, in the order of their field numbers
