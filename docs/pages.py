@@ -1,7 +1,7 @@
 """A hook of mkdocs (see mkdocs.yml): the site's pages that are not files of this folder.
 
-README, CONTRIBUTING, CHANGELOG and SECURITY stand at the top of the repository; two sections of README are pages of their own.
-The API reference follows from the public names of ``latentcast``.
+README, CONTRIBUTING, CHANGELOG and SECURITY stand at the top of the repository; two sections of README are pages of
+their own. The API reference follows from the public names of ``latentcast``.
 """
 
 import os
