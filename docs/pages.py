@@ -51,6 +51,8 @@ def on_config(config):
 def on_files(files, config):
     for name, content in {**texts(), **reference()}.items():
         files.append(File.generated(config, name, content=content))
+    for path in ROOT.glob("examples/*.ipynb"):  # as they are
+        files.append(File(f"examples/{path.name}", str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 

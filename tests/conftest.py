@@ -46,9 +46,16 @@ def nothing_goes_on():
 
 
 LONGEST = [  # files, from the longest; of the others those of most tests take longest
-    *("test_swap_matrix", "test_training", "test_residual_diffusion", "test_joint_training", "test_evaluate"),
+    *(
+        "test_swap_matrix",
+        "test_docs",
+        "test_training",
+        "test_residual_diffusion",
+        "test_joint_training",
+        "test_evaluate",
+    ),
     *("test_flow_dataset", "test_packaging", "test_league", "test_encode_dataset", "test_wandb", "test_train_tools"),
-    *("test_console", "test_contributing"),
+    *("test_console", "test_contributing", "test_notebooks"),
 ]
 
 

@@ -25,6 +25,13 @@ RECORD = "\n".join(
     ]
 )
 
+# What makes the tools' calls tiny: overrides.
+TRAINING = "trainer.max_steps=1 trainer.accelerator=cpu trainer.limit_val_batches=1 trainer.precision=32-true "
+TRAINING += "batch_size=2 num_workers=0 preview.figures=[] preview.every_n_steps=0 logger=none"
+EVALUATION = "protocol.n_clips=2 protocol.n_samples=2 protocol.n_predicted=2 protocol.metrics=[psnr] "
+EVALUATION += "evaluation.baselines=[copy_last_frame] logger=none"
+DIGITS = "frame_size=16 data.digit_size=12 data.n_videos=4 data.n_heldout_videos=16"
+
 
 @dataclass
 class Block:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from digit_files import small_mnist
-from doc_blocks import PAGES, Block, blocks, calls, check, is_script, run, run_python
+from doc_blocks import DIGITS, EVALUATION, PAGES, TRAINING, Block, blocks, calls, check, is_script, run, run_python
 from video_files import counter_frames, encode
 
 import latentcast
@@ -55,16 +55,11 @@ NOT_RUN = {
     ("docs/world_models.md", "python tools/evaluate.py cliff_small"): "of the data before",
 }
 
-TRAINING = "trainer.max_steps=1 trainer.accelerator=cpu trainer.limit_val_batches=1 trainer.precision=32-true "
-TRAINING += "batch_size=2 num_workers=0 preview.figures=[] preview.every_n_steps=0 logger=none"
-EVALUATION = "protocol.n_clips=2 protocol.n_samples=2 protocol.n_predicted=2 protocol.metrics=[psnr] --device cpu "
-EVALUATION += "protocol.best_of=[] evaluation.baselines=[copy_last_frame] logger=none"
 CODE_PRIOR = "prior.dim=16 prior.embed_dim=8 prior.n_heads=2 prior.head_dim=8 prior.n_layers=1"
-DIGITS = "frame_size=32 data.digit_size=16 data.n_videos=4 data.n_heldout_videos=4"
 TINY = [  # what is added to calls that match, all that do
     (r"train_(tokenizer|prior)", TRAINING),
     (r"encode_dataset", "batch_size=2 num_workers=0 logger=none"),
-    (r"evaluate", EVALUATION),
+    (r"evaluate", f"{EVALUATION} protocol.best_of=[] --device cpu"),
     (r"evaluate video_folder_small", "evaluation.sampler.n_steps=2"),
     (r"sample", "--n-frames 2 --num-samples 1 n_steps=2 --device cpu"),
     (r"figures", "--n-clips 1 --num-samples 2 --device cpu"),
@@ -74,8 +69,8 @@ TINY = [  # what is added to calls that match, all that do
     (r"prepare_dataset smmnist", "n_train=4 n_val=2 n_test=2 length=15"),
     (r"train_prior video_folder_small data.root=\S+$", "prior.width=16 prior.denoising_multipliers=[1]"),
     (r"(train_tokenizer|encode_dataset|train_prior) pong_small", f"tokenizer.batch_norm=true {CODE_PRIOR}"),
-    (r"(train_tokenizer|encode_dataset|train_prior|evaluate) quickstart", f"{DIGITS} {CODE_PRIOR}"),
-    (r"(train_tokenizer|encode_dataset|train_prior|evaluate) lvt_smmnist", CODE_PRIOR),
+    (r"(train_tokenizer|encode_dataset|train_prior) quickstart", f"{DIGITS} {CODE_PRIOR}"),
+    (r"(train_tokenizer|encode_dataset|train_prior) lvt_smmnist", CODE_PRIOR),
     (r"wandb_dashboard", "--dry-run"),
 ]
 
@@ -148,7 +143,7 @@ def pipeline(place, run, n_frames, size, **names):
 
 def quickstart_names(place):
     config = load_config(place / "runs/quickstart/config_prior.yaml", [])
-    return pipeline(place, "quickstart", 5, 32, dataset=instantiate(config.data)(split="test"))
+    return pipeline(place, "quickstart", 5, 16, dataset=instantiate(config.data)(split="test"))
 
 
 def pong_names(place):
