@@ -52,7 +52,10 @@ def executed(tmp_path_factory):
         nbclient.NotebookClient(notebook, timeout=200, km=manager, resources=resources).execute()
         return notebook.cells, folder
 
-    yield executed
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):  # else in the user's home
+            patch.setenv(name, str(folder / "jupyter"))
+        yield executed
     run_sync(manager.shutdown_kernel)(now=True)
 
 
