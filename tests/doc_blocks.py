@@ -16,7 +16,7 @@ from tiny_experiment import ROOT, typed
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
-PROGRAMS = ("python", "python3", "pip", "make", "ruff", "cp", "mkdir")  # that blocks may call
+PROGRAMS = ("latentcast", "python", "python3", "pip", "make", "ruff", "cp", "mkdir")  # that blocks may call
 RECORD = "\n".join(
     [
         "exec 3>calls",
@@ -71,8 +71,10 @@ def calls(block, folder):
     found = []
     while words:
         n = int(words[0])
-        found.append(words[1 : 1 + n])
-        words = words[1 + n :]
+        call, words = words[1 : 1 + n], words[1 + n :]
+        if call[0] == "latentcast":  # whose subcommands are the tools
+            call = ["python", f"tools/{call[1].replace('-', '_')}.py", *call[2:]]
+        found.append(call)
     return found
 
 

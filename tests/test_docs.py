@@ -216,6 +216,8 @@ def test_what_is_not_run_could_be(page, tmp_path):
 def test_a_call_that_could_not_be_run_is_found(tmp_path):
     for wrong, expected in {
         "python tools/train_priors.py quickstart": "train_priors.py",
+        "latentcast train-priors quickstart": "train_priors.py",
+        "latentcast train-prior quickstart prior.layers=2": "unknown key 'prior.layers'",
         "python tools/train_prior.py quickstarts": "did you mean 'quickstart'",
         "python tools/train_prior.py quickstart prior.layers=2": "unknown key 'prior.layers'",
         "python tools/evaluate.py quickstart protocol=two_digits": "no config named 'two_digits'",
