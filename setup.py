@@ -82,8 +82,9 @@ setup(
         "demo": ["gradio>=6", "starlette", "uvicorn"],
         "gym": ["gymnasium>=1.0", "ale-py>=0.10.1"],  # which brings the games
         "parquet": ["pyarrow>=16"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "ruff>=0.9"],  # ruff formats signatures
         "dev": [
-            "latentcast[demo,gym,parquet,tensorboard,trackio,wandb]",
+            "latentcast[demo,docs,gym,parquet,tensorboard,trackio,wandb]",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
@@ -94,6 +95,8 @@ setup(
             "scikit-image>=0.22",
             "transformers>=4.46",
             "selenium>=4.20",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
         ],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],

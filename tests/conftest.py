@@ -3,10 +3,8 @@
 import gc
 import importlib
 import json
-import logging
 import multiprocessing
 import os
-import runpy
 import sys
 from collections import Counter
 from multiprocessing import forkserver
@@ -18,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "disabled"  # each run takes seconds; test_wandb.py has its own
 
 import pytest
-from tiny_experiment import BENCHMARKS, TOOLS, Started
+from tiny_experiment import BENCHMARKS, TOOLS, Started, typed
 from video_files import counter_frames, cut_off, encode
 
 
@@ -56,9 +54,16 @@ def nothing_goes_on():
 
 
 LONGEST = [  # files, from the longest; of the others those of most tests take longest
-    *("test_swap_matrix", "test_training", "test_residual_diffusion", "test_joint_training", "test_evaluate"),
+    *(
+        "test_swap_matrix",
+        "test_docs",
+        "test_training",
+        "test_residual_diffusion",
+        "test_joint_training",
+        "test_evaluate",
+    ),
     *("test_flow_dataset", "test_packaging", "test_league", "test_encode_dataset", "test_wandb", "test_train_tools"),
-    *("test_console", "test_contributing"),
+    *("test_console", "test_contributing", "test_notebooks"),
 ]
 
 
@@ -93,25 +98,14 @@ def video_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run ``command(tool, *arguments)`` as from a shell, but in this process -> (exit status, figures or None, stderr);
-    a process of its own imports torch and its friends for seconds."""
+def command():
+    """Run ``command(tool, *arguments)`` as ``typed`` does -> (exit status, figures or None, stderr)."""
 
     def run(tool, *arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])
-        monkeypatch.setattr(logging.root, "handlers", [])
-        status = 0
-        try:
-            runpy.run_path(str(TOOLS / f"{tool}.py"), run_name="__main__")
-        except SystemExit as ended:
-            status = ended.code
-        out, err = capsys.readouterr()
+        status, out, err = typed(TOOLS / f"{tool}.py", arguments)
         return status, json.loads(out.splitlines()[-1]) if out.strip() else None, err
 
-    level = logging.root.level
-    yield run
-    logging.root.setLevel(level)
+    return run
 
 
 def pytest_runtest_setup(item):

@@ -6,9 +6,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from doc_blocks import blocks
+from tiny_experiment import ROOT
+
 COPIED = "latentcast tokenizers priors pipelines configs tools tests docs/templates pyproject.toml".split()
 TRAINING = """
 import tiny_experiment
@@ -36,13 +37,14 @@ def test_my_prior_trains(tmp_path, monkeypatch):  # over pixels, which need no f
 
 def follow(heading, folder):
     """Do what a section of CONTRIBUTING says in a copy of the repository -> its calls of pytest, which are left."""
-    section = (ROOT / "CONTRIBUTING.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
     left = []
-    for kind, block in re.findall(r"^ *```(\w+)\n(.*?)^ *```", section, re.DOTALL | re.MULTILINE):
-        first, *lines = [line.strip() for line in block.strip().splitlines()]
-        if kind == "yaml":
+    for block in blocks("CONTRIBUTING.md"):
+        if block.heading != heading:
+            continue
+        first, *lines = block.text.strip().splitlines()
+        if block.kind == "yaml":
             (folder / first.removeprefix("# ")).write_text("\n".join(lines) + "\n")
-        elif kind == "python":
+        elif block.kind == "python":
             place, name = re.fullmatch(r"# in (\S+), (\w+)", first).groups()
             text, opening = (folder / place).read_text(), f"\n{name} = {{\n"
             assert text.count(opening) == 1 and len(lines) == 1

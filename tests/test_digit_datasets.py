@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from digit_files import TRAIN, idx, small_mnist
 from PIL import Image
 
 from latentcast import MovingDigits, prepared_videos
@@ -18,28 +19,10 @@ from latentcast.data.sets import digits as module
 from latentcast.data.sets.moving_mnist import MovingMNIST, StochasticMovingMNIST
 from latentcast.data.store.prepared import prepare
 
-TRAIN, TEST = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"
-
-
-def idx(images, magic=0x803):
-    return np.array([magic, *images.shape], ">u4").tobytes() + images.tobytes()
-
 
 @pytest.fixture
 def idx_files(tmp_path, monkeypatch):
-    """Two small IDX files, one gzipped, accepted as MNIST's by their size and md5."""
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name, n, zipped in ((TRAIN, 40, True), (TEST, 9, False)):
-        content = idx(rng.integers(0, 256, (n, 28, 28), np.uint8))
-        monkeypatch.setitem(module.MNIST_FILES, name, (n, hashlib.md5(content).hexdigest()))
-        if zipped:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (folder / name).write_bytes(content)
-    monkeypatch.setattr(module, "MNIST_VAL", 7)
-    return folder
+    return small_mnist(tmp_path / "mnist", monkeypatch)
 
 
 def images_of(folder):

@@ -3,7 +3,9 @@
 import argparse
 import atexit
 import contextlib
+import io
 import json
+import logging
 import multiprocessing
 import os
 import runpy
@@ -20,7 +22,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from latentcast import load_config
 
-TOOLS, BENCHMARKS = (Path(__file__).parents[1] / folder for folder in ("tools", "benchmarks"))
+ROOT = Path(__file__).parents[1]
+TOOLS, BENCHMARKS = ROOT / "tools", ROOT / "benchmarks"
 N_CLIPS = 24
 
 EXPERIMENT = {
@@ -86,6 +89,25 @@ def call_main(tool, experiment, *overrides):
         given = dict.fromkeys(("pipeline", "data", "weights"))
         given |= {"arguments": [str(experiment), *overrides], "device": "cpu", "dtype": "float32"}
     return runpy.run_path(str(TOOLS / f"{tool}.py"))["main"](argparse.Namespace(**given))
+
+
+def typed(script, arguments):
+    """Run a script as from a shell, but in this process -> (exit status, stdout, stderr); a process of its own imports
+    torch and its friends for seconds. Errors of a script that shows them are raised."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, path, handlers, level = sys.argv, sys.path, logging.root.handlers, logging.root.level
+    sys.argv, sys.path = [str(script), *map(str, arguments)], [*path, str(Path(script).parent)]
+    logging.root.handlers = []
+    status = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as ended:
+        status = ended.code
+    finally:
+        sys.argv, sys.path, logging.root.handlers = argv, path, handlers
+        logging.root.setLevel(level)
+    return status, out.getvalue(), err.getvalue()
 
 
 def start_tool(tool, folder, *overrides):

@@ -33,8 +33,8 @@ class FSQVAE(_LookupFreeVAE):
         embedding_dim: D, ``n_codebooks * len(levels)``; may be left out.
         reconstruction_loss: "l2" or "l1".
         lpips_weight: of LPIPS in the loss; see ``losses.py``.
-        in_channels, height, width, hidden_channels, residual_channels, n_residual_blocks, stride, output_activation,
-            padding_mode, scaling_factor: as for VQVAE.
+        in_channels, height, width, hidden_channels, residual_channels, n_residual_blocks: as for VQVAE.
+        stride, output_activation, padding_mode, scaling_factor: as for VQVAE.
     """
 
     @register_to_config
@@ -86,8 +86,8 @@ class LFQVAE(_LookupFreeVAE):
         diversity_gamma: of the second against the first.
         reconstruction_loss: "l2" or "l1".
         lpips_weight: of LPIPS in the loss; see ``losses.py``.
-        in_channels, height, width, hidden_channels, residual_channels, n_residual_blocks, stride, output_activation,
-            padding_mode, scaling_factor: as for VQVAE.
+        in_channels, height, width, hidden_channels, residual_channels, n_residual_blocks: as for VQVAE.
+        stride, output_activation, padding_mode, scaling_factor: as for VQVAE.
     """
 
     @register_to_config

@@ -26,9 +26,13 @@ def prepared_videos(
 ):
     """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
 
-    Args: see PreparedVideos; videos that are made keep the set's own seed. ``fresh``: draw the train split's videos
-        anew in every epoch, of sets that make them. ``flip``: see VideoDataset. ``actions``: priors are told the
-        condition ``action``; clips are then not mirrored, for in a mirror an action leads elsewhere.
+    Args:
+        root, split, clip_length, size, channels, name, frame_stride, seed: see PreparedVideos; videos that are made
+            keep the set's own seed.
+        fresh: draw the train split's videos anew in every epoch, of sets that make them.
+        flip: see VideoDataset.
+        actions: priors are told the condition ``action``; clips are then not mirrored, for in a mirror an action leads
+            elsewhere.
     Raises:
         ValueError: also for ``actions`` of a set without them, or of some frames only (``frame_stride``).
     """
