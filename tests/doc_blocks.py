@@ -146,7 +146,7 @@ def check_evaluate(args):
 
 def check_prepare(args):
     from latentcast.cli import parse_options
-    from latentcast.data.benchmarks import BENCHMARKS
+    from latentcast.data.sets import BENCHMARKS
     from latentcast.targets import import_name
 
     if args.name != "check":
