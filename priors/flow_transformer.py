@@ -278,11 +278,9 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
 
         def add(frames, level, vectors):
             """Remember frames (N, k, C, H, W), noised to the level."""
-            seen = [
-                self._rand(frames.shape, generator, torch.randn) if is_blind else frames for _, is_blind, _ in copies
-            ]
+            seen = [noise_like(frames) if is_blind else frames for _, is_blind, _ in copies]
             if level:
-                noisy = interpolate(frames, self._rand(frames.shape, generator, torch.randn), level)
+                noisy = interpolate(frames, noise_like(frames), level)
                 seen = [noisy if x is frames else x for x in seen]
             memory.add(self.embed(torch.cat(seen)), vectors)
             on_pass()
