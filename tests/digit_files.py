@@ -5,7 +5,7 @@ import hashlib
 
 import numpy as np
 
-from latentcast.data import digits
+from latentcast.data.sets import digits
 
 TRAIN, TEST = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"
 N_TRAIN, N_VAL, N_TEST = 40, 7, 9  # the train file holds the digits of the validation, too
