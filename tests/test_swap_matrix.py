@@ -82,7 +82,7 @@ MATRIX = EXPERIMENT | {
     "ema_decay": 0,
     "trainer": EXPERIMENT["trainer"] | {"max_steps": 2},
     "preview": {"n_clips": 1, "num_samples": 1, "every_n_steps": 0, "figures": []},
-    "protocol": {"n_clips": 1, "n_predicted": 2, "n_samples": 2, "metrics": ["mse"]},
+    "protocol": {"n_clips": 1, "n_predicted": 2, "n_samples": 1, "metrics": ["mse"]},
     "evaluation": {"baselines": ["copy_last_frame"]},
     "when": {
         group: {name: {group: sizes} | (FEW_STEPS if name in STEPPING else {}) for name, sizes in sizes_of.items()}
