@@ -163,7 +163,7 @@ def main(args):
     print(f"undisturbed: {len(expected)} files, {sum(seconds):.0f} s", flush=True)
     counts, n_rounds, n_different = dict.fromkeys((name for name, *_ in stages(work)), 0), 0, 0
     while sum(counts.values()) < (1 if args.full_disk else args.kills):
-        shutil.rmtree(work)
+        work.rename(home / f"round_{n_rounds}")  # the undisturbed one is 0
         shutil.copytree(clean, work)
         for stage, longest in zip(stages(work), seconds):
             if args.full_disk:
