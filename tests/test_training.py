@@ -291,6 +291,8 @@ def test_wherever_a_run_is_killed_every_row_is_there_once(tmp_path, whole):
             file.write("7,train/lo")  # a row that was being written
         resumed, _ = chain(tiny_config(tmp_path, *CHAIN, "resume=true", f"run_dir={folder}"))
         assert rows(resumed) == rows(whole)
+    resumed, _ = chain(tiny_config(tmp_path, *CHAIN, "resume=true"))  # killed after its last validation
+    assert rows(resumed) == rows(whole)
 
 
 def count_on_rank(rank, port, folder):

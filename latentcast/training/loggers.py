@@ -21,7 +21,9 @@ logger = logging.getLogger("latentcast")
 class CSVMetrics(Logger):
     """Appends one row (step, metric, value) a figure, so that a killed run leaves everything it has logged.
 
-    A step is how many have been made, here as in every file's name; Lightning counts from 0 the one that it logs.
+    A step is how many have been made, here as in every file's name; Lightning counts from 0 the one that it logs. What
+    is found again for a step is no new row: the final validation follows that of the last step, and a run that was
+    killed after it makes it again.
 
     Args:
         path: the file, written by rank 0 only.
@@ -30,6 +32,7 @@ class CSVMetrics(Logger):
     def __init__(self, path):
         super().__init__()
         self.path = Path(path)
+        self._latest = {}  # metric -> step and value of its last row
 
     name, version = "metrics", ""
 
@@ -39,6 +42,7 @@ class CSVMetrics(Logger):
         rows = [row for row in read_metrics(self.path) if row[0] <= step] if step and self.path.is_file() else []
         with replacing(self.path) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([("step", "metric", "value"), *rows])
+        self._latest = {name: (step, value) for step, name, value in rows}
 
     @rank_zero_only
     def log_hyperparams(self, params, *args, **kwargs):
@@ -46,8 +50,11 @@ class CSVMetrics(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics, step):
+        found = {name: (step + 1, value) for name, value in metrics.items() if name != "epoch"}
+        new = [(step, name, value) for name, (step, value) in found.items() if self._latest.get(name) != (step, value)]
         with writing(self.path), open(self.path, "a", newline="") as file:
-            csv.writer(file).writerows((step + 1, name, value) for name, value in metrics.items() if name != "epoch")
+            csv.writer(file).writerows(new)
+        self._latest |= found
 
 
 @rank_zero_only

@@ -48,8 +48,8 @@ STORM = EXPERIMENT | {
     "preview": EXPERIMENT["preview"] | {"every_n_steps": 5, "figures": []},
     "train_jointly": {"trainer": {"max_steps": 8}},
 }
-# What says how long something took, in tables and in JSON.
-TIMED = ("throughput/", "seconds", "frames_per_s", "time/")
+# What says how long something took and by which commit, in tables and in JSON.
+TIMED = ("throughput/", "seconds", "frames_per_s", "commit")
 SKIPPED = (".ckpt", ".log", ".lock")  # checkpoints hold the time of each epoch; their weights are saved beside them
 
 
