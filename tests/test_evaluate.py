@@ -28,8 +28,9 @@ from latentcast import (
 )
 from latentcast.data.store.prepared import PreparedVideos, prepare
 from latentcast.evaluation import report
-from latentcast.evaluation.comparison import paired, read_result
+from latentcast.evaluation.comparison import paired
 from latentcast.evaluation.evaluator import Evaluation, _seed, fitting_futures
+from latentcast.evaluation.results import read_result
 from latentcast.metrics import FVD, I3D, LPIPS, bits_per_dim, crps, ilpips, mse, psnr, ssim
 from latentcast.metrics.baselines import copy_last_frame
 

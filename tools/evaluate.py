@@ -70,9 +70,9 @@ def main(args):
     from latentcast.config import instantiate, to_container  # torch takes seconds: mistakes in the config show before
     from latentcast.data.store.shards import difference_of
     from latentcast.distributed import default_device, process_group, rank_and_world, rank_zero_first
-    from latentcast.evaluation.comparison import read_result
     from latentcast.evaluation.evaluator import Evaluation, git_commit, hardware
     from latentcast.evaluation.report import write_report
+    from latentcast.evaluation.results import read_result
     from latentcast.pipelines.base import VideoPipeline
     from latentcast.training.trackers import open_tracker
 
@@ -126,7 +126,7 @@ def main(args):
 
 def log(config, folder, results, files):
     """Log a finished evaluation as a run of W&B or trackio: ``evaluation/PROTOCOL/METRIC`` and its pictures."""
-    from latentcast.evaluation.report import mean_of_samples
+    from latentcast.evaluation.results import mean_of_samples
     from latentcast.training.trackers import tracked
 
     name, shown = results["protocol"]["name"], ("protocol", "model", "detector", "settings", "seed", "version")
@@ -175,7 +175,7 @@ def label_of(folder):
 
 def summary(results):
     """The means alone: of each clip's best sample where there are several, and of all samples."""
-    from latentcast.evaluation.report import mean_of_samples
+    from latentcast.evaluation.results import mean_of_samples
 
     def means(found):
         return {name: entry["mean"] for name, entry in found.items()}
