@@ -178,6 +178,25 @@ def experiment_parser(description):
     return parser
 
 
+def train_stage(args, stage, train):
+    """What the tools of both stages do: ``train(config, run)`` of the experiment that ``args`` name; ``stage``:
+    "tokenizer", or "prior", with ``joint=true`` both together."""
+    from latentcast.config import check_data, stage_config
+
+    config = stage_config(args.experiment, args.overrides, stage)
+    check_data(config)
+    announce(config)
+    from pytorch_lightning import seed_everything  # which takes seconds: mistakes in the config show before
+
+    from latentcast.pairing import check_pair
+    from latentcast.training.run import TrainingRun
+
+    check_pair(config, args.experiment, args.overrides)
+    with TrainingRun.open(config, "joint" if stage == "prior" and config.joint else stage) as run:
+        seed_everything(config.seed)
+        return train(config, run)
+
+
 def add_pipeline_arguments(parser):
     """``--pipeline``, ``--device`` and ``--dtype``, of tools that sample from a saved pipeline; see ``pick_device`` and
     ``pick_dtype``."""

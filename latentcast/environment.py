@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +27,28 @@ def examine():
     """-> what was asked -> its answer, JSON-able; ``problems``: what is missing, as sentences."""
     found = {name: _answer(question) for name, question in QUESTIONS.items()}
     return found | {"problems": list(_problems(found))}
+
+
+def hardware(device):
+    """What an evaluation ran on."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.machine()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def git_commit():
+    """The commit that this code is at, with "+" if files were changed; None where it is no checkout (what an
+    environment lies in may be a repository of another project)."""
+    if not IN_CHECKOUT:
+        return None
+    git = ["git", "-C", str(HERE.parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + "+" * bool(changed)
 
 
 def _answer(question, *args):

@@ -16,14 +16,9 @@ from tiny_experiment import TOOLS, Started
 from latentcast import Protocol, figures, load_config
 from latentcast.cli import UserError
 from latentcast.config import instantiate
-from latentcast.evaluation.comparison import (
-    PUBLISHED,
-    differences,
-    paired,
-    published_beside,
-    read_published,
-    read_result,
-)
+from latentcast.evaluation.comparison import differences, paired
+from latentcast.evaluation.published import PUBLISHED, published_beside, read_published
+from latentcast.evaluation.results import read_result
 from latentcast.metrics import BestOfN, crps, mse
 from latentcast.metrics.statistics import ClipValues, paired_bootstrap
 

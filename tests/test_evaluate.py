@@ -13,6 +13,7 @@ import pytest
 import torch
 from metric_files import save_scripted, weights_or_skip
 from noise_benchmark import Noise
+from safetensors import safe_open
 from tiny import SMALL_RECURRENT_VAE, SMALL_SDE_DIFFUSION, SMALL_VQVAE
 from tiny_experiment import TOOLS, call_tool, run_ranks, write_experiment
 
@@ -28,8 +29,10 @@ from latentcast import (
 )
 from latentcast.data.store.prepared import PreparedVideos, prepare
 from latentcast.evaluation import report
-from latentcast.evaluation.comparison import paired, read_result
-from latentcast.evaluation.evaluator import Evaluation, _seed, fitting_futures
+from latentcast.evaluation.choice import fitting_futures
+from latentcast.evaluation.comparison import paired
+from latentcast.evaluation.evaluator import Evaluation, _seed
+from latentcast.evaluation.results import read_result
 from latentcast.metrics import FVD, I3D, LPIPS, bits_per_dim, crps, ilpips, mse, psnr, ssim
 from latentcast.metrics.baselines import copy_last_frame
 
@@ -112,6 +115,18 @@ def test_frames_and_maps_do_not_pile_up(tmp_path, monkeypatch):
     assert not (mapped.is_file() and str(tmp_path) in mapped.read_text())  # no file is kept in memory, whole
     maps = found.crps_maps()
     assert maps.keys() == {"model", *found.baselines} and maps["model"].shape == (16, 16)
+
+
+def test_tensors_of_a_part_keep_their_names_on_the_disk(tmp_path):
+    """So that what another version has measured goes on."""
+    found = evaluation(coded(channels=1), tmp_path, metrics=["mse", "crps"])
+    assert found.measure(0).keys() >= {("model", "mse"), ("maps", "copy_last_frame"), ("shown", "best")}
+    found.run()
+    whos = ("model", *found.baselines)
+    expected = {"shown.best", "shown.random"} | {f"maps.{who}" for who in whos}
+    expected |= {f"{who}.{metric}" for who in whos for metric in ("mse", "crps")}
+    with safe_open(tmp_path / "parts/group-00000.safetensors", "pt") as part:
+        assert {*part.keys()} == expected
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path):

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from tiny import random_frames, tiny_tokenizer
 
 from latentcast import FSQVAE, LFQVAE
-from latentcast.tokenizers.quantizers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from latentcast.tokenizers.quantizers.without_table import FiniteScalarQuantizer, LookupFreeQuantizer
 
 QUANTIZERS = {
     "fsq": lambda: FiniteScalarQuantizer([8, 5, 4]),

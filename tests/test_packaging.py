@@ -52,7 +52,7 @@ if __name__ == "__main__":
         assert home in Path(module.__file__).resolve().parents, module.__file__
     assert home in config_root().resolve().parents
     if (home / "latentcast/tools").is_dir():  # of a wheel; the repository that it may lie in is another's
-        from latentcast.evaluation.evaluator import git_commit
+        from latentcast.environment import git_commit
 
         assert git_commit() is None
 

@@ -7,8 +7,8 @@ import re
 import pytest
 from tiny_experiment import TOOLS, Started, finished, run_tool
 
-from latentcast.evaluation.comparison import read_result
-from latentcast.evaluation.report import cell
+from latentcast.evaluation.markdown import cell
+from latentcast.evaluation.results import read_result
 from latentcast.files import write_json
 from latentcast.reporting.folder import read_run
 from latentcast.reporting.page import write_page

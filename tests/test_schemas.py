@@ -22,16 +22,10 @@ from latentcast.data.sets.prepared_videos import prepared_videos
 from latentcast.data.store.encoding import encode_dataset
 from latentcast.data.store.latent_cache import LatentCacheWriter
 from latentcast.data.store.prepared import prepare
-from latentcast.evaluation.comparison import (
-    describe_differences,
-    differences,
-    paired,
-    published_beside,
-    published_table,
-    read_published,
-    read_result,
-    table,
-)
+from latentcast.evaluation.comparison import describe_differences, differences, paired
+from latentcast.evaluation.markdown import published_table, table
+from latentcast.evaluation.published import published_beside, read_published
+from latentcast.evaluation.results import read_result
 from latentcast.files import read_json
 from latentcast.modeling import fingerprint
 from latentcast.pipelines.base import VideoPipeline

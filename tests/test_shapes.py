@@ -51,7 +51,7 @@ from latentcast.data.base import VideoDataset
 from latentcast.data.sets.folder import Folder
 from latentcast.data.store.latent_cache import LatentCacheDataset
 from latentcast.data.store.prepared import prepare, read_set_manifest
-from latentcast.evaluation.evaluator import check_fit
+from latentcast.evaluation.choice import check_fit
 from latentcast.figures import sheets
 from latentcast.figures.sheets import BORDER, shown_channels
 from latentcast.playground import Clip, Playground

@@ -27,33 +27,36 @@ def make_parser():
 
 
 def main(args):
-    from latentcast.evaluation import comparison
+    from latentcast.evaluation import markdown
+    from latentcast.evaluation.comparison import describe_differences, differences, paired
+    from latentcast.evaluation.published import PUBLISHED, published_beside, read_published
+    from latentcast.evaluation.results import read_result
     from latentcast.files import write_text
 
-    results = name_results(args.results, [comparison.read_result(path) for path in args.results], args.labels)
+    results = name_results(args.results, [read_result(path) for path in args.results], args.labels)
     (first, reference), *others = results.items()
-    unlike = {label: found for label, result in others if (found := comparison.differences(reference, result))}
+    unlike = {label: found for label, result in others if (found := differences(reference, result))}
     if unlike and not args.force:
         paths = dict(zip(results, args.results))
-        lists = (f"{paths[label]}: {comparison.describe_differences(found)}" for label, found in unlike.items())
+        lists = (f"{paths[label]}: {describe_differences(found)}" for label, found in unlike.items())
         raise UserError(
             f"{paths[first]} does not compare with {', with '.join(lists)} (its value first); "
             "--force sets them side by side all the same"
         )
     if args.output is not None:
         prepare_run_dir(args.output, "--output")
-    pairs = {label: comparison.paired(reference, result) for label, result in others}
-    tables = [comparison.table(results, unlike)]
+    pairs = {label: paired(reference, result) for label, result in others}
+    tables = [markdown.table(results, unlike)]
     if any(pairs.values()):
-        tables.append(comparison.difference_table(results, pairs))
+        tables.append(markdown.difference_table(results, pairs))
     published = {}
     if args.published:
-        rows = comparison.read_published(comparison.PUBLISHED)
+        rows = read_published(PUBLISHED)
         for name in dict.fromkeys(result["data"]["name"] for result in results.values()):
             same_data = {label: result for label, result in results.items() if result["data"]["name"] == name}
-            published[name] = comparison.published_beside(rows, next(iter(same_data.values())))
+            published[name] = published_beside(rows, next(iter(same_data.values())))
             if published[name]:
-                tables.append(comparison.published_table(same_data, published[name]))
+                tables.append(markdown.published_table(same_data, published[name]))
             else:
                 logger.warning("nothing published that shares a metric and the data set %s", name)
     text = "\n".join(tables)
@@ -104,22 +107,11 @@ def run_names(paths):
 def draw(results, unlike, folder):
     """Curves over frames and over numbers of samples -> name -> path."""
     from latentcast.evaluation.protocol import METRICS
-    from latentcast.figures import ablation, curves
+    from latentcast.evaluation.report import write_curves
 
-    files = {}
     marks = {label: f" (unlike {next(iter(results))})" for label in unlike}
     models = {label + marks.get(label, ""): result["metrics"] for label, result in results.items()}
-    predictors = models | next(iter(results.values()))["baselines"]
-    for metric in METRICS:
-        if any(found.get(metric, {}).get("per_frame") for found in predictors.values()):
-            files[f"curves_{metric}"] = curves(predictors, [metric]).save(folder / f"curves_{metric}.png")
-            if metric == "crps":
-                drawing = curves(predictors, [metric], inverse=True)
-                files["curves_inverse_crps"] = drawing.save(folder / "curves_inverse_crps.png")
-        sampled = {label: found[metric] for label, found in models.items() if found.get(metric, {}).get("best_of")}
-        if sampled:
-            files[f"ablation_{metric}"] = ablation(sampled, metric).save(folder / f"ablation_{metric}.png")
-    return files
+    return write_curves(METRICS, models | next(iter(results.values()))["baselines"], models, folder)
 
 
 def draw_maps(paths, folder):

@@ -14,16 +14,7 @@ import time
 from pathlib import Path
 
 from latentcast.catalogue import complete_data, complete_words
-from latentcast.cli import (
-    DTYPES,
-    UserError,
-    announce,
-    pick_device,
-    pick_dtype,
-    prepare_run_dir,
-    run_tool,
-    user_path,
-)
+from latentcast.cli import DTYPES, UserError, announce, pick_device, pick_dtype, prepare_run_dir, run_tool, user_path
 from latentcast.command import command_line, named, typed
 
 logger = logging.getLogger("latentcast")
@@ -70,9 +61,10 @@ def main(args):
     from latentcast.config import instantiate, to_container  # torch takes seconds: mistakes in the config show before
     from latentcast.data.store.shards import difference_of
     from latentcast.distributed import default_device, process_group, rank_and_world, rank_zero_first
-    from latentcast.evaluation.comparison import read_result
-    from latentcast.evaluation.evaluator import Evaluation, git_commit, hardware
+    from latentcast.environment import git_commit, hardware
+    from latentcast.evaluation.evaluator import Evaluation
     from latentcast.evaluation.report import write_report
+    from latentcast.evaluation.results import read_result
     from latentcast.pipelines.base import VideoPipeline
     from latentcast.training.trackers import open_tracker
 
@@ -114,11 +106,11 @@ def main(args):
         return {}
     logger.info("joining %d clips", len(evaluation.clips))
     results = evaluation.finish()
-    seconds = {"measuring": evaluation.seconds(), "this_run": time.perf_counter() - began}
+    seconds = {"measuring": evaluation.parts.seconds(), "this_run": time.perf_counter() - began}
     results["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     results |= {"hardware": hardware(device), "commit": git_commit(), "command": command_line()}
     files = write_report(evaluation, results, metrics_dir)
-    evaluation.clear()
+    evaluation.parts.clear()
     log(config, folder, results, files)
     print(Path(files["table"]).read_text())  # on stderr: see run_tool
     return summary(results) | {"files": files}
@@ -126,7 +118,7 @@ def main(args):
 
 def log(config, folder, results, files):
     """Log a finished evaluation as a run of W&B or trackio: ``evaluation/PROTOCOL/METRIC`` and its pictures."""
-    from latentcast.evaluation.report import mean_of_samples
+    from latentcast.evaluation.results import mean_of_samples
     from latentcast.training.trackers import tracked
 
     name, shown = results["protocol"]["name"], ("protocol", "model", "detector", "settings", "seed", "version")
@@ -175,7 +167,7 @@ def label_of(folder):
 
 def summary(results):
     """The means alone: of each clip's best sample where there are several, and of all samples."""
-    from latentcast.evaluation.report import mean_of_samples
+    from latentcast.evaluation.results import mean_of_samples
 
     def means(found):
         return {name: entry["mean"] for name, entry in found.items()}

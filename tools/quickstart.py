@@ -50,7 +50,7 @@ def show(overrides):
     from latentcast import VideoPredictionPipeline
     from latentcast.config import instantiate, load_config, to_container
     from latentcast.data.video.writer import write_both, write_image
-    from latentcast.evaluation.comparison import read_result
+    from latentcast.evaluation.results import read_result
     from latentcast.figures.sheets import LEGEND, frame_names, labelled_sheet, labelled_videos, rows_of, scale_for
     from latentcast.files import write_json
     from latentcast.metrics import psnr

@@ -3,7 +3,7 @@
 With ``tokenizer=PATH``: go on with the weights of one that is trained already.
 """
 
-from latentcast.cli import UserError, announce, experiment_parser, run_tool
+from latentcast.cli import UserError, experiment_parser, run_tool, train_stage
 from latentcast.command import named
 
 
@@ -12,33 +12,19 @@ def make_parser():
 
 
 def main(args):
-    from latentcast.config import check_data, stage_config
-
-    config = stage_config(args.experiment, args.overrides, "tokenizer")
-    check_data(config)
-    announce(config)
-    from latentcast.pairing import check_pair  # which takes seconds: mistakes in the config show before
-    from latentcast.training.run import TrainingRun
-
-    check_pair(config, args.experiment, args.overrides)
-    with TrainingRun.open(config, "tokenizer") as run:
-        return train(config, run)
+    return train_stage(args, "tokenizer", train)
 
 
 def train(config, run):
     from itertools import islice
 
-    from pytorch_lightning import seed_everything
-
     from latentcast.config import instantiate, to_container
-    from latentcast.data.datamodules import VideoDataModule
     from latentcast.modeling import load_model
     from latentcast.saved import tokenizer_folder
     from latentcast.training.callbacks import CodebookMonitor, ReconstructionPreview
-    from latentcast.training.run import preview_clips
+    from latentcast.training.run import open_videos, preview_clips
     from latentcast.training.tokenizer_module import TokenizerModule
 
-    seed_everything(config.seed)
     inputs = []
     if config.tokenizer_dir is None:
         tokenizer = instantiate(config.tokenizer)
@@ -47,9 +33,7 @@ def train(config, run):
         tokenizer = load_model(inputs[0][1]).train()
     if next(tokenizer.parameters(), None) is None:
         raise UserError(f"{type(tokenizer).__name__} has nothing to learn; go on with {named('train_prior')}")
-    data = VideoDataModule(
-        instantiate(config.data), config.batch_size, config.num_workers, config.seed, config.read_timeout
-    )
+    data = open_videos(config)
     shown = preview_clips(data, config.preview.n_clips)
     names = to_container(config.preview.figures)
     callbacks = [ReconstructionPreview(shown, run.preview_dir, config.preview.every_n_steps, names)]

@@ -8,19 +8,12 @@ from safetensors.torch import save_file
 from latentcast.data.video.writer import write_image, write_video
 from latentcast.figures import ablation, crps_maps, curves
 from latentcast.figures.charts import HEADINGS
-from latentcast.figures.sheets import (
-    LEGEND,
-    frame_names,
-    labelled_sheet,
-    labelled_videos,
-    picked,
-    rows_of,
-    scale_for,
-)
+from latentcast.figures.sheets import LEGEND, frame_names, labelled_sheet, labelled_videos, picked, rows_of, scale_for
 from latentcast.files import replacing, write_json, write_text
 from latentcast.sizes import size_text
 
-from .protocol import METRICS
+from .markdown import cell, extrapolated_fvd
+from .results import mean_of_samples, measured
 
 N_SHOWN = 4  # clips on a sheet
 N_COLUMNS = 10  # frames of each on a picture
@@ -39,15 +32,8 @@ def write_report(evaluation, results, folder):
     pictures = folder / name
     pictures.mkdir(parents=True, exist_ok=True)
     predictors = {evaluation.label: results["metrics"]} | results["baselines"]
-    for metric in results["metrics"]:
-        if any(found.get(metric, {}).get("per_frame") for found in predictors.values()):
-            files[f"curves_{metric}"] = curves(predictors, [metric]).save(pictures / f"curves_{metric}.png")
-        if results["metrics"][metric].get("best_of"):
-            drawing = ablation({evaluation.label: results["metrics"][metric]}, metric)
-            files[f"ablation_{metric}"] = drawing.save(pictures / f"ablation_{metric}.png")
+    files |= write_curves(results["metrics"], predictors, {evaluation.label: results["metrics"]}, pictures)
     if "crps" in results["metrics"]:
-        drawing = curves(predictors, ["crps"], inverse=True)
-        files["curves_inverse_crps"] = drawing.save(pictures / "curves_inverse_crps.png")
         files |= {"crps_maps": pictures / "crps_maps.png", "crps_maps_values": pictures / MAPS}
         maps, title = evaluation.crps_maps(), maps_title(results)
         with replacing(files["crps_maps_values"]) as temporary:
@@ -60,6 +46,24 @@ def write_report(evaluation, results, folder):
     write_text(files["table"], table(evaluation, results))
     write_json(files["figures"], results)  # last: with it the evaluation is finished
     return {key: str(path) for key, path in files.items()}
+
+
+def write_curves(metrics, predictors, models, folder):
+    """Curves over frames of predictors, and of models, which are some of them, over numbers of samples -> name -> path.
+
+    ``predictors`` and ``models``: label -> metric -> entry.
+    """
+    files = {}
+    for metric in metrics:
+        if any(found.get(metric, {}).get("per_frame") for found in predictors.values()):
+            files[f"curves_{metric}"] = curves(predictors, [metric]).save(folder / f"curves_{metric}.png")
+            if metric == "crps":
+                drawing = curves(predictors, [metric], inverse=True)
+                files["curves_inverse_crps"] = drawing.save(folder / "curves_inverse_crps.png")
+        sampled = {label: found[metric] for label, found in models.items() if found.get(metric, {}).get("best_of")}
+        if sampled:
+            files[f"ablation_{metric}"] = ablation(sampled, metric).save(folder / f"ablation_{metric}.png")
+    return files
 
 
 def maps_title(results):
@@ -153,29 +157,3 @@ def table(evaluation, results):
     if extrapolated := extrapolated_fvd({model["name"]: results["metrics"]} | results["baselines"]):
         lines += ["", extrapolated]
     return "\n".join(lines) + "\n"
-
-
-def measured(found):
-    """The metrics that any of ``found``, dicts of metrics, has, in their usual order."""
-    found = list(found)
-    return [metric for metric in METRICS if any(metric in metrics for metrics in found)]
-
-
-def mean_of_samples(metrics):
-    """metric -> entry of the mean of all samples, where several were drawn and the metric takes the best of them."""
-    return {name: entry["mean_of_samples"] for name, entry in metrics.items() if entry.get("n_samples", 1) > 1}
-
-
-def extrapolated_fvd(named):
-    """A line with the FVDs of infinitely many videos, empty if there are none; ``named``: label -> metric -> entry."""
-    fvds = {label: found.get("fvd", {}).get("debiased") for label, found in named.items()}
-    values = ", ".join(f"{label} {fvd:.4g}" for label, fvd in fvds.items() if fvd is not None)
-    return f"fvd, extrapolated to infinitely many videos: {values}." if values else ""
-
-
-def cell(entry):
-    """A mean and its interval, to four significant digits."""
-    if entry is None:
-        return "–"
-    interval = entry["ci95"]
-    return f"{entry['mean']:.4g}" + (f" ± {(interval[1] - interval[0]) / 2:.2g}" if interval else "")

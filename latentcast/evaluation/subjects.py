@@ -37,8 +37,8 @@ from latentcast.targets import nearest
 from latentcast.training.metrics_file import read_metrics
 from latentcast.zoo import EXAMPLES, read_examples
 
-from .comparison import read_result
 from .report import read_maps
+from .results import read_result
 
 logger = logging.getLogger("latentcast")
 

@@ -9,7 +9,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from latentcast.command import typed
-from latentcast.evaluation.comparison import read_result
+from latentcast.evaluation.results import read_result
 from latentcast.files import told
 from latentcast.saved import INDEX, STAGES
 from latentcast.training.metrics_file import read_metrics

@@ -9,8 +9,9 @@ from datetime import date
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 import latentcast
-from latentcast.evaluation import comparison
-from latentcast.evaluation.report import cell, mean_of_samples, measured
+from latentcast.evaluation.comparison import describe_differences, differences, paired
+from latentcast.evaluation.markdown import cell, difference
+from latentcast.evaluation.results import mean_of_samples, measured
 from latentcast.figures.charts import HEADINGS
 from latentcast.files import printable, telling_names, write_text
 from latentcast.sizes import size_text
@@ -197,16 +198,16 @@ def _comparisons(runs):
         if len(results) < 2:
             continue
         (first, reference), *others = results.items()
-        unlike = {label: comparison.differences(reference, result) for label, result in others}
+        unlike = {label: differences(reference, result) for label, result in others}
         alike = {first: reference} | {label: result for label, result in others if not unlike[label]}
         notes = [
-            f"{label} does not compare with {first}: {comparison.describe_differences(differs)}"
+            f"{label} does not compare with {first}: {describe_differences(differs)}"
             for label, differs in unlike.items()
             if differs
         ]
-        pairs = {label: comparison.paired(reference, result) for label, result in others}
+        pairs = {label: paired(reference, result) for label, result in others}
         metrics = measured(pairs.values())
-        rows = [(label, [comparison.difference(by.get(m)) for m in metrics]) for label, by in pairs.items() if by]
+        rows = [(label, [difference(by.get(m)) for m in metrics]) for label, by in pairs.items() if by]
         about, heads, body, _ = _table(alike)
         found.append(
             {

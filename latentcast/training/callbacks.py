@@ -533,9 +533,18 @@ class PredictionPreview(Preview):
         self.make_pipeline, self.n_context = make_pipeline, n_context
         self.num_samples, self.sampler, self.seed = num_samples, sampler, seed
 
-    def subject(self, pl_module):
-        pipeline = self.make_pipeline(pl_module.model).to(pl_module.device)
+    def try_out(self, prior):
+        """Predict one frame: a mistake in ``sampler`` must not wait for the first preview."""
+        given = self.shown.frames[:1, : self.n_context]
+        self._pipeline(prior)(given, n_frames=1, num_samples=self.num_samples, value_range=(-1, 1), **self.sampler)
+
+    def _pipeline(self, prior):
+        pipeline = self.make_pipeline(prior)
         pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def subject(self, pl_module):
+        pipeline = self._pipeline(pl_module.model).to(pl_module.device)
         settings = {"num_samples": self.num_samples, "sampler": self.sampler, "seed": self.seed}
         label = self.label(pl_module)
         return inspection.Subject(self.shown, pipe=pipeline, n_context=self.n_context, label=label, **settings)

@@ -22,6 +22,7 @@ from latentcast.cli import UserError, computes_bfloat16, prepare_run_dir
 from latentcast.command import command_line
 from latentcast.config import instantiate, to_container
 from latentcast.data.base import ShownClips
+from latentcast.data.datamodules import VideoDataModule
 from latentcast.files import locked, printable, told, write_text
 from latentcast.yaml_text import dump
 
@@ -366,6 +367,16 @@ def try_out(module, datamodule):
     module.eval()
     module.compute(default_collate([datamodule.train_set[0]]))
     module.train(was_training)
+
+
+def open_videos(config):
+    """An experiment's VideoDataModule."""
+    return VideoDataModule(instantiate(config.data), **loading(config))
+
+
+def loading(config):
+    """The settings that all data modules take."""
+    return {name: config[name] for name in ("batch_size", "num_workers", "seed", "read_timeout")}
 
 
 def preview_clips(data, n_clips):

@@ -3,7 +3,7 @@
 from diffusers.configuration_utils import register_to_config
 
 from .base import check_latents
-from .quantizers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from .quantizers.without_table import FiniteScalarQuantizer, LookupFreeQuantizer
 from .vqvae import ConvolutionalVQ
 
 

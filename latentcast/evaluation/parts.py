@@ -1,0 +1,77 @@
+"""What an evaluation has measured so far, on the disk: a file for each group of clips, and the plan they belong to."""
+
+import contextlib
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from latentcast.data.store.shards import difference_of
+from latentcast.files import read_json, replacing, write_json
+
+logger = logging.getLogger("latentcast")
+
+
+def key_to_text(key):
+    """("model", "mse") -> "model.mse", as a tensor is called in a file."""
+    return ".".join(key)
+
+
+def text_to_key(text):
+    """``key_to_text`` undone."""
+    return tuple(text.split(".", 1))
+
+
+@dataclass
+class Parts:
+    """The folder ``parts`` within ``folder``; tensors have keys (who, what)."""
+
+    folder: Path
+
+    def path(self, group):
+        return self.folder / "parts" / f"group-{group:05d}.safetensors"
+
+    def prepare(self, identity):
+        """Keep parts of this very evaluation, clear those of another."""
+        plan = self.folder / "parts" / "plan.json"
+        if plan.is_file():
+            difference = difference_of(read_json(plan), identity)
+            if not difference:
+                return
+            logger.info("%s: parts of another evaluation are cleared (%s)", self.folder, difference)
+        self.clear()
+        plan.parent.mkdir(parents=True)
+        write_json(plan, identity)
+
+    def write(self, group, found, seconds):
+        """Keep what was measured of a group, key -> tensor, and how long it took."""
+        with replacing(self.path(group)) as temporary:
+            tensors = {key_to_text(key): tensor for key, tensor in found.items()}
+            save_file(tensors, temporary, metadata={"seconds": str(seconds)})
+
+    def read(self, group, *whos):
+        """key -> tensor of a group, those of ``whos``."""
+        path = self.path(group)
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = {text_to_key(text): text for text in file.keys()}
+                return {key: file.get_tensor(text) for key, text in keys.items() if key[0] in whos}
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{path}: cannot be read ({error}); delete it and evaluate again, the rest is kept") from None
+
+    def seconds(self):
+        """What measuring all groups took, by whichever processes and in however many runs."""
+        total = 0.0
+        for path in self.path(0).parent.glob("group-*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                total += float(file.metadata()["seconds"])
+        return total
+
+    def clear(self):
+        """Delete the parts, and the folder if nothing else is in it."""
+        shutil.rmtree(self.folder / "parts", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
