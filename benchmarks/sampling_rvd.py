@@ -34,7 +34,7 @@ def rvd_ratios(model, device, measured=20):
     context = torch.rand(1, N_CONTEXT, 3, 64, 64, device=device, dtype=model.dtype) * 2 - 1
     y, n = torch.randn_like(context[:, 0]), torch.tensor([N_STEPS // 2], device=device)
     memory = model.observe(context[:, 0])
-    states, network = memory["context"], model.denoiser
+    states, network = memory.rows("context"), model.denoiser
     given = network.conditions(states)
 
     def read():

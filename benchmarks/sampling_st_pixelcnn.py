@@ -7,7 +7,7 @@ import math
 import torch
 
 from latentcast import instantiate, load_config
-from latentcast.priors.st_pixelcnn import FullStepper
+from latentcast.priors.st_pixelcnn import UncachedLevel
 
 
 def st_pixelcnn():
@@ -62,19 +62,21 @@ def cached_seconds(model, n_samples, device):
 
 
 def full_seconds(model, n_samples, device):
-    """Seconds of ``n_samples`` futures without caches, measured on one code of each layer; how many codes; of how many.
+    """Seconds of ``n_samples`` futures without caches, measured on one code of each level; how many codes; of how many.
 
     They are codes of the fifth predicted frame: the network runs over 15 frames, where the mean is 15.5.
     """
-    stepper = FullStepper(model, n_samples, {"temperature": 1.0, "top_k": None, "top_p": None})
     rows = random_codes(model, n_samples, 15, device) + model.first_row
     window, frame = rows[:, :14], rows[:, 14:].clone()
     uniform = torch.rand(n_samples, device=device)
-    n_layers = len(model.codebook_sizes)
-    stepper.fill(window, frame, None, 0, 8, 8, uniform)
-    each = [seconds(lambda i=i: stepper.fill(window, frame, None, i, 8, 8, uniform), device) for i in range(n_layers)]
+    choose = {"temperature": 1.0, "top_k": None, "top_p": None}
+    levels = [UncachedLevel(model, i, n_samples, choose) for i in range(len(model.codebook_sizes))]
+    for level in levels:
+        level.start_frame(window, frame, None)
+    levels[0].fill(8, 8, uniform)
+    each = [seconds(lambda level=level: level.fill(8, 8, uniform), device) for level in levels]
     positions = 10 * math.prod(model.grid[1:])
-    return sum(each) * positions, n_layers, positions * n_layers
+    return sum(each) * positions, len(levels), positions * len(levels)
 
 
 def random_codes(model, batch, frames, device):

@@ -167,19 +167,18 @@ class RecurrentVAE(ContinuousPrior):
         h, features = self.encoder(clip.to(self.dtype).flatten(0, 1))
         h = h.unflatten(0, (B, T))
         before, after = self._transitions(h, conditions)
-        z, kl = self._posterior_kl(before, after, draw)
+        z, kl = self._posterior_kl(before, after)
         predicted, _ = self.predictor(torch.cat([before, z], -1))
 
         # Frame t has the features of the frame before it, and after the context those of the last observed one.
         n_shown = T - 1 if self.config.last_frame_skip else n_context
-        decoder = SteadyDecoder(self.decoder)
+        decoder = SteadyDecoder(self.decoder, self.joins)
         observed = [level.unflatten(0, (B, T))[:, :n_shown].flatten(0, 1) for level in features]
         memories = [
             memory.map(lambda x: last_repeated(x.unflatten(0, (B, n_shown)), T - 1).flatten(0, 1))
-            for memory in self._remember(decoder, observed)
+            for memory in decoder.remember(observed)
         ]
-        frames = self._decode(decoder, predicted.flatten(0, 1), memories)
-        frames = frames.float().unflatten(0, (B, T - 1))
+        frames = decoder(predicted.flatten(0, 1), memories).float().unflatten(0, (B, T - 1))
 
         scale = 0.5 if self.over_pixels else 1.0  # from [-1, 1] to the [0, 1] for which beta was published
         mse = (scale * (frames - clip[:, 1:])).square().mean()
@@ -199,11 +198,11 @@ class RecurrentVAE(ContinuousPrior):
         told = None if vectors is None else vectors[:, 1:]
         return beside(h[:, :-1], told), beside(h[:, 1:], told)
 
-    def _posterior_kl(self, before, after, choose):
-        """What ``_transitions`` gives -> z of the frames after the first, and the KL of each of its numbers from the
-        prior in nats, (B, T - 1, Z) both."""
-        z, mean, logvar, _ = self.posterior(after, choose)
-        _, prior_mean, prior_logvar, _ = self.prior(before, self._given(z))
+    def _posterior_kl(self, before, after, noise=None):
+        """What ``_transitions`` gives -> z of the frames after the first, drawn by noise of its shape, and the KL of
+        each of its numbers from the prior in nats, (B, T - 1, Z) both."""
+        z, mean, logvar, _ = self.posterior(after, noise=noise)
+        _, prior_mean, prior_logvar, _ = self.prior(before, self._groups(z))
         return z, kl_gaussians(mean, logvar, prior_mean, prior_logvar)
 
     @torch.no_grad()
@@ -217,7 +216,7 @@ class RecurrentVAE(ContinuousPrior):
         noise = self._noise((B, T - 1, self._z_dim), generator)
         with eval_mode(self):
             h = self.encoder(clip.to(self.dtype).flatten(0, 1))[0].unflatten(0, (B, T))
-            kl = self._posterior_kl(*self._transitions(h, conditions), self._drawn(noise))[1]
+            kl = self._posterior_kl(*self._transitions(h, conditions), noise)[1]
         return {"kl": kl.unflatten(-1, (self.config.n_groups, self.config.group_dim))}
 
     def _kl_logs(self, kl):
@@ -230,22 +229,9 @@ class RecurrentVAE(ContinuousPrior):
             logs |= {f"kl_group_{j}": nats.sum(), f"active_units_group_{j}": units.sum()}
         return logs
 
-    def _given(self, z):
-        """For ``GaussianGroups``: the groups of a z that is known, (..., Z)."""
-        return lambda j, mean, logvar: z[..., self._slice(j)]
-
-    def _drawn(self, noise, fixed=None):
-        """For ``GaussianGroups``: mean + deviation * noise (..., Z), but the values of the groups in ``fixed``."""
-
-        def choose(j, mean, logvar):
-            if fixed and j in fixed:
-                return fixed[j].to(mean.dtype).expand_as(mean)
-            return draw(j, mean, logvar, noise[..., self._slice(j)].to(mean.dtype))
-
-        return choose
-
-    def _slice(self, j):
-        return slice(j * self.config.group_dim, (j + 1) * self.config.group_dim)
+    def _groups(self, z):
+        """z (..., Z) -> its groups, (..., group_dim) each."""
+        return z.split(self.config.group_dim, -1) if self._z_dim else ()
 
     @property
     def _z_dim(self):
@@ -374,7 +360,7 @@ class RecurrentVAE(ContinuousPrior):
                 have too.
         """
         sample_batch = min(int(sample_batch), 2**31)  # torch counts no further
-        decoder = SteadyDecoder(self.decoder)
+        decoder = SteadyDecoder(self.decoder, self.joins)
         h, memories = self._encode_context(context, decoder, sample_batch)
         chunks = torch.arange(n_rows, device=context.device).split(sample_batch)
         # Step by step, so that a longer future begins like a shorter one; of all rows at once, whatever the chunks.
@@ -402,23 +388,25 @@ class RecurrentVAE(ContinuousPrior):
 
         n_context, prior_state, predictor_state = h.shape[1], None, None
         if n_context > 1:
-            choose = self._drawn(torch.stack([next(noise)[rows] for _ in range(n_context - 1)], 1))
-            z, *_ = self.posterior(beside_told(h[:, 1:], 1), choose)
+            drawn = torch.stack([next(noise)[rows] for _ in range(n_context - 1)], 1)
+            z, *_ = self.posterior(beside_told(h[:, 1:], 1), noise=drawn)
             before = beside_told(h[:, :-1], 1)
-            *_, prior_state = self.prior(before, self._given(z))
+            *_, prior_state = self.prior(before, self._groups(z))
             _, predictor_state = self.predictor(torch.cat([before, z], -1))
         last = h[:, -1:]
         for t in itertools.count():
-            values = {j: value[:, min(t, value.shape[1] - 1), None] for j, value in fixed.items()}
+            known = [None] * self.config.n_groups
+            for j, value in fixed.items():
+                known[j] = value[:, min(t, value.shape[1] - 1), None].to(last.dtype)
             before = beside_told(last, n_context + t)
-            z, _, _, prior_state = self.prior(before, self._drawn(next(noise)[rows, None], values), prior_state)
+            z, _, _, prior_state = self.prior(before, known, next(noise)[rows, None], prior_state)
             predicted, predictor_state = self.predictor(torch.cat([before, z.to(before.dtype)], -1), predictor_state)
-            frame = self._decode(decoder, predicted[:, 0], memories)
+            frame = decoder(predicted[:, 0], memories)
             yield frame
             h, features = self.encoder(frame.to(self.dtype))
             last = h[:, None]
             if self.config.last_frame_skip:
-                memories = self._remember(decoder, features)
+                memories = decoder.remember(features)
 
     def _encode_context(self, context, decoder, chunk):
         """context (B, n_context, ...) -> h (B, n_context, dim), and of each level the Memory of the last frames.
@@ -431,25 +419,11 @@ class RecurrentVAE(ContinuousPrior):
         for part in frames[:, -1].split(chunk):
             h, features = self.encoder(part)
             last.append(h)
-            memories.append(self._remember(decoder, features))
+            memories.append(decoder.remember(features))
         h = torch.cat(last)[:, None]
         if earlier:
             h = torch.cat([torch.cat(earlier).unflatten(0, (len(context), -1)), h], 1)
         return h, [Memory.cat(parts) for parts in zip(*memories)]
-
-    def _remember(self, decoder, features):
-        """The features of some frames at each level -> Memories, which hold in place of the features their share in the
-        level's first convolution (``SteadyDecoder``): computed once a frame, for all that are predicted from it."""
-        found = [join.memory(level) for join, level in zip(self.joins, features)]
-        return [memory._replace(features=decoder.share(i, memory.features)) for i, memory in enumerate(found)]
-
-    def _decode(self, decoder, predicted, memories):
-        """What the frame predictor says of R frames, (R, dim), and a Memory of R rows at each level -> the frames."""
-
-        def join(level, own):
-            return torch.cat([own, *self.joins[level].aligned(own, memories[level])], 1)
-
-        return decoder(predicted, [memory.features for memory in memories], join)
 
     @torch.no_grad()
     def infer(self, clip, *, generator=None, conditions=None):
@@ -468,8 +442,8 @@ class RecurrentVAE(ContinuousPrior):
         noise = self._noise((B, T - 1, self._z_dim), generator)
         with eval_mode(self):
             h = self.encoder(clip.to(self.dtype).flatten(0, 1))[0].unflatten(0, (B, T))
-            z, *_ = self.posterior(self._transitions(h, conditions)[1], self._drawn(noise))
-        return {j + 1: z[..., self._slice(j)] for j in range(self.config.n_groups)}
+            z, *_ = self.posterior(self._transitions(h, conditions)[1], noise=noise)
+        return dict(enumerate(self._groups(z), start=1))
 
     def reconstruct(self, clip, n_context, *, generator=None, conditions=None):
         """What z can say about a clip: ``clip[:, n_context:]`` as sampled with z from the posterior.
@@ -564,12 +538,6 @@ def last_repeated(x, n):
     """x (B, m, ...) -> (B, n, ...): the last of the m entries stands for those that lack."""
     lacking = n - x.shape[1]
     return torch.cat([x, x[:, -1:].expand(-1, lacking, *x.shape[2:])], 1) if lacking else x
-
-
-def draw(j, mean, logvar, noise=None):
-    """A draw of N(mean, exp(logvar)), all of one shape; j, the group, does not matter."""
-    noise = torch.randn_like(mean) if noise is None else noise
-    return mean + (0.5 * logvar).exp() * noise
 
 
 def kl_gaussians(mean, logvar, prior_mean, prior_logvar):

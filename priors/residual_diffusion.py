@@ -156,6 +156,33 @@ class DenoisingUNet(LevelNetwork):
         return self.to_noise(x)
 
 
+class Memory:
+    """What the recurrent networks hold after each of T frames of N clips.
+
+    Args:
+        states: name of a network -> of each of its levels (T, N, width, h, w); with an anchor also "last" -> the frames
+            themselves, [(T, N, C, H, W)].
+    """
+
+    def __init__(self, states):
+        self.states = states
+
+    def rows(self, name):
+        """Of one network, as networks take and give it: of each level (T * N, ...), time before batch."""
+        return [state.flatten(0, 1) for state in self.states[name]]
+
+    def after(self, t):
+        """Without what was held before the t-th of the T frames."""
+        return self._map(lambda state: state[t - 1 :])
+
+    def of(self, index):
+        """Of some of the N clips."""
+        return self._map(lambda state: state[:, index])
+
+    def _map(self, function):
+        return Memory({name: [function(state) for state in states] for name, states in self.states.items()})
+
+
 class ResidualDiffusion(ContinuousPrior):
     """Residual Video Diffusion over pixels or over the latents of any tokenizer.
 
@@ -320,35 +347,38 @@ class ResidualDiffusion(ContinuousPrior):
         """Both recurrent networks read frames (n_frames * N, C, H, W), time before batch.
 
         Args:
-            memory: what they held before these frames, of N rows; None: nothing.
+            memory: the Memory after the one frame before these; None: there is none.
             vectors: (n_frames * N, width), what leads to the frame after each; None: nothing is told.
         Returns:
-            dict network -> list over its levels of (n_frames * N, width, h, w): the memory after each frame; with an
-            anchor also "last" -> the frames themselves.
+            the Memory after each frame.
         """
         encoders = {"context": self.context}
         if self.transform is not None:
             encoders["transform"] = self.transform.encoder
-        held = memory or {}
-        read = {name: encoder(frames, n_frames, held.get(name), vectors) for name, encoder in encoders.items()}
-        return read | {"last": [frames]} if self.config.anchor else read
+        read = {"last": [frames]} if self.config.anchor else {}
+        for name, encoder in encoders.items():
+            read[name] = encoder(frames, n_frames, None if memory is None else memory.rows(name), vectors)
+        return Memory({name: [state.unflatten(0, (n_frames, -1)) for state in read[name]] for name in read})
 
     def predict_frame(self, memory, guidance_scale=1.0):
-        """mu and sigma of Eq. 5 -> mu (N, C, H, W) or 0, sigma (N, C, H, W) or a number; at least fp32.
+        """Of the frame after each that the memory has, mu (R, C, H, W) and sigma of Eq. 5, of that shape or a scalar;
+        at least fp32. Without a residual they are 0 and 1.
 
         Args:
             guidance_scale: other than 1, the memory has rows that were told and then the same untold, and mu is guided
                 as the noise is: the frame that the two make up then moves as a whole, and 0 gives what is predicted
                 untold. So is the raw scale, which keeps sigma in its range.
         """
-        if not self.config.residual:
-            return 0.0, 1.0
-        mu, sigma, scale = 0.0, self._sigma, None
         if self.transform is not None:
-            mu, scale = self.transform(memory["transform"])
-            mu = precise(mu)
+            mu, scale = self.transform(memory.rows("transform"))
+        else:
+            finest, scale = memory.rows("context")[0], None
+            mu = finest.new_zeros(len(finest), self.config.latent_spec["channels"], *finest.shape[2:])
+        mu = precise(mu)
         if self.config.anchor:
-            mu = precise(memory["last"][0]) + mu
+            mu = precise(memory.rows("last")[0]) + mu
+        sigma = self._sigma if self.config.residual else 1.0
+        sigma = sigma if torch.is_tensor(sigma) else mu.new_full((), sigma)
         if guidance_scale != 1:
             mu, scale = guided(mu, guidance_scale), None if scale is None else guided(precise(scale), guidance_scale)
         if scale is not None:
@@ -377,20 +407,19 @@ class ResidualDiffusion(ContinuousPrior):
         past, target = frames[:-1].flatten(0, 1), precise(frames[n_context:].flatten(0, 1))
         vectors = self.condition_vectors(conditions, n_clips, n_frames)
         leading = None if vectors is None else vectors[:, 1:].transpose(0, 1).flatten(0, 1)
-        memory = self.observe(past.to(self.dtype), n_frames - 1, vectors=leading)
-        memory = _rows(memory, slice((n_context - 1) * n_clips, None))
+        memory = self.observe(past.to(self.dtype), n_frames - 1, vectors=leading).after(n_context)
 
         mu, sigma = self.predict_frame(memory)
         if self.config.sigma == "auto" and self.training:
             self._follow((target - mu).detach())
         noise_mu = mu.detach() if self.config.detach_mu else mu
-        y = (target - noise_mu) / (sigma.detach() if torch.is_tensor(sigma) else sigma)  # Eq. 5
+        y = (target - noise_mu) / sigma.detach()  # Eq. 5
         generator = None if self.training else torch.Generator().manual_seed(self.eval_seed)
         n = self._draw_steps(n_clips, n_frames - n_context, generator)
         noise = randn_tensor(y.shape, generator, y.device, y.dtype)
         alpha_bar = self.alpha_bars.to(y, non_blocking=True)[n].view(-1, 1, 1, 1)
         y_n, wanted = noised(y, noise, alpha_bar, "epsilon")  # Eq. 10
-        predicted = self.denoiser(y_n.to(self.dtype), n, self.denoiser.conditions(memory["context"]))
+        predicted = self.denoiser(y_n.to(self.dtype), n, self.denoiser.conditions(memory.rows("context")))
         distance = F.mse_loss if self.config.noise_loss == "l2" else F.l1_loss
         loss = distance(predicted.to(wanted.dtype), wanted)
         logs = {"noise_loss": loss.detach()}
@@ -536,7 +565,7 @@ class ResidualDiffusion(ContinuousPrior):
         memory = None
         for t, frame in enumerate(context[clips].to(self.dtype).unbind(1), start=1):  # one by one: flat memory
             memory = self._read(frame, t, memory, told, clips, is_guided)
-        memory = _rows(memory, torch.cat([owner, owner + len(clips)]) if is_guided else owner)
+        memory = memory.of(torch.cat([owner, owner + len(clips)]) if is_guided else owner)
         clips = clips[owner]
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -545,7 +574,7 @@ class ResidualDiffusion(ContinuousPrior):
             mu, sigma = self.predict_frame(memory, guidance_scale)
             noise = randn_tensor(shape, generators, "cpu", torch.float32).to(self.device, non_blocking=True)
             y = denoise(
-                self._noise_predictor(memory["context"], guidance_scale, use_cache),
+                self._noise_predictor(memory.rows("context"), guidance_scale, use_cache),
                 noise,
                 make_scheduler(scheduler, self.schedule),
                 n_steps,
@@ -625,8 +654,3 @@ class ResidualDiffusion(ContinuousPrior):
         if self.accepts == "latents":
             return LATENT_BOUND
         return PIXEL_BOUND if self.config.residual else PIXEL_BOUND / 2
-
-
-def _rows(memory, index):
-    """Some rows of a memory, of all its networks and levels."""
-    return {name: [state[index] for state in states] for name, states in memory.items()}

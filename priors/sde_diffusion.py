@@ -304,46 +304,12 @@ class SDEDiffusion(ContinuousPrior):
         """
         self.check_clip(clip, "clip")
         self.check_context(n_context, clip.shape[1])
-        config, batch, device = self.config, len(clip), clip.device
-        n_future = clip.shape[1] - n_context
-        if self.training:
-            steps = torch.rand(batch, n_future).argsort(1)[:, : config.n_sampled_frames]  # on the CPU, where the solver
-            steps = steps.sort(1).values + 1  # line 7                                      wants to know the times
-            seeds, source = None, {"device": device}
-        else:
-            steps = torch.arange(1, n_future + 1).expand(batch, -1)
-            seeds = [(self.eval_seed, row) for row in range(batch)]
-            source = {"generator": torch.Generator().manual_seed(self.eval_seed)}
-
+        steps, seeds, source = self._draw_times(clip, n_context)
         vectors = self.condition_vectors(conditions, *clip.shape[:2])
         start = self.encode_motion(clip[:, :n_context].to(self.dtype))
-        kl, told = None, self._tell_motion(vectors, n_context)
-        if self.motion_posterior is None:
-            feature = self.motion_sde(start, steps, seeds, told=told)  # line 10; Eqs. 13 and 14
-        else:
-            future = self.motion_posterior.read(self._encode_differences(clip[:, n_context - 1 :].to(self.dtype)))
-            feature, kl = self.motion_sde(
-                start,
-                steps,
-                seeds,
-                control=lambda m, time: self.motion_posterior(m, future[min(int(time), n_future - 1)]),
-                told=told,
-            )
-        feature = feature.flatten(0, 1)
-        before = steps - 1
-        if config.previous_frame == "sampled":
-            before = torch.cat([torch.zeros_like(steps[:, :1]), steps[:, :-1]], 1)
-        rows = torch.arange(batch, device=device)[:, None]
-        wanted, shown = (n_context - 1 + index.to(device, non_blocking=True) for index in (steps, before))
-        x_0, previous = (precise(clip[rows, index]).flatten(0, 1) for index in (wanted, shown))
-        told = None if vectors is None else self.tell_unet(vectors[rows, wanted].flatten(0, 1))
-
-        times = torch.randint(config.n_diffusion_steps, (len(x_0),), **source).to(device)  # line 11
-        noise = torch.randn(x_0.shape, **source).to(x_0)
-        alpha_bar = self.alpha_bars.to(x_0, non_blocking=True)[times].view(-1, 1, 1, 1)
-        x_l, target = noised(x_0, noise, alpha_bar, config.prediction_type)  # line 12, gamma_l^2 = alpha_bar
-        noisy = torch.cat([x_l, previous], 1).to(self.dtype)
-        error = precise(self.unet(noisy, times, feature.to(self.dtype), told=told)) - target
+        feature, kl = self._future_motion(start, clip, n_context, steps, seeds, vectors)
+        error, alpha_bar = self._denoising_error(feature, clip, n_context, steps, vectors, source)
+        config = self.config
         loss = error.abs() if config.loss == "l1" else error.square()  # line 14
         if config.min_snr_gamma is not None:
             loss = loss * min_snr_weight(alpha_bar, config.min_snr_gamma, config.prediction_type)
@@ -356,6 +322,58 @@ class SDEDiffusion(ContinuousPrior):
             loss = loss + config.motion_kl_weight * kl.sum() / error.numel()
             logs["motion_kl"] = kl.detach().mean()
         return PriorOutput(loss=loss, logs=logs)
+
+    def _draw_times(self, clip, n_context):
+        """Lines 7 and 8: which future frames are predicted, k_1 < ... < k_P.
+
+        Returns:
+            k (B, P) int64 from 1 on, on the CPU, where the solver wants to know the times; seeds of the Brownian paths,
+            or None; and where else random numbers come from, as arguments of torch's functions.
+        """
+        batch, n_future = len(clip), clip.shape[1] - n_context
+        if self.training:
+            steps = torch.rand(batch, n_future).argsort(1)[:, : self.config.n_sampled_frames]
+            return steps.sort(1).values + 1, None, {"device": clip.device}
+        seeds = [(self.eval_seed, row) for row in range(batch)]
+        source = {"generator": torch.Generator().manual_seed(self.eval_seed)}
+        return torch.arange(1, n_future + 1).expand(batch, -1), seeds, source
+
+    def _future_motion(self, start, clip, n_context, steps, seeds, vectors):
+        """Line 10, Eqs. 13 and 14: the motion features at the times k, (B * P, width, h', w'); with a posterior, on a
+        path that it controls, whose divergence from one without comes with them, (B,), else None."""
+        told = self._tell_motion(vectors, n_context)
+        if self.motion_posterior is None:
+            return self.motion_sde(start, steps, seeds, told=told).flatten(0, 1), None
+        future = self.motion_posterior.read(self._encode_differences(clip[:, n_context - 1 :].to(self.dtype)))
+
+        def control(m, time):
+            return self.motion_posterior(m, future[min(int(time), len(future) - 1)])
+
+        feature, kl = self.motion_sde(start, steps, seeds, control=control, told=told)
+        return feature.flatten(0, 1), kl
+
+    def _steps_before(self, steps):
+        """The frames k_(i-1) that the U-Net is shown beside those at k_i, 0 being the context's last."""
+        if self.config.previous_frame == "immediate":
+            return steps - 1
+        return torch.cat([torch.zeros_like(steps[:, :1]), steps[:, :-1]], 1)
+
+    def _denoising_error(self, feature, clip, n_context, steps, vectors, source):
+        """Lines 11 to 13: what the U-Net says of the noised frames at k, less what it should, (B * P, D, h, w), and the
+        alpha_bar of each, (B * P, 1, 1, 1)."""
+        config, device = self.config, clip.device
+        rows = torch.arange(len(clip), device=device)[:, None]
+        wanted, shown = (
+            n_context - 1 + index.to(device, non_blocking=True) for index in (steps, self._steps_before(steps))
+        )
+        x_0, previous = (precise(clip[rows, index]).flatten(0, 1) for index in (wanted, shown))
+        told = None if vectors is None else self.tell_unet(vectors[rows, wanted].flatten(0, 1))
+        times = torch.randint(config.n_diffusion_steps, (len(x_0),), **source).to(device)  # line 11
+        noise = torch.randn(x_0.shape, **source).to(x_0)
+        alpha_bar = self.alpha_bars.to(x_0, non_blocking=True)[times].view(-1, 1, 1, 1)
+        x_l, target = noised(x_0, noise, alpha_bar, config.prediction_type)  # line 12, gamma_l^2 = alpha_bar
+        noisy = torch.cat([x_l, previous], 1).to(self.dtype)
+        return precise(self.unet(noisy, times, feature.to(self.dtype), told=told)) - target, alpha_bar
 
     @torch.no_grad()
     def explain(self, clip, n_context, *, num_samples=1, generator=None, conditions=None, motion_seed=None, **options):

@@ -1,18 +1,18 @@
 """ST-PixelCNN, the prior of S-HR-VQVAE (Adiban et al. 2023, section 4.2).
 
-An autoregressive model over the codes of a frame tokenizer, whose quantisation layers (or codebooks, or pixel channels)
-are generated one after the other in each frame, coarse to fine:
+An autoregressive model over the codes of a frame tokenizer, whose levels (the paper's layers of quantisation; or
+codebooks, or pixel channels) are generated one after the other in each frame, coarse to fine:
 
-    p(future | context) = prod_t prod_i prod_(y,x) p(c_i(t,y,x) | all layers of frames < t, layers < i of frame t,
+    p(future | context) = prod_t prod_i prod_(y,x) p(c_i(t,y,x) | all levels of frames < t, levels < i of frame t,
                                                       c_i(t,y',x') earlier in raster order)
 
-Three stacks of gated convolutions look at these three parts: the frame stack at what is known before the layer is begun
-(earlier frames and the layers above, where nothing has to be hidden), the row stack at the rows above, and the column
+Three stacks of gated layers look at these three parts: the frame stack at what is known before the level is begun
+(earlier frames and the levels above, where nothing has to be hidden), the row stack at the rows above, and the column
 stack at the codes to the left. Causal self-attention runs on the column stack.
 
-Conditions enter in the gated convolutions of all three stacks, as a bias for each channel of a frame.
+Conditions enter in the gated layers of all three stacks, as a bias for each channel of a frame.
 
-Shape letters: B clips, M rows of a sampler (samples of all contexts; with guidance twice as many), n layers, d width.
+Shape letters: B clips, M rows of a sampler (samples of all contexts; with guidance twice as many), n levels, d width.
 """
 
 import math
@@ -72,13 +72,31 @@ class GatedLayer(nn.Module):
             y = y + self.tell(told)[:, :, None, None]
         return x + self.out(gate(y)), past
 
+    def step(self, x, given, past, weight):
+        """One position of the column stack: x (M, d) -> (M, d).
 
-class LayerNetwork(nn.Module):
-    """The network of one quantisation layer, or of all of them with an embedding that says which.
+        Args:
+            given: (M, 2 d), see ``given``.
+            past: (M, (taps - 1) d), the normalised inputs to the left, which move on in place.
+            weight: of the taps, the first part of ``conv.split_weight()``.
+        """
+        taps = torch.cat([past, self.norm(x)], 1)
+        past.copy_(taps[:, x.shape[1] :])
+        return x + self.out(gate(torch.addmm(given, taps, weight)))
+
+    def given(self, condition, weight, told=None):
+        """What a row's condition (M, w, 2 d) and what is told of its frame (M, d) make of [a, b] before any column is
+        known: (M, w, 2 d). ``weight``: the second part of ``conv.split_weight()``."""
+        given = condition @ weight + self.conv.conv.bias
+        return given if told is None else given + self.tell(told)[:, None]
+
+
+class LevelNetwork(nn.Module):
+    """The network of one level, or of all of them with an embedding that says which.
 
     Args:
-        layers: indices of the layers that it predicts, neighbours.
-        codebook_sizes: of all layers.
+        levels: indices of the levels that it predicts, neighbours.
+        codebook_sizes: of all levels.
         grid: (T, h, w).
         dim, n_blocks, block_layers, kernel_size, kernel_frames: as of STPixelCNN.
         attention: function() -> the attention modules of a block.
@@ -86,21 +104,21 @@ class LayerNetwork(nn.Module):
     """
 
     def __init__(
-        self, layers, codebook_sizes, grid, dim, n_blocks, block_layers, kernel_size, kernel_frames, attention, is_told
+        self, levels, codebook_sizes, grid, dim, n_blocks, block_layers, kernel_size, kernel_frames, attention, is_told
     ):
         super().__init__()
-        self.layers = list(layers)
+        self.levels = list(levels)
         starts = [sum(codebook_sizes[:i]) for i in range(len(codebook_sizes) + 1)]
-        first, last = self.layers[0], self.layers[-1]
+        first, last = self.levels[0], self.levels[-1]
         # Codes arrive as rows of one table over all codebooks.
         self.first_own_row = starts[first]
         self.previous = nn.Embedding(starts[-1], dim)  # codes of the frame before
-        self.above = nn.Embedding(starts[last], dim) if last > 0 else None  # codes of this frame in the layers above
-        self.own = nn.Embedding(starts[last + 1] - starts[first], dim)  # codes of this frame in the same layer
+        self.above = nn.Embedding(starts[last], dim) if last > 0 else None  # codes of this frame in the levels above
+        self.own = nn.Embedding(starts[last + 1] - starts[first], dim)  # codes of this frame in the same level
         for table, n_summed in ((self.previous, len(codebook_sizes)), (self.above, last), (self.own, 1)):
             if table is not None:
                 nn.init.normal_(table.weight, std=n_summed**-0.5)
-        self.which = nn.Embedding(len(self.layers), dim) if len(self.layers) > 1 else None
+        self.which = nn.Embedding(len(self.levels), dim) if len(self.levels) > 1 else None
         positions = sinusoidal_positions_3d(grid, dim).unflatten(0, tuple(grid))
         self.register_buffer("positions", positions, persistent=False)  # (T, h, w, d)
 
@@ -117,7 +135,7 @@ class LayerNetwork(nn.Module):
             for number in range(1, n_blocks * block_layers + 1)
         )
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU())
-        self.logits = nn.ModuleList(nn.Linear(dim, codebook_sizes[i]) for i in self.layers)
+        self.logits = nn.ModuleList(nn.Linear(dim, codebook_sizes[i]) for i in self.levels)
         self.has_attention = any(len(modules) for modules in self.attention)
 
     def embed_before(self, rows):
@@ -125,11 +143,11 @@ class LayerNetwork(nn.Module):
         return self.previous(rows).sum(-2)
 
     def embed_known(self, before, rows, i, start=0):
-        """Input of the frame stack: what is known of frames before their layer i is begun.
+        """Input of the frame stack: what is known of frames before their level i is begun.
 
         Args:
             before: (B, T, h, w, d), what the frame before each of them tells it.
-            rows: (B, T, h, w, n), of which the layers before i are looked at.
+            rows: (B, T, h, w, n), of which the levels before i are looked at.
             start: index of the first of these frames in the clip.
         """
         known = before + self.positions[start : start + rows.shape[1]].to(before.dtype)
@@ -140,54 +158,60 @@ class LayerNetwork(nn.Module):
         return known
 
     def embed_own(self, rows):
-        """Rows of one of the network's layers -> their embeddings."""
+        """Rows of one of the network's levels -> their embeddings."""
         return self.own(rows - self.first_own_row)
 
     def predict(self, features, i):
-        """Output of the column stack (..., d) -> logits of layer i, (..., size_i)."""
-        return self.logits[i - self.layers[0]](self.head(features))
+        """Output of the column stack (..., d) -> logits of level i, (..., size_i)."""
+        return self.logits[i - self.levels[0]](self.head(features))
 
-    def forward(self, rows, layers, first=0, told=None):
+    def forward(self, rows, levels, first=0, told=None):
         """Teacher forcing: rows (B, T, h, w, n), and what is told of the frames (B, T, d) or None -> for each of
-        ``layers`` logits (B, T - first, h, w, size)."""
+        ``levels`` logits (B, T - first, h, w, size)."""
         before = shifted(self.embed_before(rows), 0)
-        known = torch.cat([self.embed_known(before, rows, i) for i in layers])
-        own = torch.cat([self.embed_own(rows[..., i]) for i in layers])
-        features = self.features(known, own, first, told=None if told is None else told.repeat(len(layers), 1, 1))
-        return [self.predict(part, i) for i, part in zip(layers, features.chunk(len(layers)))]
+        known = torch.cat([self.embed_known(before, rows, i) for i in levels])
+        own = torch.cat([self.embed_own(rows[..., i]) for i in levels])
+        told = None if told is None else told.repeat(len(levels), 1, 1)
+        features, _ = self.features(known, own, first, told)
+        return [self.predict(part, i) for i, part in zip(levels, features.chunk(len(levels)))]
 
-    def features(self, known, own, first=0, state=None, told=None):
-        """All three stacks over whole frames: (B, T, h, w, d) twice -> (B, T - first, h, w, d).
+    def features(self, known, own, first=0, told=None, caches=None):
+        """All three stacks over whole frames.
 
-        Without attention, the row and column stacks of frames before ``first`` are not computed. ``state``, a
-        LayerState, keeps what later frames need.
+        Args:
+            known, own: (B, T, h, w, d), see ``embed_known`` and ``embed_own``.
+            first: frames before it are not wanted; without attention, their row and column stacks are not computed.
+            told: (B, T, d), what is told of the frames; None: nothing.
+            caches: of the attention modules of each layer, which keep their keys and values there, or None.
+        Returns:
+            (B, T - first, h, w, d), and with caches of each layer of the frame stack the ``past`` of the next frame.
         """
-        skipped = 0 if self.has_attention else first
+        skipped, pasts = 0 if self.has_attention else first, []
         own, told_own = own[:, skipped:], None if told is None else told[:, skipped:]
         rows, columns = shifted(own, 1), shifted(own, 2)
         for index, attention in enumerate(self.attention):
             known, past = self.frame_stack[index](known, told=told)
-            if state is not None:
-                state.keep_frames(index, past)
+            if caches is not None:
+                pasts.append(past)
             condition = known[:, skipped:]
             rows, _ = self.row_stack[index](rows, condition, told=told_own)
             columns, _ = self.column_stack[index](columns, torch.cat([condition, rows], -1), told=told_own)
             for number, module in enumerate(attention):
-                columns = module(columns, None if state is None else state.caches[index][number])
-        return columns[:, first - skipped :]
+                columns = module(columns, None if caches is None else caches[index][number])
+        return columns[:, first - skipped :], pasts
 
 
 class STPixelCNN(Prior):
     """The spatio-temporal PixelCNN over the codes of any discrete tokenizer, pixels of 256 levels included.
 
-    It takes one codebook, several side by side (sliced, or channels of pixels) or residual layers alike, and generates
+    It takes one codebook, several side by side (sliced, or channels of pixels) or residual levels alike, and generates
     them in their order, each given the ones before it at every position of the frame. The paper gives neither sizes nor
     the form of its masks. These stacks see all that is earlier, and nothing else.
 
     Args:
         latent_spec: ``FrameTokenizer.latent_spec`` of the tokenizer; codebooks, height and width are used.
         n_frames: T, the longest clip, at least 2. Longer futures are sampled with a sliding window.
-        layers: "separate", a network for each quantisation layer (the paper), or "shared", one for all of them.
+        layers: of quantisation, here levels: "separate", a network for each (the paper), or "shared", one for all.
         dim: d, the width of the stacks.
         n_blocks: blocks, each of ``block_layers`` gated layers in each of the three stacks and then attention.
         block_layers: see above.
@@ -254,26 +278,26 @@ class STPixelCNN(Prior):
 
         groups = [[i] for i in range(len(sizes))] if layers == "separate" else [list(range(len(sizes)))]
         shared = (sizes, grid, dim, n_blocks, block_layers, kernel_size, kernel_frames, modules, bool(conditions))
-        self.networks = nn.ModuleList(LayerNetwork(group, *shared) for group in groups)
+        self.networks = nn.ModuleList(LevelNetwork(group, *shared) for group in groups)
         first_row = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))])
         self.register_buffer("first_row", first_row, persistent=False)
         self.make_conditioner(dim)
 
     def network(self, i):
-        """The network that predicts layer i."""
+        """The network that predicts level i."""
         return self.networks[i if len(self.networks) > 1 else 0]
 
     # Likelihood -------------------------------------------------------------------------------------------------
 
     def forward(self, clip, n_context, conditions=None):
-        """Mean cross-entropy of the codes after the context, in nats a code, over all layers.
+        """Mean cross-entropy of the codes after the context, in nats a code, over all levels.
 
         Args:
             clip: (B, t, h, w, n) int64, t of at most ``n_frames``. n_context: context frames, which the loss skips.
             conditions: see Prior.
         Returns:
-            PriorOutput with ``logits``, one (B, t - n_context, h, w, size) a layer, and in ``logs`` the bits a code, of
-            all layers and of each.
+            PriorOutput with ``logits``, one (B, t - n_context, h, w, size) a level, and in ``logs`` the bits a code, of
+            all levels and of each.
         """
         logits = self._logits(clip, n_context, conditions)
         nll = self._nll(logits, clip, n_context).mean(0)
@@ -287,10 +311,10 @@ class STPixelCNN(Prior):
 
     def log_prob(self, clip, n_context, conditions=None):
         """Log-likelihood of the codes after the context, in nats: (B, t, h, w, n) -> (B,)."""
-        return self.layer_log_prob(clip, n_context, conditions).sum(1)
+        return self.level_log_prob(clip, n_context, conditions).sum(1)
 
-    def layer_log_prob(self, clip, n_context, conditions=None):
-        """What each layer adds to ``log_prob``: log p(layer i | layers above), in nats -> (B, n)."""
+    def level_log_prob(self, clip, n_context, conditions=None):
+        """What each level adds to ``log_prob``: log p(level i | levels above), in nats -> (B, n)."""
         return -self._nll(self._logits(clip, n_context, conditions), clip, n_context)
 
     @torch.no_grad()
@@ -298,28 +322,28 @@ class STPixelCNN(Prior):
         """As Prior's: ``nats`` of each code."""
         target = clip[:, n_context:]
         logits = self._logits(clip, n_context, conditions)
-        return {"nats": torch.stack([code_nats(layer, target[..., i]) for i, layer in enumerate(logits)], -1)}
+        return {"nats": torch.stack([code_nats(level, target[..., i]) for i, level in enumerate(logits)], -1)}
 
-    def layer_bits_per_code(self, clip, n_context, conditions=None):
-        """-log2 of the likelihood, averaged over the predicted codes of each layer -> (B, n)."""
+    def level_bits_per_code(self, clip, n_context, conditions=None):
+        """-log2 of the likelihood, averaged over the predicted codes of each level -> (B, n)."""
         n_codes = clip[0, n_context:, ..., 0].numel()
-        return -self.layer_log_prob(clip, n_context, conditions) / (n_codes * math.log(2))
+        return -self.level_log_prob(clip, n_context, conditions) / (n_codes * math.log(2))
 
     def _logits(self, clip, n_context, conditions=None):
-        """Logits of the codes after the context, a list over layers."""
+        """Logits of the codes after the context, a list over levels."""
         check_codes(clip, self.codebook_sizes, self.grid[1:], name="clip")
         if clip.shape[1] > self.grid[0]:
             raise ValueError(f"clip: expected at most {self.grid[0]} frames (n_frames), found {clip.shape[1]}")
         self.check_context(n_context, clip.shape[1])
         rows, told = clip + self.first_row, self.condition_vectors(conditions, *clip.shape[:2])
-        return [logits for network in self.networks for logits in network(rows, network.layers, n_context, told)]
+        return [logits for network in self.networks for logits in network(rows, network.levels, n_context, told)]
 
     @staticmethod
     def _nll(logits, clip, n_context):
-        """Summed cross-entropy of each layer, in nats -> (B, n)."""
+        """Summed cross-entropy of each level, in nats -> (B, n)."""
         target = clip[:, n_context:]
-        nll = [code_nats(layer, target[..., i]) for i, layer in enumerate(logits)]
-        return torch.stack([layer.flatten(1).sum(1) for layer in nll], 1)
+        nll = [code_nats(level, target[..., i]) for i, level in enumerate(logits)]
+        return torch.stack([level.flatten(1).sum(1) for level in nll], 1)
 
     # Sampling ---------------------------------------------------------------------------------------------------
 
@@ -406,27 +430,30 @@ class STPixelCNN(Prior):
         vectors = None  # of the frames in the window, (M, t, d)
         if self.conditioner is not None:
             vectors = torch.cat([of_rows(t) for t in range(n_seen)], 1)
-        stepper = (CachedStepper if use_cache else FullStepper)(self, len(window), choose)
+        sampler = CachedLevel if use_cache else UncachedLevel
+        levels = [sampler(self, i, len(window), choose) for i in range(len(self.codebook_sizes))]
         n_shared = num_samples
         while True:
             if window.shape[1] >= length:
                 window, vectors = (x if x is None else x[:, -overlap:] for x in (window, vectors))
-            stepper.start(window, vectors, n_shared)
+            for level in levels:
+                level.start(window, vectors, n_shared)
             while window.shape[1] < length:
                 if vectors is not None:
                     vectors = torch.cat([vectors, of_rows(n_seen)], 1)
                 frame = torch.empty_like(window[:, :1])
-                for i in range(len(self.codebook_sizes)):
+                for level in levels:
                     uniform = self._uniform(n_rows, generator).repeat(1, 1, n_copies)
+                    level.start_frame(window, frame, vectors)
                     for y in range(self.grid[1]):
-                        stepper.fill_row(window, frame, vectors, i, y, uniform[y])
+                        level.fill_row(y, uniform[y])
                         bar.update(self.grid[2])
                 window, n_seen = torch.cat([window, frame], 1), n_seen + 1
                 yield frame[:n_rows, 0] - self.first_row
             n_shared = 1
 
     def _uniform(self, n_rows, generator):
-        """Random numbers for a layer of a frame: (h, w, n_rows)."""
+        """Random numbers for a level of a frame: (h, w, n_rows)."""
         source = generator.device if generator is not None else self.device
         return torch.rand((*self.grid[1:], n_rows), generator=generator, device=source).to(self.device)
 
@@ -438,121 +465,87 @@ def choose_codes(logits, uniform, guidance_scale=1.0, **choose):
     return draw(logits, uniform, **choose)
 
 
-class FullStepper:
-    """Reference sampler: the network runs over all frames so far for every code."""
+class UncachedLevel:
+    """Reference sampler of level i for M rows: the network runs over all frames so far for every code."""
 
-    def __init__(self, model, n_rows, choose):
-        self.model, self.choose = model, choose
+    def __init__(self, model, i, n_rows, choose):
+        self.network, self.i, self.first_row, self.choose = model.network(i), i, model.first_row, choose
 
     def start(self, window, vectors, n_shared):
-        """Begin a window; there is nothing to prepare."""
+        """As CachedLevel's; there is nothing to prepare."""
 
-    def fill_row(self, window, frame, vectors, i, y, uniform):
-        """As CachedStepper's."""
-        frame[..., i][:, :, y:] = self.model.first_row[i]  # whatever is there: causality hides it
-        frame[..., i + 1 :] = self.model.first_row[i + 1 :]
+    def start_frame(self, window, frame, vectors):
+        """As CachedLevel's."""
+        self.window, self.frame, self.vectors = window, frame, vectors
+
+    def fill_row(self, y, uniform):
+        """As CachedLevel's."""
+        i, frame = self.i, self.frame
+        frame[..., i][:, :, y:] = self.first_row[i]  # whatever is there: causality hides it
+        frame[..., i + 1 :] = self.first_row[i + 1 :]
         for x in range(frame.shape[3]):
-            self.fill(window, frame, vectors, i, y, x, uniform[x])
+            self.fill(y, x, uniform[x])
 
-    def fill(self, window, frame, vectors, i, y, x, uniform):
+    def fill(self, y, x, uniform):
         """Generate one code."""
-        rows = torch.cat([window, frame], 1)
-        logits = self.model.network(i)(rows, [i], window.shape[1], vectors)[0][:, 0, y, x]
-        frame[:, 0, y, x, i] = choose_codes(logits, uniform, **self.choose) + self.model.first_row[i]
+        rows = torch.cat([self.window, self.frame], 1)
+        logits = self.network(rows, [self.i], self.window.shape[1], self.vectors)[0][:, 0, y, x]
+        self.frame[:, 0, y, x, self.i] = choose_codes(logits, uniform, **self.choose) + self.first_row[self.i]
 
 
-class CachedStepper:
-    """Keeps what the stacks and the attention of every layer have computed, see LayerState."""
-
-    def __init__(self, model, n_rows, choose):
-        self.states = [
-            LayerState(model.network(i), i, model.grid, n_rows, choose, model.first_row[i])
-            for i in range(len(model.codebook_sizes))
-        ]
-
-    def start(self, window, vectors, n_shared):
-        """Begin a window with known frames (M, n, h, w, n_codebooks) and what is told of them, (M, n, d) or None, the
-        same for ``n_shared`` neighbouring rows."""
-        for state in self.states:
-            state.start(window[::n_shared], None if vectors is None else vectors[::n_shared])
-
-    def fill_row(self, window, frame, vectors, i, y, uniform):
-        """Generate row y of layer i into frame (M, 1, h, w, n_codebooks), which comes after those of ``window``; what
-        is told of it is the last of ``vectors``."""
-        if y == 0:
-            self.states[i].start_frame(window, frame, None if vectors is None else vectors[:, -1:])
-        frame[:, 0, y, :, i] = self.states[i].fill_row(frame, y, uniform)
-
-
-class LayerState:
-    """Step-by-step computation of one layer for M rows.
+class CachedLevel:
+    """Sampler of level i for M rows: each stack runs once for what it looks at, and what comes later finds it kept.
 
     What a step touches lives in fixed buffers, and where it is in tensors, so that on CUDA it is recorded once as a
     graph and replayed: launching its many small kernels one by one would take longer than running them.
     """
 
-    def __init__(self, network, i, grid, n_rows, choose, first_row):
-        self.network, self.i, self.grid, self.choose, self.first_row = network, i, grid, choose, first_row
-        dim, dtype, self.device = network.own.embedding_dim, network.own.weight.dtype, network.own.weight.device
+    def __init__(self, model, i, n_rows, choose):
+        self.network, self.i, self.grid, self.choose = model.network(i), i, model.grid, choose
+        self.first_row = model.first_row[i]
+        dim, dtype, device = self.network.own.embedding_dim, self.network.own.weight.dtype, model.device
 
         def zeros(*shape, dtype=dtype):
-            return torch.zeros(shape, dtype=dtype, device=self.device)
+            return torch.zeros(shape, dtype=dtype, device=device)
 
-        layers = network.column_stack
+        layers, width = self.network.column_stack, self.grid[2]
         self.caches = [
-            [module.new_cache(n_rows, dtype, self.device) for module in modules] for modules in network.attention
+            [module.new_cache(n_rows, dtype, device) for module in modules] for modules in self.network.attention
         ]
         self.weights = [layer.conv.split_weight() for layer in layers]
-        # Of the row being generated: its codes, their random numbers, and the condition of each layer.
-        self.row = zeros(n_rows, grid[2], dtype=torch.int64)
-        self.uniform = zeros(grid[2], n_rows, dtype=torch.float32)
-        self.conditions = zeros(grid[2], len(layers), n_rows, 2 * dim)
+        # Of the row being generated: its codes, their random numbers, and what is given to each layer.
+        self.row = zeros(n_rows, width, dtype=torch.int64)
+        self.uniform = zeros(width, n_rows, dtype=torch.float32)
+        self.given = zeros(width, len(layers), n_rows, 2 * dim)
         # Of the columns to the left: the embedding of the last code, and the last inputs of each layer.
         self.left = zeros(n_rows, dim)
         self.past_columns = [zeros(n_rows, (layer.conv.taps - 1) * dim) for layer in layers]
         self.column, self.position = (zeros(1, dtype=torch.int64) for _ in range(2))
-        self.graph = record_graph(self._step, self.device) if self.device.type == "cuda" else None
+        self.graph = record_graph(self._step, device) if device.type == "cuda" else None
 
-    def start(self, window, told=None):
-        """Begin with known frames (B, n, h, w, n_codebooks), and what is told of them (B, n, d) or None; each of the B
-        stands for M / B neighbouring rows."""
-        network, self.time = self.network, window.shape[1]
-        self.past_frames = [None] * len(self.weights)
-        before = shifted(network.embed_before(window), 0)
-        own = network.embed_own(window[..., self.i])
-        network.features(network.embed_known(before, window, self.i), own, self.time, self, told)
+    def start(self, window, vectors, n_shared):
+        """Begin a window with known frames (M, t, h, w, n) and what is told of them, (M, t, d) or None, the same for
+        ``n_shared`` neighbouring rows."""
+        network, rows = self.network, window[::n_shared]
+        known = network.embed_known(shifted(network.embed_before(rows), 0), rows, self.i)
+        told = None if vectors is None else vectors[::n_shared]
+        _, pasts = network.features(known, network.embed_own(rows[..., self.i]), window.shape[1], told, self.caches)
+        self.past_frames = [past.repeat_interleave(n_shared, 0) for past in pasts]
 
-    def keep_frames(self, index, past):
-        """The last inputs of a layer of the frame stack: (B, kernel_frames - 1, h, w, d)."""
-        self.past_frames[index] = past.repeat_interleave(len(self.row) // len(past), 0)
-
-    def start_frame(self, window, frame, told=None):
-        """The frame stack of the frame that comes after those of ``window`` (M, n, h, w, n_codebooks), of which is told
-        (M, 1, d) or nothing."""
-        network, self.time = self.network, window.shape[1]
+    def start_frame(self, window, frame, vectors):
+        """The frame stack of ``frame`` (M, 1, h, w, n), which comes after those of ``window`` and has the levels above;
+        what is told of it is the last of ``vectors``."""
+        network, self.frame, self.time = self.network, frame, window.shape[1]
+        self.told = None if vectors is None else vectors[:, -1:]
         known = network.embed_known(network.embed_before(window[:, -1:]), frame, self.i, self.time)
-        self.known, self.past_rows, self.told = [], [None] * len(self.weights), told
+        self.known, self.past_rows = [], [None] * len(network.row_stack)
         for index, layer in enumerate(network.frame_stack):
-            known, self.past_frames[index] = layer(known, past=self.past_frames[index], told=told)
+            known, self.past_frames[index] = layer(known, past=self.past_frames[index], told=self.told)
             self.known.append(known)
 
-    def fill_row(self, frame, y, uniform):
-        """Generate the codes of row y: frame (M, 1, h, w, n_codebooks), uniform (w, M) -> rows (M, w)."""
-        network = self.network
-        if y == 0:
-            rows = torch.zeros_like(self.known[0][:, :, :1])
-        else:
-            rows = network.embed_own(frame[:, :, y - 1 : y, :, self.i])
-        for index, layer in enumerate(network.row_stack):
-            known = self.known[index][:, :, y : y + 1]
-            rows, self.past_rows[index] = layer(rows, known, self.past_rows[index], self.told)
-            column_layer = network.column_stack[index]
-            condition = torch.cat([known, rows], -1)[:, 0, 0] @ self.weights[index][1]  # (M, w, 2 d)
-            self.conditions[:, index] = condition.transpose(0, 1) + column_layer.conv.conv.bias
-            if self.told is not None:
-                self.conditions[:, index] += column_layer.tell(self.told[:, 0])
-            self.past_columns[index].zero_()
-        self.left.zero_()
+    def fill_row(self, y, uniform):
+        """Generate row y of the level into the frame, from random numbers (w, M)."""
+        self._start_row(y)
         self.uniform.copy_(uniform)
         start = (self.time * self.grid[1] + y) * self.grid[2]
         for x in range(self.grid[2]):
@@ -562,19 +555,32 @@ class LayerState:
                 self.graph.replay()
             else:
                 self._step(start + x)
-        return self.row
+        self.frame[:, 0, y, :, self.i] = self.row
+
+    def _start_row(self, y):
+        """The row stack of row y, and what it and the frame stack give to the column stack."""
+        network = self.network
+        if y == 0:
+            rows = torch.zeros_like(self.known[0][:, :, :1])
+        else:
+            rows = network.embed_own(self.frame[:, :, y - 1 : y, :, self.i])
+        for index, (layer, column_layer) in enumerate(zip(network.row_stack, network.column_stack)):
+            known = self.known[index][:, :, y : y + 1]
+            rows, self.past_rows[index] = layer(rows, known, self.past_rows[index], self.told)
+            condition = torch.cat([known, rows], -1)[:, 0, 0]
+            told = None if self.told is None else self.told[:, 0]
+            self.given[:, index] = column_layer.given(condition, self.weights[index][1], told).transpose(0, 1)
+            self.past_columns[index].zero_()
+        self.left.zero_()
 
     def _step(self, index=None):
-        """Generate the code at ``position``, in ``column`` of its row; ``index`` is the position, where known."""
+        """The column stack at ``position``, in ``column`` of its row, and the code there; ``index`` is the position,
+        where known."""
         network, x = self.network, self.left
-        conditions = self.conditions.index_select(0, self.column)[0].unbind(0)
-        for layer, condition, past, (weight, _), modules, caches in zip(
-            network.column_stack, conditions, self.past_columns, self.weights, network.attention, self.caches
-        ):
-            taps = torch.cat([past, layer.norm(x)], 1)
-            past.copy_(taps[:, x.shape[1] :])
-            x = x + layer.out(gate(torch.addmm(condition, taps, weight)))
-            for module, cache in zip(modules, caches):
+        given = self.given.index_select(0, self.column)[0].unbind(0)
+        for number, (layer, modules) in enumerate(zip(network.column_stack, network.attention)):
+            x = layer.step(x, given[number], self.past_columns[number], self.weights[number][0])
+            for module, cache in zip(modules, self.caches[number]):
                 x = module.step(x, cache, self.position, None if index is None else module.span(index))
         uniform = self.uniform.index_select(0, self.column)[0]
         code = choose_codes(network.predict(x, self.i), uniform, **self.choose) + self.first_row

@@ -39,6 +39,52 @@ from .sampling import (
 # Positions of slices in one pass of ``log_prob``, which bounds its memory: as many as in a training step of the paper.
 POSITIONS_AT_ONCE = 64 * 256
 ATTENTION_FORMS = ("query_key_relative", "key_relative", "relative")
+UNSEEN = -1  # in the place of positions and codes that the encoder does not see; as an index, the last
+
+
+# Subscaling (section 3.2) -------------------------------------------------------------------------------------------
+
+
+def encoder_taps(subscale, n_frames, context_frames=None):
+    """Offsets (dt, dy, dx) of the slice encoder's convolution.
+
+    Published kernels: 7 frames for single-frame slices; otherwise, on each axis, 2 * (s // 2) + 1.
+    """
+    reach = [s // 2 for s in subscale]
+    if subscale[0] == n_frames:
+        reach[0] = 3
+    if context_frames is not None:
+        reach[0] = context_frames
+    times = range(-reach[0], reach[0] + 1)
+    if context_frames is not None and subscale == (n_frames, 1, 1):
+        times = range(-reach[0], 0)  # with one whole frame a slice, only past taps can see anything
+    return list(itertools.product(times, *(range(-r, r + 1) for r in reach[1:])))
+
+
+def slice_geometry(grid, subscale, taps):
+    """Which positions form each slice, and what the encoder sees from them.
+
+    Returns:
+        pixels: (n_slices, N) raster index of each slice's positions in the clip.
+        neighbours: (n_slices, N, taps) raster index of each tap; UNSEEN where it is outside the clip or belongs to a
+            slice that is not generated yet.
+    """
+    size, step = torch.tensor(grid), torch.tensor(subscale)
+    index = torch.arange(math.prod(grid)).view(grid)
+    starts = itertools.product(*(range(s) for s in subscale))
+    pixels = torch.stack([index[a :: step[0], b :: step[1], c :: step[2]].flatten() for a, b, c in starts])
+    slice_of = torch.empty(math.prod(grid), dtype=torch.int64)
+    slice_of[pixels] = torch.arange(len(pixels))[:, None].expand_as(pixels)
+    coordinates = torch.stack(torch.unravel_index(pixels, grid), -1)
+    located = coordinates[:, :, None] + torch.tensor(taps)
+    inside = ((located >= 0) & (located < size)).all(-1)
+    located = located.clamp(min=0).minimum(size - 1)
+    neighbours = (located[..., 0] * grid[1] + located[..., 1]) * grid[2] + located[..., 2]
+    earlier = slice_of[neighbours] < torch.arange(len(pixels))[:, None, None]
+    return pixels, torch.where(inside & earlier, neighbours, UNSEEN)
+
+
+# Encoder and decoder (sections 3.2 and 4.4) ------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -64,34 +110,41 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(inner, dim, bias=False)
 
     def _heads(self, x):
-        return x.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (M, heads, N, head_dim)
+        return x.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (M, heads, L, head_dim)
 
-    def forward(self, x, bias, cache=None, positions=None):
-        """(M, L, dim) -> (M, L, dim). ``bias``: (heads, L, S) over the S keys, minus infinity where a key is hidden.
+    def _key(self, x):
+        return None if self.form == "relative" else self._heads(self.to_key(x))
 
-        With a ``cache`` (keys, values), the keys and values of ``positions`` are written there first and the first S
-        cached ones are attended to; without one, keys are the queries' own positions.
-        """
-        x = self.norm(x)
-        key = None if self.form == "relative" else self._heads(self.to_key(x))
-        value = self._heads(self.to_value(x))
-        if cache is not None:
-            keys, values = cache
-            if key is not None:
-                keys.index_copy_(2, positions, key.to(keys.dtype))
-                key = keys[:, :, : bias.shape[-1]]
-            values.index_copy_(2, positions, value.to(values.dtype))
-            value = values[:, :, : bias.shape[-1]]
-        bias = bias.to(value.dtype)
+    def _query(self, x, dtype):
         if self.form == "query_key_relative":
-            query = self._heads(self.to_query(x))
-        elif self.form == "key_relative":
-            query = self.query.to(value.dtype).expand(x.shape[0], -1, x.shape[1], -1)
-        if key is not None and cache is None:
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
-        else:  # for the few queries of a sampling step, plain products are faster than the fused kernel
-            logits = bias if key is None else query * self.head_dim**-0.5 @ key.transpose(2, 3) + bias
-            out = logits.softmax(-1) @ value
+            return self._heads(self.to_query(x))
+        return self.query.to(dtype).expand(x.shape[0], -1, x.shape[1], -1)
+
+    def forward(self, x, bias):
+        """All positions at once: x (M, N, dim), bias (heads, N, N), minus infinity where a key is hidden -> like x."""
+        x = self.norm(x)
+        key, value = self._key(x), self._heads(self.to_value(x))
+        bias = bias.to(value.dtype)
+        if key is None:
+            out = bias.softmax(-1) @ value
+        else:
+            out = F.scaled_dot_product_attention(self._query(x, value.dtype), key, value, attn_mask=bias[None])
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def step(self, x, bias, cache, positions):
+        """Some positions, which attend to the first S: x (M, L, dim), bias (heads, L, S) -> like x.
+
+        Their keys and values are written to the ``cache``, which holds those of the other positions.
+        """
+        x, n_seen = self.norm(x), bias.shape[-1]
+        for kept, new in zip(cache, (self._key(x), self._heads(self.to_value(x)))):
+            if new is not None:
+                kept.index_copy_(2, positions, new.to(kept.dtype))
+        keys, values = (kept[:, :, :n_seen] for kept in cache)
+        logits = bias = bias.to(values.dtype)
+        if self.form != "relative":  # for the few queries of a step, plain products are faster than the fused kernel
+            logits = self._query(x, values.dtype) * self.head_dim**-0.5 @ keys.transpose(2, 3) + bias
+        out = logits.softmax(-1) @ values
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
@@ -104,8 +157,12 @@ class Block(nn.Module):
         self.relative = RelativeBias3D(grid, n_heads, relative_scale)
         self.feed_forward = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
-    def forward(self, x, bias, **cache):
-        x = x + self.attention(x, bias, **cache)
+    def forward(self, x, bias):
+        x = x + self.attention(x, bias)
+        return x + self.feed_forward(x)
+
+    def step(self, x, bias, cache, positions):
+        x = x + self.attention.step(x, bias, cache, positions)
         return x + self.feed_forward(x)
 
 
@@ -130,10 +187,10 @@ class SliceEncoder(nn.Module):
         self.register_buffer("tap_rows", torch.arange(n_taps)[:, None] * n_rows, persistent=False)
         self.register_buffer("positions", sinusoidal_positions_3d(grid, dim) * absolute, persistent=False)
 
-    def forward(self, rows, seen, slice_ids, told=None):
-        """rows (M, N, taps, n_codebooks) int64 and seen (M, N, taps) bool, slice_ids (M,), and what is told of each
+    def forward(self, rows, slice_ids, told=None):
+        """rows (M, N, taps, n_codebooks) int64, of which some are UNSEEN, slice_ids (M,), and what is told of each
         position's frame (M, N, d) or None -> (M, N, d)."""
-        index = torch.where(seen[..., None], rows + self.tap_rows, self.unseen)
+        index = torch.where(rows == UNSEEN, self.unseen, rows + self.tap_rows)
         x = self.taps(index.flatten(2).flatten(0, 1)).unflatten(0, index.shape[:2])
         x = self.project(x + self.slice_embedding(slice_ids)[:, None])
         x = x + self.positions.to(x.dtype)
@@ -185,7 +242,7 @@ class SliceDecoder(nn.Module):
             x = block(x, bias)
         return x
 
-    def advance(self, state, positions, stop):
+    def step(self, state, positions, stop):
         """Some positions only, (M, L, d), with keys and values of the earlier ones taken from ``state``.
 
         positions: (L,) int64, all below ``stop``; the codes before each of them must have been fed to the state.
@@ -193,7 +250,7 @@ class SliceDecoder(nn.Module):
         near = state.embedded[:, self.neighbours[positions]].flatten(2)  # (M, L, taps * embed_dim)
         x = near @ state.tap_weight + state.base[:, positions]
         for block, bias, cache in zip(self.blocks, state.biases, state.caches):
-            x = block(x, bias[:, positions, :stop], cache=cache, positions=positions)
+            x = block.step(x, bias[:, positions, :stop], cache, positions)
         return x
 
 
@@ -352,7 +409,7 @@ class VideoTransformer(Prior):
         # Codes become rows of one table over all codebooks: code c of codebook k is row first_row[k] + c.
         first_row = torch.tensor([0, *itertools.accumulate(sizes)][:-1])
         self.register_buffer("slice_pixels", slice_pixels, persistent=False)  # (n_slices, N) raster index in the clip
-        self.register_buffer("neighbours", neighbours, persistent=False)  # (n_slices, N, taps), T * h * w: unseen
+        self.register_buffer("neighbours", neighbours, persistent=False)  # (n_slices, N, taps), or UNSEEN
         self.register_buffer("first_row", first_row, persistent=False)
 
         def block():
@@ -434,11 +491,9 @@ class VideoTransformer(Prior):
 
     def _encode(self, rows, slice_ids, vectors=None):
         """The encoder's memory: rows (M, T * h * w, n_codebooks), slice_ids (M,), vectors (M, T, d) -> (M, N, d)."""
-        neighbours = self.neighbours[slice_ids]
-        seen = neighbours < rows.shape[1]
-        near = self._take(rows, neighbours.clamp(max=rows.shape[1] - 1))
+        near = self._take(F.pad(rows, (0, 0, 0, 1), value=UNSEEN), self.neighbours[slice_ids])
         told = None if vectors is None else self._take(vectors, self._times(slice_ids))
-        return self.encoder(near, seen, slice_ids, told)
+        return self.encoder(near, slice_ids, told)
 
     @staticmethod
     def _take(rows, index):
@@ -770,7 +825,7 @@ class CachedStepper(Stepper):
         if start:  # the known positions, all at once
             positions = torch.arange(start, device=self.device)
             self.state.feed(self.own[:, :start], positions)
-            self.model.decoder.advance(self.state, positions, start)
+            self.model.decoder.step(self.state, positions, start)
 
     def step(self, position):
         self.position.fill_(position)
@@ -781,7 +836,7 @@ class CachedStepper(Stepper):
 
     def _step(self, stop):
         """Generate the position held in ``self.position``, attending to the first ``stop`` cached ones."""
-        y = self.model.decoder.advance(self.state, self.position, stop)[:, 0]
+        y = self.model.decoder.step(self.state, self.position, stop)[:, 0]
         rows = self.draw(y, self.uniform.index_select(0, self.position)[0])
         self.own.index_copy_(1, self.position, rows[:, None])
         self.state.feed(rows[:, None], self.position)
@@ -791,42 +846,3 @@ class CachedStepper(Stepper):
 def xavier_uniform(weight, fan_in, fan_out):
     """Glorot's uniform distribution, for a weight that is a part of a layer, or laid out otherwise."""
     weight.uniform_(-1, 1).mul_(math.sqrt(6 / (fan_in + fan_out)))
-
-
-def encoder_taps(subscale, n_frames, context_frames=None):
-    """Offsets (dt, dy, dx) of the slice encoder's convolution.
-
-    Published kernels: 7 frames for single-frame slices; otherwise, on each axis, 2 * (s // 2) + 1.
-    """
-    reach = [s // 2 for s in subscale]
-    if subscale[0] == n_frames:
-        reach[0] = 3
-    if context_frames is not None:
-        reach[0] = context_frames
-    times = range(-reach[0], reach[0] + 1)
-    if context_frames is not None and subscale == (n_frames, 1, 1):
-        times = range(-reach[0], 0)  # with one whole frame a slice, only past taps can see anything
-    return list(itertools.product(times, *(range(-r, r + 1) for r in reach[1:])))
-
-
-def slice_geometry(grid, subscale, taps):
-    """Which positions form each slice, and what the encoder sees from them.
-
-    Returns:
-        pixels: (n_slices, N) raster index of each slice's positions in the clip.
-        neighbours: (n_slices, N, taps) raster index of each tap; T * h * w where it is outside the clip or belongs to
-            a slice that is not generated yet.
-    """
-    size, step = torch.tensor(grid), torch.tensor(subscale)
-    index = torch.arange(math.prod(grid)).view(grid)
-    starts = itertools.product(*(range(s) for s in subscale))
-    pixels = torch.stack([index[a :: step[0], b :: step[1], c :: step[2]].flatten() for a, b, c in starts])
-    slice_of = torch.empty(math.prod(grid), dtype=torch.int64)
-    slice_of[pixels] = torch.arange(len(pixels))[:, None].expand_as(pixels)
-    coordinates = torch.stack(torch.unravel_index(pixels, grid), -1)
-    located = coordinates[:, :, None] + torch.tensor(taps)
-    inside = ((located >= 0) & (located < size)).all(-1)
-    located = located.clamp(min=0).minimum(size - 1)
-    neighbours = (located[..., 0] * grid[1] + located[..., 1]) * grid[2] + located[..., 2]
-    earlier = slice_of[neighbours] < torch.arange(len(pixels))[:, None, None]
-    return pixels, torch.where(inside & earlier, neighbours, index.numel())

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from test_quantizer import assert_same_state, placed, state_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentcast.tokenizers.quantizers import ema_codebook
+from latentcast.tokenizers.quantizers import search
 from latentcast.tokenizers.quantizers.code_tree import CodeTree
 from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
 from latentcast.tokenizers.quantizers.sliced import SlicedQuantizer
@@ -62,7 +62,7 @@ def test_layers_have_a_codebook_for_each_path():
 @pytest.mark.parametrize("tree", [True, False])
 @pytest.mark.parametrize("learned", [True, False])
 def test_search_by_brute_force(tree, learned, monkeypatch):
-    monkeypatch.setattr(ema_codebook, "GATHERED_CPU", 7 * 4 * 5)  # several chunks
+    monkeypatch.setattr(search, "GATHERED_CPU", 7 * 4 * 5)  # several chunks
     quantizer = trained(tree=tree, learned=learned).eval()
     vectors = torch.randn(6, 11, 5)
     output = quantizer(vectors)
@@ -102,7 +102,7 @@ def test_search_is_local_and_bounded(monkeypatch):
                 self.numel = max(self.numel, result.numel())
             return result
 
-    monkeypatch.setattr(ema_codebook, "GATHERED_CPU", 2**12)
+    monkeypatch.setattr(search, "GATHERED_CPU", 2**12)
     quantizer, vectors = CodeTree(8, 4, 8), torch.randn(1000, 8)
     with Largest() as largest:
         largest.known = {layer.codebook.data_ptr() for layer in quantizer.layers}

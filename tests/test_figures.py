@@ -214,7 +214,7 @@ def test_layers_add_up_to_the_reconstruction_and_say_what_they_cost():
     tokenizer, prior = hierarchical()
     shown = subject(tokenizer, prior)
     numbers = FIGURES["layers"].draw(shown).numbers
-    bits = prior.layer_bits_per_code(tokenizer.encode(moving()).codes, 2).mean(0).tolist()
+    bits = prior.level_bits_per_code(tokenizer.encode(moving()).codes, 2).mean(0).tolist()
     assert [numbers["bits_1"], numbers["bits_2"]] == pytest.approx(bits, rel=1e-4)
     alone = subject(tokenizer)
     numbers = FIGURES["layers"].draw(alone).numbers
@@ -313,7 +313,7 @@ def test_losses_stand_beside_the_entropy_of_the_frequencies():
     shown = subject(tokenizer, prior, counts=[torch.tensor([4, 4, 0, 0]), torch.tensor([1, 1, 1, 1])])
     numbers = FIGURES["losses"].draw(shown).numbers
     assert (numbers["entropy_1"], numbers["entropy_2"]) == pytest.approx((1, 2))
-    bits = prior.layer_bits_per_code(tokenizer.encode(moving()).codes, 2).mean(0).tolist()
+    bits = prior.level_bits_per_code(tokenizer.encode(moving()).codes, 2).mean(0).tolist()
     assert [numbers["bits_1"], numbers["bits_2"]] == pytest.approx(bits, rel=1e-4)
 
 

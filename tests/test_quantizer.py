@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentcast.metrics.codebook import CodebookUsage
 from latentcast.metrics.perplexity import perplexity
-from latentcast.tokenizers.quantizers.ema_codebook import SEARCHED_CPU, EMACodebook
+from latentcast.tokenizers.quantizers.ema_codebook import EMACodebook
+from latentcast.tokenizers.quantizers.search import SEARCHED_CPU
 from latentcast.tokenizers.quantizers.sliced import SlicedQuantizer
 
 

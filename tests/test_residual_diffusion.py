@@ -90,17 +90,19 @@ def test_levels_of_both_resolutions_are_those_of_table_3():
         model = ResidualDiffusion(PixelTokenizer(3, size, size, levels=None).latent_spec, **options).to("meta")
         frames = torch.empty(2, 3, size, size, device="meta")
         memory = model.observe(frames)
-        assert memory["context"][-1].shape == (2, deepest[0], deepest[1], deepest[1])
-        assert memory["transform"][-1].shape == (2, mu_deepest[0], mu_deepest[1], mu_deepest[1])
+        assert memory.rows("context")[-1].shape == (2, deepest[0], deepest[1], deepest[1])
+        assert memory.rows("transform")[-1].shape == (2, mu_deepest[0], mu_deepest[1], mu_deepest[1])
         assert model.predict_frame(memory)[0].shape == frames.shape
         steps = torch.empty(2, dtype=torch.int64, device="meta")
-        assert model.denoiser(frames, steps, model.denoiser.conditions(memory["context"])).shape == frames.shape
+        assert model.denoiser(frames, steps, model.denoiser.conditions(memory.rows("context"))).shape == frames.shape
 
 
 def test_the_ablation_has_no_transform_network():
     model = tiny(residual=False)
-    assert model.transform is None and model.predict_frame(model.observe(random_pixels()[:, 0])) == (0.0, 1.0)
-    assert set(model.observe(random_pixels()[:, 0])) == {"context"}
+    memory = model.observe(random_pixels()[:, 0])
+    mu, sigma = model.predict_frame(memory)
+    assert model.transform is None and mu.shape == random_pixels()[:, 0].shape and not mu.any() and sigma == 1
+    assert set(memory.states) == {"context"}
 
 
 def test_linear_attention_is_attention_with_separable_weights():
@@ -184,7 +186,7 @@ def test_the_loss_is_algorithm_1_frame_by_frame(noise_loss, residual, n_context)
             y_0 = (clip[:, t] - mu) / sigma
             alpha_bar = model.alpha_bars[n].view(2, 1, 1, 1)
             y_n = alpha_bar.sqrt() * y_0 + (1 - alpha_bar).sqrt() * epsilon[t - n_context]
-            found = model.denoiser(y_n, n, model.denoiser.conditions(memory["context"]))
+            found = model.denoiser(y_n, n, model.denoiser.conditions(memory.rows("context")))
             error = (found - epsilon[t - n_context]).abs()
             total += (error if noise_loss == "l1" else error**2).mean()
         output = model(clip, n_context)
@@ -313,7 +315,7 @@ def test_nothing_of_the_future_reaches_the_past():
     memory = model.observe(frames, 5)
     mu = model.predict_frame(memory)[0]
     steps = torch.full((len(frames),), 700)
-    noise = model.denoiser(torch.randn_like(frames), steps, model.denoiser.conditions(memory["context"]))
+    noise = model.denoiser(torch.randn_like(frames), steps, model.denoiser.conditions(memory.rows("context")))
     for output in (mu, noise):
         for t in range(5):
             (gradient,) = torch.autograd.grad(output.unflatten(0, (5, 2))[t].sum(), clip, retain_graph=True)
@@ -327,7 +329,7 @@ def test_what_leads_to_a_frame_reaches_it_and_no_earlier_one():
     frames = random_pixels(n_frames=5).transpose(0, 1).flatten(0, 1)
     vectors = torch.randn(len(frames), model.config.width, requires_grad=True)
     memory = model.observe(frames, 5, vectors=vectors)
-    noise = model.denoiser(frames, torch.full((len(frames),), 700), model.denoiser.conditions(memory["context"]))
+    noise = model.denoiser(frames, torch.full((len(frames),), 700), model.denoiser.conditions(memory.rows("context")))
     for output in (model.predict_frame(memory)[0], noise):
         for t in range(5):
             (gradient,) = torch.autograd.grad(output.unflatten(0, (5, 2))[t, 0].sum(), vectors, retain_graph=True)
@@ -469,7 +471,7 @@ def test_ancestral_sampling_is_algorithm_1(options):
             for n in reversed(range(n_steps)):
                 now, before = alpha_bar[n], alpha_bar[n - 1] if n else torch.tensor(1.0)
                 beta = 1 - now / before
-                conditions = model.denoiser.conditions(memory["context"])
+                conditions = model.denoiser.conditions(memory.rows("context"))
                 epsilon = model.denoiser(y, torch.full((2,), n), conditions)
                 y_0 = (y - (1 - now).sqrt() * epsilon) / now.sqrt()
                 n_clamped += (y_0.abs() > bound).sum()

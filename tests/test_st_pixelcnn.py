@@ -14,7 +14,7 @@ from latentcast.layers.causal_attention import CausalWindowAttention
 from latentcast.layers.masked_convolutions import AxisCausalConv3d, shifted
 from latentcast.layers.positions import rotate, rotation_table
 from latentcast.priors.sampling import sliding_windows
-from latentcast.priors.st_pixelcnn import LayerState
+from latentcast.priors.st_pixelcnn import CachedLevel
 
 LAYERS = ["separate", "shared"]
 ATTENTION = ["full", "factorised", "windowed", "none"]
@@ -242,7 +242,7 @@ def test_probabilities_of_all_futures_sum_to_one(layers, attention):
     with torch.no_grad():
         assert model.log_prob(clips, 1).double().exp().sum().item() == pytest.approx(1, abs=1e-5)
         # Also layer by layer: for each future of the first layer, those of the second sum to one.
-        second = model.layer_log_prob(clips, 1)[:, 1].double().exp()
+        second = model.level_log_prob(clips, 1)[:, 1].double().exp()
     first = clips[:, 1:, ..., 0].flatten(1)
     for future in first.unique(dim=0):
         assert second[(first == future).all(1)].sum().item() == pytest.approx(1, abs=1e-5)
@@ -260,11 +260,11 @@ def test_loss_bits_logits_and_log_prob_agree():
         ],
         1,
     )
-    torch.testing.assert_close(model.layer_log_prob(clip, 2).double(), by_hand, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(model.level_log_prob(clip, 2).double(), by_hand, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(model.log_prob(clip, 2).double(), by_hand.sum(1), atol=1e-4, rtol=1e-5)
     assert output.loss.item() == pytest.approx(-by_hand.sum().item() / (2 * 32 * 2), rel=1e-5)
     bits = -by_hand / 32 / math.log(2)
-    torch.testing.assert_close(model.layer_bits_per_code(clip, 2).double(), bits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.level_bits_per_code(clip, 2).double(), bits, atol=1e-5, rtol=1e-5)
     logged = [output.logs[name].item() for name in ("bits_per_code", "bits_per_code_1", "bits_per_code_2")]
     assert logged == pytest.approx([bits.mean().item(), *bits.mean(0).tolist()], rel=1e-5)
     assert list(tiny(spec([5]))(random_codes(sizes=[5]), 1).logs) == ["bits_per_code"]
@@ -289,7 +289,7 @@ def stepwise_logits(model, context, n_frames, **options):
     hooks = [
         network.logits[number].register_forward_hook(lambda module, args, out, i=i: seen[i].append(out))
         for network in model.networks
-        for number, i in enumerate(network.layers)
+        for number, i in enumerate(network.levels)
     ]
     future = model.sample(context, n_frames, generator=torch.Generator().manual_seed(0), **options)
     for hook in hooks:
@@ -397,9 +397,9 @@ def test_a_step_needs_no_host_synchronisation():
         model = tiny(attention=attention)
         for guidance_scale in (1.0, 2.0):
             options = choose | {"guidance_scale": guidance_scale}
-            state = LayerState(model.network(1), 1, model.grid, 4, options, model.first_row[1])
+            level = CachedLevel(model, 1, 4, options)
             with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-                state._step()
+                level._step()
 
 
 @pytest.mark.gpu

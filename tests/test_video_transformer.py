@@ -262,7 +262,7 @@ def test_stepwise_logits_equal_teacher_forcing(subscale, attention):
             state.start_slice(memory)
             for position in range(own.shape[1]):
                 here = torch.tensor([position])
-                y = model.decoder.advance(state, here, position + 1)[:, 0]
+                y = model.decoder.step(state, here, position + 1)[:, 0]
                 for k, logits in enumerate(model.head(y, own[:, position])):
                     torch.testing.assert_close(logits, expected[k][:, position], atol=2e-5, rtol=1e-4)
                 state.feed(own[:, position, None], here)

@@ -69,23 +69,24 @@ class GaussianGroups(nn.Module):
         self.moments = nn.ModuleList(nn.Linear(cells, 2 * group_dim) for _ in range(n_groups))
         self.apply(init_normal)
 
-    def forward(self, h, choose, states=None):
-        """Go through the groups.
+    def forward(self, h, z=None, noise=None, states=None):
+        """Equation 4, group after group.
 
         Args:
             h: (B, T, n_in).
-            choose: ``choose(j, mean, logvar)`` -> z^j, all three (B, T, group_dim), with j from 0: a draw, or what is
-                known already.
+            z: of each group what is known already, (B, T, group_dim), or None where it is drawn; None: all are drawn.
+            noise: of the draws, standard normal, (B, T, n_groups * group_dim); None: torch's own.
             states: of the groups, to go on from; None: zeros.
         Returns:
             z, mean, log-variance: (B, T, n_groups * group_dim) each; the states after the last step.
         """
-        known, found = h, [h.new_zeros(2, *h.shape[:-1], 0)]
-        states = list(states or [None] * len(self.recurrent))
+        n_groups = len(self.recurrent)
+        z, noise = by_group(z, noise, n_groups, self.group_dim)
+        states, known, found = list(states or [None] * n_groups), h, [h.new_zeros(2, *h.shape[:-1], 0)]
         for j, (recurrent, moments) in enumerate(zip(self.recurrent, self.moments)):
             features, states[j] = recurrent(known, states[j])
             found.append(torch.stack(moments(features).chunk(2, -1)))
-            known = torch.cat([known, choose(j, *found[-1])], -1)
+            known = torch.cat([known, draw(*found[-1], noise[j]) if z[j] is None else z[j]], -1)
         mean, logvar = torch.cat(found, -1)
         return known[..., h.shape[-1] :], mean, logvar, states
 
@@ -97,7 +98,20 @@ class StandardGroups(nn.Module):
         super().__init__()
         self.n_groups, self.group_dim = n_groups, group_dim
 
-    def forward(self, h, choose, states=None):
+    def forward(self, h, z=None, noise=None, states=None):
+        z, noise = by_group(z, noise, self.n_groups, self.group_dim)
         zeros = h.new_zeros(*h.shape[:-1], self.group_dim)
-        z = torch.cat([h[..., :0], *(choose(j, zeros, zeros) for j in range(self.n_groups))], -1)
+        groups = [draw(zeros, zeros, noise[j]) if z[j] is None else z[j] for j in range(self.n_groups)]
+        z = torch.cat([h[..., :0], *groups], -1)
         return z, torch.zeros_like(z), torch.zeros_like(z), states
+
+
+def by_group(z, noise, n_groups, group_dim):
+    """What is known of z and the noise of what is drawn, as for ``GaussianGroups`` -> the same of each group."""
+    return z or [None] * n_groups, [None] * n_groups if noise is None else noise.split(group_dim, -1)
+
+
+def draw(mean, logvar, noise=None):
+    """A draw of N(mean, exp(logvar)), by standard normal noise of the same shape; None: torch's own."""
+    noise = torch.randn_like(mean) if noise is None else noise.to(mean.dtype)
+    return mean + (0.5 * logvar).exp() * noise

@@ -77,32 +77,33 @@ class SteadyDecoder:
     Args:
         decoder: a MultilevelDecoder that takes features at all levels. Its weights as they are now are used, and
             gradients reach them.
+        joins: for each level, how the features are joined: a SkipConnection or FeatureAligner.
     """
 
-    def __init__(self, decoder):
-        self.head, self.levels = decoder.head, []
+    def __init__(self, decoder, joins):
+        self.head, self.joins, self.levels = decoder.head, joins, []
         for level, (n, *_) in zip(decoder.levels, decoder.level_shapes):
             first, axis = level[0], 0 if isinstance(level[0], nn.ConvTranspose2d) else 1
             own, features, others = first.weight.tensor_split((n, 2 * n), axis)
             self.levels.append((first, torch.cat([own, others], axis), features.clone(), level[1:]))
 
-    def share(self, level, features):
-        """What the features (N, channels, height, width) of a level contribute to its first convolution."""
-        first, _, weight, _ = self.levels[level]
-        without_bias = {} if first.bias is None else {"bias": torch.zeros_like(first.bias)}
-        return functional_call(first, {"weight": weight, **without_bias}, (features,))
+    def remember(self, features):
+        """The features of some frames at each level (N, channels, height, width) -> Memories, which hold in place of
+        the features their share in the level's first convolution: computed once a frame, for all predicted from it."""
+        memories = []
+        for (first, _, weight, _), join, encoded in zip(self.levels, self.joins, features):
+            memory = join.memory(encoded)
+            without_bias = {} if first.bias is None else {"bias": torch.zeros_like(first.bias)}
+            share = functional_call(first, {"weight": weight, **without_bias}, (encoded,))
+            memories.append(memory._replace(features=share))
+        return memories
 
-    def __call__(self, h, shares, join):
-        """The decoder's output.
-
-        Args:
-            h: (N, dim).
-            shares: of each level, N rows.
-            join: ``join(level, own)`` -> what ``join`` gives the decoder, but without the features.
-        """
-        x = self.head(h[:, :, None, None])
-        for i, (first, weight, _, rest) in reversed(list(enumerate(self.levels))):
-            x = rest(functional_call(first, {"weight": weight}, (join(i, x),)) + shares[i])
+    def __call__(self, g, memories):
+        """What the frame predictor says of N frames, (N, dim), and a Memory of N rows at each level -> the frames."""
+        x = self.head(g[:, :, None, None])
+        for (first, weight, _, rest), join, memory in reversed(list(zip(self.levels, self.joins, memories))):
+            own = torch.cat([x, *join.aligned(x, memory)], 1)
+            x = rest(functional_call(first, {"weight": weight}, (own,)) + memory.features)
         return x
 
 

@@ -1,4 +1,8 @@
-"""A neural stochastic differential equation over feature maps, solved by torchsde on a fixed grid of times."""
+"""A neural stochastic differential equation over feature maps, solved on a fixed grid of times.
+
+The steps of the default, Euler-Heun, are written out here, as are Euler's for an ODE; torchsde does all else: the other
+solvers, the adjoint, and the divergence of a controlled equation.
+"""
 
 import math
 
@@ -149,24 +153,46 @@ class Path:
 
     def _solve(self, stops, told):
         """The solution at later whole numbers (K, N, h w C), all of them steps with the same drift."""
-        model, y = self.model, self.y
         equation = _Equation(self, told)
-        if model.diffusion is None:
-            wanted, states = set(stops), []
-            for step in range(self.position + 1, stops[-1] + 1):
-                y = y + equation.f(None, y)
-                if step in wanted:
-                    states.append(y)
-            return torch.stack(states)
-        controlled = self.control is not None
+        if self.model.diffusion is None:
+            return self._euler(equation, stops)
+        if self.model.solver == "euler_heun" and self.control is None and not self.adjoint:
+            return self._euler_heun(equation, stops)
+        return self._torchsde(equation, stops)
+
+    def _euler(self, equation, stops):
+        """Euler's method for an ODE: y' = y + f(y)."""
+        y, states = self.y, []
+        for step in range(self.position + 1, stops[-1] + 1):
+            y = y + equation.f(None, y)
+            if step in stops:
+                states.append(y)
+        return torch.stack(states)
+
+    def _euler_heun(self, equation, stops):
+        """The predictor-corrector for a Stratonovich SDE: y' = y + f(y) + (g(y) dW + g(y~) dW) / 2, y~ = y + g(y) dW,
+        whose noise is the mean of that at the start of a step and that where it would lead to."""
+        y, states = self.y, []
+        for step in range(self.position, stops[-1]):
+            dW = self.brownian(step, step + 1)
+            drift, noise = equation.f(None, y), equation.g(None, y) * dW
+            there = equation.g(None, y + noise) * dW
+            y = y + drift + (noise + there) * 0.5
+            if step + 1 in stops:
+                states.append(y[None])
+        return torch.cat(states)
+
+    def _torchsde(self, equation, stops):
+        model, controlled = self.model, self.control is not None
         settings = {"bm": self.brownian, "method": model.solver, "dt": 1, "logqp": controlled}
         settings |= {"extra": True, "extra_solver_state": self.extra}
         grid = torch.tensor([self.position, *stops], dtype=torch.float64)
         if self.adjoint:
             parameters = [*equation.parameters(), *equation.told]
-            states, *_, self.extra = torchsde.sdeint_adjoint(equation, y, grid, adjoint_params=parameters, **settings)
+            settings["adjoint_params"] = parameters
+            states, *_, self.extra = torchsde.sdeint_adjoint(equation, self.y, grid, **settings)
         else:
-            states, *kl, self.extra = torchsde.sdeint(equation, y, grid, **settings)
+            states, *kl, self.extra = torchsde.sdeint(equation, self.y, grid, **settings)
             if controlled:
                 self.kl = self.kl + kl[0].sum(0)
         return states[1:]
@@ -183,7 +209,10 @@ class Path:
 
 
 class _Equation(nn.Module):
-    """What torchsde integrates: rows, in time counted in steps. W in that time is 1 / sqrt(dt) times as large."""
+    """What is integrated, as torchsde likes it: rows, in time counted in steps.
+
+    W in that time is 1 / sqrt(dt) times as large.
+    """
 
     noise_type = "diagonal"
 

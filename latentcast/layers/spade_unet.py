@@ -175,15 +175,17 @@ class SpadeUNet(nn.Module):
         time = unet.time_embedding(unet.time_proj(t).to(x.dtype))
         time = F.silu(time if told is None else time + told)
         conditions = Conditions(time, feature, maps)
+        # diffusers' blocks hand their second argument, the embedding of the time, on to each of their ResNet blocks
+        # untouched: it carries all three conditions to SpadeResnetBlock.
         h = unet.conv_in(x)
         skips = (h,)
         for block in unet.down_blocks:
-            h, outputs = block(h, conditions)
+            h, outputs = block(h, temb=conditions)
             skips += outputs
-        h = unet.mid_block(h, conditions)
+        h = unet.mid_block(h, temb=conditions)
         for block in unet.up_blocks:
             n = len(block.resnets)
-            h = block(h, skips[-n:], conditions)
+            h = block(h, skips[-n:], temb=conditions)
             skips = skips[:-n]
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
 

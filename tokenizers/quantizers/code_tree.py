@@ -67,8 +67,13 @@ class CodeTree(nn.Module):
     @torch.no_grad()
     def nearest(self, vectors):
         """Greedily, from layer to layer: (..., D) -> codes (..., n) int64."""
-        rows = [rows for _, _, rows, _ in self._descend(vectors.flatten(0, -2))]
-        return (torch.stack(rows, -1) % self.codebook_size).unflatten(0, vectors.shape[:-1])
+        xi, codes = vectors.float().flatten(0, -2), []
+        parents = self._root(xi)
+        for layer in self.layers:
+            column, e, parents = self._choose(layer, xi, parents)
+            xi = xi - e
+            codes.append(column)
+        return torch.stack(codes, -1).unflatten(0, vectors.shape[:-1])
 
     @torch.no_grad()
     def lookup(self, codes, n_layers=None):
@@ -111,20 +116,24 @@ class CodeTree(nn.Module):
 
     def forward(self, vectors):
         """Quantise (..., D) -> ResidualQuantizerOutput."""
-        z = vectors.float().flatten(0, -2)
-        e_C, commitment_loss, codebook_loss, steps = 0.0, 0.0, 0.0, []
-        for layer, xi, rows, e in self._descend(z, place=self.training):
+        xi = z = vectors.float().flatten(0, -2)
+        e_C, commitment_loss, codebook_loss, parents, steps = 0.0, 0.0, 0.0, self._root(z), []
+        for i, layer in enumerate(self.layers):
+            if self.training:
+                self._start_over_below(i, layer.initialize(xi.detach(), parents))
+            column, e, below = self._choose(layer, xi, parents)
             e_C = e_C + e
             commitment_loss = commitment_loss + F.mse_loss(xi, e.detach())
             codebook_loss = codebook_loss + F.mse_loss(xi.detach(), e)
-            steps.append((layer, xi.detach(), rows))
+            steps.append((xi.detach(), column, parents))
+            # Subtracting the straight-through output would cancel the gradient of all further layers.
+            xi, parents = xi - e.detach(), below
         commitment_loss = commitment_loss + F.mse_loss(z, e_C.detach())
         codebook_loss = codebook_loss + F.mse_loss(z.detach(), e_C)
-        if self.training:
-            for i, (layer, xi, rows) in enumerate(steps):
-                parents, column = rows // self.codebook_size, rows % self.codebook_size
-                self._start_over_below(i, layer.update(xi, column, parents))
-        codes = torch.stack([rows for _, _, rows in steps], -1) % self.codebook_size
+        if self.training:  # only now: a code that is revived takes back what hangs below it
+            for i, (layer, step) in enumerate(zip(self.layers, steps)):
+                self._start_over_below(i, layer.update(*step))
+        codes = torch.stack([column for _, column, _ in steps], -1)
         histograms = [histogram(column, self.codebook_size) for column in codes.unbind(-1)]
         latents = e_C.detach() + (z - z.detach())  # exact values, straight-through gradient
         return ResidualQuantizerOutput(
@@ -135,22 +144,17 @@ class CodeTree(nn.Module):
             codebook_loss=codebook_loss if self.learned else None,
         )
 
-    def _descend(self, z, place=False):
-        """For z (N, D), yield of each layer: itself, the residual xi^(i-1) that it gets (N, D), the rows that it
-        chooses (N,), and their code vectors e^i (N, D). With ``place``, it first places codes that have no place yet.
-        """
-        xi = z.float()
-        parents = torch.zeros(len(xi), dtype=torch.int64, device=xi.device)
-        for i, layer in enumerate(self.layers):
-            if place:
-                self._start_over_below(i, layer.initialize(xi.detach(), parents))
-            rows = parents * self.codebook_size + layer.nearest(xi, parents)
-            e = layer.lookup(rows)
-            yield layer, xi, rows, e
-            # Subtracting the straight-through output would cancel the gradient of all further layers.
-            xi = xi - e.detach()
-            if self.tree:
-                parents = rows
+    @staticmethod
+    def _root(z):
+        """The path above the first layer, of each of z (N, D)."""
+        return torch.zeros(len(z), dtype=torch.int64, device=z.device)
+
+    def _choose(self, layer, xi, parents):
+        """What a layer chooses for residuals xi^(i-1) (N, D), whose paths are ``parents`` (N,): its codes (N,), their
+        vectors e^i (N, D), and the paths of the next layer."""
+        column = layer.nearest(xi, parents)
+        rows = parents * self.codebook_size + column
+        return column, layer.lookup(rows), rows if self.tree else parents
 
     def _start_over_below(self, i, chosen):
         """Take back all that hangs below the ``chosen`` codes (bool) of layer i."""

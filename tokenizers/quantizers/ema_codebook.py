@@ -1,27 +1,14 @@
 """A codebook that follows its encoder by exponential moving averages: the part that all quantizers share."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from latentcast.config import check_counts
-from latentcast.distributed import rank_and_world
-from latentcast.metrics.perplexity import histogram
 
 from ..base import mix_rows
-
-# What a search works on at once, which bounds its memory: a CPU should stay in its cache and not start its threads too
-# often, a GPU wants few and large kernels. Distances (of at least LEAST vectors), and numbers of code vectors gathered
-# for local searches.
-SEARCHED_CPU, SEARCHED_GPU, LEAST = 2**20, 2**24, 256
-GATHERED_CPU, GATHERED_GPU = 2**17, 2**25
-
-
-def _sum_over_ranks(tensor):
-    if rank_and_world()[1] > 1:
-        dist.all_reduce(tensor)
-    return tensor
+from .routing import Later, RoutedBatch
+from .search import nearest_of_all, nearest_of_children
 
 
 class KeepsDtype(nn.Module):
@@ -33,21 +20,6 @@ class KeepsDtype(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
-
-
-class Later:
-    """A bool that a GPU finds out and the host reads when it is long there; other work goes on meanwhile."""
-
-    def __init__(self, found):
-        self.found, self.there = found.to("cpu", non_blocking=True), torch.cuda.Event()
-        self.there.record()
-
-    def __bool__(self):
-        self.there.synchronize()
-        return bool(self.found)
-
-    def __deepcopy__(self, memo):
-        """Nothing is known of a copy."""
 
 
 class EMACodebook(KeepsDtype):
@@ -135,32 +107,10 @@ class EMACodebook(KeepsDtype):
             (N,) int64 in [0, K).
         """
         with torch.autocast(vectors.device.type, enabled=False):
-            search = self._nearest_of_all if self.n_parents == 1 else self._nearest_of_children
-            return search(vectors.float(), parents)
-
-    def _nearest_of_all(self, vectors, _):
-        # |x - e|^2 = |x|^2 - 2 x.e + |e|^2. Distances are taken from the codebook's mean, because the expansion cancels
-        # badly far from the origin.
-        center = self.codebook.mean(0)
-        codes = self.codebook - center
-        half_norms = codes.square().sum(-1) / 2
-        size = max(LEAST, _at_once(codes.device, SEARCHED_CPU, SEARCHED_GPU) // len(codes))
-        found = torch.empty(len(vectors), dtype=torch.int64, device=codes.device)
-        distances = half_norms.new_empty(min(size, len(vectors)), len(codes))  # one for all: fresh memory is slow
-        for x, nearest in zip(vectors.split(size), found.split(size)):
-            nearest.copy_(_argmin(torch.addmm(half_norms, x - center, codes.T, alpha=-1, out=distances[: len(x)])))
-        return found
-
-    def _nearest_of_children(self, vectors, parents):
-        families = self.codebook.unflatten(0, (self.n_parents, self.codebook_size))
-        rows = families.flatten(1)  # selecting long rows is several times as fast as indexing the three axes
-        chunk = max(1, _at_once(rows.device, GATHERED_CPU, GATHERED_GPU) // rows.shape[1])
-        found = []
-        for x, p in zip(vectors.split(chunk), parents.split(chunk)):
-            children = rows.index_select(0, p).unflatten(1, families.shape[1:])
-            distances = torch.cdist(x[:, None], children, compute_mode="donot_use_mm_for_euclid_dist")
-            found.append(distances[:, 0].argmin(-1))
-        return torch.cat(found)
+            if self.n_parents == 1:
+                return nearest_of_all(vectors.float(), self.codebook)
+            families = self.codebook.unflatten(0, (self.n_parents, self.codebook_size))
+            return nearest_of_children(vectors.float(), families, parents)
 
     def lookup(self, rows):
         """The code vectors in these rows, which are the codes where there is one parent: (...) int64 -> (..., dim)
@@ -180,7 +130,8 @@ class EMACodebook(KeepsDtype):
             return mix_rows(weights, self.codebook)
         # A bag of K rows for each position; gathering them instead would keep K vectors a position for the gradient.
         flat = weights.float().flatten(0, -2)
-        sums = F.embedding_bag(self._rows(parents.flatten()), self.codebook, mode="sum", per_sample_weights=flat)
+        rows = parents.flatten()[:, None] * self.codebook_size + torch.arange(self.codebook_size, device=parents.device)
+        sums = F.embedding_bag(rows, self.codebook, mode="sum", per_sample_weights=flat)
         return sums.unflatten(0, parents.shape)
 
     @torch.no_grad()
@@ -194,32 +145,34 @@ class EMACodebook(KeepsDtype):
             which codes were placed, (P * K,) bool, the same on every rank.
         """
         placed = torch.zeros(len(self.codebook), dtype=torch.bool, device=vectors.device)
-        if not self._placed and not self._all_at_once(placed.device):
+        if not self._placed and self._host_asks(placed.device):
             self._placed = bool(self.initialized.all())
         if self._placed:
             return placed
-        vectors, slots, ids, visits = self._route(vectors, parents, ~self.initialized)
-        K, rows, seen = self.codebook_size, self._rows(ids), visits[:, None] > 0
-        if not self._visited(visits):
+        batch = self._route(vectors, parents, ~self.initialized)
+        if not self._visited(batch.visits):
             return placed
-        drawn, n_drawn = self._draw(vectors, slots, len(ids))
-        # With fewer vectors than codes, some codes repeat a vector.
-        repeated = torch.arange(K, device=rows.device) % n_drawn[:, None].clamp(min=1)
-        drawn = drawn.gather(1, repeated[..., None].expand_as(drawn))
-        self.codebook[rows] = torch.where(seen[..., None], drawn, self.codebook[rows])
-        for _ in range(self.kmeans_iters):
-            counts, sums = self._statistics(
-                vectors, slots, self.nearest(vectors, ids[slots.clamp(max=len(ids) - 1)]), len(ids)
-            )
-            means = sums / counts[..., None].clamp(min=1)
-            self.codebook[rows] = torch.where(counts[..., None] > 0, means, self.codebook[rows])
-        seen = seen.expand_as(rows)
-        sizes = (visits.float() / K)[:, None].expand_as(rows)
-        self._set_counts(rows, torch.where(seen, sizes, self.cluster_size[rows]), seen)
-        self.initialized.view(-1)[ids] |= seen[:, 0]
+        self._k_means(batch)
+        rows, seen = batch.rows, batch.seen.expand_as(batch.rows)
+        sizes = (batch.visits.float() / self.codebook_size)[:, None].expand_as(rows)
+        self._start_averages(rows, torch.where(seen, sizes, self.cluster_size[rows]), seen)
+        self.initialized.view(-1)[batch.ids] |= batch.seen[:, 0]
         self._placed = self.n_parents == 1  # then it is the one that was visited
         placed[rows] = seen
         return placed
+
+    def _k_means(self, batch):
+        """Place the codes of the parents that the batch visits: K of their vectors, then Lloyd's iterations."""
+        rows, seen, (drawn, n_drawn) = batch.rows, batch.seen, batch.draw()
+        # With fewer vectors than codes, some codes repeat a vector.
+        repeated = torch.arange(self.codebook_size, device=rows.device) % n_drawn[:, None].clamp(min=1)
+        drawn = drawn.gather(1, repeated[..., None].expand_as(drawn))
+        self.codebook[rows] = torch.where(seen[..., None], drawn, self.codebook[rows])
+        parents = batch.ids[batch.slots.clamp(max=len(batch.ids) - 1)]
+        for _ in range(self.kmeans_iters):
+            counts, sums = batch.statistics(self.nearest(batch.vectors, parents))
+            means = sums / counts[..., None].clamp(min=1)
+            self.codebook[rows] = torch.where(counts[..., None] > 0, means, self.codebook[rows])
 
     @torch.no_grad()
     def update(self, vectors, codes, parents=None):
@@ -232,35 +185,48 @@ class EMACodebook(KeepsDtype):
         Returns:
             which codes were revived, (P * K,) bool, the same on every rank. The host never waits for a GPU to know.
         """
-        vectors, slots, ids, visits = self._route(vectors, parents, self.initialized)
-        K, rows, seen = self.codebook_size, self._rows(ids), visits[:, None] > 0
-        counts, sums = self._statistics(vectors, slots, codes, len(ids))
-        before = self.cluster_size[rows]
-        sizes = torch.where(seen, before.lerp(counts, 1 - self.decay), before)
-        self.cluster_size[rows] = sizes
+        batch = self._route(vectors, parents, self.initialized)
+        self._average(batch, *batch.statistics(codes))
+        revived = torch.zeros(len(self.codebook), dtype=torch.bool, device=batch.rows.device)
+        if self.revives and self.dead_code_threshold:
+            self._revive(batch, revived)
+        return revived
+
+    def _average(self, batch, n, sums):
+        """The rule of van den Oord et al. 2017, appendix A.1, for n vectors (A, K) and their sum (A, K, dim) a code:
+
+            N <- decay N + (1 - decay) n,    m <- decay m + (1 - decay) sum,    e <- m / N,
+
+        with N smoothed: as many vectors in all, but none of no code.
+        """
+        rows, seen, rate = batch.rows, batch.seen, 1 - self.decay
+        N = self.cluster_size[rows]
+        N = torch.where(seen, N.lerp(n, rate), N)
+        self.cluster_size[rows] = N
+        if self.learned:
+            return
+        m, e, total = self.cluster_sum[rows], self.codebook[rows], N.sum(-1, keepdim=True)
+        moved = m.lerp(sums, rate)
+        smoothed = (N + self.eps) / (total + self.codebook_size * self.eps) * total
+        self.cluster_sum[rows] = torch.where(seen[..., None], moved, m)
+        self.codebook[rows] = torch.where(seen[..., None], moved / smoothed[..., None], e)
+
+    def _revive(self, batch, revived):
+        """Draw the dead codes of the parents visited anew from the batch, and mark them in ``revived``."""
+        rows, K, sizes = batch.rows, self.codebook_size, self.cluster_size[batch.rows]
         totals = sizes.sum(-1, keepdim=True)
-        if not self.learned:
-            before, codebook = self.cluster_sum[rows], self.codebook[rows]
-            moved = before.lerp(sums, 1 - self.decay)
-            smoothed = (sizes + self.eps) / (totals + K * self.eps) * totals
-            self.cluster_sum[rows] = torch.where(seen[..., None], moved, before)
-            self.codebook[rows] = torch.where(seen[..., None], moved / smoothed[..., None], codebook)
-        revived = torch.zeros(len(self.codebook), dtype=torch.bool, device=rows.device)
-        dead = (sizes < self.dead_code_threshold * totals / K) & seen
-        if not self.revives or not self.dead_code_threshold:
-            return revived
+        dead = (sizes < self.dead_code_threshold * totals / K) & batch.seen
         if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any():  # would break the graph
-            return revived
-        drawn, n_drawn = self._draw(vectors, slots, len(ids))
+            return
+        drawn, n_drawn = batch.draw()
         # Where a parent has a vector for each of its codes, code c takes the c-th. Where it has fewer, its first dead
         # codes take them, and the others wait for a later batch: two codes on one vector would not both live.
         turn = torch.where(n_drawn[:, None] == K, torch.arange(K, device=rows.device), dead.cumsum(-1) - 1)
         dead &= turn < n_drawn[:, None]
         fresh = drawn.gather(1, turn.clamp(min=0)[..., None].expand_as(drawn))
         self.codebook[rows] = torch.where(dead[..., None], fresh, self.codebook[rows])
-        self._set_counts(rows, torch.where(dead, totals / K, sizes), dead)
+        self._start_averages(rows, torch.where(dead, totals / K, sizes), dead)
         revived[rows] = dead
-        return revived
 
     @torch.no_grad()
     def clear(self, parents):
@@ -278,15 +244,15 @@ class EMACodebook(KeepsDtype):
         self._placed = False
         return rows
 
-    def _all_at_once(self, device):
-        """Whether all parents are gone through, visited or not: where the host would wait to know which are."""
-        return self.n_parents > 1 and device.type != "cpu"
+    def _host_asks(self, device):
+        """Whether the host looks which parents are visited and placed: of several on a GPU it would wait to know."""
+        return self.n_parents == 1 or device.type == "cpu"
 
     def _visited(self, visits):
         """Whether some parent that is not placed is visited; of several on a GPU, whether it was by the batch before,
         and True for the first one."""
         found = visits.any()
-        if not self._all_at_once(found.device):
+        if self._host_asks(found.device):
             return bool(found)
         placing = self._found is None or bool(self._found)
         self._found = False if placing else Later(found)  # of those that are placed now nothing is left
@@ -296,7 +262,7 @@ class EMACodebook(KeepsDtype):
         self._placed, self._found = False, None
         super()._load_from_state_dict(*args)
 
-    def _set_counts(self, rows, sizes, chosen):
+    def _start_averages(self, rows, sizes, chosen):
         """Start the moving averages of the ``chosen`` codes in ``rows`` as if each had been chosen ``sizes`` times a
         batch so far."""
         self.cluster_size[rows] = sizes
@@ -304,74 +270,5 @@ class EMACodebook(KeepsDtype):
             sums = self.codebook[rows] * sizes[..., None]
             self.cluster_sum[rows] = torch.where(chosen[..., None], sums, self.cluster_sum[rows])
 
-    def _rows(self, ids):
-        """Rows of the codes of some parents: (A,) -> (A, K)."""
-        return ids[:, None] * self.codebook_size + torch.arange(self.codebook_size, device=ids.device)
-
     def _route(self, vectors, parents, wanted):
-        """What this batch brings to the parents in ``wanted`` (P,) bool, without vectors that overflowed under fp16.
-
-        Returns:
-            vectors (N, dim) fp32; slots (N,), for each vector the place of its parent in ids, or A where it does not
-            count; ids (A,), the wanted parents that some rank visits, or all there are: the only one, and on a GPU;
-            visits (A,), their vectors on all ranks, 0 of those that are not wanted.
-        """
-        if parents is None:
-            parents = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
-        keep = vectors.isfinite().all(-1) & wanted.view(-1)[parents]
-        vectors = torch.where(keep[:, None], vectors, 0).float()
-        visits = _sum_over_ranks(histogram(parents, self.n_parents, keep))
-        every = self.n_parents == 1 or self._all_at_once(parents.device)
-        ids = torch.arange(self.n_parents, device=parents.device) if every else visits.nonzero()[:, 0]
-        slot_of = torch.zeros_like(visits)
-        slot_of[ids] = torch.arange(len(ids), device=ids.device)
-        return vectors, torch.where(keep, slot_of[parents], len(ids)), ids, visits[ids]
-
-    def _statistics(self, vectors, slots, codes, n_slots):
-        """For each code of A parents, the number (A, K) and the sum (A, K, dim) of its vectors on all ranks."""
-        K = self.codebook_size
-        packed = torch.cat([vectors, vectors.new_ones(len(vectors), 1)], -1)
-        sums = vectors.new_zeros((n_slots + 1) * K, packed.shape[-1]).index_add_(0, slots * K + codes, packed)
-        sums = _sum_over_ranks(sums[: n_slots * K]).unflatten(0, (n_slots, K))
-        return sums[..., -1], sums[..., :-1]
-
-    def _draw(self, vectors, slots, n_slots):
-        """Up to K different vectors of each of A parents, the same on every rank.
-
-        Returns:
-            drawn (A, K, dim), and how many of the K are filled (A,).
-        """
-        K, device = self.codebook_size, vectors.device
-        order = torch.randperm(len(vectors), device=device)
-        order = order[slots[order].argsort(stable=True)]  # shuffled within each parent
-        slots = slots[order]
-        counts = histogram(slots, n_slots + 1)
-        turn = torch.arange(len(order), device=device) - (counts.cumsum(0) - counts)[slots]
-        # Ranks take turns. A vector's place is the number of vectors before it: of each rank those with a lower turn,
-        # and of lower ranks the one with the same turn.
-        rank, n_ranks = rank_and_world()
-        ranks = torch.arange(n_ranks, device=device)[:, None]
-        counts = _sum_over_ranks(torch.where(ranks == rank, counts, 0))
-        places = torch.minimum(counts[:, slots], turn + (ranks < rank)).sum(0)
-        taken = (places < K) & (slots < n_slots)
-        drawn = vectors.new_zeros(n_slots * K + 1, vectors.shape[-1])
-        drawn.index_copy_(0, torch.where(taken, slots * K + places, n_slots * K), vectors[order])
-        drawn = _sum_over_ranks(drawn[:-1]).unflatten(0, (n_slots, K))
-        return drawn, counts.sum(0)[:n_slots].clamp(max=K)
-
-
-def _at_once(device, per_thread, on_gpu):
-    if device.type != "cpu":
-        return on_gpu
-    return per_thread * (1 if torch.compiler.is_compiling() else torch.get_num_threads())  # which would break the graph
-
-
-def _argmin(distances, group=64):
-    """``argmin(-1)`` of (N, K), contiguous; on a CPU torch finds a minimum several times as fast as its place."""
-    n_groups = distances.shape[1] // group
-    if distances.device.type != "cpu" or n_groups < 4 or distances.shape[1] % group:
-        return distances.argmin(-1)
-    rows = distances.view(-1, group)
-    best = rows.amin(-1).view(-1, n_groups).argmin(-1)
-    members = rows.index_select(0, best + torch.arange(0, len(rows), n_groups))
-    return best * group + members.argmin(-1)
+        return RoutedBatch(vectors, parents, wanted.view(-1), self.codebook_size)
