@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from einops import rearrange
 from torch import nn
 
 from latentcast.config import MisfitError, check_counts, is_whole, one_line
@@ -115,8 +116,8 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
 
     def embed(self, x):
         """Frames (..., C, H, W) -> their patches (..., P, d)."""
-        x = x.unflatten(-1, (-1, self.patch[1])).unflatten(-3, (-1, self.patch[0]))  # (..., C, h, p, w, q)
-        x = x.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)  # (..., P, n)
+        p, q = self.patch
+        x = rearrange(x, "... C (h p) (w q) -> ... (h w) (C p q)", p=p, q=q)
         return self.from_patch(x.to(self.dtype)) + self.places
 
     def velocity(self, features, vectors, noisy, s):
@@ -124,8 +125,8 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
         to them -> their velocity, at least fp32."""
         shift, scale = self.modulate(vectors)[..., None, :].chunk(2, -1)
         x = precise(self.to_patch(features * (1 + scale) + shift))
-        x = x.unflatten(-2, self.grid).unflatten(-1, (-1, *self.patch))  # (..., h, w, C, p, q)
-        x = x.movedim((-5, -4), (-4, -2)).flatten(-2).flatten(-3, -2)
+        p, q = self.patch
+        x = rearrange(x, "... (h w) (C p q) -> ... C (h p) (w q)", h=self.grid[0], p=p, q=q)
         return x if self.config.prediction_type == "velocity" else velocity_to(x, noisy, s)
 
     def time_vectors(self, s):

@@ -50,10 +50,12 @@ class CSVMetrics(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics, step):
-        found = {name: (step + 1, value) for name, value in metrics.items() if name != "epoch"}
-        new = [(step, name, value) for name, (step, value) in found.items() if self._latest.get(name) != (step, value)]
+        step += 1
+        found = {name: (step, value) for name, value in metrics.items() if name != "epoch"}
         with writing(self.path), open(self.path, "a", newline="") as file:
-            csv.writer(file).writerows(new)
+            csv.writer(file).writerows(
+                (step, name, metrics[name]) for name in found if self._latest.get(name) != found[name]
+            )
         self._latest |= found
 
 
