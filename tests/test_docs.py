@@ -31,6 +31,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", ""): "of an installation; what adds models is followed by test_contributing.py",
     ("docs/datasets.md", "pip"): "of an installation",
     ("docs/datasets.md", "python tools/prepare_dataset.py gym --env ALE/Pong"): "README's, which runs",
+    ("docs/reliability.md", "python tests/stress"): "for tens of minutes, not part of make test",
     ("docs/matrix.md", ""): "test_swap_matrix.py runs every pair through the same tools",
     ("docs/results/README.md", ""): "trainings of hours, by the tools that run here, on data that are not ours to ship",
     ("docs/results/tokenizers.md", ""): "the same",
