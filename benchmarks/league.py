@@ -1,12 +1,16 @@
 """Train systems for one budget of CPU time each, evaluate them under one protocol, and write the tables.
 
-    python benchmarks/league.py [--only NAME,NAME] [--workers 1] [--render] [--table FILE] [--root DIR] [key=value ...]
+    python benchmarks/league.py [--only NAME,NAME] [--workers 1] [--render] [--table FILE] [--root DIR] [--output FILE]
+                                [--zoo DIR] [key=value ...]
 
 ``league.yaml`` lists the runs. Each trains in ROOT/NAME: stage one, the latents cache, the prior, then its evaluation;
 what is finished is not done again, and what was stopped or killed goes on. A budget counts the process's CPU time (user
 and system, of one thread), not the time on the clock, so that a busy machine does not shorten it: a short run first
 measures what a step costs, and the number of steps that fit is kept, so that learning rates fall to the end.
-``--render`` trains none. ``key=value`` go to every tool but ``evaluate.py``, after the run's own.
+
+A finished run is kept beside the tables (``docs/results/league/NAME/``: result, cost, pictures), which are written
+from there, and its pipeline in ``zoo/``; ROOT may go. ``--render`` trains none. ``key=value`` go to every tool but
+``evaluate.py``, after the run's own.
 """
 
 import argparse
@@ -27,14 +31,17 @@ import torch
 import yaml
 
 from latentcast.config import instantiate, load_config
-from latentcast.files import read_json, write_json
+from latentcast.files import read_json, write_json, write_text
 from latentcast.pipelines.base import VideoPipeline
 from latentcast.priors.base import no_progress
+from latentcast.zoo import N_EXAMPLES, export
 
 HERE = Path(__file__).parent
 TOOLS = HERE.parent / "tools"
 CALIBRATION = (20, 120)  # steps of the two short runs whose difference is what a step costs
 SAVED_EVERY = 20  # seconds
+RESULT, COST = "result.json", "cost.json"  # of a run that is kept
+PICTURES = ("best", "random", "worst")  # of evaluate.py
 COLUMNS = {  # metric -> (heading, how its figure is found)
     "psnr": ("PSNR (dB), best ↑", ".2f"),
     "ssim": ("SSIM, best ↑", ".3f"),
@@ -55,6 +62,7 @@ class Run:
         experiment, overrides: what the tools are given.
         data: name of the data set that is evaluated on; evaluate: overrides of the evaluation alone.
         cpu_seconds: the budget.
+        zoo, licence: what its pipeline's folder in the zoo begins with (None: it is not kept), and its licence.
         tokenizer, joint: shares of it. tokenizer_of: name of the run that trains its tokenizer.
     """
 
@@ -69,11 +77,17 @@ class Run:
     tokenizer: float = 0.0
     joint: float = 0.0
     tokenizer_of: str | None = None
+    zoo: str | None = None
+    licence: str = "MIT"
 
     def stages(self):
         """Stage -> its share of the budget, in the order they run."""
         shares = {"tokenizer": self.tokenizer, "prior": 1 - self.tokenizer - self.joint, "joint": self.joint}
         return {stage: share for stage, share in shares.items() if share}
+
+    def zoo_name(self, name=None):
+        """The folder in the zoo of this run's pipeline, or of another of its table."""
+        return f"{self.zoo}-{(name or self.name).replace('_', '-')}"
 
 
 def read_table(path):
@@ -82,7 +96,7 @@ def read_table(path):
     runs, titles = [], {}
     for table, described in content["tables"].items():
         titles[table] = described["title"]
-        shared = {"table": table, "data": described["data"], "evaluate": described.get("evaluate", [])}
+        shared = {"table": table} | {k: v for k, v in described.items() if k not in ("title", "runs")}
         for name, run in described["runs"].items():
             run = shared | {"cpu_hours": content["cpu_hours"]} | run
             runs.append(Run(name=name, cpu_seconds=3600 * run.pop("cpu_hours"), **run))
@@ -90,15 +104,23 @@ def read_table(path):
 
 
 class Trainer:
-    """Works through one run; ``league.json`` in its folder says how far it is."""
+    """Works through one run; ``league.json`` in its folder says how far it is.
 
-    def __init__(self, run, root, overrides):
+    Args:
+        run: a Run; root: folder of all runs; overrides: for the tools that train.
+        kept, zoo: folders where finished runs and their pipelines are kept.
+    """
+
+    def __init__(self, run, root, overrides, kept, zoo):
         self.run, self.root, self.folder, self.overrides = run, root, root / run.name, overrides
+        self.kept, self.zoo = kept / run.name, zoo
         self.state_file = self.folder / "league.json"
         self.state = read_json(self.state_file) if self.state_file.is_file() else {}
 
     def work(self):
-        """All stages that are not done yet, and the evaluation."""
+        """All stages that are not done yet, the evaluation, and keeping what came out."""
+        if (self.kept / RESULT).is_file():
+            return
         for stage, share in self.run.stages().items():
             if self.state.get(stage, {}).get("done"):
                 continue
@@ -113,6 +135,7 @@ class Trainer:
                 self._tool("encode_dataset", [])
             self._note(stage, done=True)
         self._evaluate()
+        self._keep()
 
     def _train(self, stage):
         """Train a stage to its end, counting the CPU time of this and of earlier tries."""
@@ -147,14 +170,12 @@ class Trainer:
         return fit
 
     def _take_tokenizer(self):
-        source = self.root / self.run.tokenizer_of
-        noted = read_json(source / "league.json") if (source / "league.json").is_file() else {}
-        if not noted.get("tokenizer", {}).get("done"):
-            raise SystemExit(f"{self.run.name}: tokenizer_of: {source} has no finished tokenizer yet")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for part in ("tokenizer", "latents"):
-            shutil.copytree(source / part, self.folder / part, dirs_exist_ok=True)
-        self._note("tokenizer", **noted["tokenizer"])
+        """Encode by the tokenizer that another run ended with, as it is kept."""
+        cost = self.kept.parent / self.run.tokenizer_of / COST
+        if not cost.is_file():
+            raise SystemExit(f"{self.run.name}: tokenizer_of: {self.run.tokenizer_of} is not finished yet")
+        self._tool("encode_dataset", [])
+        self._note("tokenizer", **read_json(cost)["tokenizer"])
 
     def _evaluate(self):
         run = self.run
@@ -163,6 +184,31 @@ class Trainer:
         arguments = ["--pipeline", str(self.folder / "pipeline"), "--data", run.data, f"protocol={run.table}"]
         self._run("evaluate", [*arguments, f"run_dir={self.folder}", *run.evaluate])
         self._note("cost", **self._cost())
+
+    def _keep(self):
+        """Copy what the tables show, its result last, and export the pipeline."""
+        run, metrics = self.run, self.folder / "metrics"
+        result = read_json(metrics / f"{run.table}.json")
+        self.kept.mkdir(parents=True, exist_ok=True)
+        for kind in PICTURES:
+            if (picture := metrics / run.table / f"{kind}.png").is_file():
+                shutil.copyfile(picture, self.kept / f"{kind}.png")
+        if run.zoo:
+            self._export(result)
+        write_json(self.kept / COST, self.state)
+        write_json(self.kept / RESULT, result)
+
+    def _export(self, result):
+        run, protocol = self.run, result["protocol"]
+        config = load_config(run.experiment, [*run.overrides, *self.overrides], tool="train_prior")
+        test = instantiate(config.data)(split="test", clip_length=protocol["n_context"] + protocol["n_predicted"])
+        clips = torch.stack([test[i]["frames"] for i in range(N_EXAMPLES)])
+        folder = self.zoo / run.zoo_name()
+        facts = {"title": f"{run.label}.", "command": f"python benchmarks/league.py --only {run.name}"}
+        pipe = VideoPipeline.from_pretrained(self.folder / "pipeline")
+        pipe.register_to_config(n_context=protocol["n_context"])  # it may have been trained with fewer
+        found = export(pipe, folder, clips, {run.table: result}, licence=run.licence, **facts)
+        say(f"{run.name}: kept in {folder}: {found:.2f} dB on its example clips")
 
     def _cost(self):
         """What a future costs: seconds on one thread and network calls a frame, for one context at a time."""
@@ -187,6 +233,8 @@ class Trainer:
         if tool == "encode_dataset" or "resume=true" in limits:
             quiet.pop()
         arguments = [self.run.experiment, f"run_dir={self.folder}", *self.run.overrides, *self.overrides]
+        if self.run.tokenizer_of:
+            arguments.append(f"tokenizer={self.zoo / self.run.zoo_name(self.run.tokenizer_of)}")
         return self._run(tool, [*arguments, *quiet, *extra, *limits], count)
 
     def _run(self, tool, arguments, count=None):
@@ -238,19 +286,15 @@ def cpu_seconds(process):
     return times.user + times.system + times.children_user + times.children_system
 
 
-def render(runs, titles, root, output):
-    """Write ``output`` (Markdown) and, beside it in a folder of its name, the pictures, of all finished runs."""
-    pictures = output.with_suffix("")
+def render(runs, titles, kept, output):
+    """Write ``output`` (Markdown) of all runs that are in the folder ``kept``."""
     lines = [f"# {output.stem.capitalize()}", "", "Written by `python benchmarks/league.py --render`.", ""]
     for table, title in titles.items():
-        results = {}
-        for run in runs:
-            path = root / run.name / "metrics" / f"{table}.json"
-            if run.table == table and path.is_file():
-                results[run.name] = (run, read_json(path), read_json(root / run.name / "league.json"))
+        done = [run for run in runs if run.table == table and (kept / run.name / RESULT).is_file()]
+        results = {run.name: (run, *(read_json(kept / run.name / file) for file in (RESULT, COST))) for run in done}
         if results:
-            lines += [f"## {title}", "", *_table(results), *_pictures(results, table, root, pictures)]
-    output.write_text("\n".join(lines))
+            lines += [f"## {title}", "", *_table(results), *_pictures(done, kept)]
+    write_text(output, "\n".join(lines))
 
 
 def _table(results):
@@ -291,16 +335,12 @@ def _figures(metrics, names):
     return [*(cell(metrics.get(name), COLUMNS[name][1]) for name in names), cell(of_all, ".4f")]
 
 
-def _pictures(results, table, root, pictures):
+def _pictures(runs, kept):
     lines = []
-    for run, _, _ in results.values():
+    for run in runs:
         lines += [f"### {run.label}", ""]
-        for kind in ("best", "random", "worst"):
-            source = root / run.name / "metrics" / table / f"{kind}.png"
-            if source.is_file():
-                pictures.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, pictures / f"{run.name}_{kind}.png")
-                lines += [f"![{kind} clips]({pictures.name}/{run.name}_{kind}.png)", ""]
+        found = [kind for kind in PICTURES if (kept / run.name / f"{kind}.png").is_file()]
+        lines += [line for kind in found for line in (f"![{kind} clips]({kept.name}/{run.name}/{kind}.png)", "")]
     return lines
 
 
@@ -311,12 +351,13 @@ def main(args):
     unknown = [name for name in chosen if name not in names]
     if unknown:
         raise SystemExit(f"--only: expected some of {', '.join(names)}, found {unknown[0]}")
+    kept = args.output.with_suffix("")
     if not args.render:
         with ThreadPoolExecutor(args.workers) as pool:
-            jobs = [pool.submit(Trainer(run, args.root, args.overrides).work) for run in runs if run.name in chosen]
-            for job in jobs:
+            trainers = [Trainer(run, args.root, args.overrides, kept, args.zoo) for run in runs if run.name in chosen]
+            for job in [pool.submit(trainer.work) for trainer in trainers]:
                 job.result()
-    render(runs, titles, args.root, args.output)
+    render(runs, titles, kept, args.output)
     print(json.dumps({"output": str(args.output), "env": environment()}))
 
 
@@ -329,4 +370,5 @@ if __name__ == "__main__":
     parser.add_argument("--table", type=Path, default=HERE / "league.yaml", metavar="FILE")
     parser.add_argument("--root", type=Path, default=Path("runs/league"), metavar="DIR")
     parser.add_argument("--output", type=Path, default=HERE.parent / "docs/results/league.md", metavar="FILE")
+    parser.add_argument("--zoo", type=Path, default=HERE.parent / "zoo", metavar="DIR", help="where pipelines are kept")
     main(parser.parse_intermixed_args())

@@ -1,12 +1,14 @@
 """The league of small systems: its table, budgets, going on after a stop, and what it writes."""
 
 import json
+import shutil
 
 import pytest
 import yaml
 from tiny_experiment import BENCHMARKS, EXPERIMENT, Started, finished
 
 from latentcast import load_config
+from latentcast.zoo import read_examples
 
 
 @pytest.fixture
@@ -25,7 +27,11 @@ def test_the_shipped_table_composes(league):
         assert trained == bool(run.tokenizer) and config.protocol.name == run.table
         if run.tokenizer_of:
             (source,) = (other for other in runs if other.name == run.tokenizer_of)
-            assert (source.experiment, source.tokenizer) == (run.experiment, run.tokenizer)
+            assert (
+                (source.experiment, source.tokenizer) == (run.experiment, run.tokenizer)
+                and source.zoo
+                and not source.joint
+            )
 
 
 def write_table(folder):
@@ -39,19 +45,20 @@ def write_table(folder):
     run["evaluate"] = ["protocol.n_clips=2", "protocol.n_samples=2", "protocol.frame_size=32", "protocol.best_of=[]"]
     run["evaluate"] += ["protocol.metrics=[psnr]"]
     run["evaluate"] += ["evaluation.baselines=[copy_last_frame]", *(f"data.{k}={v}" for k, v in data.items())]
-    tables = {"one_digit": {"title": "A digit", "data": "moving_digits", "runs": {"tiny": run}}}
+    table = {"title": "A digit", "data": "moving_digits", "zoo": "digits", "licence": "MIT (data: drawn)"}
+    tables = {"one_digit": table | {"runs": {"tiny": run}}}
     (folder / "table.yaml").write_text(yaml.safe_dump({"cpu_hours": 30 / 3600, "tables": tables}))
     return folder / "table.yaml"
 
 
 def start(folder, *options):
-    options = "--table", folder / "table.yaml", "--root", folder / "runs", "--output", folder / "league.md", *options
-    return finished(Started(BENCHMARKS / "league.py", *options, cwd=folder))
+    places = "--root", folder / "runs", "--output", folder / "league.md", "--zoo", folder / "zoo"
+    return finished(Started(BENCHMARKS / "league.py", "--table", folder / "table.yaml", *places, *options, cwd=folder))
 
 
 def test_a_budget_becomes_steps_by_what_a_step_costs(league, tmp_path, monkeypatch):
     (run,), _ = league.read_table(write_table(tmp_path))
-    trainer, limits = league.Trainer(run, tmp_path / "runs", []), []
+    trainer, limits = league.Trainer(run, tmp_path / "runs", [], tmp_path / "kept", tmp_path / "zoo"), []
 
     def train(tool, extra, limit):
         limits.append((tool, int(limit[0].partition("=")[2])))
@@ -75,9 +82,13 @@ def test_a_run_goes_on_from_its_notes_and_is_rendered(tmp_path):
     assert after["prior"]["done"] and after["prior"]["max_steps"] == 6 and 101 < after["prior"]["cpu_seconds"] < 200
     text = (tmp_path / "league.md").read_text()
     assert "## A digit" in text and "| Tiny | " in text and "| copy last frame | " in text
-    assert "![best clips](league/tiny_best.png)" in text and (tmp_path / "league" / "tiny_best.png").is_file()
+    assert "![best clips](league/tiny/best.png)" in text and (tmp_path / "league" / "tiny" / "best.png").is_file()
     assert after["cost"]["calls_a_frame"] == 1 and after["cost"]["parameters"] > 1000
+    clips = read_examples(tmp_path / "zoo" / "digits-tiny")
+    assert clips.shape == (8, 15, 1, 32, 32)
+    assert "license: mit" in (tmp_path / "zoo" / "digits-tiny" / "README.md").read_text()
 
+    shutil.rmtree(tmp_path / "runs")  # what is kept is all that the tables need
     (tmp_path / "league.md").unlink()
     status, _, err = start(tmp_path, "--only", "tiny")  # all is done: it is rendered, nothing is trained
     assert status == 0 and "train_prior" not in err
