@@ -528,6 +528,9 @@ def _lacks(subject, explains=None, option=None):
     kind = type(subject.prior).__name__
     if explains and explains not in subject.prior.explains:
         return f"{kind} has no {explains}"
+    expected, found = subject.prior.clip_frames, subject.clips.frames.shape[1]
+    if explains and expected and found < expected:
+        return f"{kind}: its {explains} are of clips of {expected} frames, and these have {found}"
     if option and option not in subject.prior.sampler_options():
         return f"{kind}: its sampler takes no {option}"
     return None

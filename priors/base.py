@@ -76,6 +76,7 @@ class Prior(VideoModel):
     deterministic = False  # True: ``sample`` draws nothing; all samples of a context are one and the same
     eval_seed = 0  # of the noise of ``forward`` in eval mode; validation gives each batch its own
     explains = ()  # the names of what ``explain`` gives
+    clip_frames = None  # how many frames each clip must have that ``forward`` and ``explain`` take; None: any number
 
     @property
     def conditions(self):

@@ -400,7 +400,7 @@ class VideoTransformer(Prior):
         for name, value in (("context_frames", context_frames), ("slices_per_clip", slices_per_clip)):
             if value is not None:
                 check_counts(**{name: value})
-        self.codebook_sizes, self.grid, self.subscale = sizes, grid, subscale
+        self.codebook_sizes, self.grid, self.subscale, self.clip_frames = sizes, grid, subscale, n_frames
         self.single_frame = subscale[0] == n_frames and subscale[1:] == (1, 1)
         slice_grid = tuple(size // s for size, s in zip(grid, subscale))
 
@@ -524,8 +524,8 @@ class VideoTransformer(Prior):
 
     def _check_clip(self, clip, n_context):
         check_codes(clip, self.codebook_sizes, self.grid[1:], name="clip")
-        if clip.shape[1] != self.grid[0]:
-            raise ValueError(f"clip: expected {self.grid[0]} frames (n_frames of the prior), found {clip.shape[1]}")
+        if clip.shape[1] != self.clip_frames:
+            raise ValueError(f"clip: expected {self.clip_frames} frames (n_frames of the prior), found {clip.shape[1]}")
         self.check_context(n_context, clip.shape[1])
 
     def _predicted_slices(self, n_context):

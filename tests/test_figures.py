@@ -14,6 +14,7 @@ from tiny import (
     SMALL_PIXELCNN,
     SMALL_RESIDUAL_DIFFUSION,
     SMALL_SDE_DIFFUSION,
+    SMALL_TRANSFORMER,
     SMALL_VQVAE,
     TINY_PRIORS,
     random_clip,
@@ -32,6 +33,7 @@ from latentcast import (
     SDEDiffusion,
     STPixelCNN,
     VideoPredictionPipeline,
+    VideoTransformer,
     figures,
     inspection,
 )
@@ -529,6 +531,11 @@ def test_the_named_figures_are_there_and_say_why_they_are_not():
     assert found["half_steps"] == "RecurrentVAE: its sampler takes no fps_multiplier" and found["z_groups"] is None
     short = inspection.reasons(subject(prior=prior, frames=random_clip(prior, n_frames=2)))
     assert short["futures"] == "the clips have 2 frames, and 2 are given to the prior"
+    tokenizer = vqvae()
+    options = SMALL_TRANSFORMER | {"n_frames": 5, "subscale": (5, 1, 1)}
+    prior = VideoTransformer(tokenizer.latent_spec, **options)  # clips of 5 frames alone
+    found = [inspection.reasons(subject(tokenizer, prior, moving(n_frames=n)))["losses"] for n in (4, 5, 6)]
+    assert found == ["VideoTransformer: its nats are of clips of 5 frames, and these have 4", None, None]
     with pytest.raises(ValueError, match="figure 'code_map': not known; did you mean 'code_maps'"):
         list(inspection.draw(subject(vqvae()), ["code_map"]))
 
