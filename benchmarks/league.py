@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -244,16 +245,11 @@ class Trainer:
         with open(self.folder / "league.log", "a") as log:
             child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
             process, noted = psutil.Process(child.pid), time.monotonic()
-            try:
-                while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
-                    if count and time.monotonic() - noted >= SAVED_EVERY:
-                        count(cpu_seconds(process))
-                        noted = time.monotonic()
-                    time.sleep(0.2)
-            except BaseException:
-                child.terminate()  # the tool saves its step
-                child.wait()
-                raise
+            while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
+                if count and time.monotonic() - noted >= SAVED_EVERY:
+                    count(cpu_seconds(process))
+                    noted = time.monotonic()
+                time.sleep(0.2)
         _, status, usage = ended
         child.returncode, seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
         if count:
@@ -284,6 +280,19 @@ def cpu_seconds(process):
     except psutil.NoSuchProcess:
         return 0.0
     return times.user + times.system + times.children_user + times.children_system
+
+
+def stop(jobs):
+    """Begin none of the jobs any more, and end the tools that run; a training saves its step."""
+    told = set()
+    for job in jobs:
+        job.cancel()
+    while not all(job.done() for job in jobs):
+        for child in psutil.Process().children():
+            if child.pid not in told:
+                told.add(child.pid)
+                child.terminate()
+        time.sleep(0.1)
 
 
 def render(runs, titles, kept, output):
@@ -355,8 +364,14 @@ def main(args):
     if not args.render:
         with ThreadPoolExecutor(args.workers) as pool:
             trainers = [Trainer(run, args.root, args.overrides, kept, args.zoo) for run in runs if run.name in chosen]
-            for job in [pool.submit(trainer.work) for trainer in trainers]:
-                job.result()
+            jobs = [pool.submit(trainer.work) for trainer in trainers]
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # like ctrl-C
+            try:
+                for job in jobs:
+                    job.result()
+            except KeyboardInterrupt:
+                stop(jobs)
+                raise SystemExit("stopped; the same command goes on") from None
     render(runs, titles, kept, args.output)
     print(json.dumps({"output": str(args.output), "env": environment()}))
 

@@ -1,7 +1,10 @@
 """The league of small systems: its table, budgets, going on after a stop, and what it writes."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import pytest
 import yaml
@@ -51,9 +54,9 @@ def write_table(folder):
     return folder / "table.yaml"
 
 
-def start(folder, *options):
+def started(folder, *options):
     places = "--root", folder / "runs", "--output", folder / "league.md", "--zoo", folder / "zoo"
-    return finished(Started(BENCHMARKS / "league.py", "--table", folder / "table.yaml", *places, *options, cwd=folder))
+    return Started(BENCHMARKS / "league.py", "--table", folder / "table.yaml", *places, *options, cwd=folder)
 
 
 def test_a_budget_becomes_steps_by_what_a_step_costs(league, tmp_path, monkeypatch):
@@ -70,16 +73,27 @@ def test_a_budget_becomes_steps_by_what_a_step_costs(league, tmp_path, monkeypat
     assert fit == (30 - 7 - 0.25 * limits[0][1]) / 0.25  # what the trials' start cost is left out of it
 
 
-def test_a_run_goes_on_from_its_notes_and_is_rendered(tmp_path):
+def test_a_run_that_is_stopped_goes_on_and_is_rendered(tmp_path):
     write_table(tmp_path)
-    state = tmp_path / "runs" / "tiny" / "league.json"
-    state.parent.mkdir(parents=True)
-    state.write_text(json.dumps({"prior": {"max_steps": 6, "cpu_seconds": 100.0}}))
-    status, figures, err = start(tmp_path)  # the tools are new interpreters, as in the league's own use
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    state, checkpoint = folder / "league.json", folder / "prior_training" / "last.ckpt"
+    state.write_text(json.dumps({"prior": {"max_steps": 10_000, "cpu_seconds": 100.0}}))
+    league = started(tmp_path)
+    while not (folder / "metrics" / "prior.csv").is_file() and league.poll() is None:
+        time.sleep(0.1)
+    os.kill(league.pid, signal.SIGTERM)
+    status, _, err = finished(league)
+    assert status == 1 and "stopped; the same command goes on" in err and checkpoint.is_file()
+    before = json.loads(state.read_text())
+    assert "done" not in before["prior"] and 101 < before["prior"]["cpu_seconds"] < 200
+    state.write_text(json.dumps({"prior": before["prior"] | {"max_steps": 1}}))  # it has done as many
+
+    status, figures, err = finished(started(tmp_path))  # the tools are new interpreters, as in the league's own use
     assert status == 0, err
     assert figures["output"].endswith("league.md")
     after = json.loads(state.read_text())
-    assert after["prior"]["done"] and after["prior"]["max_steps"] == 6 and 101 < after["prior"]["cpu_seconds"] < 200
+    assert after["prior"]["done"] and before["prior"]["cpu_seconds"] + 1 < after["prior"]["cpu_seconds"] < 300
     text = (tmp_path / "league.md").read_text()
     assert "## A digit" in text and "| Tiny | " in text and "| copy last frame | " in text
     assert "![best clips](league/tiny/best.png)" in text and (tmp_path / "league" / "tiny" / "best.png").is_file()
@@ -90,12 +104,12 @@ def test_a_run_goes_on_from_its_notes_and_is_rendered(tmp_path):
 
     shutil.rmtree(tmp_path / "runs")  # what is kept is all that the tables need
     (tmp_path / "league.md").unlink()
-    status, _, err = start(tmp_path, "--only", "tiny")  # all is done: it is rendered, nothing is trained
+    status, _, err = finished(started(tmp_path, "--only", "tiny"))  # all is done: it is rendered, nothing is trained
     assert status == 0 and "train_prior" not in err
     assert (tmp_path / "league.md").read_text() == text
 
 
 def test_unknown_runs_are_refused(tmp_path):
     write_table(tmp_path)
-    status, _, err = start(tmp_path, "--only", "tini")
+    status, _, err = finished(started(tmp_path, "--only", "tini"))
     assert status == 1 and "--only: expected some of tiny, found tini" in err
