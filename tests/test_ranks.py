@@ -1,6 +1,7 @@
 """Several processes that train together: they end where one process with all of their clips does, and end together."""
 
 import os
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+from safetensors.torch import load_file
 from tiny_experiment import TOOLS, Started, call_main, finished, free_port, tiny_config, torchrun, write_experiment
 from torch import distributed as dist
 
@@ -162,3 +164,46 @@ def test_a_rank_that_dies_ends_all_and_the_run_resumes(tmp_path):
     step = torch.load(last, weights_only=True)["global_step"]
     more = ["resume=true", f"trainer.max_steps={step + 1}", "batch_size=8"]
     assert call_main("train_tokenizer", experiment, *more)["steps"] == step + 1
+
+
+FSDP = ["trainer.strategy=fsdp", *PIXELS, "optimizer.lr=0.01", "checkpoint_every_n_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A prior of two ranks that share its weights, and others that go on with its checkpoint -> (folder, what the
+    ranks of the first and of the others found, by their number)."""
+    folder = tmp_path_factory.mktemp("sharded")
+    clips = {1: "batch_size=12", 2: "batch_size=6", 3: "batch_size=4"}
+    first = {"first": ("prior", [*FSDP, clips[2], "trainer.max_steps=3"])}
+    whole = {"whole": ("prior", [*FSDP, clips[2], "trainer.max_steps=5"])}
+    found = {2: train_together(folder / "2", first | whole)}
+    for n in (1, 3):
+        shutil.copytree(folder / "2" / "first", folder / str(n) / "on")
+        on = {"on": ("prior", [*FSDP, clips[n], "trainer.max_steps=5", "resume=true"])}
+        found[n] = train_together(folder / str(n), on, n)
+    return folder, found
+
+
+def test_ranks_that_share_the_weights_end_where_one_process_does(sharded, tmp_path):
+    folder, found = sharded
+    alone = train(tiny_config(tmp_path, *FSDP[1:], "batch_size=12", "trainer.max_steps=5"), "prior")
+    losses = torch.tensor([rank["whole"]["losses"] for rank in found[2]])
+    torch.testing.assert_close(losses.mean(0), torch.tensor(alone.losses), rtol=1e-4, atol=1e-6)
+    assert_close_states(found[2][0]["whole"]["state"], alone.state)  # clipped, averaged, put together
+    checkpoint = folder / "2/first/prior_training/last.ckpt"
+    assert len(list(checkpoint.glob("*.safetensors"))) == 2 and (checkpoint.parent / "best.ckpt").is_dir()
+    weights = [load_file(path) for path in checkpoint.glob("*.safetensors")]
+    shared = set(weights[0]) & set(weights[1])
+    assert any("exp_avg" in name for name in shared) and any("current_model_state" in name for name in shared)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_sharded_checkpoints_go_on_with_another_number_of_ranks(sharded, n):
+    _, found = sharded
+    expected, resumed = found[2][0]["whole"], found[n]
+    assert all(len(rank["on"]["losses"]) == 2 for rank in resumed)
+    losses = torch.tensor([rank["on"]["losses"] for rank in resumed]).mean(0)
+    before = torch.tensor([rank["whole"]["losses"] for rank in found[2]]).mean(0)[3:]
+    torch.testing.assert_close(losses, before, rtol=1e-4, atol=1e-6)
+    assert_close_states(resumed[0]["on"]["state"], expected["state"])

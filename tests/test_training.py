@@ -169,9 +169,9 @@ class StopAt(pl.Callback):
 
 
 class Pictures(ReconstructionPreview):
-    def subject(self, pl_module):
+    def subject(self, pl_module, model):
         self.before(pl_module.trainer)
-        return super().subject(pl_module)
+        return super().subject(pl_module, model)
 
 
 CHAIN = [
