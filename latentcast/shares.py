@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 
 from latentcast.cli import UserError
-from latentcast.files import InUseError, locked
+from latentcast.files import InUseError, later_rank, locked
 
 logger = logging.getLogger("latentcast")
 
@@ -78,8 +78,11 @@ def share_of(args, overwrite=False):
     share = getattr(args, "shards", None)
     if share is None:
         return None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"--shards {share}: torchrun's processes share the work already; use one of the two")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or later_rank():
+        raise UserError(
+            f"--shards {share}: expected a process by itself, found one of several that torchrun or srun started; "
+            "use an array of jobs, or leave --shards out under torchrun"
+        )
     if overwrite:
         raise UserError(
             f"--shards {share}: not with overwrite=true, by which a share would delete what others have done; delete "

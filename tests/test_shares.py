@@ -78,7 +78,7 @@ def test_what_is_no_share(text):
 
 def test_shares_and_ranks_do_not_mix(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="--shards 0/2: torchrun's processes share the work already"):
+    with pytest.raises(UserError, match="--shards 0/2: expected a process by itself, found one of several"):
         share_of(argparse.Namespace(shards=Share(0, 2)))
 
 
@@ -93,6 +93,6 @@ def test_ray_encodes_what_one_process_does_though_a_worker_is_killed(encoded, tm
     started = psutil.Process(process.pid).children(recursive=True)
     worker = next(found for found in started if found.cmdline()[:1] == ["ray::_run_share"])
     worker.kill()
-    out, err = process.communicate(timeout=280)
+    _, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     assert contents(tmp_path / "run/latents") == encoded
