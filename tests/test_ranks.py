@@ -28,7 +28,9 @@ PIXELS = [
     "data.digit_size=6",
     "data.speeds=[2]",
 ]
-STEPS = ["trainer.max_steps=5", "optimizer.lr=0.01"]  # into the second epoch, with a validation between
+# Into the second epoch, with a validation between. With its usual eps AdamW makes steps of the rounding errors in
+# gradients that are zero.
+STEPS = ["trainer.max_steps=5", "optimizer.lr=0.01", "optimizer.eps=1e-4"]
 UNEVEN = ["data.n_videos=23", "data.n_heldout_videos=7", "trainer.max_steps=4", "trainer.limit_val_batches=null"]
 
 
@@ -119,10 +121,9 @@ def two(tmp_path_factory):
 
 
 def assert_close_states(found, expected):
-    """But for what Adam makes of gradients that are zero but for rounding."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=5e-4, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: name + text)
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])
@@ -166,7 +167,7 @@ def test_a_rank_that_dies_ends_all_and_the_run_resumes(tmp_path):
     assert call_main("train_tokenizer", experiment, *more)["steps"] == step + 1
 
 
-FSDP = ["trainer.strategy=fsdp", *PIXELS, "optimizer.lr=0.01", "checkpoint_every_n_steps=2"]
+FSDP = ["trainer.strategy=fsdp", *PIXELS, *STEPS, "checkpoint_every_n_steps=3"]
 
 
 @pytest.fixture(scope="module")
@@ -175,23 +176,21 @@ def sharded(tmp_path_factory):
     ranks of the first and of the others found, by their number)."""
     folder = tmp_path_factory.mktemp("sharded")
     clips = {1: "batch_size=12", 2: "batch_size=6", 3: "batch_size=4"}
-    first = {"first": ("prior", [*FSDP, clips[2], "trainer.max_steps=3"])}
-    whole = {"whole": ("prior", [*FSDP, clips[2], "trainer.max_steps=5"])}
-    found = {2: train_together(folder / "2", first | whole)}
+    found = {2: train_together(folder / "2", {"run": ("prior", [*FSDP, clips[2]])})}
     for n in (1, 3):
-        shutil.copytree(folder / "2" / "first", folder / str(n) / "on")
-        on = {"on": ("prior", [*FSDP, clips[n], "trainer.max_steps=5", "resume=true"])}
-        found[n] = train_together(folder / str(n), on, n)
+        training = shutil.copytree(folder / "2/run", folder / f"{n}/run") / "prior_training"
+        shutil.rmtree(training / "last.ckpt")  # of step 5; before it was that of step 3
+        found[n] = train_together(folder / str(n), {"run": ("prior", [*FSDP, clips[n], "resume=true"])}, n)
     return folder, found
 
 
 def test_ranks_that_share_the_weights_end_where_one_process_does(sharded, tmp_path):
     folder, found = sharded
-    alone = train(tiny_config(tmp_path, *FSDP[1:], "batch_size=12", "trainer.max_steps=5"), "prior")
-    losses = torch.tensor([rank["whole"]["losses"] for rank in found[2]])
+    alone = train(tiny_config(tmp_path, *FSDP[1:], "batch_size=12"), "prior")
+    losses = torch.tensor([rank["run"]["losses"] for rank in found[2]])
     torch.testing.assert_close(losses.mean(0), torch.tensor(alone.losses), rtol=1e-4, atol=1e-6)
-    assert_close_states(found[2][0]["whole"]["state"], alone.state)  # clipped, averaged, put together
-    checkpoint = folder / "2/first/prior_training/last.ckpt"
+    assert_close_states(found[2][0]["run"]["state"], alone.state)  # clipped, averaged, put together
+    checkpoint = folder / "2/run/prior_training/last.ckpt"
     assert len(list(checkpoint.glob("*.safetensors"))) == 2 and (checkpoint.parent / "best.ckpt").is_dir()
     weights = [load_file(path) for path in checkpoint.glob("*.safetensors")]
     shared = set(weights[0]) & set(weights[1])
@@ -201,9 +200,18 @@ def test_ranks_that_share_the_weights_end_where_one_process_does(sharded, tmp_pa
 @pytest.mark.parametrize("n", [1, 3])
 def test_sharded_checkpoints_go_on_with_another_number_of_ranks(sharded, n):
     _, found = sharded
-    expected, resumed = found[2][0]["whole"], found[n]
-    assert all(len(rank["on"]["losses"]) == 2 for rank in resumed)
-    losses = torch.tensor([rank["on"]["losses"] for rank in resumed]).mean(0)
-    before = torch.tensor([rank["whole"]["losses"] for rank in found[2]]).mean(0)[3:]
-    torch.testing.assert_close(losses, before, rtol=1e-4, atol=1e-6)
-    assert_close_states(resumed[0]["on"]["state"], expected["state"])
+    losses, before = (torch.tensor([rank["run"]["losses"] for rank in found[k]]).mean(0) for k in (n, 2))
+    torch.testing.assert_close(losses, before[3:], rtol=1e-4, atol=1e-6)
+    assert_close_states(found[n][0]["run"]["state"], found[2][0]["run"]["state"])
+
+
+def test_checkpoints_that_cannot_go_on(sharded, tmp_path):
+    run = shutil.copytree(sharded[0] / "2/run", tmp_path / "run") / "prior_training"
+    resumed = [*PIXELS, *STEPS, "batch_size=12", "resume=true"]
+    with pytest.raises(ValueError, match=r"last.ckpt: expected one file, found the other; keep trainer.strategy=fsdp"):
+        train(tiny_config(tmp_path, *resumed), "prior")
+    shutil.rmtree(run / "previous.ckpt")
+    shard = next((run / "last.ckpt").glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(ValueError, match=rf"last.ckpt: damaged, cannot be resumed \({shard.name}: expected \d+ bytes"):
+        train(tiny_config(tmp_path, *resumed, "trainer.strategy=fsdp"), "prior")

@@ -1,6 +1,7 @@
 """Shares of a job, by whichever processes: the files are those of one process that does it all."""
 
 import argparse
+import contextlib
 import multiprocessing
 import signal
 import time
@@ -82,6 +83,12 @@ def test_shares_and_ranks_do_not_mix(monkeypatch):
         share_of(argparse.Namespace(shards=Share(0, 2)))
 
 
+def is_busy(process):
+    """Whether it is a worker of Ray's that does a share."""
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()[:1] == ["ray::_run_share"]
+
+
 def test_ray_encodes_what_one_process_does_though_a_worker_is_killed(encoded, tmp_path):
     pytest.importorskip("ray", reason="the extra latentcast[ray] is not installed")
     by_ray = "--engine", "ray", "--ray-shares", "4"
@@ -90,9 +97,9 @@ def test_ray_encodes_what_one_process_does_though_a_worker_is_killed(encoded, tm
     while not list(train.glob("shard-*.json")):
         assert process.poll() is None, process.read()
         time.sleep(0.02)
-    started = psutil.Process(process.pid).children(recursive=True)
-    worker = next(found for found in started if found.cmdline()[:1] == ["ray::_run_share"])
-    worker.kill()
+    while not (busy := [p for p in psutil.Process(process.pid).children(recursive=True) if is_busy(p)]):
+        assert process.poll() is None, process.read()
+    busy[0].kill()
     _, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     assert contents(tmp_path / "run/latents") == encoded

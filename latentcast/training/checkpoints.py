@@ -37,7 +37,6 @@ ELSEWHERE = (
 )
 
 
-MODEL = "state_dict/"  # before the names of the model's own tensors there
 REST = "rest.ckpt"  # in the folder that a sharded checkpoint is: all but the tensors, and what is known of these
 
 
@@ -72,21 +71,14 @@ def check_checkpoint(path, module, averaging, data=None, sharded=False):
         ValueError: of another model, written with the moving average switched the other way, or with another
             value of an option that a resumed run cannot change; the message names it.
     """
+    path = Path(path)
+    if path.exists() and path.is_dir() != sharded:
+        raise ValueError(
+            f"checkpoint {path}: expected {'a folder of shards' if sharded else 'one file'}, found the other; keep "
+            f"trainer.strategy={'auto or ddp' if sharded else 'fsdp'} to resume"
+        )
     try:
-        if path.is_dir() != sharded:
-            raise ValueError(
-                f"checkpoint {path}: expected {'a folder of shards' if sharded else 'one file'}, found the other; keep "
-                f"trainer.strategy={'auto or ddp' if sharded else 'fsdp'} to resume"
-            )
-        checkpoint = torch.load(path / REST if sharded else path, map_location="cpu", weights_only=True, mmap=True)
-        if sharded:
-            found = {
-                key.partition("/")[2]: shape for key, shape in checkpoint["shapes"].items() if key.startswith(MODEL)
-            }
-            checkpoint |= {"averaging_state": {}} if any("averaging" in key for key in checkpoint["shapes"]) else {}
-            _check_files(path, checkpoint["files"])
-        else:
-            found = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+        checkpoint, found = _open(path, sharded)
         step = checkpoint["global_step"]
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -116,11 +108,20 @@ def check_checkpoint(path, module, averaging, data=None, sharded=False):
     return step
 
 
-def _check_files(folder, sizes):
-    for name, size in sizes.items():
-        found = (folder / name).stat().st_size
+def _open(path, sharded):
+    """-> a checkpoint, of shards without their tensors, and name -> shape of the model's tensors."""
+    checkpoint = torch.load(path / REST if sharded else path, map_location="cpu", weights_only=True, mmap=True)
+    if not sharded:
+        return checkpoint, {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+    for name, size in checkpoint["files"].items():
+        found = (path / name).stat().st_size
         if found != size:
             raise EOFError(f"{name}: expected {size} bytes, found {found}")
+    states = {}
+    for key, shape in checkpoint["shapes"].items():
+        state, _, name = key.partition("/")
+        states.setdefault(state, {})[name] = shape
+    return {**states, **checkpoint}, states["state_dict"]
 
 
 def keep_previous(path, previous):
