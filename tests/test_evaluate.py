@@ -690,8 +690,8 @@ def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path, comman
     assert command("evaluate", *arguments, "--shards", "0/2")[1]["metrics"] == figures["metrics"]
     for others in (tmp_path / "metrics", tmp_path / "shares/metrics"):
         assert comparable(others / "one_digit.json") == comparable(metrics / "one_digit.json")
-        pictures = {path.name: path.read_bytes() for path in others.glob("*.png")}
-        assert pictures and pictures == {path.name: path.read_bytes() for path in metrics.glob("*.png")}
+        pictures = [{p.name: p.read_bytes() for p in at.rglob("one_digit/**/*.png")} for at in (others, metrics)]
+        assert pictures[0] and pictures[0] == pictures[1]
         assert not list(others.glob("*.partial")) and not list(others.glob(".lock"))
 
     _, _, err = command("evaluate", write_experiment(folder), *TINY)

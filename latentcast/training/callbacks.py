@@ -51,11 +51,13 @@ class WeightAverage(WeightAveraging):
 
     def setup(self, trainer, pl_module, stage):
         if stage == "fit":
-            mesh, pl_module._device_mesh = pl_module.device_mesh, None  # groups of processes cannot be copied
+            mesh = getattr(trainer.strategy, "device_mesh", None)
+            if mesh is not None:
+                pl_module._device_mesh = None  # groups of processes cannot be copied
             # The module itself moves to its device only after this.
             self._average_model = _Average(pl_module, self.decay, trainer.strategy.root_device)
-            pl_module._device_mesh = mesh
             if mesh is not None:
+                pl_module._device_mesh = mesh
                 shard(self._average_model.module.model, mesh)
 
     def on_validation_epoch_start(self, trainer, pl_module):
