@@ -154,7 +154,7 @@ class Evaluation:
         with rank_zero_first():
             if rank == 0:
                 with contextlib.nullcontext() if share is None else turn(self.folder.parent, "evaluation"):
-                    self.parts.prepare(identity)
+                    self.parts.prepare(identity, shared=share is not None)
         groups = (share or Share(rank, world_size)).of(self.pending())
         n_clips = sum(len(self.groups[g]) for g in groups)
         self.pipe.set_progress_bar_config(disable=True)

@@ -289,6 +289,8 @@ class TrainingRun:
             for folder in (self.training_dir, self.model_dir, self.preview_dir):
                 shutil.rmtree(folder, ignore_errors=True)
             self.training_dir.mkdir(parents=True)
+        for leftover in self.training_dir.glob(".*.ckpt.*"):  # folders that a killed run was writing
+            shutil.rmtree(leftover, ignore_errors=True)
         command = command_line()
         text = (f"# {printable(command)}\n" if command else "") + dump(to_container(self.config))
         for name in (f"config_{self.stage}.yaml", "config.yaml"):

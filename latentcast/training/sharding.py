@@ -1,13 +1,13 @@
 """A training whose optimiser, gradients and averages are spread over its processes, by torch's FSDP2, and checkpoints
 of it that go on with any number of them."""
 
-import copy
+import contextlib
 from pathlib import Path
 
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.distributed import checkpoint as distributed_checkpoint
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -62,7 +62,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         with replacing_folder(path, first=self.is_global_zero) as own:
             folder = Path(self.broadcast(str(own)))
             writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-            distributed_checkpoint.save(tensors, storage_writer=writer)
+            with _told(path, "written"):
+                distributed_checkpoint.save(tensors, storage_writer=writer)
             if self.is_global_zero:
                 sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
                 torch.save(rest | {"shapes": shapes, "groups": groups, "files": sizes}, folder / REST)
@@ -82,19 +83,24 @@ class FullyShardedStrategy(ModelParallelStrategy):
                     name: torch.empty_like(model[name]) if name in model else torch.zeros((), dtype=torch.int64)
                     for name in names
                 }
-        checkpoint["optimizer_states"] = []
-        for optimizer, settings in zip(self.optimizers, groups):
-            state = copy.copy(get_optimizer_state_dict(self.model, optimizer))
-            checkpoint["optimizer_states"].append(state | {"param_groups": settings})
-        tensors = dict(_tensors(checkpoint))
-        distributed_checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
-        for name, state in enumerate(checkpoint["optimizer_states"]):
-            for parameter, values in state["state"].items():
-                values.update({k: tensors.get(f"optimizer/{name}/{parameter}/{k}", v) for k, v in values.items()})
-        for state in STATES:
-            if state in checkpoint:
-                checkpoint[state] = {name: tensors[f"{state}/{name}"] for name in checkpoint[state]}
+        checkpoint["optimizer_states"] = [
+            get_optimizer_state_dict(self.model, optimizer) | {"param_groups": settings}
+            for optimizer, settings in zip(self.optimizers, groups)
+        ]
+        reader = HuggingFaceStorageReader(str(path))
+        with _told(path, "read"):
+            distributed_checkpoint.load(dict(_tensors(checkpoint)), storage_reader=reader)  # into these very tensors
         return checkpoint
+
+
+@contextlib.contextmanager
+def _told(path, done):
+    """torch tells in pages, of no Exception, what one or more processes could not do -> OSError of one line."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise OSError(f"checkpoint {path}: cannot be {done} (rank {rank}: {reason})") from None
 
 
 def _tensors(checkpoint):
@@ -111,7 +117,10 @@ def _tensors(checkpoint):
 
 def shard(model, mesh):
     """Let each process of the mesh keep a piece of a model's weights, which its ``forward`` gathers -> the model."""
-    return fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=True)
+    name = type(model).__name__
+    fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=True)
+    type(model).__name__ = name  # a class of its own, which logs and errors are to call as before
+    return model
 
 
 def gather(model, whole):
