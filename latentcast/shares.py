@@ -113,7 +113,7 @@ def turn(folder, what):
         yield
 
 
-def by_ray(main, args):
+def by_ray(main, args, on_gpus=True):
     """Run a tool's ``main`` by Ray: its shares in Ray's workers, then what completes them here -> its result.
 
     Ray decides where and when they run, and runs again those whose worker is lost. A cluster that this machine belongs
@@ -123,8 +123,10 @@ def by_ray(main, args):
     Args:
         main: of the tool, as its file defines it.
         args: its arguments.
+        on_gpus: a share takes a GPU, where the cluster has some.
     Raises:
         UserError: no Ray here, or options that do not go together.
+        OSError: a share was lost again and again.
         Exception: what a share raised.
     """
     if args.shards is not None:
@@ -144,7 +146,7 @@ def by_ray(main, args):
         ray.init("local", **quiet)
     try:
         resources = ray.cluster_resources()
-        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        gpus, cores = int(on_gpus and resources.get("GPU", 0)), int(resources.get("CPU", 1))
         count = args.ray_shares or SHARES * max(1, gpus or cores)
         logger.info("Ray: %d shares for %s", count, f"{gpus} GPUs" if gpus else f"{cores} cores")
         task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=RETRIES)(_run_share)
@@ -156,8 +158,8 @@ def by_ray(main, args):
                 ray.get(done)
             except ray.exceptions.RayTaskError as error:
                 raise (error.cause or error) from None
-            except ray.exceptions.WorkerCrashedError:
-                raise OSError(f"Ray: a share was lost {RETRIES + 1} times (out of memory, maybe); run again") from None
+            except ray.exceptions.RayError as error:
+                raise OSError(f"Ray: a share was lost {RETRIES + 1} times, last by {type(error).__name__}") from None
     finally:
         ray.shutdown()
     return main(argparse.Namespace(**vars(args) | {"engine": "here"}))
@@ -169,7 +171,6 @@ def _run_share(place, index, count):
 
     folder, file, arguments = place
     os.chdir(folder)
-    sys.path.insert(0, os.path.dirname(file))
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
     main = runpy.run_path(file)["main"]
     return main(argparse.Namespace(**arguments | {"engine": "here", "shards": Share(index, count)}))

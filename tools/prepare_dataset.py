@@ -62,7 +62,8 @@ def main(args):
     benchmark = call(import_name(BENCHMARKS[args.name]), parse_options(args.arguments) | fixed, args.name)
     output = prepare_run_dir(args.output, "--output")
     if is_for_ray(args):
-        return by_ray(main, argparse.Namespace(**vars(args) | {"workers": 0}))  # each of Ray's has one core
+        alone = argparse.Namespace(**vars(args) | {"workers": 0})  # each of Ray's has one core
+        return by_ray(main, alone, on_gpus=False)
     return prepare(benchmark, output, workers=args.workers, partial=args.partial, share=share_of(args))
 
 
