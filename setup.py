@@ -82,6 +82,7 @@ setup(
         "demo": ["gradio>=6", "starlette", "uvicorn"],
         "gym": ["gymnasium>=1.0", "ale-py>=0.10.1"],  # which brings the games
         "parquet": ["pyarrow>=16"],
+        "ray": ["ray>=2.9"],  # not of dev: 76 MB
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "ruff>=0.9"],  # ruff formats signatures
         "dev": [
             "latentcast[demo,docs,gym,parquet,tensorboard,trackio,wandb]",

@@ -98,6 +98,11 @@ def add_debug(parser):
 
 def error_line(error):
     """What went wrong, as one printable line; of errors that are not ours with their kind."""
+    if isinstance(error, RuntimeError) and "torch" in sys.modules:
+        from latentcast.distributed import lost_rank
+
+        if lost := lost_rank(error):
+            return lost
     kind = "" if isinstance(error, (UserError, ValueError, OSError)) else f"{type(error).__name__}: "
     message = str(error).strip()
     if message.startswith("Caught "):  # out of a loader's worker: its whole traceback, the message in the last line

@@ -47,6 +47,19 @@ def all_reduced(tensor):
     return tensor
 
 
+def lost_rank(error):
+    """What to say of an error that came because another process of the job is gone; None of other errors."""
+    text = str(error)
+    torn = "gloo" in text and any(sign in text for sign in ("Connection", "Broken pipe", "connection"))
+    if not torn and not isinstance(error, (dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)):
+        return None
+    rank, world_size = rank_and_world()
+    return (
+        f"another process of this job has ended, and this one, rank {rank} of {world_size}, with it: the last lines of "
+        "that one say why. To go on run the same command again, trainings with resume=true"
+    )
+
+
 def barrier():
     """Wait for the other processes, if there are any."""
     if dist.is_initialized():

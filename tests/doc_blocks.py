@@ -16,12 +16,15 @@ from tiny_experiment import ROOT, typed
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
-PROGRAMS = ("latentcast", "python", "python3", "pip", "make", "ruff", "cp", "mkdir")  # that blocks may call
+PROGRAMS = ("latentcast", "python", "python3", "pip", "make", "ruff", "ray", "cp", "mkdir")  # that blocks may call
+LAUNCHERS = ("srun", "torchrun")  # of a script, whose call is what counts
+OF_A_CLUSTER = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1"}
 RECORD = "\n".join(
     [
         "exec 3>calls",
         'record() { printf "%s\\0" $# "$@" >&3; }',
         *(f'{program}() {{ record {program} "$@"; }}' for program in PROGRAMS),
+        *(f'{launcher}() {{ until [[ $1 == *.py ]]; do shift; done; record python "$@"; }}' for launcher in LAUNCHERS),
     ]
 )
 
@@ -65,7 +68,7 @@ def calls(block, folder):
     (folder / ".venv/bin").mkdir(parents=True, exist_ok=True)
     (folder / ".venv/bin/activate").touch()
     command = ["/bin/bash", "-euo", "pipefail", "-c", f"{RECORD}\n{block.text}"]
-    done = subprocess.run(command, cwd=folder, env={"PATH": ""}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env={"PATH": ""} | OF_A_CLUSTER, capture_output=True, text=True)
     assert done.returncode == 0, f"{block}: {done.stderr}"
     words = (folder / "calls").read_text().split("\0")[:-1]
     found = []

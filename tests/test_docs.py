@@ -35,6 +35,7 @@ NOT_RUN = {
     ("docs/matrix.md", ""): "test_swap_matrix.py runs every pair through the same tools",
     ("docs/results/README.md", ""): "trainings of hours, by the tools that run here, on data that are not ours to ship",
     ("docs/results/tokenizers.md", ""): "the same",
+    ("docs/scaling.md", ""): "of clusters, and benchmarks at the papers' sizes: test_shares.py, test_ranks.py",
     ("docs/speed.md", ""): "benchmarks at the papers' sizes: test_training_benchmark.py, test_gpu_day.py",
     ("docs/wandb.md", "pip"): "of an installation",
     ("docs/wandb.md", "python tools/wandb_dashboard.py --project latentcast --lineage"): "needs W&B: test_wandb.py",

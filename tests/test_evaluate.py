@@ -684,7 +684,17 @@ def test_the_tool_from_end_to_end_and_by_two_processes(trained, tmp_path, comman
     arguments += [f"run_dir={tmp_path}", "data.n_heldout_videos=8", "data.digit_size=12", "preview.sampler={}"]
     (status, _, err), (other, *_) = run_ranks("evaluate", tmp_path, *arguments)
     assert status == other == 0, err
-    assert comparable(tmp_path / "metrics/one_digit.json") == comparable(metrics / "one_digit.json")
+    arguments[arguments.index(f"run_dir={tmp_path}")] = f"run_dir={tmp_path / 'shares'}"
+    status, shared, err = command("evaluate", *arguments, "--shards", "1/2")
+    assert status == 0 and shared == {"protocol": "one_digit", "pending_groups": 2}, err
+    status, _, err = command("evaluate", *arguments, "protocol.seed=1", "--shards", "0/2")
+    assert status == 1 and "other shares evaluate otherwise (made with protocol.seed 0, asked for 1" in err
+    assert command("evaluate", *arguments, "--shards", "0/2")[1]["metrics"] == figures["metrics"]
+    for others in (tmp_path / "metrics", tmp_path / "shares/metrics"):
+        assert comparable(others / "one_digit.json") == comparable(metrics / "one_digit.json")
+        pictures = [{p.name: p.read_bytes() for p in at.rglob("one_digit/**/*.png")} for at in (others, metrics)]
+        assert pictures[0] and pictures[0] == pictures[1]
+        assert not list(others.glob("*.partial")) and not list(others.glob(".lock"))
 
     _, _, err = command("evaluate", write_experiment(folder), *TINY)
     assert "finished before, nothing to do" in err

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_experiment import call_tool, run_ranks, start_tool, write_experiment
 
-from latentcast import VideoPredictionPipeline, load_config, load_model
+from latentcast import VideoPredictionPipeline, VideoTransformer, load_config, load_model
 from latentcast.cli import UserError
 from latentcast.config import ConfigError
 from latentcast.modeling import fingerprint
@@ -180,7 +180,9 @@ def test_two_processes_train_together(tmp_path):
     (line,) = out.splitlines()  # one process speaks for both
     assert json.loads(line)["steps"] == 2
     call_tool("encode_dataset", tmp_path)
+    two[two.index("trainer.strategy=ddp")] = "trainer.strategy=fsdp"
     (status, figures, err), (other, nothing, _) = run_ranks("train_prior", tmp_path, write_experiment(tmp_path), *two)
     assert status == other == 0, err
     assert figures["steps"] == 2 and nothing is None
-    VideoPredictionPipeline.from_pretrained(figures["pipeline"])
+    prior = VideoPredictionPipeline.from_pretrained(figures["pipeline"]).prior
+    assert type(prior) is VideoTransformer and (tmp_path / "run/previews/prior/step_0000002.png").is_file()

@@ -169,9 +169,9 @@ class StopAt(pl.Callback):
 
 
 class Pictures(ReconstructionPreview):
-    def subject(self, pl_module):
+    def subject(self, pl_module, model):
         self.before(pl_module.trainer)
-        return super().subject(pl_module)
+        return super().subject(pl_module, model)
 
 
 CHAIN = [
@@ -882,7 +882,8 @@ def test_what_resuming_applies_and_what_it_refuses_by_name(tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["strategy=ddp_spawn", "devices=2"], "trainer.strategy: expected auto or ddp, .*, found DDPStrategy by spawn"),
+        (["strategy=ddp_spawn", "devices=2"], "trainer.strategy: expected auto, ddp or fsdp, found DDPStrategy by"),
+        (["strategy=fsdp"], "trainer.strategy=fsdp: it trains priors; tokenizers and joint training"),
         (["fast_dev_run=true"], "trainer.fast_dev_run: not with the tools; trainer.max_steps=1"),
         (["barebones=true"], "trainer.barebones: not with the tools; it logs nothing"),
         (["default_root_dir=elsewhere"], "trainer.default_root_dir: not with the tools; run_dir says where"),

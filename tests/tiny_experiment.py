@@ -136,11 +136,16 @@ def free_port():
 def run_ranks(tool, folder, *arguments, n=2):
     """Run a tool in ``folder`` by ``n`` processes, to each of which torchrun's variables say what it is
     -> [(exit status, figures or None, stderr)]."""
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "tests"}
-    job |= {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "GROUP_RANK": 0}
-    script = TOOLS / f"{tool}.py"
-    ranks = [Started(script, *arguments, cwd=folder, RANK=rank, LOCAL_RANK=rank, **job) for rank in range(n)]
+    port = free_port()
+    ranks = [Started(TOOLS / f"{tool}.py", *arguments, cwd=folder, **torchrun(rank, n, port)) for rank in range(n)]
     return [finished(rank) for rank in ranks]
+
+
+def torchrun(rank, n, port):
+    """The variables by which torchrun says what a process is."""
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": 0}
+    job |= {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "RANK": rank, "LOCAL_RANK": rank}
+    return {name: str(value) for name, value in job.items()}
 
 
 class Started:

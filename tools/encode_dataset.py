@@ -3,19 +3,22 @@
 What is stored follows from the experiment's prior, unless ``cache.store`` says it.
 
 Continues what an earlier run left. Several GPUs: ``torchrun --nproc-per-node N tools/encode_dataset.py EXPERIMENT``, or
-``torchrun --nproc-per-node N -m latentcast encode-dataset EXPERIMENT``.
+``torchrun --nproc-per-node N -m latentcast encode-dataset EXPERIMENT``. Several machines: ``--shards I/N``, the I-th of
+N processes that start whenever they do, or ``--engine ray``; see docs/scaling.md.
 """
 
 import logging
 
 from latentcast.cli import UserError, announce, experiment_parser, prepare_run_dir, run_tool
 from latentcast.command import named
+from latentcast.shares import add_sharing, by_ray, is_for_ray, share_of
 
 logger = logging.getLogger("latentcast")
 
 
 def make_parser():
     parser = experiment_parser(__doc__.partition("\n")[0])
+    add_sharing(parser)
     parser.add_argument("--verify", action="store_true", help="compare the finished cache with its checksums, and end")
     return parser
 
@@ -36,7 +39,10 @@ def main(args):
 
     if args.verify:
         return verify(config)
+    share = share_of(args, config.cache.overwrite)
     check_pair(config, args.experiment, args.overrides)
+    if is_for_ray(args):
+        return by_ray(main, args)
     run_dir = prepare_run_dir(config.run_dir)
     tokenizer = find_tokenizer(config, run_dir)
     spec = tokenizer.latent_spec
@@ -59,9 +65,10 @@ def main(args):
                 conditions_by_name(config.conditions, dataset)  # refuses unknown ones
                 if prior is not None and prior.accepts != "pixels":
                     options["store"] = choose_store(config.cache.store, prior, tokenizer, root, config.cache.overwrite)
-                figures[split] = encode_dataset(dataset, tokenizer, root, **loading, **options)
+                figures[split] = encode_dataset(dataset, tokenizer, root, **loading, **options, share=share)
         rank = rank_and_world()[0]
-    if rank == 0 and any(found["frames_per_s"] for found in figures.values()):
+    whole = not any("pending_shards" in found for found in figures.values())
+    if rank == 0 and whole and any(found["frames_per_s"] for found in figures.values()):
         log(config, run_dir, figures)
     return {"splits": figures}
 

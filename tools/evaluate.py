@@ -4,7 +4,8 @@
 ``evaluate.py --pipeline DIR --data NAME protocol=NAME [key=value ...]`` any pipeline and data set. Results go to
 ``run_dir/metrics``, under the protocol's name. Continues what an earlier run left; the finished result of another
 evaluation is replaced with ``evaluation.overwrite=true`` alone. Several GPUs: ``torchrun --nproc-per-node N
-tools/evaluate.py ...``, or ``torchrun --nproc-per-node N -m latentcast evaluate ...``.
+tools/evaluate.py ...``, or ``torchrun --nproc-per-node N -m latentcast evaluate ...``. Several machines:
+``--shards I/N``, the I-th of N processes that start whenever they do, or ``--engine ray``; see docs/scaling.md.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from latentcast.catalogue import complete_data, complete_words
 from latentcast.cli import DTYPES, UserError, announce, pick_device, pick_dtype, prepare_run_dir, run_tool, user_path
 from latentcast.command import command_line, named, typed
+from latentcast.shares import add_sharing, by_ray, is_for_ray, share_of, turn
 
 logger = logging.getLogger("latentcast")
 
@@ -40,6 +42,7 @@ def make_parser():
         choices=DTYPES,
         help="of the pipeline; auto: bfloat16 where the hardware has it",
     )
+    add_sharing(parser)
     return parser
 
 
@@ -56,14 +59,15 @@ def main(args):
         raise UserError(f"{folder}: no pipeline here; run {named('train_prior')} first, or give --pipeline DIR")
     if args.weights is not None and not Path(args.weights).is_dir():
         raise UserError(f"--weights {args.weights}: no such folder")
+    share = share_of(args, config.evaluation.overwrite)
     check_data(config)
     announce(config)
+    if is_for_ray(args):
+        return by_ray(main, args)
     from latentcast.config import instantiate, to_container  # torch takes seconds: mistakes in the config show before
     from latentcast.data.store.shards import difference_of
     from latentcast.distributed import default_device, process_group, rank_and_world, rank_zero_first
-    from latentcast.environment import git_commit, hardware
     from latentcast.evaluation.evaluator import Evaluation
-    from latentcast.evaluation.report import write_report
     from latentcast.evaluation.results import read_result
     from latentcast.pipelines.base import VideoPipeline
     from latentcast.training.trackers import open_tracker
@@ -100,10 +104,26 @@ def main(args):
                 )
             logger.info("%s: finished before, nothing to do", result)
             return summary(earlier) | {"files": {"figures": str(result)}}
-        evaluation.run()
+        evaluation.run(share)
         rank = rank_and_world()[0]
     if rank > 0:  # the group is closed: what follows is rank 0's alone
         return {}
+    if share is None:
+        return complete(config, folder, evaluation, metrics_dir, device, began)
+    with turn(metrics_dir, "evaluation"):
+        if result.is_file():  # another one of those that were the last has completed it
+            return summary(read_result(result)) | {"files": {"figures": str(result)}}
+        if pending := len(evaluation.pending()):
+            logger.info("%s: share %s is done; %d groups of clips are others'", result, share, pending)
+            return {"protocol": protocol.name, "pending_groups": pending}
+        return complete(config, folder, evaluation, metrics_dir, device, began)
+
+
+def complete(config, folder, evaluation, metrics_dir, device, began):
+    """Join what was measured, and write all that shows it."""
+    from latentcast.environment import git_commit, hardware
+    from latentcast.evaluation.report import write_report
+
     logger.info("joining %d clips", len(evaluation.clips))
     results = evaluation.finish()
     seconds = {"measuring": evaluation.parts.seconds(), "this_run": time.perf_counter() - began}

@@ -1,7 +1,8 @@
 """Prepare a benchmark data set: read its published files once, crop, resize, count and store its videos.
 
 ``prepare_dataset.py NAME --source DIR_OR_ARCHIVE --output DIR [--split PROTOCOL] [key=value ...]`` continues what an
-earlier run left; ``prepare_dataset.py check DIR`` verifies a prepared set or any folder of videos.
+earlier run left; ``prepare_dataset.py check DIR`` verifies a prepared set or any folder of videos. Several machines:
+``--shards I/N``, the I-th of N processes that start whenever they do, or ``--engine ray``; see docs/scaling.md.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import os
 
 from latentcast.cli import Findings, UserError, parse_options, prepare_run_dir, run_tool, user_path
 from latentcast.data.sets import BENCHMARKS
+from latentcast.shares import add_sharing, by_ray, is_for_ray, share_of
 
 OWN = ("env", "policy", "frames", "actions")  # options of single sets that have an argument of their own
 
@@ -37,6 +39,7 @@ def make_parser():
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core; 0: none)")
     parser.add_argument("--partial", action="store_true", help="accept a set with fewer videos than published")
+    add_sharing(parser)
     parser.add_argument("--clip-length", type=int, default=1, help="check: shorter videos are named")
     return parser
 
@@ -58,7 +61,10 @@ def main(args):
     fixed = {"source": args.source, "protocol": args.split} | given
     benchmark = call(import_name(BENCHMARKS[args.name]), parse_options(args.arguments) | fixed, args.name)
     output = prepare_run_dir(args.output, "--output")
-    return prepare(benchmark, output, workers=args.workers, partial=args.partial)
+    if is_for_ray(args):
+        alone = argparse.Namespace(**vars(args) | {"workers": 0})  # each of Ray's has one core
+        return by_ray(main, alone, on_gpus=False)
+    return prepare(benchmark, output, workers=args.workers, partial=args.partial, share=share_of(args))
 
 
 def check(args):

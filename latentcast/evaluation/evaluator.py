@@ -1,5 +1,6 @@
 """Roll a pipeline out over the clips of a protocol and measure what it predicts."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,6 +21,7 @@ from latentcast.metrics.statistics import ClipValues
 from latentcast.modeling import eval_mode, fingerprint
 from latentcast.priors.base import as_keyword
 from latentcast.progress import Bar
+from latentcast.shares import Share, turn
 
 from .choice import DETERMINISTIC, RECONSTRUCTION, check_crps_map, check_fit, choose_clips, fitting_futures, impossible
 from .parts import Parts
@@ -144,14 +146,16 @@ class Evaluation:
         }
         return json.loads(json.dumps(identity))
 
-    def run(self):
-        """Measure every group that is not measured yet; -> the number of clips that this process did."""
+    def run(self, share=None):
+        """Measure every group that is not measured yet, or a ``latentcast.shares.Share`` of them; -> the number of
+        clips that this process did."""
         rank, world_size = rank_and_world()
         identity = self.identity
         with rank_zero_first():
             if rank == 0:
-                self.parts.prepare(identity)
-        groups = [g for g in range(rank, len(self.groups), world_size) if not self.parts.path(g).is_file()]
+                with contextlib.nullcontext() if share is None else turn(self.folder.parent, "evaluation"):
+                    self.parts.prepare(identity, shared=share is not None)
+        groups = (share or Share(rank, world_size)).of(self.pending())
         n_clips = sum(len(self.groups[g]) for g in groups)
         self.pipe.set_progress_bar_config(disable=True)
         with Bar(total=n_clips, desc=f"evaluate {self.protocol.name}", unit="clip", disable=rank > 0) as bar:
@@ -162,6 +166,10 @@ class Evaluation:
                 bar.update(len(self.groups[group]))
         barrier()
         return n_clips
+
+    def pending(self):
+        """Groups that nobody has measured yet."""
+        return [group for group in range(len(self.groups)) if not self.parts.path(group).is_file()]
 
     def measure(self, group):
         """What is known of a group of clips: (who, metric), ("maps", who) and ("shown", name) -> tensor."""

@@ -34,13 +34,19 @@ class Parts:
     def path(self, group):
         return self.folder / "parts" / f"group-{group:05d}.safetensors"
 
-    def prepare(self, identity):
-        """Keep parts of this very evaluation, clear those of another."""
+    def prepare(self, identity, shared=False):
+        """Keep parts of this very evaluation, clear those of another; where others add to them, ValueError names what
+        differs instead."""
         plan = self.folder / "parts" / "plan.json"
         if plan.is_file():
             difference = difference_of(read_json(plan), identity)
             if not difference:
                 return
+            if shared:
+                raise ValueError(
+                    f"{self.folder}: other shares evaluate otherwise ({difference}); give all the same settings, "
+                    "or delete the folder"
+                )
             logger.info("%s: parts of another evaluation are cleared (%s)", self.folder, difference)
         self.clear()
         plan.parent.mkdir(parents=True)

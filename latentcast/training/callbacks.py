@@ -25,6 +25,7 @@ from latentcast.metrics.ensemble import ilpips
 
 from .checkpoints import keep_previous
 from .loggers import MediaLogger
+from .sharding import local, shard
 
 logger = logging.getLogger("latentcast")
 
@@ -50,8 +51,14 @@ class WeightAverage(WeightAveraging):
 
     def setup(self, trainer, pl_module, stage):
         if stage == "fit":
+            mesh = getattr(trainer.strategy, "device_mesh", None)
+            if mesh is not None:
+                pl_module._device_mesh = None  # groups of processes cannot be copied
             # The module itself moves to its device only after this.
             self._average_model = _Average(pl_module, self.decay, trainer.strategy.root_device)
+            if mesh is not None:
+                pl_module._device_mesh = mesh
+                shard(self._average_model.module.model, mesh)
 
     def on_validation_epoch_start(self, trainer, pl_module):
         super().on_validation_epoch_start(trainer, pl_module)
@@ -102,8 +109,8 @@ class _Average(AveragedModel):
         averages, currents = [], []
         for average, current in zip(self._state(self.module), self._state(model)):
             if average.is_floating_point():
-                averages.append(average)
-                currents.append(current.to(average.dtype))  # weights may be half, the average is not
+                averages.append(local(average))
+                currents.append(local(current).to(average.dtype))  # weights may be half, the average is not
             else:
                 average.copy_(current)
         torch._foreach_lerp_(averages, currents, 1 - min(self.decay, (1 + n) / (10 + n)))
@@ -452,7 +459,7 @@ class Preview(Callback):
     def _make(self, trainer, pl_module, end=False):
         step = trainer.global_step
         made, self._made_step = self._made_step == step, step
-        if not trainer.is_global_zero or (made and not end):
+        if made and not end:
             return
         started = time.perf_counter()
         average = find_average(trainer)
@@ -463,8 +470,12 @@ class Preview(Callback):
             trainer.precision_plugin.forward_context(),
             average.averaged(pl_module) if average else contextlib.nullcontext(),
         ):
-            files = self.draw(self.subject(pl_module), self.folder / f"step_{step:07d}", end, made)
+            model = pl_module.whole()
+            if trainer.is_global_zero:
+                files = self.draw(self.subject(pl_module, model), self.folder / f"step_{step:07d}", end, made)
         pl_module.train(training)
+        if not trainer.is_global_zero:
+            return
         for run in trainer.loggers:
             if self.figures and not made:
                 run.log_metrics(self.figures, step - 1)  # Lightning counts from 0 the step that has just been made
@@ -493,8 +504,8 @@ class Preview(Callback):
     def _failed(self, name, error):
         logger.warning("no picture of %s: %s: %s", name, type(error).__name__, one_line(error, 200))
 
-    def subject(self, pl_module):
-        """The Subject of the figures."""
+    def subject(self, pl_module, model):
+        """The Subject of the figures of ``model``, the module's own as a whole."""
         raise NotImplementedError
 
     def label(self, pl_module):
@@ -508,10 +519,10 @@ class ReconstructionPreview(Preview):
 
     stage, first = "tokenizer", "reconstructions"
 
-    def subject(self, pl_module):
+    def subject(self, pl_module, model):
         monitors = [cb for cb in pl_module.trainer.callbacks if isinstance(cb, CodebookMonitor)]
         counts = next((monitor.counts for monitor in monitors), None)
-        return inspection.Subject(self.shown, pl_module.model, label=self.label(pl_module), counts=counts)
+        return inspection.Subject(self.shown, model, label=self.label(pl_module), counts=counts)
 
 
 class PredictionPreview(Preview):
@@ -543,8 +554,8 @@ class PredictionPreview(Preview):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def subject(self, pl_module):
-        pipeline = self._pipeline(pl_module.model).to(pl_module.device)
+    def subject(self, pl_module, model):
+        pipeline = self._pipeline(model).to(pl_module.device)
         settings = {"num_samples": self.num_samples, "sampler": self.sampler, "seed": self.seed}
         label = self.label(pl_module)
         return inspection.Subject(self.shown, pipe=pipeline, n_context=self.n_context, label=label, **settings)

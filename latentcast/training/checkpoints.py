@@ -1,10 +1,12 @@
 """Checkpoints: written whole or not at all, and continued by a run that can honour its own config."""
 
+import contextlib
 import inspect
 import logging
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -35,6 +37,9 @@ ELSEWHERE = (
 )
 
 
+REST = "rest.ckpt"  # in the folder that a sharded checkpoint is: all but the tensors, and what is known of these
+
+
 class DamagedCheckpoint(ValueError):
     """A checkpoint that cannot be read."""
 
@@ -52,7 +57,7 @@ class WholeFileIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
 
-def check_checkpoint(path, module, averaging, data=None):
+def check_checkpoint(path, module, averaging, data=None, sharded=False):
     """Make sure that a checkpoint can be resumed -> its step.
 
     Args:
@@ -60,20 +65,27 @@ def check_checkpoint(path, module, averaging, data=None):
         module: the TrainingModule that is to go on.
         averaging: whether this run averages the weights.
         data: its data module, if the data is to be compared.
+        sharded: whether its processes share the weights, and so the checkpoint.
     Raises:
         DamagedCheckpoint: it cannot be read.
         ValueError: of another model, written with the moving average switched the other way, or with another
             value of an option that a resumed run cannot change; the message names it.
     """
+    path = Path(path)
+    if path.exists() and path.is_dir() != sharded:
+        raise ValueError(
+            f"checkpoint {path}: expected {'a folder of shards' if sharded else 'one file'}, found the other; keep "
+            f"trainer.strategy={'auto or ddp' if sharded else 'fsdp'} to resume"
+        )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        found, step = checkpoint["state_dict"], checkpoint["global_step"]
+        checkpoint, found = _open(path, sharded)
+        step = checkpoint["global_step"]
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DamagedCheckpoint(f"checkpoint {path}: damaged, cannot be resumed ({reason[:100]})") from None
-    expected = module.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     for name in sorted(expected.keys() | found.keys()):
-        sides = [tuple(side[name].shape) if name in side else "nothing" for side in (found, expected)]
+        sides = [side.get(name, "nothing") for side in (found, expected)]
         if sides[0] != sides[1]:
             raise ValueError(
                 f"checkpoint {path}: of another model than the config's: {name} is {sides[0]} in the checkpoint, "
@@ -96,15 +108,59 @@ def check_checkpoint(path, module, averaging, data=None):
     return step
 
 
+def _open(path, sharded):
+    """-> a checkpoint, of shards without their tensors, and name -> shape of the model's tensors."""
+    checkpoint = torch.load(path / REST if sharded else path, map_location="cpu", weights_only=True, mmap=True)
+    if not sharded:
+        return checkpoint, {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+    for name, size in checkpoint["files"].items():
+        found = (path / name).stat().st_size
+        if found != size:
+            raise EOFError(f"{name}: expected {size} bytes, found {found}")
+    states = {}
+    for key, shape in checkpoint["shapes"].items():
+        state, _, name = key.partition("/")
+        states.setdefault(state, {})[name] = shape
+    return {**states, **checkpoint}, states["state_dict"]
+
+
 def keep_previous(path, previous):
     """Let ``previous`` be the checkpoint that ``path`` is now, if it is there, before another takes its place. It is
-    the same file by another name, where the file system can do so, else a copy."""
-    if path.exists():
+    the same file by another name, or the same files, where the file system can do so, else a copy."""
+    if path.is_dir():
+        with replacing_folder(previous) as temporary:
+            shutil.copytree(path, temporary, copy_function=_link)
+    elif path.exists():
         with replacing(previous) as temporary:
-            try:
-                os.link(path, temporary)
-            except OSError:
-                shutil.copyfile(path, temporary)
+            _link(path, temporary)
+
+
+def _link(path, other):
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder, first=True):
+    """A temporary folder that takes the place of ``folder`` when the block ends well; of several processes that fill it
+    only the ``first`` moves it, and the others must wait for that."""
+    folder = Path(folder)
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        yield temporary
+        if first:
+            if folder.is_dir():
+                os.rename(folder, old)
+            os.rename(temporary, folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        raise
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_options(path, before, now, stage, same_data=False):

@@ -1,6 +1,7 @@
 """What training a tokenizer and training a prior have in common."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -13,6 +14,8 @@ from pytorch_lightning.plugins.precision import Precision
 from latentcast.config import is_whole, one_line
 from latentcast.modeling import eval_mode
 from latentcast.tokenizers.base import trusted
+
+from .sharding import full, gather, shard
 
 WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules
 
@@ -38,8 +41,27 @@ class TrainingModule(pl.LightningModule):
         self.save_hyperparameters(config or {})
         self._loss = None  # summed over the batches of one optimizer step
         self._batch = None  # the last of them
+        self._whole = []  # of a model that is sharded: the one that it was
         self._norms = ()  # (parameters, norm of their gradients, as a number) of the step at hand
         self._build_optimizer()  # so that a mistake in the settings shows now
+
+    def configure_model(self):
+        """Under ``trainer.strategy=fsdp``, the only one with a mesh: train a copy of the model that is sharded."""
+        if self.device_mesh is not None and not self._whole:
+            self._whole = [self.model]  # in a list: not one of the submodules
+            self.model = shard(copy.deepcopy(self.model), self.device_mesh)
+
+    def whole(self):
+        """The model as it was given, with the weights that it has by now, which the first process has; every process
+        calls it."""
+        if not self._whole:
+            return self.model
+        gather(self.model, self._whole[0])
+        return self._whole[0].train(self.model.training)
+
+    def make_whole(self):
+        """End what ``configure_model`` began."""
+        self.model, self._whole = self.whole(), []
 
     def n_parameters(self, trainable=False):
         """How many numbers it has, or learns."""
@@ -77,7 +99,7 @@ class TrainingModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer):
         """Log gradient norm and rate; stop before a loss or gradient that is not finite reaches the weights."""
         parts = self.clipped_apart()
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+        norms = [full(torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         rate = torch.tensor(optimizer.param_groups[0]["lr"])  # on the CPU: a number would be sent to the GPU
         self.log_dict({"train/grad_norm": norm, "train/lr": rate})
@@ -90,7 +112,8 @@ class TrainingModule(pl.LightningModule):
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         for name, value in (("loss", loss), ("gradient norm", 0 if scaled else norm)):
             if not math.isfinite(value):
-                culprit = self._first_not_finite(batch, gradients=name != "loss")
+                # Of a model that is sharded other processes would have to take part in computing it again.
+                culprit = "" if self._whole else self._first_not_finite(batch, gradients=name != "loss")
                 raise FloatingPointError(
                     f"{type(self.model).__name__}: the training {name} is {value} at step {self.trainer.global_step}"
                     f"{culprit and f', first in {culprit}'}; stopped before it reached the weights. A lower learning "

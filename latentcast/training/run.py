@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import shutil
 import time
 import warnings
@@ -35,11 +34,12 @@ from .callbacks import (
     WeightAverage,
     finishing_steps,
 )
-from .checkpoints import DamagedCheckpoint, WholeFileIO, check_checkpoint
+from .checkpoints import DamagedCheckpoint, WholeFileIO, check_checkpoint, replacing_folder
 from .compiling import compile_model
 from .console import Console
 from .loggers import CSVMetrics, TrackerLogger, open_logger, plot_curves
 from .metrics_file import read_metrics
+from .sharding import FullyShardedStrategy, check_sharded
 from .trackers import Tracker, open_tracker
 
 logger = logging.getLogger("latentcast")
@@ -81,6 +81,8 @@ class TrainingRun:
             if config[group] is None:
                 raise UserError(f"{group}: the experiment names none; choose one by {group}=NAME")
         check_trainer(config.trainer)
+        if is_sharded(config):
+            check_sharded(config, stage)
         open_tracker(config, config.run_dir, stage)  # refuses an unknown one
         run = cls(config, stage, prepare_run_dir(config.run_dir))
         with locked(run.run_dir, f"training ({stage})"):
@@ -131,7 +133,8 @@ class TrainingRun:
     @property
     def checkpoint(self):
         """The checkpoint that this run continues, or None."""
-        return self.last if self.config.resume and self.last.exists() else None
+        there = [path for path in (self.last, self.previous) if path.exists()]  # a folder takes two steps to replace
+        return there[0] if self.config.resume and there else None
 
     def _resumed(self, module, datamodule):
         """-> the checkpoint that this run continues and its step: the last one, the one before where that is damaged,
@@ -142,13 +145,13 @@ class TrainingRun:
                 logger.info("%s: nothing to resume, starting at step 0", self.last)
             return None, 0
         try:
-            step = check_checkpoint(checkpoint, module, averaging, datamodule)
+            step = check_checkpoint(checkpoint, module, averaging, datamodule, is_sharded(self.config))
         except DamagedCheckpoint as error:
-            if not self.previous.exists():
+            if checkpoint == self.previous or not self.previous.exists():
                 raise
             logger.warning("%s; the one before it is taken", error)
             checkpoint = self.previous
-            step = check_checkpoint(checkpoint, module, averaging, datamodule)
+            step = check_checkpoint(checkpoint, module, averaging, datamodule, is_sharded(self.config))
         logger.info("resuming from step %d (%s)", step, checkpoint)
         return checkpoint, step
 
@@ -202,6 +205,7 @@ class TrainingRun:
         trainer = instantiate(
             config.trainer,
             precision=precision_here(config.trainer),
+            **({"strategy": FullyShardedStrategy()} if is_sharded(config) else {}),
             logger=[csv, *_several(chosen), *(logger for logger in own["logger"] if isinstance(logger, Logger))],
             default_root_dir=str(self.run_dir),
             enable_checkpointing=keeps_best or None,
@@ -238,8 +242,9 @@ class TrainingRun:
             if config.final_weights == "best" and not self.best.exists():
                 logger.warning("final_weights=best: nothing was validated in training; the last weights are kept")
             elif config.final_weights == "best":
-                module.load_state_dict(torch.load(self.best, map_location="cpu", weights_only=True)["state_dict"])
+                module.load_state_dict(load_checkpoint(trainer, self.best)["state_dict"])
             val = trainer.validate(module, datamodule=datamodule, verbose=False)[0] if has_val else {}
+            module.make_whole()
         except SystemExit:  # how Lightning ends a run that was asked to stop
             if trainer.is_global_zero and self.last.exists():
                 logger.info("%s holds step %d; resume=true goes on from there", self.last, trainer.global_step)
@@ -284,6 +289,8 @@ class TrainingRun:
             for folder in (self.training_dir, self.model_dir, self.preview_dir):
                 shutil.rmtree(folder, ignore_errors=True)
             self.training_dir.mkdir(parents=True)
+        for leftover in self.training_dir.glob(".*.ckpt.*"):  # folders that a killed run was writing
+            shutil.rmtree(leftover, ignore_errors=True)
         command = command_line()
         text = (f"# {printable(command)}\n" if command else "") + dump(to_container(self.config))
         for name in (f"config_{self.stage}.yaml", "config.yaml"):
@@ -344,14 +351,31 @@ def precision_here(options):
     return "bf16-mixed" if computes_bfloat16("cuda" if on_gpu else "cpu") else "32-true"
 
 
+def is_sharded(config):
+    """Whether the processes of a training share its weights."""
+    return config.trainer.get("strategy") == "fsdp"
+
+
+def load_checkpoint(trainer, path):
+    """A checkpoint of this very training, with tensors as its module takes them."""
+    if path.is_dir():
+        return trainer.strategy.load_checkpoint(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def check_strategy(trainer):
-    """Refuse strategies that leave the trained weights elsewhere: in processes that end, or in pieces."""
+    """Refuse strategies that leave the trained weights elsewhere: in processes that end, or in pieces that are not
+    put together."""
     strategy = trainer.strategy
-    whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and type(strategy).__name__ != "DeepSpeedStrategy"
-    if not whole or isinstance(strategy.launcher, _MultiProcessingLauncher):
+    known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FullyShardedStrategy))
+    if (
+        not known
+        or type(strategy).__name__ == "DeepSpeedStrategy"
+        or isinstance(strategy.launcher, _MultiProcessingLauncher)
+    ):
         found = getattr(strategy, "_start_method", None)
         name = type(strategy).__name__ + (f" by {found}" if found else "")
-        raise UserError(f"trainer.strategy: expected auto or ddp, where each process has the whole model, found {name}")
+        raise UserError(f"trainer.strategy: expected auto, ddp or fsdp, found {name}")
 
 
 def _several(found):
@@ -386,22 +410,3 @@ def preview_clips(data, n_clips):
         raise UserError(f"preview.n_clips: expected at least 1, found {n_clips}")
     train, val = data.train_set, data.val_set  # opened, and so told of, in this order
     return ShownClips.of(val or train, n_clips, trained_on=val is None)
-
-
-@contextlib.contextmanager
-def replacing_folder(folder):
-    """A temporary folder that takes the place of ``folder`` when the block ends well."""
-    folder = Path(folder)
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    try:
-        yield temporary
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            os.rename(old, folder)
-        raise
-    finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)

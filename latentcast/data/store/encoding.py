@@ -13,6 +13,7 @@ from latentcast.command import named
 from latentcast.distributed import barrier, default_device, rank_and_world, rank_zero_first
 from latentcast.files import locked
 from latentcast.progress import Bar
+from latentcast.shares import turn
 
 from ..loading import open_loader
 from ..video.reader import VideoError, is_away
@@ -37,6 +38,7 @@ def encode_dataset(
     read_timeout=0,
     overwrite=False,
     device=None,
+    share=None,
 ):
     """Encode every video of a VideoDataset into the cache at ``root``; continues what an earlier run left there.
 
@@ -55,9 +57,10 @@ def encode_dataset(
         batch_frames: frames encoded at once.
         read_timeout: seconds that a process may take to read so many, see ``open_loader``.
         device: default: a GPU when there is one.
+        share: a ``latentcast.shares.Share``: its shards alone, while others may write theirs.
     Returns:
         dict of ``videos``, ``frames``, ``bytes``, ``skipped`` of the whole cache and ``frames_per_s`` of this run (None
-        when nothing was left to do).
+        when nothing was left to do); of a share that leaves shards to others ``pending_shards`` and ``frames_per_s``.
     Raises:
         ValueError: frames of another size than the tokenizer's, a cache of another tokenizer or data set, no videos,
             or posteriors asked of a tokenizer that has none.
@@ -83,7 +86,9 @@ def encode_dataset(
     from latentcast.modeling import fingerprint  # here: the loader's processes do without diffusers
 
     identity = fingerprint(tokenizer)
-    with locked(root, named("encode_dataset")):
+    alone = locked if share is None else turn  # to prepare the folder, and to complete it
+    with contextlib.ExitStack() as lock:
+        lock.enter_context(alone(root, named("encode_dataset")))
         with rank_zero_first():
             writer = LatentCacheWriter(
                 root,
@@ -100,12 +105,16 @@ def encode_dataset(
                 rank=rank,
                 world_size=world_size,
             )
-            writer.redo(writer.away(), keep=True)
+            if share is None:
+                writer.redo(writer.away(), keep=True)
+        if share is not None:
+            share.over(writer)
+            lock.close()
         if writer.finished:
             logger.info("latents cache %s: finished before, nothing to do", root)
             return _figures(root, None)
 
-        n_frames = writer.n_frames(writer.pending(every_rank=True))
+        n_frames = writer.n_frames(writer.pending(every_rank=share is None))
         if rank == 0:
             _check_space(writer)
         work = writer.pending()
@@ -141,6 +150,13 @@ def encode_dataset(
         seconds = time.perf_counter() - began
         if fingerprint(tokenizer) != identity:
             raise RuntimeError(f"{type(tokenizer).__name__}: encoding changed its weights; the cache is not completed")
+        if share is not None:
+            lock.enter_context(alone(root, named("encode_dataset")))
+            if pending := len(writer.pending(every_rank=True)):
+                logger.info("latents cache %s: share %s is done; %d shards are others'", root, share, pending)
+                return {"pending_shards": pending, "frames_per_s": round(n_frames / seconds, 1)}
+            if writer.finished:
+                return _figures(root, n_frames / seconds)
         with rank_zero_first():
             if rank == 0:
                 writer.finish()

@@ -25,6 +25,7 @@ from ...figures.sheets import labelled_sheet, scale_for
 from ...files import locked, read_json, replacing, told, write_json
 from ...progress import Bar
 from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
+from ...shares import Share, turn
 from ...sizes import as_size, as_square, sides
 from ..base import FITTING, SPLITS, Clip, EmptySplitError, VideoDataset, check_split
 from ..loading import end_with_parent, worker_context
@@ -106,7 +107,7 @@ class IncompleteError(ValueError):
     """The source does not hold all that the published set should; what it holds is written and kept."""
 
 
-def prepare(benchmark, output, *, workers=0, partial=False):
+def prepare(benchmark, output, *, workers=0, partial=False, share=None):
     """Prepare a data set; continues what an earlier run left in ``output``.
 
     Args:
@@ -117,19 +118,41 @@ def prepare(benchmark, output, *, workers=0, partial=False):
         partial: accept a set with fewer videos than published; the manifest then says ``complete: false``. A later
             run without it adds what can be read by then, and keeps the set even if more is still missing; one with it
             adds what could not be reached (no permission, a share that was not mounted), not what was damaged.
+        share: a ``latentcast.shares.Share``: its shards alone, while others may write theirs.
     Returns:
         dict of ``name``, ``protocol``, ``counts``, ``skipped`` (split -> videos), ``bytes`` and the benchmark's own
-        figures.
+        figures; of a share that leaves shards to others, of ``pending_shards``.
     Raises:
-        ValueError: ``output`` holds another set, or one of another protocol.
+        ValueError: ``output`` holds another set, or one of another protocol, or shares of a set that grows by what it
+            has recorded.
         IncompleteError: counts differ from ``Benchmark.expected_counts``, without ``partial``.
         OSError: the source cannot be listed, the disk is full, or another run prepares into ``output``.
     """
-    with locked(output, KIND.tool):
-        return _prepare(benchmark, Path(output), workers, partial)
+    output = Path(output)
+    if share is None:
+        with locked(output, KIND.tool):
+            videos, writers = _open(benchmark, output)
+            return _prepare(benchmark, output, workers, partial, videos, writers)
+    if benchmark.growing:
+        raise ValueError(
+            f"--shards {share}: {benchmark.name} records until it has enough, which one process counts; leave it out"
+        )
+    with turn(output, KIND.tool):
+        videos, writers = _open(benchmark, output)
+    for writer in writers.values():
+        share.over(writer)
+    _write_shards(benchmark, writers, workers)
+    with turn(output, KIND.tool):
+        if pending := sum(len(writer.pending(every_rank=True)) for writer in writers.values()):
+            logger.info("%s: share %s is done; %d shards are others'", output, share, pending)
+            return {"pending_shards": pending}
+        for writer in writers.values():
+            Share(0, 1).over(writer)  # what is left is to be completed
+        return _prepare(benchmark, output, workers, partial, videos, writers)
 
 
-def _prepare(benchmark, output, workers, partial):
+def _open(benchmark, output):
+    """-> the videos of each split, and a ShardWriter of those that have some."""
     videos = benchmark.videos()
     writers = {
         split: shards.ShardWriter(output / split, KIND, _job(benchmark, split, names), growing=benchmark.growing)
@@ -138,6 +161,10 @@ def _prepare(benchmark, output, workers, partial):
     }
     if not writers:
         raise ValueError(f"{benchmark.name}: no videos found in {benchmark.source}")
+    return videos, writers
+
+
+def _prepare(benchmark, output, workers, partial, videos, writers):
     accepted = _accepted(output)
     for split, writer in writers.items():  # try again what an earlier run could not read
         gaps = [shard for shard, note in enumerate(writer.notes()) if note and note["skipped"]]

@@ -22,7 +22,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from ...command import named
-from ...files import MANIFEST_MB, file_sha256, read_json, temporary_path, write_json, writing
+from ...files import MANIFEST_MB, file_sha256, read_json, sweep, temporary_path, write_json, writing
 from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, read_checked, short
 from ..base import EmptySplitError, VideoEntry
 
@@ -233,8 +233,7 @@ class ShardWriter:
     def _prepare(self, overwrite):
         """Make ``root`` ready to be continued: refuse or clear what does not belong to this job."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for leftover in self.root.glob("*.tmp"):
-            leftover.unlink()
+        sweep(self.root)  # not what other shares are writing
         try:
             standing = standing_job(self.root, self.kind)
         except ValueError:

@@ -1,0 +1,105 @@
+"""Shares of a job, by whichever processes: the files are those of one process that does it all."""
+
+import argparse
+import contextlib
+import multiprocessing
+import signal
+import time
+
+import psutil
+import pytest
+from noise_benchmark import Noise
+from tiny_experiment import call_tool, start_tool, write_experiment
+
+from latentcast.cli import UserError
+from latentcast.data.store.prepared import prepare
+from latentcast.shares import Share, share_of
+
+SPLITS = "cache.shard_videos=2", "cache.batch_frames=8", "cache.splits=[train,val]"
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A tiny experiment over pixels, encoded by one process -> its latents' files."""
+    folder = tmp_path_factory.mktemp("encoded")
+    call_tool("encode_dataset", folder, *SPLITS, "tokenizer=pixel", "tokenizer.levels=4")
+    return contents(folder / "run/latents")
+
+
+def prepare_share(root, share, **options):
+    return prepare(Noise(**options), root, share=share)
+
+
+def test_shares_prepare_what_one_process_does_and_a_killed_one_goes_on(tmp_path):
+    """The other share writes at the same time, and leaves alone what is being written."""
+    prepare(Noise(), tmp_path / "plain")
+    root, killed = tmp_path / "set", Share(0, 2)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=prepare_share, args=(root, killed), kwargs={"kill_at": "train-4"}
+    )
+    process.start()
+    assert prepare_share(root, Share(1, 2))["pending_shards"] in (2, 3)  # of 4
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (root / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
+    assert len(kept) == 2  # shards 0 and 1 of the train split
+    figures = prepare_share(root, killed)
+    assert figures["counts"] == {"train": 5, "test": 2}
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
+    assert contents(root) == contents(tmp_path / "plain")
+    assert prepare_share(root, Share(1, 2))["counts"] == {"train": 5, "test": 2}  # late, and with nothing to do
+
+
+def test_shares_encode_what_one_process_does(encoded, tmp_path, command):
+    experiment = write_experiment(tmp_path)
+    arguments = experiment, *SPLITS, "tokenizer=pixel", "tokenizer.levels=4"
+    status, figures, err = command("encode_dataset", *arguments, "--shards", "1/2")
+    assert status == 0, err
+    assert figures["splits"]["train"]["pending_shards"] == 6 and not list(tmp_path.rglob("manifest.json"))
+    status, figures, err = command("encode_dataset", *arguments, "--shards", "0/2")
+    assert status == 0 and figures["splits"]["train"]["videos"] == 24, err
+    assert contents(tmp_path / "run/latents") == encoded
+    for more, message in (
+        (["cache.overwrite=true"], "--shards 1/2: not with overwrite=true"),
+        (["--engine", "ray"], "--engine ray: it makes the shares itself; leave out --shards"),
+    ):
+        status, _, err = command("encode_dataset", *arguments, "--shards", "1/2", *more)
+        assert status == 1 and message in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", ["3", "4/4", "-1/4", "1/0", "a/b", "1/2/3"])
+def test_what_is_no_share(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"expected I/N with I from 0 to N - 1, .*found '{text}'"):
+        Share.parse(text)
+
+
+def test_shares_and_ranks_do_not_mix(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--shards 0/2: expected a process by itself, found one of several"):
+        share_of(argparse.Namespace(shards=Share(0, 2)))
+
+
+def is_busy(process):
+    """Whether it is a worker of Ray's that does a share."""
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()[:1] == ["ray::_run_share"]
+
+
+def test_ray_encodes_what_one_process_does_though_a_worker_is_killed(encoded, tmp_path):
+    pytest.importorskip("ray", reason="the extra latentcast[ray] is not installed")
+    by_ray = "--engine", "ray", "--ray-shares", "4"
+    process = start_tool("encode_dataset", tmp_path, *SPLITS, "tokenizer=pixel", "tokenizer.levels=4", *by_ray)
+    train = tmp_path / "run/latents/train"
+    while not list(train.glob("shard-*.json")):
+        assert process.poll() is None, process.read()
+        time.sleep(0.02)
+    while not (busy := [p for p in psutil.Process(process.pid).children(recursive=True) if is_busy(p)]):
+        assert process.poll() is None, process.read()
+    busy[0].kill()
+    _, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    assert contents(tmp_path / "run/latents") == encoded
