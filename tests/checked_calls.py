@@ -1,0 +1,27 @@
+"""While tests run, every annotated call is checked: jaxtyping's import hook, and beartype.
+
+What a function refuses in its own words it goes on refusing so: arguments are looked at when it has returned, with what
+it returns. A wrong shape then fails a test where a function took it without a word.
+
+Holds for all that is imported after this. ``JAXTYPING_DISABLE=1`` runs tests without.
+"""
+
+from typing import Any
+
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+PACKAGES = ("data", "evaluation", "layers", "metrics", "pipelines", "priors", "tokenizers")
+
+_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for type checkers
+
+
+def check_what_returned(stand_in):
+    """The type checker of the hook, which hands it two stand-ins for each function: one is called before it with its
+    arguments, and returns Any; the other is called after it with what it returned as well, and looks at both."""
+    if stand_in.__annotations__.get("return") is Any:
+        return lambda *args, **kwargs: None
+    return _beartype(stand_in)
+
+
+install_import_hook([f"latentcast.{name}" for name in PACKAGES], f"{__name__}.check_what_returned")
