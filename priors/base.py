@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -381,7 +380,7 @@ class no_progress:
     def __init__(self, total: int | None = None) -> None:
         self.total = total
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "no_progress":
         return self
 
     def __exit__(self, *exception: object) -> bool:

@@ -1,6 +1,7 @@
 """Image autoencoders of diffusers, trained by others for the most part, as frame tokenizers."""
 
 import inspect
+from pathlib import Path
 
 import diffusers
 import torch
@@ -58,7 +59,7 @@ class DiffusersTokenizer(FrameTokenizer):
     @register_to_config
     def __init__(
         self,
-        path: str | None = None,
+        path: str | Path | None = None,
         subfolder: str | None = None,
         height: int = 64,
         width: int = 64,

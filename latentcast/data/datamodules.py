@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from ..command import named
-from .base import EmptySplitError
+from .base import EmptySplitError, VideoDataset
 from .loading import Loader, end_workers, open_loader
 from .store.latent_cache import LatentCacheDataset
 
@@ -153,11 +154,18 @@ class VideoDataModule(_ClipDataModule):
         EmptySplitError: nothing in the train split. An empty val split is logged and leaves out validation.
     """
 
-    def __init__(self, dataset, batch_size, num_workers=0, seed=0, read_timeout=0):
+    def __init__(
+        self,
+        dataset: Callable[..., VideoDataset],
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        read_timeout: float = 0,
+    ) -> None:
         super().__init__(batch_size, num_workers, seed, read_timeout)
         self.dataset = dataset
 
-    def open_split(self, split):
+    def open_split(self, split: str) -> VideoDataset:
         try:
             return self.dataset(split=split)
         except EmptySplitError as error:
@@ -181,26 +189,26 @@ class LatentDataModule(_ClipDataModule):
 
     def __init__(
         self,
-        cache_root,
-        clip_length,
-        batch_size,
-        stride=1,
-        num_workers=0,
-        seed=0,
-        sample_posterior=True,
-        expect=None,
-        read_timeout=0,
-        has_val=True,
-    ):
+        cache_root: str | Path,
+        clip_length: int,
+        batch_size: int,
+        stride: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+        sample_posterior: bool = True,
+        expect: dict | None = None,
+        read_timeout: float = 0,
+        has_val: bool = True,
+    ) -> None:
         super().__init__(batch_size, num_workers, seed, read_timeout)
         self.cache_root, self.clip_length, self.stride = Path(cache_root), clip_length, stride
         self.sample_posterior, self.expect, self.has_val = sample_posterior, expect or {}, has_val
 
-    def describe(self):
+    def describe(self) -> dict:
         manifest = self.train_set.manifest
         return {"tokenizer": manifest["tokenizer"], "data": manifest["data"]}
 
-    def open_split(self, split):
+    def open_split(self, split: str) -> LatentCacheDataset:
         folder = self.cache_root / split
         if split == "val" and not folder.is_dir():
             if self.has_val:

@@ -6,19 +6,24 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils.data import default_collate
 
 import latentcast
 from latentcast.config import is_whole
+from latentcast.data.base import VideoDataset
 from latentcast.distributed import barrier, rank_and_world, rank_zero_first
 from latentcast.metrics import FVD, BestOfN, bits_per_dim, mse
 from latentcast.metrics.baselines import BASELINES
 from latentcast.metrics.statistics import ClipValues
 from latentcast.modeling import eval_mode, fingerprint
+from latentcast.pipelines.video_prediction import VideoPredictionPipeline
 from latentcast.priors.base import as_keyword
 from latentcast.progress import Bar
 from latentcast.shares import Share, turn
@@ -65,14 +70,14 @@ class Evaluation:
         ValueError: pipeline, data and protocol do not belong together; names both sides.
     """
 
-    pipe: object
-    dataset: object
+    pipe: VideoPredictionPipeline
+    dataset: VideoDataset
     protocol: Protocol
     folder: Path
     label: str = "model"
     sampler: dict | None = None
     futures: int | None = None
-    baselines: tuple = ("copy_last_frame", "mean_context", RECONSTRUCTION, DETERMINISTIC)
+    baselines: Sequence[str] = ("copy_last_frame", "mean_context", RECONSTRUCTION, DETERMINISTIC)
     crps_map: dict | None = None
     conditions: str = "own"
     weights: str | None = None
@@ -114,7 +119,7 @@ class Evaluation:
         self.lpips = self.scorer.lpips
 
     @functools.cached_property
-    def identity(self):
+    def identity(self) -> dict:
         """JSON-able: two evaluations with equal identities give equal results."""
         data = without_other_splits(self.dataset.describe(), self.protocol.split)
         digest = hashlib.sha256(json.dumps([data, self.clips], sort_keys=True).encode()).hexdigest()
@@ -146,7 +151,7 @@ class Evaluation:
         }
         return json.loads(json.dumps(identity))
 
-    def run(self, share=None):
+    def run(self, share: Share | None = None) -> int:
         """Measure every group that is not measured yet, or a ``latentcast.shares.Share`` of them; -> the number of
         clips that this process did."""
         rank, world_size = rank_and_world()
@@ -167,11 +172,11 @@ class Evaluation:
         barrier()
         return n_clips
 
-    def pending(self):
+    def pending(self) -> list[int]:
         """Groups that nobody has measured yet."""
         return [group for group in range(len(self.groups)) if not self.parts.path(group).is_file()]
 
-    def measure(self, group):
+    def measure(self, group: int) -> dict[tuple[str, str], Tensor]:
         """What is known of a group of clips: (who, metric), ("maps", who) and ("shown", name) -> tensor."""
         while True:
             try:
@@ -289,7 +294,7 @@ class Evaluation:
                 found[MAPS, who] = maps[clips.index(chosen["clip"]), chosen["frame"] - 1].mean(0).double()
         return found
 
-    def finish(self):
+    def finish(self) -> dict | None:
         """Join the parts -> dict of ``identity``, ``metrics`` and ``baselines`` with values; on rank 0 alone."""
         values = {}
         for group, clips in enumerate(self.groups):
@@ -330,7 +335,7 @@ class Evaluation:
             }
         return {name: summary[name] for name in METRICS if name in summary and name in self.metrics}
 
-    def crps_maps(self):
+    def crps_maps(self) -> dict[str, Float[Tensor, "H W"]]:
         """who -> (H, W) mean CRPS over clips, frames and channels, or of ``crps_map``; {} if crps is not measured."""
         maps = {}
         for group in range(len(self.groups)):
@@ -338,7 +343,7 @@ class Evaluation:
                 maps[who] = maps.get(who, 0) + tensor
         return maps
 
-    def clip_errors(self):
+    def clip_errors(self) -> dict[int, float]:
         """clip -> mean squared error of its best sample"""
         errors = {}
         for group, clips in enumerate(self.groups):
@@ -346,7 +351,9 @@ class Evaluation:
             errors |= dict(zip(clips, scores.mean(-1).amin(1).tolist()))
         return errors
 
-    def shown(self, clip):
+    def shown(
+        self, clip: int
+    ) -> tuple[Float[Tensor, "T C H W"], Float[Tensor, "F C H W"], dict[str, Float[Tensor, "F C H W"]]]:
         """Of one of ``clips``: context and future (T, C, H, W), and the name -> future of shown samples."""
         group = next(g for g, clips in enumerate(self.groups) if clip in clips)
         place, part = self.groups[group].index(clip), self.parts.read(group, SHOWN)

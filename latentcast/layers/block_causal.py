@@ -42,13 +42,13 @@ class Past:
 class Stream:
     """Frames on their way through the blocks.
 
-    first: index of the first frame. vectors: what the frames' vectors add to shift, scale and gate of each half of a
-    block. rotation: see ``rotation_table``.
+    first: index of the first frame. vectors: what the frames' vectors, or one of all, add to shift, scale and gate of
+    each half of a block. rotation: see ``rotation_table``.
     """
 
     x: Float[Tensor, "B s P d"]
     first: int
-    vectors: Float[Tensor, "B s 6 d"]
+    vectors: Float[Tensor, "B _ 6 d"]
     rotation: Float[Tensor, "2 s*P e"]
 
 

@@ -31,7 +31,7 @@ class Spade(nn.Module):
         self.shared = nn.Conv2d(condition_channels, hidden, 3, padding=1)
         self.to_maps = nn.Conv2d(hidden, 2 * channels, 3, padding=1)
 
-    def maps(self, condition: Float[Tensor, "N C h w"], size: Sequence[int]) -> Maps:
+    def maps(self, condition: Float[Tensor, "N condition h w"], size: Sequence[int]) -> Maps:
         """What a condition says at that size."""
         condition = F.interpolate(condition, size, mode="nearest")
         gamma, beta = self.to_maps(self.shared(condition).relu()).chunk(2, 1)
@@ -150,7 +150,7 @@ class SpadeUNet(nn.Module):
                 SpadeResnetBlock(resnet, condition_channels, level, next(count)) for resnet in block.resnets
             )
 
-    def maps(self, feature: Float[Tensor, "N C h w"]) -> list[Maps]:
+    def maps(self, feature: Float[Tensor, "N condition h w"]) -> list[Maps]:
         """Those of every block for a condition.
 
         They depend on nothing else, so one call serves all denoising steps, with the same bits.

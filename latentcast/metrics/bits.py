@@ -1,9 +1,13 @@
 """Bits per dimension of priors with a likelihood."""
 
 import math
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
 
 
-def bits_per_dim(log_prob, shape):
+def bits_per_dim(log_prob: Float[Tensor, " B"], shape: Sequence[int]) -> Float[Tensor, " B"]:
     """-log2 of the likelihood per predicted dimension: (B,) nats -> (B,) bits.
 
     Of a prior over discrete codes, ``shape`` (T, h, w, n_codebooks), it is bits per latent code: what the Latent Video

@@ -1,6 +1,11 @@
 """How well the codebooks of a discrete tokenizer are used."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from torchmetrics import Metric
 
 from .perplexity import histogram, perplexity
@@ -16,13 +21,13 @@ class CodebookUsage(Metric):
     full_state_update = False
     higher_is_better = True
 
-    def __init__(self, codebook_sizes, **kwargs):
+    def __init__(self, codebook_sizes: Sequence[int], **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.codebook_sizes = list(codebook_sizes)
         counts = torch.zeros(len(self.codebook_sizes), max(self.codebook_sizes), dtype=torch.int64)
         self.add_state("counts", counts, dist_reduce_fx="sum")
 
-    def update(self, codes):
+    def update(self, codes: Int[Tensor, "*rows n"]) -> None:
         """Count ``codes`` (..., n_codebooks) int64."""
         if codes.shape[-1] != len(self.codebook_sizes):
             raise ValueError(f"codes: expected {len(self.codebook_sizes)} codebooks, found {codes.shape[-1]}")
@@ -32,7 +37,7 @@ class CodebookUsage(Metric):
                 raise ValueError(f"codes: expected values in [0, {size}), found {column.max().item()}")
             counts[:size] += histogram(column, size)
 
-    def compute(self):
+    def compute(self) -> dict[str, Float[np.ndarray, " n"]]:
         """name -> (n_codebooks,) float64 array: ``usage`` (fraction of the codes seen at least once), ``dead_fraction``
         (its complement) and ``perplexity`` (1 to codebook size)."""
         sizes = torch.tensor(self.codebook_sizes, device=self.counts.device)

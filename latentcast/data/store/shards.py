@@ -13,13 +13,17 @@ import logging
 import math
 import os
 import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from jaxtyping import Shaped
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ...command import named
 from ...files import MANIFEST_MB, file_sha256, read_json, sweep, temporary_path, write_json, writing
@@ -116,7 +120,7 @@ class Kind:
     replace: str
 
     @property
-    def tool(self):
+    def tool(self) -> str:
         """What texts call the tool."""
         return named(self.made_by)
 
@@ -142,7 +146,17 @@ class ShardWriter:
         ValueError: another job made what stands in ``root`` (both sides are named).
     """
 
-    def __init__(self, root, kind, job, *, overwrite=False, growing=False, rank=0, world_size=1):
+    def __init__(
+        self,
+        root: str | Path,
+        kind: Kind,
+        job: dict,
+        *,
+        overwrite: bool = False,
+        growing: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.root, self.kind = Path(root), kind
         self.rank, self.world_size, self.growing = rank, world_size, growing
         self._again = set()
@@ -154,43 +168,43 @@ class ShardWriter:
             self._prepare(overwrite)
 
     @property
-    def n_shards(self):
+    def n_shards(self) -> int:
         return -(-len(self.job["videos"]) // self.job["shard_videos"])
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         """The manifest stands: nothing is left to do."""
         return (self.root / MANIFEST).is_file()
 
-    def shard_videos(self, shard):
+    def shard_videos(self, shard: int) -> range:
         """The indices of the videos that shard number ``shard`` holds."""
         size = self.job["shard_videos"]
         return range(shard * size, min((shard + 1) * size, len(self.job["videos"])))
 
-    def pending(self, every_rank=False):
+    def pending(self, every_rank: bool = False) -> list[int]:
         """Numbers of the shards still to be written: this rank's, or those of all ranks."""
         shards = [s for s in range(self.n_shards) if every_rank or s % self.world_size == self.rank]
         return [] if self.finished else [s for s in shards if s in self._again or self._note(s) is None]
 
-    def open_shard(self, shard):
+    def open_shard(self, shard: int) -> "ShardFile":
         """A ShardFile that takes the videos of one shard; use it in a ``with`` block."""
         entries = {v: self.job["videos"][v].get("n_frames") for v in self.shard_videos(shard)}
         standing = self._note(shard) if shard in self._again else None
         layout = (self.job["frame_shape"], self.job["dtype"], self.job["conditions"])
         return ShardFile(self.root, shard, entries, *layout, keep=standing["videos"] if standing else ())
 
-    def notes(self):
+    def notes(self) -> list[dict | None]:
         """What is known of each shard: file, bytes, sha256, videos and skipped; None for one that is not written."""
         if self.finished:
             return load_manifest(self.root, self.kind)["shards"]
         return [self._note(shard) for shard in range(self.n_shards)]
 
-    def away(self):
+    def away(self) -> dict[int, list[int]]:
         """Shard -> its videos that were left out for what may have passed since: see ``ShardFile.skip``."""
         notes = enumerate(self.notes())
         return {shard: note["away"] for shard, note in notes if note and note.get("away")}
 
-    def redo(self, shards, keep=False):
+    def redo(self, shards: Iterable[int], keep: bool = False) -> None:
         """Make these shards pending again, in a finished folder too.
 
         With ``keep`` they stand until others take their place, which must hold all of their videos."""
@@ -206,7 +220,7 @@ class ShardWriter:
             _note_path(self.root, shard).unlink(missing_ok=True)
             (self.root / _shard_name(shard)).unlink(missing_ok=True)
 
-    def extend(self, videos):
+    def extend(self, videos: Sequence) -> None:
         """Add videos to a folder that is not finished; a last shard that has room for some is written anew."""
         last, room = divmod(len(self.job["videos"]), self.job["shard_videos"])
         if room:
@@ -214,7 +228,7 @@ class ShardWriter:
         self.job["videos"] += videos
         write_json(self.root / PLAN, self.job)
 
-    def finish(self):
+    def finish(self) -> None:
         """Write the manifest, once every shard stands."""
         notes = self.notes()
         missing = [_shard_name(s) for s, note in enumerate(notes) if note is None]
@@ -285,7 +299,7 @@ class ShardWriter:
             (self.root / name).unlink(missing_ok=True)
 
 
-def standing_job(root, kind):
+def standing_job(root: str | Path, kind: Kind) -> dict | None:
     """The job that a folder's manifest or plan names, as a dict; None where neither is. Raises as ``read_manifest``,
     except that one of another format is returned as it is."""
     if (root / MANIFEST).is_file():
@@ -306,7 +320,16 @@ class ShardFile:
     those in the shard that stands.
     """
 
-    def __init__(self, root, shard, entries, frame_shape, dtype, conditions, keep=()):
+    def __init__(
+        self,
+        root: Path,
+        shard: int,
+        entries: Mapping[int, object],
+        frame_shape: Sequence[int],
+        dtype: str,
+        conditions: dict[str, dict],
+        keep: Sequence[int] = (),
+    ) -> None:
         self.path, self.note_path = root / _shard_name(shard), _note_path(root, shard)
         self.temporary = temporary_path(self.path)
         self.entries, self.frame_shape = entries, tuple(frame_shape)
@@ -326,7 +349,7 @@ class ShardFile:
         self.start = self.file.seek(8 + self.header_bytes)
         return self
 
-    def append(self, video, frames):
+    def append(self, video: int, frames: Shaped[Tensor, "t ..."]) -> None:
         """Write the next frames of a video, a tensor of shape (t, *frame_shape). Videos come one after another."""
         if self.skipped.get(video) is not None:
             return
@@ -339,12 +362,12 @@ class ShardFile:
         with writing(self.path, KEPT):
             self.file.write(_raw(frames.to(self.dtype)))
 
-    def describe(self, video, conditions, **facts):
+    def describe(self, video: int, conditions: Mapping[str, Tensor], **facts: object) -> None:
         """Keep a video's conditions, name -> tensor, and JSON-able facts for the manifest."""
         self.conditions[video] = conditions
         self.facts[video] = facts
 
-    def skip(self, video, reason, away=False):
+    def skip(self, video: int, reason: str, away: bool = False) -> None:
         """Leave a video out, also one whose first frames were written already.
 
         ``away``: for what says nothing of it (no permission, a share not mounted), so that a later run tries again."""
@@ -431,34 +454,34 @@ class ShardReader:
 
     Files open in the process that reads them, so a reader pickles and works under spawn."""
 
-    def __init__(self, root, manifest):
+    def __init__(self, root: str | Path, manifest: dict) -> None:
         self.root, self.manifest = Path(root), manifest
         self.facts = {int(v): facts for note in manifest["shards"] for v, facts in note["videos"].items()}
         self._open = collections.OrderedDict()  # shard -> (its file, key -> tensor that was asked for)
 
     @property
-    def videos(self):
+    def videos(self) -> list[int]:
         """Indices of the videos that were not skipped."""
         return list(self.facts)
 
-    def length(self, video):
+    def length(self, video: int) -> int:
         """Frames of a video."""
         return self.facts[video]["n_frames"]
 
-    def file_name(self, video):
+    def file_name(self, video: int) -> str:
         """The shard that holds a video."""
         return self.manifest["shards"][video // self.manifest["shard_videos"]]["file"]
 
-    def frames(self, video, start, stop, stride=1):
+    def frames(self, video: int, start: int, stop: int, stride: int = 1) -> Shaped[Tensor, "T ..."]:
         """Frames ``start:stop:stride`` -> a view of the mapped file: to be copied, into another type say, before it is
         changed, kept or sent to another process."""
         return self._tensor(video)[start:stop:stride]
 
-    def array(self, video, start, stop, stride=1):
+    def array(self, video: int, start: int, stop: int, stride: int = 1) -> Shaped[np.ndarray, "T ..."]:
         """The same as an array, where NumPy has the type; costs a fifth of that."""
         return self._tensor(video, as_array=True)[start:stop:stride]
 
-    def conditions(self, video, start, stop, stride=1):
+    def conditions(self, video: int, start: int, stop: int, stride: int = 1) -> dict[str, Tensor]:
         """name -> tensor: frames ``start:stop:stride`` of conditions per frame, the whole of others."""
         found = {}
         for name, spec in self.manifest["conditions"].items():
@@ -524,7 +547,7 @@ class ClipReader:
         EmptySplitError: no video is long enough.
     """
 
-    def __init__(self, root, manifest, clip_length, stride, name):
+    def __init__(self, root: str | Path, manifest: dict, clip_length: int, stride: int, name: str) -> None:
         self._reader, self._stride = ShardReader(root, manifest), stride
         lengths = {v: (self._reader.length(v) - 1) // stride + 1 for v in self._reader.videos}
         self._numbers = [v for v, n in lengths.items() if n >= clip_length]
@@ -541,15 +564,15 @@ class ClipReader:
             VideoEntry(known[v]["name"], lengths[v], known[v].get("fps", fps) / stride) for v in self._numbers
         ]
 
-    def frames(self, index, start=0, stop=None):
+    def frames(self, index: int, start: int = 0, stop: int | None = None) -> Shaped[Tensor, "T ..."]:
         """Frames ``start:stop`` of video ``index`` -> (stop - start, *frame_shape), as ShardReader gives them."""
         return self._reader.frames(*self._place(index, start, stop))
 
-    def array(self, index, start=0, stop=None):
+    def array(self, index: int, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "T ..."]:
         """The same as an array; see ShardReader."""
         return self._reader.array(*self._place(index, start, stop))
 
-    def conditions(self, index, start=0, stop=None):
+    def conditions(self, index: int, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
         """Conditions of the same frames; see VideoDataset."""
         return self._reader.conditions(*self._place(index, start, stop))
 
@@ -563,7 +586,7 @@ class ClipReader:
         return self._numbers[index], start * self._stride, (stop - 1) * self._stride + 1, self._stride
 
 
-def read_manifest(root, kind):
+def read_manifest(root: str | Path, kind: Kind) -> dict:
     """The manifest of a finished folder, after a check that every shard has its full size.
 
     Raises:
@@ -582,7 +605,7 @@ def read_manifest(root, kind):
     return manifest
 
 
-def load_manifest(root, kind):
+def load_manifest(root: str | Path, kind: Kind) -> dict:
     """The manifest of a finished folder, whether or not its shards stand; raises ValueError as ``read_manifest``."""
     path = Path(root) / MANIFEST
     manifest = read_json(path, MANIFEST_MB)
@@ -615,7 +638,7 @@ def _check_note(where, job, shard, note):
         )
 
 
-def verify(root, kind):
+def verify(root: str | Path, kind: Kind) -> int:
     """Compare every shard of a finished folder with its checksum; returns the number of shards.
 
     Raises:
@@ -627,7 +650,7 @@ def verify(root, kind):
     return len(notes)
 
 
-def damage(root, notes):
+def damage(root: str | Path, notes: Iterable[dict]) -> Iterator[str]:
     """Yield a line for each shard that is missing, or differs in size or checksum from its note."""
     for note in notes:
         path = Path(root) / note["file"]
@@ -638,7 +661,7 @@ def damage(root, notes):
             yield error
 
 
-def difference_of(found, asked):
+def difference_of(found: Mapping, asked: Mapping) -> str:
     """The first entries that differ, with both sides, as one line; empty when there are none."""
     lines = itertools.islice(_differences(found, asked, ""), 3)
     return "; ".join("made with {} {}, asked for {}".format(*map(one_line, line)) for line in lines)
