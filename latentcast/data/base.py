@@ -91,7 +91,7 @@ class VideoDataset(Dataset):
         raise NotImplementedError
 
     @property
-    def frame_shape(self) -> tuple[int, int, int]:
+    def frame_shape(self) -> tuple[int, ...]:
         """(C, H, W) of the frames."""
         return (self.channels, *sides(self.size))
 

@@ -165,7 +165,7 @@ class VideoDataModule(_ClipDataModule):
         super().__init__(batch_size, num_workers, seed, read_timeout)
         self.dataset = dataset
 
-    def open_split(self, split: str) -> VideoDataset:
+    def open_split(self, split: str) -> VideoDataset | None:
         try:
             return self.dataset(split=split)
         except EmptySplitError as error:
@@ -208,7 +208,7 @@ class LatentDataModule(_ClipDataModule):
         manifest = self.train_set.manifest
         return {"tokenizer": manifest["tokenizer"], "data": manifest["data"]}
 
-    def open_split(self, split: str) -> LatentCacheDataset:
+    def open_split(self, split: str) -> LatentCacheDataset | None:
         folder = self.cache_root / split
         if split == "val" and not folder.is_dir():
             if self.has_val:

@@ -192,7 +192,7 @@ class Evaluation:
                 "out of memory: going on with %d futures at once, as evaluation.futures=%d would", *[self._at_once] * 2
             )
         return {
-            key: (sum if key[0] == MAPS else torch.cat)([part[key] for part in parts if key in part])
+            key: (_sum if key[0] == MAPS else torch.cat)([part[key] for part in parts if key in part])
             for key in dict.fromkeys(key for part in parts for key in part)
         }
 
@@ -364,3 +364,7 @@ class Evaluation:
 
 def _seed(seed, random):
     return int.from_bytes(hashlib.sha256(f"{seed} {random}".encode()).digest()[:8], "big") >> 1
+
+
+def _sum(tensors):
+    return sum(tensors[1:], tensors[0])

@@ -21,7 +21,7 @@ def key_to_text(key: tuple[str, str]) -> str:
     return ".".join(key)
 
 
-def text_to_key(text: str) -> tuple[str, str]:
+def text_to_key(text: str) -> tuple[str, ...]:
     """``key_to_text`` undone."""
     return tuple(text.split(".", 1))
 

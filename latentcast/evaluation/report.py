@@ -105,7 +105,7 @@ def shown_clips(evaluation: Evaluation) -> dict[str, list[int]]:
     return {"best": ordered[:N_SHOWN], "worst": ordered[::-1][:N_SHOWN], "random": drawn}
 
 
-def write_sheet(evaluation: Evaluation, stem: Path, clips: Sequence[int], sample: str) -> list[Path]:
+def write_sheet(evaluation: Evaluation, stem: Path, clips: Sequence[int], sample: str) -> dict[str, Path]:
     """``stem``.png: a row of truth above one of prediction for each clip; ``stem``.mp4: truths above predictions."""
     rows, cells = [], {"truth": [], "prediction": []}
     for clip in clips:

@@ -384,7 +384,7 @@ def read_histories(run: Path | None) -> dict[str, list]:
     return {stage: read_metrics(path) for stage, path in paths.items() if path.is_file()}
 
 
-def read_results(run: Path | None) -> tuple[dict | None, dict | None]:
+def read_results(run: Path | None) -> tuple[dict | None, tuple[dict, str] | None]:
     """The run's newest evaluation with curves, and its maps of CRPS with their title; None for what is not there."""
     paths = (run / "metrics").glob("*.json") if run else ()
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):

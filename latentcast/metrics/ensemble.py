@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentcast.shapes import Frames, Futures
 
@@ -69,7 +69,7 @@ def crps(
 
 
 @torch.no_grad()
-def ilpips(samples: Futures, lpips: str | nn.Module = "alex", pairs: str = "ring") -> Float[Tensor, "B T"]:
+def ilpips(samples: Futures, lpips: object = "alex", pairs: str = "ring") -> Float[Tensor, "B T"]:
     """Diversity of samples, inter-LPIPS: the mean LPIPS between samples of one context -> (B, T); 0 if all are equal.
 
     STDiff (Ye and Bilodeau 2024), supplement, equation S8. Its tables give 1000 times this value.

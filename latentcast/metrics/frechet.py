@@ -81,7 +81,7 @@ class FVD:
     @property
     def fingerprint(self) -> str:
         """The detector's."""
-        return self.detector.fingerprint
+        return str(self.detector.fingerprint)
 
     def reset(self) -> None:
         """Forget all videos."""
@@ -109,7 +109,10 @@ class FVD:
         return self.detector(videos.flatten(0, 1)).unflatten(0, videos.shape[:2])
 
     def update(
-        self, real: Frames | None = None, fake: Frames | Futures | None = None, clips: Indices | None = None
+        self,
+        real: Frames | None = None,
+        fake: Float[Tensor, "N T C H W"] | Float[Tensor, "N S T C H W"] | None = None,
+        clips: Indices | None = None,
     ) -> None:
         """Add real or generated videos, or both; their numbers may differ.
 
@@ -135,7 +138,7 @@ class FVD:
     def add(
         self,
         real: Float[Tensor, "B D"] | None = None,
-        fake: Float[Tensor, "B D"] | Float[Tensor, "B S D"] | None = None,
+        fake: Float[Tensor, "N D"] | Float[Tensor, "N S D"] | None = None,
         clips: Indices | None = None,
     ) -> None:
         """Like ``update``, with what ``features`` returned for the videos."""

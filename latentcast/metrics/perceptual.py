@@ -109,7 +109,8 @@ class LPIPS(nn.Module):
         features: Sequence[Float[Tensor, "*clips _"]], others: Sequence[Float[Tensor, "*others _"]]
     ) -> Float[Tensor, "..."]:
         """LPIPS from two lists of features, whose leading axes broadcast: the sum of squared Euclidean distances."""
-        return sum(torch.linalg.vector_norm(x - y, dim=-1).square() for x, y in zip(features, others))
+        distances = [torch.linalg.vector_norm(x - y, dim=-1).square() for x, y in zip(features, others)]
+        return sum(distances[1:], distances[0])
 
     def _step(self, frames):
         if self.batch_size is not None:

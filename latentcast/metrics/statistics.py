@@ -17,6 +17,8 @@ from jaxtyping import Float, Shaped
 from scipy.special import stdtrit
 from torch import Tensor
 
+from latentcast.shapes import Numbers
+
 Indices = Sequence[int] | np.ndarray | Tensor  # of clips in a data set, or of their videos
 
 
@@ -47,7 +49,7 @@ class ClipValues:
             raise ValueError("expected at least one clip, found none")
         return np.stack([self._rows[clip] for clip in self.clips])
 
-    def update(self, values: Float[Tensor, "B ..."], clips: Indices | None = None) -> None:
+    def update(self, values: Numbers, clips: Indices | None = None) -> None:
         """Add ``values`` (B, ...) of the clips with the indices ``clips`` (B,) in the data set.
 
         Without ``clips`` they are counted as they come, and rank after rank.
@@ -100,7 +102,7 @@ def videos_of(clips: Sequence[int], video_of: Mapping[int, int] | None = None) -
     return list(clips) if video_of is None else [video_of[clip] for clip in clips]
 
 
-def summarize(values: Shaped[np.ndarray, "n_clips ..."], videos: Indices | None = None) -> dict:
+def summarize(values: Numbers, videos: Indices | None = None) -> dict:
     """Plain numbers of ``values`` (n_clips,) or (n_clips, T).
 
     Args:
@@ -126,11 +128,11 @@ def per_clip(clips: Sequence[int], values: Shaped[np.ndarray, "n_clips ..."], vi
 
 
 def paired_bootstrap(
-    first: Sequence[float],
-    second: Sequence[float],
+    first: Numbers,
+    second: Numbers,
     n_resamples: int = 10_000,
     seed: int = 0,
-    videos: Sequence[int] | None = None,
+    videos: Indices | None = None,
 ) -> dict:
     """Bootstrap of the mean difference of two runs over the same clips.
 

@@ -111,7 +111,7 @@ class Folder(Benchmark):
                 "videos by a hash of their names"
             )
 
-    def videos(self) -> dict[str, list[str]]:
+    def videos(self) -> dict[str, list]:
         if self.protocol == "hash":
             chosen = splits_of(self._names, self.val_fraction, self.test_fraction, self.seed)
         else:

@@ -536,7 +536,7 @@ def _examine(path):
         return {"error": f"{type(error).__name__}: {error}", "away": True}
 
 
-def no_videos(root: str | Path) -> Exception:
+def no_videos(root: str | Path) -> str:
     """The error about a folder without video files; where it has pictures, it says what makes videos of them."""
     n_pictures = sum(name.lower().endswith(PICTURE_SUFFIXES) for _, names in _walk(Path(root)) for name in names)
     hint = f"; expected any of {', '.join(SUFFIXES)}"

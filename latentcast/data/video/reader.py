@@ -347,12 +347,12 @@ def fit_frames(
     elif pixel_aspect != 1:
         target = (height, round(width * pixel_aspect)) if pixel_aspect > 1 else (round(height / pixel_aspect), width)
     if frames.shape[1:3] != target and resample == "lanczos":
-        pictures = [Image.fromarray(frame).resize(target[::-1], Image.Resampling.LANCZOS) for frame in frames]
-        frames = np.stack([np.asarray(picture) for picture in pictures])
-    frames = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-    if frames.shape[2:] != target:
-        frames = F.interpolate(frames, size=target, mode="bilinear", antialias=True)
-    return F.pad(frames, around) if any(around) else frames
+        resized = [Image.fromarray(frame).resize(target[::-1], Image.Resampling.LANCZOS) for frame in frames]
+        frames = np.stack([np.asarray(picture) for picture in resized])
+    pictures = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    if pictures.shape[2:] != target:
+        pictures = F.interpolate(pictures, size=target, mode="bilinear", antialias=True)
+    return F.pad(pictures, around) if any(around) else pictures
 
 
 def fit_pieces(
