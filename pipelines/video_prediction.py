@@ -285,7 +285,7 @@ class VideoPredictionPipeline(VideoPipeline):
                 sampler["canvas"] = self.encode(self._as_frames(canvas, value_range))
 
     def encode(self, frames: Frames) -> Clip:
-        """(B, T, C, H, W) in [-1, 1] -> what the prior accepts: codes, latents or the frames themselves."""
+        """Frames, in [-1, 1], to what the prior accepts: codes, latents or the frames themselves."""
         frames = frames.to(self._execution_device)
         if self.prior.accepts == "pixels":
             return frames.to(self.prior.dtype)
@@ -296,7 +296,7 @@ class VideoPredictionPipeline(VideoPipeline):
     def decode(
         self, future: Shaped[Tensor, "B S T _ _ _"], decode_batch: int = 256, n_layers: int | None = None
     ) -> Futures:
-        """What the prior predicts, (B, S, T, ...) -> (B, S, T, C, H, W) float32 in [-1, 1]. Never quantises.
+        """What the prior predicts to frames, float32 in [-1, 1]. Never quantises.
 
         Args:
             decode_batch: number of frames decoded at once.
@@ -324,7 +324,7 @@ class VideoPredictionPipeline(VideoPipeline):
         sampler: Sequence[str] | dict = (),
         decode_batch: int = 1,
     ) -> None:
-        """Refuse what cannot be predicted from; frames as (B, T, C, H, W)."""
+        """Refuse what cannot be predicted from."""
         spec = self.prior.config.latent_spec
         check_frames(frames, spec["frame_channels"], spec["frame_height"], spec["frame_width"])
         check_counts(n_frames=n_frames, num_samples=num_samples, decode_batch=decode_batch)
@@ -359,7 +359,7 @@ class VideoRollout:
 
     @torch.no_grad()
     def step(self, conditions: Conditions | Numbers | None = None) -> Float[Tensor, "B S C H W"]:
-        """The next frame of each future -> (B, num_samples, C, H, W) float32 in [-1, 1].
+        """The next frame of each future, float32 in [-1, 1].
 
         Args:
             conditions: what leads to it: name -> (B, *shape), or (*shape) for all contexts, of all conditions per

@@ -98,7 +98,7 @@ class Memory:
     def __init__(self, trunk: BlockCausalTransformer, cached: bool) -> None:
         self.trunk, self.past, self.frames = trunk, Past(), None if cached else []
 
-    def add(self, clean: Float[Tensor, "M t P d"], vectors: Float[Tensor, "M t d"]) -> None:
+    def add(self, clean: Float[Tensor, "M t P d"], vectors: Float[Tensor, " M #t d"]) -> None:
         """Remember the frames that come next, and their vectors."""
         past = self.past
         if self.frames is not None:

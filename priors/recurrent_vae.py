@@ -474,7 +474,7 @@ class RecurrentVAE(ContinuousPrior):
         *,
         generator: torch.Generator | None = None,
         conditions: Conditions | None = None,
-    ) -> Frames | Latents:
+    ) -> Float[Tensor, "B _ C H W"]:
         """What z can say about a clip: ``clip[:, n_context:]`` as sampled with z from the posterior.
 
         Args:

@@ -216,7 +216,7 @@ class LevelNetwork(nn.Module):
         first: int = 0,
         told: Float[Tensor, "B T told"] | None = None,
         caches: Sequence[Sequence[Tensor]] | None = None,
-    ) -> tuple[Float[Tensor, "B T-first h w d"], list[Float[Tensor, "B _ h w d"]]]:
+    ) -> tuple[Float[Tensor, "B T-{first} h w d"], list[Float[Tensor, "B _ h w d"]]]:
         """All three stacks over whole frames.
 
         Args:

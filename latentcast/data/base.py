@@ -39,8 +39,8 @@ class Clip:
     """One video out of a source, as ``Benchmark.read`` gives it.
 
     Attributes:
-        frames: pieces of the video in order, each (t, C, H, W) uint8; an iterator keeps memory flat on long videos.
-        conditions: name -> tensor, for each of ``Benchmark.conditions``: (n_frames, *shape) or, per video, (*shape).
+        frames: pieces of the video in order; an iterator keeps memory flat on long videos.
+        conditions: for each of ``Benchmark.conditions``: (n_frames, *shape) or, per video, (*shape).
         sha256: of the bytes in the source that the video came from; None for videos that were made, not read.
     """
 
@@ -87,7 +87,7 @@ class VideoDataset(Dataset):
 
     @property
     def videos(self) -> list[VideoEntry]:
-        """list of VideoEntry, in a stable order."""
+        """In a stable order."""
         raise NotImplementedError
 
     @property
@@ -96,13 +96,13 @@ class VideoDataset(Dataset):
         return (self.channels, *sides(self.size))
 
     def read_video(self, index: int, start: int, stop: int) -> Float[Tensor, "{stop}-{start} C H W"]:
-        """Frames ``start:stop`` of video ``index`` -> (stop - start, C, H, W) float32 in [-1, 1].
+        """Frames ``start:stop`` of video ``index``, float32 in [-1, 1].
 
         Raises VideoError (see ``video.reader``) when the video turns out to be unreadable."""
         raise NotImplementedError
 
     def read_conditions(self, index: int, start: int, stop: int) -> dict[str, Tensor]:
-        """name -> (stop - start, *shape) for conditions per frame, (*shape) for those per video."""
+        """(stop - start, *shape) of conditions per frame, (*shape) of those per video."""
         return {}
 
     def describe(self) -> dict:

@@ -336,7 +336,7 @@ class Evaluation:
         return {name: summary[name] for name in METRICS if name in summary and name in self.metrics}
 
     def crps_maps(self) -> dict[str, Float[Tensor, "H W"]]:
-        """who -> (H, W) mean CRPS over clips, frames and channels, or of ``crps_map``; {} if crps is not measured."""
+        """Mean CRPS over clips, frames and channels, or of ``crps_map``, by whose; {} if crps is not measured."""
         maps = {}
         for group in range(len(self.groups)):
             for (_, who), tensor in self.parts.read(group, MAPS).items():
@@ -354,7 +354,7 @@ class Evaluation:
     def shown(
         self, clip: int
     ) -> tuple[Float[Tensor, "T C H W"], Float[Tensor, "F C H W"], dict[str, Float[Tensor, "F C H W"]]]:
-        """Of one of ``clips``: context and future (T, C, H, W), and the name -> future of shown samples."""
+        """Of one of ``clips``: context and future, and the shown samples' futures by name."""
         group = next(g for g, clips in enumerate(self.groups) if clip in clips)
         place, part = self.groups[group].index(clip), self.parts.read(group, SHOWN)
         context, future = self.protocol.divide(self.dataset[clip]["frames"])

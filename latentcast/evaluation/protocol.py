@@ -132,7 +132,7 @@ class Protocol(Schema, extra="forbid"):
     def divide(
         self, frames: Shaped[Tensor, "*clips n_frames C H W"]
     ) -> tuple[Shaped[Tensor, "*clips n_context C H W"], Shaped[Tensor, "*clips n_predicted C H W"]]:
-        """(..., n_frames, C, H, W) -> context (..., n_context, C, H, W), future (..., n_predicted, C, H, W)"""
+        """Context and future."""
         return frames[..., self._given, :, :, :], frames[..., self._given.stop :, :, :, :]
 
     @property

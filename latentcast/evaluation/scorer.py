@@ -55,10 +55,10 @@ class Scorer:
     def score(
         self, samples: Futures, context: Float[Tensor, "B n_context C H W"], truth: Truth, pairs: bool
     ) -> dict[str, Float[Tensor, "B ..."]]:
-        """Figures of futures (B, S, T, C, H, W) -> name -> tensor of B clips; of crps (B, T, C, H, W), of fvd features.
+        """Figures of futures by name; of crps (B, T, C, H, W), of fvd features.
 
         Args:
-            context: (B, T, C, H, W), shown before them.
+            context: shown before them.
             truth: see there.
             pairs: whether the samples are compared with each other, for ilpips.
         """

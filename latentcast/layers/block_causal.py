@@ -83,8 +83,8 @@ class BlockCausalTransformer(nn.Module):
         self,
         clean: Float[Tensor, "B t P d"],
         target: Float[Tensor, "B s P d"],
-        clean_vectors: Float[Tensor, "B t d"],
-        target_vectors: Float[Tensor, "B s d"],
+        clean_vectors: Float[Tensor, " B #t d"],
+        target_vectors: Float[Tensor, " B #s d"],
     ) -> Float[Tensor, "B s P d"]:
         """Normalised features of the last s frames of a clip, each seen with the clean frames before it.
 
@@ -94,7 +94,7 @@ class BlockCausalTransformer(nn.Module):
         """
         return self.norm(self._run(Past(), clean, target, clean_vectors, target_vectors)[0].x)
 
-    def remember(self, past: Past, clean: Float[Tensor, "B t P d"], vectors: Float[Tensor, "B t d"]) -> Past:
+    def remember(self, past: Past, clean: Float[Tensor, "B t P d"], vectors: Float[Tensor, " B #t d"]) -> Past:
         """``past`` with the clean frames that come next, and their vectors; no more is left in it than what the next
         frame sees."""
         past = self._run(past, clean, None, vectors, None)[1]

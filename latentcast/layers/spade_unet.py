@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..sizes import nearest_multiples, size_text
 
-Maps = tuple[Float[Tensor, "N C H W"], Float[Tensor, "N C H W"]]  # scale 1 + gamma and shift beta of a block
+Maps = tuple[Float[Tensor, "N _ _ _"], Float[Tensor, "N _ _ _"]]  # scale 1 + gamma and shift beta of a block
 
 
 class Spade(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def bits_per_dim(log_prob: Float[Tensor, " B"], shape: Sequence[int]) -> Float[Tensor, " B"]:
-    """-log2 of the likelihood per predicted dimension: (B,) nats -> (B,) bits.
+    """-log2 of the likelihood, in nats, per predicted dimension: bits.
 
     Of a prior over discrete codes, ``shape`` (T, h, w, n_codebooks), it is bits per latent code: what the Latent Video
     Transformer reports as bits/dim, and no likelihood of pixels. Of a prior over 256-level pixels, ``shape``

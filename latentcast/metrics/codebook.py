@@ -28,7 +28,7 @@ class CodebookUsage(Metric):
         self.add_state("counts", counts, dist_reduce_fx="sum")
 
     def update(self, codes: Int[Tensor, "*rows n"]) -> None:
-        """Count ``codes`` (..., n_codebooks) int64."""
+        """Count codes, int64."""
         if codes.shape[-1] != len(self.codebook_sizes):
             raise ValueError(f"codes: expected {len(self.codebook_sizes)} codebooks, found {codes.shape[-1]}")
         for counts, size, column in zip(self.counts, self.codebook_sizes, codes.flatten(0, -2).unbind(-1)):
@@ -38,7 +38,7 @@ class CodebookUsage(Metric):
             counts[:size] += histogram(column, size)
 
     def compute(self) -> dict[str, Float[np.ndarray, " n"]]:
-        """name -> (n_codebooks,) float64 array: ``usage`` (fraction of the codes seen at least once), ``dead_fraction``
+        """Of each codebook, float64: ``usage`` (fraction of the codes seen at least once), ``dead_fraction``
         (its complement) and ``perplexity`` (1 to codebook size)."""
         sizes = torch.tensor(self.codebook_sizes, device=self.counts.device)
         usage = (self.counts > 0).sum(-1).float() / sizes

@@ -136,7 +136,7 @@ class BestOfN:
         self.values = {name: ClipValues() for name in metrics}
 
     def update(self, samples: Futures, target: Frames, clips: Indices | None = None) -> None:
-        """Add ``samples`` (B, S, T, C, H, W) and ``target`` (B, T, C, H, W) of B clips.
+        """Add ``samples`` and ``target`` of B clips.
 
         ``clips`` are their indices in the data set; ranks that share one should give them (see ``ClipValues``).
         """
@@ -144,7 +144,7 @@ class BestOfN:
 
     @torch.no_grad()
     def score(self, samples: Futures, target: Frames) -> dict[str, Float[Tensor, "B S T"]]:
-        """name -> (B, S, T) scores; of samples drawn in chunks, concatenate them along S and ``add`` them."""
+        """Scores by name; of samples drawn in chunks, concatenate them along S and ``add`` them."""
         samples, target = _check_samples("best of N", samples, target)
         scores = {}
         for name, metric in self.metrics.items():
@@ -159,7 +159,7 @@ class BestOfN:
         return scores
 
     def add(self, scores: Mapping[str, Float[Tensor, "B S T"]], clips: Indices | None = None) -> None:
-        """Add clips by their scores, name -> (B, S, T), of a former ``score``."""
+        """Add clips by their scores, of a former ``score``."""
         for name, values in self.values.items():
             if self.counts and scores[name].shape[1] < self.counts[-1]:
                 found = scores[name].shape[1]

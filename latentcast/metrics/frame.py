@@ -15,7 +15,7 @@ PSNR_FORMS = ("frame", "channel")
 
 
 def mse(prediction: Frames, target: Frames) -> Float[Tensor, "B T"]:
-    """Mean squared error of each frame: (B, T, C, H, W) twice, in [-1, 1] -> (B, T).
+    """Mean squared error of each frame, of frames in [-1, 1].
 
     Times ``C * H * W / 4`` it is the MSE of the Moving-MNIST tables: summed over a frame with pixels in [0, 1].
     """
@@ -24,7 +24,7 @@ def mse(prediction: Frames, target: Frames) -> Float[Tensor, "B T"]:
 
 
 def psnr(prediction: Frames, target: Frames, of: str = "frame") -> Float[Tensor, "B T"]:
-    """Peak signal-to-noise ratio of each frame in dB: (B, T, C, H, W) twice, in [-1, 1] -> (B, T).
+    """Peak signal-to-noise ratio of each frame in dB, of frames in [-1, 1].
 
     Equal frames (channels) are given 100 dB, so that a mean over frames stays finite.
 
@@ -45,7 +45,7 @@ def psnr(prediction: Frames, target: Frames, of: str = "frame") -> Float[Tensor,
 def ssim(
     prediction: Frames, target: Frames, window: str = "gaussian", data_range: float = DATA_RANGE
 ) -> Float[Tensor, "B T"]:
-    """Structural similarity of each frame: (B, T, C, H, W) twice, in [-1, 1] -> (B, T).
+    """Structural similarity of each frame, of frames in [-1, 1].
 
     Wang et al. 2004 with K1 = .01 and K2 = .03, averaged over the channels and over the windows that lie inside the
     frame. Intensities are non-negative in that definition, so -1 counts as black: the value is scikit-image's

@@ -95,7 +95,7 @@ class FVD:
 
     @torch.no_grad()
     def features(self, videos: Frames | Futures, name: str = "videos") -> Float[Tensor, "B D"] | Float[Tensor, "B S D"]:
-        """(B, T, C, H, W) in [-1, 1] -> (B, D); or S samples of each clip, (B, S, T, C, H, W) -> (B, S, D).
+        """Of videos in [-1, 1], or of S samples of each clip.
 
         Raises:
             ValueError: NaN, values outside [-1, 1], or what the detector refuses.
@@ -117,9 +117,9 @@ class FVD:
         """Add real or generated videos, or both; their numbers may differ.
 
         Args:
-            real: (B, T, C, H, W) in [-1, 1].
-            fake: the same, or S samples of each clip, (B, S, T, C, H, W), all of which count.
-            clips: (B,) indices of the clips in the data set. With torch.distributed, a clip that several ranks hold
+            real: in [-1, 1].
+            fake: the same, or S samples of each clip, all of which count.
+            clips: indices of the clips in the data set. With torch.distributed, a clip that several ranks hold
                 (as DistributedSampler's do) then counts once.
         Raises:
             ValueError: as `features`; another length or size than before; a clip that was there before.

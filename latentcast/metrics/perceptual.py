@@ -99,7 +99,7 @@ class LPIPS(nn.Module):
         return torch.cat(distances).unflatten(0, target.shape[:2])
 
     def features(self, frames: Frames) -> list[Float[Tensor, "B T _"]]:
-        """(B, T, C, H, W) in [-1, 1] -> a list, one (B, T, D) a layer: what ``distance`` takes."""
+        """Of each layer, what ``distance`` takes; of frames in [-1, 1]."""
         frames = check_videos("lpips: frames", frames)
         chunks = [self._features(chunk) for chunk in frames.flatten(0, 1).split(self._step(frames))]
         return [torch.cat(layers).unflatten(0, frames.shape[:2]) for layers in zip(*chunks)]
@@ -133,7 +133,7 @@ class LPIPS(nn.Module):
         return features
 
     def stages(self, images: Float[Tensor, "N C H W"]) -> Iterator[Float[Tensor, "N _ _ _"]]:
-        """The network alone: (N, C, H, W) in [-1, 1] -> one (N, channels, h, w) after another, five in all."""
+        """The network alone: images in [-1, 1] -> one map after another, five in all."""
         x = images - self.shift
         if x.device.type == "cpu":  # faster convolutions, and channels side by side for the lengths
             x = x.contiguous(memory_format=torch.channels_last)
@@ -149,7 +149,7 @@ class LPIPS(nn.Module):
 def lpips(
     prediction: Frames, target: Frames, net: str = "alex", weights: str | Path | None = None
 ) -> Float[Tensor, "B T"]:
-    """LPIPS of each frame: (B, T, C, H, W) twice, in [-1, 1] -> (B, T); arguments and errors as for `LPIPS`.
+    """LPIPS of each frame, of frames in [-1, 1]; arguments and errors as for `LPIPS`.
 
     The network is kept, one for each net, folder and device.
     """

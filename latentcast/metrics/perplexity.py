@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def histogram(codes: Int[Tensor, " N"], size: int, counted: Bool[Tensor, " N"] | None = None) -> Int[Tensor, " {size}"]:
-    """How often each of ``size`` codes occurs in ``codes`` (N,) int64 -> (size,) int64; only where ``counted`` (N,).
+    """How often each of ``size`` codes occurs in ``codes``, int64; only where ``counted``.
 
     ``torch.bincount`` would make the host wait for a GPU, to see the least and the largest of them.
     """
@@ -15,7 +15,7 @@ def histogram(codes: Int[Tensor, " N"], size: int, counted: Bool[Tensor, " N"] |
 
 
 def perplexity(counts: Shaped[Tensor, "*rows K"]) -> Float[Tensor, "*rows"]:
-    """exp(entropy in nats) of the histograms ``counts`` (..., K) -> (...) float, from 1 to K; 1 for an empty one."""
+    """exp(entropy in nats) of the histograms ``counts``, from 1 to K; 1 for an empty one."""
     counts = counts.float()  # whole numbers would be divided in torch's default dtype, which may be a half one
     probabilities = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     return torch.special.entr(probabilities).sum(-1).exp()

@@ -44,7 +44,7 @@ class ClipValues:
 
     @property
     def values(self) -> Float[np.ndarray, "n_clips ..."]:
-        """(n_clips, ...) float64 array in the order of ``clips``."""
+        """float64, in the order of ``clips``."""
         if not self._rows:
             raise ValueError("expected at least one clip, found none")
         return np.stack([self._rows[clip] for clip in self.clips])

@@ -118,7 +118,7 @@ class LatticeBoltzmann:
         update(self._sources[source], self._targets[1 - source], self._fluid_span, self._rate, self._force)
 
     def start(self, velocity: Float[Tensor, "2 H W"]) -> None:
-        """Set the fluid to ``velocity`` (2, H, W), in equilibrium at density 1, and count ticks from 0."""
+        """Set the fluid to ``velocity``, in equilibrium at density 1, and count ticks from 0."""
         self.tick = 0
         velocity = F.pad(velocity.to(self._fluid) * self._fluid[1:-1, 1:-1], (1, 1, 1, 1), "replicate")
         self._buffers[0].copy_(_equilibrium(velocity).flatten(1))
@@ -168,11 +168,11 @@ class LatticeBoltzmann:
         return self._buffers[self.tick % 2].view(9, *self._fluid.shape)[:, 1:-1, 1:-1]
 
     def density(self) -> Float[Tensor, "H W"]:
-        """(H, W) minus 1, so that small changes keep their digits; 0 in solids."""
+        """Minus 1, so that small changes keep their digits; 0 in solids."""
         return self._populations().sum(0) * self._fluid[1:-1, 1:-1]
 
     def velocity(self) -> Float[Tensor, "2 H W"]:
-        """(2, H, W), along x and y, cells a tick; 0 in solids."""
+        """Along x and y, cells a tick; 0 in solids."""
         f = self._populations()
         momentum = torch.stack(_momentum(f))
         # A force enters by collisions; half of it belongs to the coming half tick.
@@ -180,12 +180,12 @@ class LatticeBoltzmann:
         return momentum / (1 + self.density()) * self._fluid[1:-1, 1:-1]
 
     def vorticity(self) -> Float[Tensor, "H W"]:
-        """(H, W): dv/dx - du/dy by central differences, one-sided at the left and right edges, per tick."""
+        """dv/dx - du/dy by central differences, one-sided at the left and right edges, per tick."""
         u, v = self.velocity()
         return torch.gradient(v, dim=1)[0] - (u.roll(-1, 0) - u.roll(1, 0)) / 2
 
     def force_on_solids(self) -> Float[Tensor, "2"]:
-        """(2,): momentum along x and y that the fluid hands to all solids in the coming tick; drag and lift."""
+        """Momentum along x and y that the fluid hands to all solids in the coming tick; drag and lift."""
         bounced = self._buffers[self.tick % 2].view(-1)[self._bouncing]
         return 2 * (self._directions * bounced).sum(1)
 
@@ -229,7 +229,7 @@ def _stream_and_collide(sources, targets, fluid, rate, force):
 
 
 def disc(height: int, width: int, x: float, y: float, diameter: float) -> Bool[Tensor, "{height} {width}"]:
-    """(height, width) bool: cells whose centres lie in the disc around (x, y), in cells from the first one's centre."""
+    """Cells whose centres lie in the disc around (x, y), in cells from the first one's centre."""
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     return (columns - x) ** 2 + (rows - y) ** 2 < diameter**2 / 4
 

@@ -153,7 +153,7 @@ class VideoFolder(VideoDataset):
 
     @property
     def videos(self) -> list[VideoEntry]:
-        """list of VideoEntry, sorted by path; ``n_frames`` and ``fps`` after stride or resampling."""
+        """Sorted by path; ``n_frames`` and ``fps`` after stride or resampling."""
         return self._videos
 
     def read_video(self, index: int, start: int, stop: int) -> Float[Tensor, "{stop}-{start} C H W"]:
@@ -381,7 +381,7 @@ def splits_of(names: Iterable[str], val: float, test: float, seed: int = 0) -> d
 
 
 def luma(frames: Shaped[Tensor, "*frames 3 H W"]) -> Float[Tensor, "*frames 1 H W"]:
-    """(..., 3, H, W) RGB -> (..., 1, H, W) grey, float, in the range of the frames (BT.601)."""
+    """RGB to grey, in the range of the frames (BT.601)."""
     return (frames.float() * torch.tensor(LUMA).view(3, 1, 1)).sum(-3, keepdim=True)
 
 
