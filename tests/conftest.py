@@ -16,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "disabled"  # each run takes seconds; test_wandb.py has its own
 
 import checked_calls  # noqa: F401  (before anything of latentcast is imported)
+import jaxtyping
 import pytest
 from tiny_experiment import BENCHMARKS, TOOLS, Started, typed
 from video_files import counter_frames, cut_off, encode
@@ -96,6 +97,12 @@ def video_folder(tmp_path_factory):
     (root / "text.mp4").write_text("these are not frames\n" * 40)
     (root / "notes.txt").write_text("not looked at")
     return root
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Calls are not checked: torch.compile cannot trace what checks them."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture
