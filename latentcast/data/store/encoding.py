@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from latentcast.command import named
@@ -15,7 +16,6 @@ from latentcast.distributed import barrier, default_device, rank_and_world, rank
 from latentcast.files import locked
 from latentcast.progress import Bar
 from latentcast.shares import Share, turn
-from latentcast.tokenizers.base import FrameTokenizer
 
 from ..base import VideoDataset
 from ..loading import open_loader
@@ -30,7 +30,7 @@ CPU_CHUNK = 16  # frames at once through a network on a CPU: what fits in its ca
 @torch.no_grad()
 def encode_dataset(
     dataset: VideoDataset,
-    tokenizer: FrameTokenizer,
+    tokenizer: nn.Module,
     root: str | Path,
     *,
     store: str = "auto",

@@ -5,6 +5,7 @@ import logging
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
@@ -13,9 +14,10 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 
-from latentcast.figures import Drawing
-
 from ...files import replacing
+
+if TYPE_CHECKING:  # a video needs no figures
+    from latentcast.figures import Drawing
 
 logger = logging.getLogger("latentcast")
 
@@ -37,7 +39,7 @@ def write_both(stem: str | Path, frames: Shaped[Tensor, "T C H W"], fps: float) 
     return files
 
 
-def write_drawing(stem: str | Path, drawing: Drawing, gif: bool = False) -> dict[str, Path]:
+def write_drawing(stem: str | Path, drawing: "Drawing", gif: bool = False) -> dict[str, Path]:
     """Write a figure's picture as ``stem``.png and its frames, where it has any, as ``stem``.mp4 -> suffix -> path.
 
     Args:
