@@ -21,7 +21,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from latentcast.config import MisfitError, check_counts, one_line
@@ -165,9 +166,9 @@ class RecurrentVAE(ContinuousPrior):
         """
         self.check_clip(clip, "clip")
         self.check_context(n_context, clip.shape[1])
-        B, T = clip.shape[:2]
-        h, features = self.encoder(clip.to(self.dtype).flatten(0, 1))
-        h = h.unflatten(0, (B, T))
+        T = clip.shape[1]
+        h, features = self.encoder(as_rows(clip.to(self.dtype)))
+        h = of_clips(h, T)
         before, after = self._transitions(h, conditions)
         z, kl = self._posterior_kl(before, after)
         predicted, _ = self.predictor(torch.cat([before, z], -1))
@@ -175,12 +176,12 @@ class RecurrentVAE(ContinuousPrior):
         # Frame t has the features of the frame before it, and after the context those of the last observed one.
         n_shown = T - 1 if self.config.last_frame_skip else n_context
         decoder = SteadyDecoder(self.decoder, self.joins)
-        observed = [level.unflatten(0, (B, T))[:, :n_shown].flatten(0, 1) for level in features]
+        observed = [as_rows(of_clips(level, T)[:, :n_shown]) for level in features]
         memories = [
-            memory.map(lambda x: last_repeated(x.unflatten(0, (B, n_shown)), T - 1).flatten(0, 1))
+            memory.map(lambda x: as_rows(last_repeated(of_clips(x, n_shown), T - 1)))
             for memory in decoder.remember(observed)
         ]
-        frames = decoder(predicted.flatten(0, 1), memories).float().unflatten(0, (B, T - 1))
+        frames = of_clips(decoder(as_rows(predicted), memories).float(), T - 1)
 
         scale = 0.5 if self.over_pixels else 1.0  # from [-1, 1] to the [0, 1] for which beta was published
         mse = (scale * (frames - clip[:, 1:])).square().mean()
@@ -225,7 +226,7 @@ class RecurrentVAE(ContinuousPrior):
         B, T = clip.shape[:2]
         noise = self._noise((B, T - 1, self._z_dim), generator)
         with eval_mode(self):
-            h = self.encoder(clip.to(self.dtype).flatten(0, 1))[0].unflatten(0, (B, T))
+            h = of_clips(self.encoder(as_rows(clip.to(self.dtype)))[0], T)
             kl = self._posterior_kl(*self._transitions(h, conditions), noise)[1]
         return {"kl": kl.unflatten(-1, (self.config.n_groups, self.config.group_dim))}
 
@@ -463,7 +464,7 @@ class RecurrentVAE(ContinuousPrior):
         B, T = clip.shape[:2]
         noise = self._noise((B, T - 1, self._z_dim), generator)
         with eval_mode(self):
-            h = self.encoder(clip.to(self.dtype).flatten(0, 1))[0].unflatten(0, (B, T))
+            h = of_clips(self.encoder(as_rows(clip.to(self.dtype)))[0], T)
             z, *_ = self.posterior(self._transitions(h, conditions)[1], noise=noise)
         return dict(enumerate(self._groups(z), start=1))
 
@@ -536,6 +537,16 @@ def by_batch_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.training, norm.track_running_stats = False, True
+
+
+def as_rows(x: Shaped[Tensor, "B T *rest"]) -> Shaped[Tensor, " rows *rest"]:
+    """Frames of clips, one after another."""
+    return rearrange(x, "b t ... -> (b t) ...")
+
+
+def of_clips(x: Shaped[Tensor, " rows *rest"], n_frames: int) -> Shaped[Tensor, "B {n_frames} *rest"]:
+    """``as_rows`` undone."""
+    return rearrange(x, "(b t) ... -> b t ...", t=n_frames)
 
 
 def beside(h: Float[Tensor, "B T n"], vectors: Float[Tensor, "B T told"] | None) -> Float[Tensor, "B T n_read"]:

@@ -9,6 +9,7 @@ Where many frames are handled at once, they lie along the batch axis, time befor
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import diffusers
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils.torch_utils import randn_tensor
+from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -184,7 +186,7 @@ class Memory:
 
     def rows(self, name: str) -> list[Float[Tensor, "TN _ _ _"]]:
         """Of one network, as networks take and give it: of each level, time before batch."""
-        return [state.flatten(0, 1) for state in self.states[name]]
+        return [rearrange(state, "t n ... -> (t n) ...") for state in self.states[name]]
 
     def after(self, t: int) -> "Memory":
         """Without what was held before the t-th of the T frames."""
@@ -196,6 +198,11 @@ class Memory:
 
     def _map(self, function):
         return Memory({name: [function(state) for state in states] for name, states in self.states.items()})
+
+
+def time_first(x: Shaped[Tensor, "N T *rest"]) -> Shaped[Tensor, " rows *rest"]:
+    """Frames of clips as rows, time before batch."""
+    return rearrange(x, "n t ... -> (t n) ...")
 
 
 class ResidualDiffusion(ContinuousPrior):
@@ -377,7 +384,8 @@ class ResidualDiffusion(ContinuousPrior):
         read = {"last": [frames]} if self.config.anchor else {}
         for name, encoder in encoders.items():
             read[name] = encoder(frames, n_frames, None if memory is None else memory.rows(name), vectors)
-        return Memory({name: [state.unflatten(0, (n_frames, -1)) for state in read[name]] for name in read})
+        by_time = partial(rearrange, pattern="(t n) ... -> t n ...", t=n_frames)
+        return Memory({name: [by_time(state) for state in states] for name, states in read.items()})
 
     def predict_frame(
         self, memory: Memory, guidance_scale: float = 1.0
@@ -423,10 +431,9 @@ class ResidualDiffusion(ContinuousPrior):
         self.check_clip(clip)
         self.check_context(n_context, clip.shape[1])
         n_clips, n_frames = clip.shape[:2]
-        frames = clip.transpose(0, 1)
-        past, target = frames[:-1].flatten(0, 1), precise(frames[n_context:].flatten(0, 1))
+        past, target = time_first(clip[:, :-1]), precise(time_first(clip[:, n_context:]))
         vectors = self.condition_vectors(conditions, n_clips, n_frames)
-        leading = None if vectors is None else vectors[:, 1:].transpose(0, 1).flatten(0, 1)
+        leading = None if vectors is None else time_first(vectors[:, 1:])
         memory = self.observe(past.to(self.dtype), n_frames - 1, vectors=leading).after(n_context)
 
         mu, sigma = self.predict_frame(memory)
@@ -527,7 +534,7 @@ class ResidualDiffusion(ContinuousPrior):
             for chunk in chunks:
                 frames = self._continue(context, told, num_samples, *chunk, bar.update, **options)
                 futures.append(torch.stack([next(frames) for _ in range(n_frames)], 1))
-        return torch.cat(futures).unflatten(0, (n_clips, num_samples)).to(context.dtype)
+        return rearrange(torch.cat(futures), "(b s) ... -> b s ...", s=num_samples).to(context.dtype)
 
     def stream(
         self,
@@ -544,7 +551,7 @@ class ResidualDiffusion(ContinuousPrior):
         chunks = self._chunks(len(context) * num_samples, generator, sample_batch)
         futures = [self._continue(context, told, num_samples, *chunk, **options) for chunk in chunks]
         together = (torch.cat(frames) for frames in zip(*futures))
-        return (frames.unflatten(0, (-1, num_samples)).to(context.dtype) for frames in together)
+        return (rearrange(frames, "(b s) ... -> b s ...", s=num_samples).to(context.dtype) for frames in together)
 
     def _check_sampling(self, context, num_samples, sample_batch, scheduler, n_steps, guidance_scale, use_cache):
         self.check_clip(context, "context")

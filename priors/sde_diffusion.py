@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -287,7 +288,8 @@ class SDEDiffusion(ContinuousPrior):
     def _encode_differences(self, frames):
         """Frames (B, N, D, h, w) -> features of their N - 1 difference images (B, N - 1, width, h', w')."""
         differences = frames[:, 1:] - frames[:, :-1]
-        return self.motion_encoder(differences.flatten(0, 1)).unflatten(0, differences.shape[:2])
+        features = self.motion_encoder(rearrange(differences, "b t ... -> (b t) ..."))
+        return rearrange(features, "(b t) ... -> b t ...", t=differences.shape[1])
 
     def _tell_motion(self, vectors, first):
         """What is told of frames (N, T, width) -> what the drift is told in each interval, for NeuralSDE; the first one
@@ -354,14 +356,14 @@ class SDEDiffusion(ContinuousPrior):
         path that it controls, whose divergence from one without comes with them, (B,), else None."""
         told = self._tell_motion(vectors, n_context)
         if self.motion_posterior is None:
-            return self.motion_sde(start, steps, seeds, told=told).flatten(0, 1), None
+            return rearrange(self.motion_sde(start, steps, seeds, told=told), "b p ... -> (b p) ..."), None
         future = self.motion_posterior.read(self._encode_differences(clip[:, n_context - 1 :].to(self.dtype)))
 
         def control(m, time):
             return self.motion_posterior(m, future[min(int(time), len(future) - 1)])
 
         feature, kl = self.motion_sde(start, steps, seeds, control=control, told=told)
-        return feature.flatten(0, 1), kl
+        return rearrange(feature, "b p ... -> (b p) ..."), kl
 
     def _steps_before(self, steps):
         """The frames k_(i-1) that the U-Net is shown beside those at k_i, 0 being the context's last."""
@@ -377,8 +379,8 @@ class SDEDiffusion(ContinuousPrior):
         wanted, shown = (
             n_context - 1 + index.to(device, non_blocking=True) for index in (steps, self._steps_before(steps))
         )
-        x_0, previous = (precise(clip[rows, index]).flatten(0, 1) for index in (wanted, shown))
-        told = None if vectors is None else self.tell_unet(vectors[rows, wanted].flatten(0, 1))
+        x_0, previous = (rearrange(precise(clip[rows, i]), "b p ... -> (b p) ...") for i in (wanted, shown))
+        told = None if vectors is None else self.tell_unet(rearrange(vectors[rows, wanted], "b p ... -> (b p) ..."))
         times = torch.randint(config.n_diffusion_steps, (len(x_0),), **source).to(device)  # line 11
         noise = torch.randn(x_0.shape, **source).to(x_0)
         alpha_bar = self.alpha_bars.to(x_0, non_blocking=True)[times].view(-1, 1, 1, 1)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -118,7 +119,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(inner, dim, bias=False)
 
     def _heads(self, x):
-        return x.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (M, heads, L, head_dim)
+        return rearrange(x, "b l (m e) -> b m l e", m=self.n_heads)
 
     def _key(self, x):
         return None if self.form == "relative" else self._heads(self.to_key(x))
@@ -137,7 +138,7 @@ class Attention(nn.Module):
             out = bias.softmax(-1) @ value
         else:
             out = F.scaled_dot_product_attention(self._query(x, value.dtype), key, value, attn_mask=bias[None])
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.to_out(rearrange(out, "b m l e -> b l (m e)"))
 
     def step(
         self, x: Float[Tensor, "M L dim"], bias: Float[Tensor, "heads L S"], cache: Cache, positions: Int[Tensor, " L"]
@@ -155,7 +156,7 @@ class Attention(nn.Module):
         if self.form != "relative":  # for the few queries of a step, plain products are faster than the fused kernel
             logits = self._query(x, values.dtype) * self.head_dim**-0.5 @ keys.transpose(2, 3) + bias
         out = logits.softmax(-1) @ values
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.to_out(rearrange(out, "b m l e -> b l (m e)"))
 
 
 class Block(nn.Module):
@@ -217,7 +218,8 @@ class SliceEncoder(nn.Module):
     ) -> Float[Tensor, "M N d"]:
         """Rows, of which some are UNSEEN, and what is told of each position's frame -> the memory."""
         index = torch.where(rows == UNSEEN, self.unseen, rows + self.tap_rows)
-        x = self.taps(index.flatten(2).flatten(0, 1)).unflatten(0, index.shape[:2])
+        x = self.taps(rearrange(index, "m p taps n -> (m p) (taps n)"))
+        x = rearrange(x, "(m p) d -> m p d", m=len(rows))
         x = self.project(x + self.slice_embedding(slice_ids)[:, None])
         x = x + self.positions.to(x.dtype)
         if told is not None:
@@ -274,8 +276,10 @@ class SliceDecoder(nn.Module):
 
     def forward(self, rows: Int[Tensor, "M N n"], memory: Float[Tensor, "M N d"]) -> Float[Tensor, "M N d"]:
         """All positions at once."""
-        grid = self.embed(rows).unflatten(1, self.grid).movedim(-1, 1)
-        x = self.conv(grid).flatten(2).transpose(1, 2) + self.positions.to(memory.dtype) + self.from_memory(memory)
+        sizes = dict(zip("thw", self.grid))
+        convolved = self.conv(rearrange(self.embed(rows), "m (t h w) d -> m d t h w", **sizes))
+        x = rearrange(convolved, "m d t h w -> m (t h w) d")
+        x = x + self.positions.to(memory.dtype) + self.from_memory(memory)
         for block, bias in zip(self.blocks, self.biases()):
             x = block(x, bias)
         return x

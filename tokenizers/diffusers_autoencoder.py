@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import nn
 
 from latentcast.config import check_counts, one_line
@@ -217,22 +218,22 @@ class DiffusersTokenizer(FrameTokenizer):
         """What the autoencoder makes of the frames, before scaling: (B, T, D, h, w) fp32, AutoencoderKL: moments."""
         spec = self.latent_spec
         check_frames(frames, spec["frame_channels"], spec["frame_height"], spec["frame_width"])
-        output = self.network.encode(frames.to(self.dtype).flatten(0, 1))
+        output = self.network.encode(rearrange(frames.to(self.dtype), "b t ... -> (b t) ..."))
         if self.has_posterior:
             z = torch.cat([output.latent_dist.mean, output.latent_dist.logvar], dim=1)
         else:
             z = output.latents
-        return z.float().unflatten(0, frames.shape[:2])
+        return rearrange(z.float(), "(b t) ... -> b t ...", t=frames.shape[1])
 
     def _decode(self, latents):
         """``decode`` before the clamp, which would stop the gradient."""
-        z = self._unscaled(latents).to(self.dtype).flatten(0, 1)
+        z = rearrange(self._unscaled(latents).to(self.dtype), "b t ... -> (b t) ...")
         if self.is_discrete:  # its own ``decode`` quantises, or takes codes, as its config says
             norm = z if self.network.config.norm_type == "spatial" else None
             frames = self.network.decoder(self.network.post_quant_conv(z), norm)
         else:
             frames = self.network.decode(z).sample
-        return frames.float().unflatten(0, latents.shape[:2])
+        return rearrange(frames.float(), "(b t) ... -> b t ...", t=latents.shape[1])
 
     def _nearest(self, z):
         """(B, T, D, h, w) -> (B, T, h, w, 1) int64, by distances that autocast leaves in fp32."""

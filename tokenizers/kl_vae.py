@@ -3,6 +3,7 @@
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
+from einops import rearrange
 
 from latentcast.layers.gaussian import kl_to_standard_normal, sample_moments, scale_moments
 from latentcast.shapes import Frames, Latents
@@ -112,7 +113,8 @@ class KLVAE(FrameTokenizer):
     def _moments(self, frames):
         """Of the latents before scaling: (B, T, C, H, W) -> (B, T, 2 D, h, w) fp32."""
         check_frames(frames, self.config.in_channels, self.config.height, self.config.width)
-        moments = self.encoder(frames.to(self.dtype).flatten(0, 1)).unflatten(0, frames.shape[:2]).float()
+        moments = self.encoder(rearrange(frames.to(self.dtype), "b t ... -> (b t) ...")).float()
+        moments = rearrange(moments, "(b t) ... -> b t ...", t=frames.shape[1])
         mean, logvar = moments.chunk(2, dim=2)
         return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], dim=2)
 
@@ -121,4 +123,5 @@ class KLVAE(FrameTokenizer):
         spec = self.latent_spec
         check_latents(latents, spec["channels"], spec["height"], spec["width"])
         z = (latents / self.config.scaling_factor).to(self.dtype)
-        return self.decoder(z.flatten(0, 1)).unflatten(0, latents.shape[:2]).float()
+        frames = self.decoder(rearrange(z, "b t ... -> (b t) ...")).float()
+        return rearrange(frames, "(b t) ... -> b t ...", t=latents.shape[1])

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 
 from latentcast.layers.dcgan import DCGANDecoder, DCGANEncoder
 from latentcast.layers.vgg import VGGDecoder, VGGEncoder
@@ -88,14 +89,14 @@ class VectorAutoencoder(FrameTokenizer):
 
     def _encode(self, frames):
         check_frames(frames, self.config.in_channels, self.config.height, self.config.width)
-        h, _ = self.encoder(frames.to(self.dtype).flatten(0, 1))
-        return h.float().unflatten(0, frames.shape[:2])[..., None, None] * self.config.scaling_factor
+        h, _ = self.encoder(rearrange(frames.to(self.dtype), "b t ... -> (b t) ..."))
+        return rearrange(h.float(), "(b t) d -> b t d 1 1", t=frames.shape[1]) * self.config.scaling_factor
 
     def _decode(self, latents):
         """``decode`` before the clamp, which would stop the gradient of a linear output."""
         check_latents(latents, self.config.embedding_dim, 1, 1)
-        h = (latents / self.config.scaling_factor).to(self.dtype).flatten(0, 1).flatten(1)
-        return self.decoder(h).float().unflatten(0, latents.shape[:2])
+        h = rearrange((latents / self.config.scaling_factor).to(self.dtype), "b t d 1 1 -> (b t) d")
+        return rearrange(self.decoder(h).float(), "(b t) ... -> b t ...", t=latents.shape[1])
 
 
 class DCGANAutoencoder(VectorAutoencoder):

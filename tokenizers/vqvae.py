@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import nn
 
 from latentcast.layers.convolutions import ResidualBlock
@@ -158,15 +159,16 @@ class ConvolutionalVQ(FrameTokenizer):
     def _features(self, frames):
         """Encoder output with the channels last: (B, T, C, H, W) -> (B, T, h, w, D)."""
         check_frames(frames, self.config.in_channels, self.config.height, self.config.width)
-        features = self.encoder(frames.to(self.dtype).flatten(0, 1)).unflatten(0, frames.shape[:2])
-        return features.movedim(2, -1)
+        features = self.encoder(rearrange(frames.to(self.dtype), "b t ... -> (b t) ..."))
+        return rearrange(features, "(b t) d h w -> b t h w d", t=frames.shape[1])
 
     def _decode(self, latents):
         """``decode`` before the clamp, which would stop the gradient of a linear output."""
         spec = self.latent_spec
         check_latents(latents, spec["channels"], spec["height"], spec["width"])
         features = (latents / self.config.scaling_factor).to(self.dtype)
-        frames = self.decoder(features.flatten(0, 1)).unflatten(0, latents.shape[:2]).float()
+        frames = self.decoder(rearrange(features, "b t ... -> (b t) ...")).float()
+        frames = rearrange(frames, "(b t) ... -> b t ...", t=latents.shape[1])
         return frames.tanh() if self.config.output_activation == "tanh" else frames
 
     def _to_latents(self, vectors):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -92,9 +93,9 @@ class FeatureAligner(SkipConnection):
         value = self.to_value(positions) if memory.value is None else memory.value
         query, key, value = (x[:, None] for x in (self.to_query(positions), memory.key, value))
         aligned = attention(query, key, value, scale=1.0)[:, 0]
-        return [aligned.unflatten(1, decoded.shape[2:]).movedim(-1, 1)]
+        return [rearrange(aligned, "n (h w) c -> n c h w", w=decoded.shape[3])]
 
 
 def to_positions(features: Float[Tensor, "N C H W"]) -> Float[Tensor, "N H*W C"]:
     """Maps -> rows of a vector a position, in raster order."""
-    return features.flatten(2).transpose(1, 2)
+    return rearrange(features, "n c h w -> n (h w) c")

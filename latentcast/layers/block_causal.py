@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -178,12 +179,12 @@ class Block(nn.Module):
         """-> queries, keys and values."""
         shift, scale = self._modulation(stream, 0, 1)
         y = self.norms[0](stream.x) * (1 + scale) + shift
-        q, k, v = self.to_qkv(y.flatten(1, 2)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = rearrange(self.to_qkv(y), "b s p (three m e) -> three b m (s p) e", three=3, m=self.n_heads)
         return rotate(q, *stream.rotation), rotate(k, *stream.rotation), v
 
     def finish(self, stream: Stream, attended: list[Float[Tensor, "B m P e"]]) -> None:
         """Move the stream past this block, by what each of its frames attended to."""
-        joined = torch.stack(attended, 1).transpose(2, 3).flatten(3)  # (B, s, P, m e)
+        joined = rearrange(torch.stack(attended, 1), "b s m p e -> b s p (m e)")
         gate, shift, scale, feed_gate = self._modulation(stream, 2, 3, 4, 5)
         x = stream.x + gate * self.to_out(joined)
         stream.x = x + feed_gate * self.feed_forward(self.norms[1](x) * (1 + scale) + shift)

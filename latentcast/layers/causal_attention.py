@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -83,8 +83,8 @@ class CausalWindowAttention(nn.Module):
         q, k = rotate(qkv[..., :2, :], cos, sin).unbind(-2)
         v = qkv[..., 2, :]
         if cache is not None and self.over_time:  # no later frame looks at the others
-            pair = torch.stack([k, v], -2).flatten(1, 3).movedim(1, 3)  # (B, heads, 2, n, e)
-            pair = pair.repeat_interleave(len(cache) // (len(x) * self.n_heads), 0).flatten(0, 1)
+            n_samples = len(cache) // (len(x) * self.n_heads)
+            pair = repeat([k, v], "two b t h w m e -> (b s m) two (t h w) e", s=n_samples)
             cache.index_copy_(2, self.slots[:n], pair.to(cache.dtype))
         out = attention(*(self._to_windows(part) for part in (q, k, v)), is_causal=True)
         return x + self.to_out(self._from_windows(out, x.shape[:4]))

@@ -1,5 +1,6 @@
 """Attention over the positions of a feature map at linear cost."""
 
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,8 +24,8 @@ class LinearAttention(nn.Module):
         self.to_out = nn.Conv2d(n_heads * head_dim, channels, 1)
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
-        heads = self.to_qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.n_heads, -1))
-        query, key, value = heads.unbind(1)  # each (N, heads, head_dim, H W)
+        qkv = self.to_qkv(self.norm(x))
+        query, key, value = rearrange(qkv, "n (three m e) h w -> three n m e (h w)", three=3, m=self.n_heads)
         summary = value @ key.softmax(-1).transpose(2, 3).to(value.dtype)
         out = summary @ query.softmax(-2).to(value.dtype)
-        return x + self.to_out(out.flatten(1, 2).unflatten(2, x.shape[2:]))
+        return x + self.to_out(rearrange(out, "n m e (h w) -> n (m e) h w", w=x.shape[3]))

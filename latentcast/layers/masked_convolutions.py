@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
@@ -41,10 +42,9 @@ class CausalConv3d(nn.Conv3d):
         first = self.kernel_size[0] // 2 - pt
         weight = (self.weight * self.mask)[:, :, first : first + pt + 1]
         if pt == 0:  # frame by frame: a 2-D convolution is much faster
-            b, _, t, _, _ = input.shape
-            frames = input.transpose(1, 2).flatten(0, 1)
+            frames = rearrange(input, "b c t h w -> (b t) c h w")
             out = F.conv2d(frames, weight[:, :, 0], self.bias, padding=(ph, pw))
-            return out.unflatten(0, (b, t)).transpose(1, 2)
+            return rearrange(out, "(b t) c h w -> b c t h w", t=input.shape[2])
         return F.conv3d(F.pad(input, (0, 0, 0, 0, pt, 0)), weight, self.bias, padding=(0, ph, pw))
 
     def neighbours(self, grid: Sequence[int]) -> Int[Tensor, "N taps"]:
@@ -59,7 +59,7 @@ class CausalConv3d(nn.Conv3d):
     def tap_weight(self) -> Float[Tensor, "taps_in out"]:
         """The visible taps as one matrix from all of their channels, for computing single positions."""
         visible = self.weight.flatten(2).index_select(2, self.visible)  # (out, in, taps)
-        return visible.permute(2, 1, 0).flatten(0, 1)
+        return rearrange(visible, "o i taps -> (taps i) o")
 
 
 class AxisCausalConv3d(nn.Module):
@@ -111,7 +111,8 @@ class AxisCausalConv3d(nn.Module):
         if self.conv.kernel_size == (1, 1):
             y = F.linear(y, self.conv.weight[:, :, 0, 0], self.conv.bias)
         else:
-            y = self.conv(y.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
+            maps = self.conv(rearrange(y, "b t h w c -> (b t) c h w"))
+            y = rearrange(maps, "(b t) c h w -> b t h w c", t=y.shape[1])
         return y, x.narrow(self.dim, length, reach)
 
     def split_weight(self) -> tuple[Float[Tensor, "taps_in out"], Float[Tensor, "conditions out"]]:

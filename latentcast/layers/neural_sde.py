@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 import torchsde
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -132,11 +133,10 @@ class Path:
         told: Told | None = None,
         last: int | None = None,
     ) -> None:
-        channels, height, width = start.shape[1:]
         self.model, self.control, self.told = model, control, told
-        self.shape = (height, width, channels)  # channels last, which convolutions like; torchsde wants rows
+        self.sizes = dict(zip("hw", start.shape[2:]))
         self.dtype, self.device = start.dtype, start.device
-        self.y = start.to(torch.promote_types(start.dtype, torch.float32)).movedim(1, -1).flatten(1)
+        self.y = as_rows(start.to(torch.promote_types(start.dtype, torch.float32)))
         self.position, self.kl = 0, None if control is None else self.y.new_zeros(len(start))
         self.extra = None  # what some solvers keep beside the state
         self.adjoint = model.adjoint and seeds is None and control is None and torch.is_grad_enabled()
@@ -182,7 +182,7 @@ class Path:
     ) -> Float[Tensor, "N P C h w"]:
         """States so far between two others, by weights from 0 to 1 (of N rows, or of all) -> maps."""
         weight = weight.to(self.device, below.dtype, non_blocking=True)[..., None]
-        return torch.lerp(below, above, weight).unflatten(2, self.shape).movedim(-1, 2)
+        return rearrange(torch.lerp(below, above, weight), "n p (h w c) -> n p c h w", **self.sizes)
 
     def _solve(self, stops, told):
         """The solution at later whole numbers (K, N, h w C), all of them steps with the same drift."""
@@ -252,7 +252,7 @@ class _Equation(nn.Module):
     def __init__(self, path, told):
         super().__init__()
         self.control, self.told = path.control, [] if told is None else [told]
-        self.model, self.shape, self.dtype, self.sde_type = path.model, path.shape, path.dtype, path.model.sde_type
+        self.model, self.sizes, self.dtype, self.sde_type = path.model, path.sizes, path.dtype, path.model.sde_type
         # The adjoint calls drift and diffusion in the backward pass, which runs outside of autocast.
         device_type = path.device.type
         self.autocast = {
@@ -275,14 +275,19 @@ class _Equation(nn.Module):
         return math.sqrt(self.model.dt) * self._evaluate(self.model.diffusion, y)
 
     def _evaluate(self, network, y, *told):
-        maps = y.unflatten(1, self.shape).movedim(-1, 1).to(self.dtype)
+        maps = rearrange(y, "n (h w c) -> n c h w", **self.sizes).to(self.dtype)
         told = [tensor.to(self.dtype) for tensor in told]
         with torch.autocast(**self.autocast):
             if self.model.gradient_checkpointing and torch.is_grad_enabled():
                 out = self.model._gradient_checkpointing_func(network, maps, *told)
             else:
                 out = network(maps, *told)
-        return out.movedim(1, -1).flatten(1).to(y.dtype)
+        return as_rows(out).to(y.dtype)
+
+
+def as_rows(maps: Float[Tensor, "N C h w"]) -> Float[Tensor, "N h*w*C"]:
+    """What torchsde wants, with channels last, which convolutions like."""
+    return rearrange(maps, "n c h w -> n (h w c)")
 
 
 class SeededBrownian(torchsde.BaseBrownian):
