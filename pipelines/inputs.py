@@ -7,7 +7,6 @@ import PIL.Image
 import torch
 
 from latentcast.data.video.reader import fit_frames
-from latentcast.shapes import Frames
 
 RANGES = ((-1, 1), (0, 1))
 FramesLike = torch.Tensor | np.ndarray | PIL.Image.Image | Sequence  # a clip, clips, or lists of either
@@ -20,7 +19,7 @@ def as_frames(
     width: int,
     value_range: Sequence[int] | None = None,
     crop: str = "center",
-) -> Frames:
+) -> FramesLike:
     """Bring clips of any usual kind into the one form that models take.
 
     Args:

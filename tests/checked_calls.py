@@ -6,10 +6,11 @@ it returns. A wrong shape then fails a test where a function took it without a w
 Holds for all that is imported after this. ``JAXTYPING_DISABLE=1`` runs tests without.
 """
 
+import sys
 from typing import Any
 
 from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 PACKAGES = ("data", "evaluation", "layers", "metrics", "pipelines", "priors", "tokenizers")
 
@@ -22,6 +23,18 @@ def check_what_returned(stand_in):
     if stand_in.__annotations__.get("return") is Any:
         return lambda *args, **kwargs: None
     return _beartype(stand_in)
+
+
+def stop(monkeypatch):
+    """Of all that is imported by now. torch.compile traces functions that are told not to check, and no constructors
+    of dataclasses that have ever been told to."""
+    monkeypatch.setattr(config, "jaxtyping_disable", True)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("latentcast."):
+            for found in list(vars(module).values()):
+                constructor = vars(found).get("__init__") if hasattr(found, "__dataclass_fields__") else None
+                if hasattr(constructor, "__wrapped__"):
+                    monkeypatch.setattr(found, "__init__", constructor.__wrapped__)
 
 
 install_import_hook([f"latentcast.{name}" for name in PACKAGES], f"{__name__}.check_what_returned")

@@ -15,8 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 os.environ["WANDB_MODE"] = "disabled"  # each run takes seconds; test_wandb.py has its own
 
-import checked_calls  # noqa: F401  (before anything of latentcast is imported)
-import jaxtyping
+import checked_calls  # before anything of latentcast is imported
 import pytest
 from tiny_experiment import BENCHMARKS, TOOLS, Started, typed
 from video_files import counter_frames, cut_off, encode
@@ -102,7 +101,7 @@ def video_folder(tmp_path_factory):
 @pytest.fixture
 def unchecked(monkeypatch):
     """Calls are not checked: torch.compile cannot trace what checks them."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    checked_calls.stop(monkeypatch)
 
 
 @pytest.fixture

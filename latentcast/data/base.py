@@ -246,7 +246,7 @@ def window_start(seed: int, epoch: int, index: int, n_starts: int) -> int:
     return int.from_bytes(digest[:8], "big") % n_starts
 
 
-def conditions_by_name(names: Iterable[str] | None, dataset: VideoDataset) -> dict[str, dict]:
+def conditions_by_name(names: Iterable[str], dataset: VideoDataset) -> dict[str, dict]:
     """What a prior is told: those of a data set's conditions that an experiment names, and its actions where the data
     set is opened with them -> name -> declaration.
 

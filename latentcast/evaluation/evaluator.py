@@ -367,4 +367,4 @@ def _seed(seed, random):
 
 
 def _sum(tensors):
-    return sum(tensors[1:], tensors[0])
+    return functools.reduce(torch.add, tensors)

@@ -21,9 +21,10 @@ def key_to_text(key: tuple[str, str]) -> str:
     return ".".join(key)
 
 
-def text_to_key(text: str) -> tuple[str, ...]:
+def text_to_key(text: str) -> tuple[str, str]:
     """``key_to_text`` undone."""
-    return tuple(text.split(".", 1))
+    who, _, what = text.partition(".")
+    return who, what
 
 
 @dataclass
