@@ -10,7 +10,7 @@ from jaxtyping import TypeCheckError
 from tiny_experiment import ROOT
 
 from latentcast.layers import gaussian
-from latentcast.layers.aligner import to_positions
+from latentcast.layers.masked_convolutions import shifted
 from latentcast.tokenizers.base import check_frames
 
 ROOMS = [next(folder for folder in (ROOT / "latentcast" / name, ROOT / name) if folder.is_dir()) for name in PACKAGES]
@@ -18,8 +18,8 @@ MOMENTS = torch.zeros(1, 3, 2, 2)  # of one number and a half
 
 
 def test_what_is_taken_without_a_word_is_refused():
-    with pytest.raises(TypeCheckError, match="to_positions"):
-        to_positions(torch.zeros(2, 3, 4))
+    with pytest.raises(TypeCheckError, match="shifted"):
+        shifted(torch.zeros(2, 3, 4), axis=0)
 
 
 def test_so_is_what_does_not_fit_together():

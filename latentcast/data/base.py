@@ -253,7 +253,7 @@ def conditions_by_name(names: Iterable[str], dataset: VideoDataset) -> dict[str,
     Raises:
         ValueError: the data set has no such condition.
     """
-    wanted = dict.fromkeys([*names, *(["action"] if dataset.actions else [])])
+    wanted = [*names, "action"] if dataset.actions else [*names]
     for name in wanted:
         if name not in dataset.conditions:
             known = ", ".join(dataset.conditions) or "no conditions"
