@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -328,7 +328,7 @@ class ShardFile:
         frame_shape: Sequence[int],
         dtype: str,
         conditions: dict[str, dict],
-        keep: Sequence[int] = (),
+        keep: Collection[int] = (),
     ) -> None:
         self.path, self.note_path = root / _shard_name(shard), _note_path(root, shard)
         self.temporary = temporary_path(self.path)
