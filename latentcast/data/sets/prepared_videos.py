@@ -12,7 +12,7 @@ logger = logging.getLogger("latentcast")
 
 
 def prepared_videos(
-    root: str | Path,
+    root: str | Path | int,
     split: str,
     clip_length: int,
     size: int | Sequence[int] | None = None,

@@ -470,7 +470,7 @@ class PreparedVideos(VideoDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | int,  # a folder called 2024 is one to YAML
         split: str,
         clip_length: int,
         size: int | Sequence[int] | None = None,
@@ -530,7 +530,7 @@ class PreparedVideos(VideoDataset):
         }
 
 
-def read_set_manifest(root: str | Path, name: str | None = None) -> dict:
+def read_set_manifest(root: str | Path | int, name: str | None = None) -> dict:
     """The manifest of a finished set.
 
     Raises:
@@ -550,7 +550,7 @@ def read_set_manifest(root: str | Path, name: str | None = None) -> dict:
     return manifest
 
 
-def check_split_of(root: str | Path, manifest: dict, stored: dict) -> None:
+def check_split_of(root: str | Path | int, manifest: dict, stored: dict) -> None:
     """Refuse a split whose frames or conditions are not what the set's manifest says."""
     size, frames = manifest["frame_size"], stored["frame_shape"]
     if frames != [manifest["channels"], *size] or stored["conditions"] != manifest["conditions"]:
@@ -567,7 +567,7 @@ def crop_of(protocol: dict) -> str:
     return FITTING["crop"] if crop is None else check_crop(crop)
 
 
-def check_size(root: str | Path, manifest: dict, size: int | Sequence[int] | None) -> None:
+def check_size(root: str | Path | int, manifest: dict, size: int | Sequence[int] | None) -> None:
     found = as_size(manifest["frame_size"])
     if size is not None and as_size(size, "size") != found:
         found, asked = (str(value).replace(" ", "") for value in (found, as_size(size)))  # as on the command line
