@@ -27,7 +27,7 @@ from latentcast.targets import (
     parameters_of,
     takes_any,
 )
-from latentcast.urls import folder_at
+from latentcast.urls import Url, folder_at
 from latentcast.yaml_text import (
     MAX_DEPTH,
     MAX_SIZE,
@@ -351,7 +351,8 @@ def check_data(config):
     """
     data = to_container(config.data) or {}
     root = data.get("root")
-    if isinstance(root, str) and not folder_at(os.path.expanduser(root)).is_dir():
+    folder = folder_at(os.path.expanduser(root)) if isinstance(root, str) else None
+    if folder is not None and not (folder.is_dir() if isinstance(folder, Url) else os.path.isdir(folder)):
         if str(data["_target_"]).startswith("latentcast.VideoFolder"):
             raise FileNotFoundError(f"data.root {root}: no such folder of videos")
         instantiate(config.data)(split="train")  # says what makes it

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ logger = logging.getLogger("latentcast")
 
 POLL = 0.1  # seconds, while what others fetch takes all the room
 ROOM = "room"  # the lock of who counts
+COPY = re.compile(r"[0-9a-f]{64}(\.\w+)?")  # other files in the folder are not ours
 
 
 def local_copy(path, n_bytes=None, sha256=None):
@@ -74,7 +76,8 @@ def _used(copy, n_bytes):
     """Whether the copy is there; it counts as used now."""
     with contextlib.suppress(FileNotFoundError):
         if copy.stat().st_size == n_bytes:
-            os.utime(copy)
+            with contextlib.suppress(PermissionError):  # another user's
+                os.utime(copy)
             return True
     return False
 
@@ -88,11 +91,12 @@ def _has_room(folder, n_bytes, limit, held):
         taken, copies = 0, []
         with os.scandir(folder) as entries:
             for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    if entry.is_file():
+                is_copy = COPY.fullmatch(entry.name)
+                if is_copy or TEMPORARY.fullmatch(entry.name):
+                    with contextlib.suppress(FileNotFoundError):
                         found = entry.stat()
                         taken += found.st_size
-                        if not TEMPORARY.fullmatch(entry.name):
+                        if is_copy:
                             copies.append((found.st_mtime_ns, found.st_size, entry.path))
         for _, size, path in sorted(copies):
             if taken + n_bytes <= limit:

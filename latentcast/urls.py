@@ -119,13 +119,12 @@ class Url:
         """The files of a folder whose names fit."""
         return [self / name for name in sorted(self.sizes()) if fnmatch.fnmatchcase(name, pattern)]
 
-    def read_text(self, start=None):
-        """The UTF-8 of a file; from a place on, which counts from the end where it is negative."""
+    def read_text(self, last=None):
+        """The UTF-8 of a file, or of its ``last`` bytes."""
 
         def read(fs, path):
-            found = fs.cat_file(path, start=start)
-            if start is None:
-                _whole(len(found), fs.info(path)["size"])
+            found, size = fs.cat_file(path, start=last and -last), fs.info(path)["size"]
+            _whole(len(found), size if last is None or size is None else min(last, size))
             return found
 
         return self._do("read", read).decode("utf-8", "surrogateescape")

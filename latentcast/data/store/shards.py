@@ -264,7 +264,7 @@ class ShardWriter:
                 self._redo_damaged()
         else:
             self._clear()
-        if not self.finished:
+        if not self.finished and standing != self.job:
             write_json(self.root / PLAN, self.job)
 
     def _redo_damaged(self):
@@ -306,7 +306,7 @@ def _stands(path):
     if not isinstance(path, Url):
         return path.is_file()
     try:
-        return path.read_text(start=-3) == "\n}\n"
+        return path.read_text(last=3) == "\n}\n"
     except FileNotFoundError:
         return False
 
@@ -547,8 +547,9 @@ class ShardReader:
         if not isinstance(path, Url):
             return safe_open(path, framework="pt")
         while True:
-            with contextlib.suppress(FileNotFoundError):  # made way for another process's copies before it was open
-                return safe_open(self._copy(shard), framework="pt")
+            copy = self._copy(shard)
+            with contextlib.suppress(FileNotFoundError):  # it made way for another process's before it was open
+                return safe_open(copy, framework="pt")
 
     def _copy(self, shard):
         note = self.manifest["shards"][shard]
