@@ -270,7 +270,7 @@ from latentcast.copies import local_copy
 from latentcast.urls import folder_at
 store, copies, seed = sys.argv[1:]
 root, chance = folder_at(f"file://{store}", Path(copies), 1e-4), random.Random(seed)
-for _ in range(150):
+for _ in range(80):
     i = chance.randrange(12)
     try:
         assert local_copy(root / f"{i}.bin").read_bytes() == bytes([i]) * 30_000
