@@ -46,7 +46,8 @@ def folder_at(location, cache_dir=None, cache_gigabytes=GIGABYTES):
         raise ValueError(f"{text}: expected the URL of one store, found several, chained by '::'")
     if not (found := SCHEME.match(text)):
         return Path(text)
-    if isinstance(cache_gigabytes, bool) or not cache_gigabytes > 0:
+    number = isinstance(cache_gigabytes, int | float) and not isinstance(cache_gigabytes, bool)
+    if not (number and cache_gigabytes > 0):
         raise ValueError(f"cache_gigabytes: expected more than 0, found {cache_gigabytes}")
     from fsspec import get_filesystem_class  # here: most tools need none
 

@@ -48,7 +48,7 @@ DTYPES = {
 }
 UNKNOWN_LENGTH = 10**10  # frames that room is kept for in a header when a video's length is not known beforehand
 OPEN_FILES = 1024  # mapped by one reader at a time
-OPEN_COPIES = 16  # the same of local copies, whose room on the disk is counted
+OPEN_BYTES = 512e6  # the same of local copies
 FETCHING = 4  # copies that one reader fetches ahead at a time
 KEPT = "; finished shards are kept, a re-run resumes"
 ALIGNMENT = 8  # bytes; mapped tensors of any type start at multiples of their items
@@ -469,10 +469,9 @@ class ShardReader:
 
     def __init__(self, root, manifest):
         self.root, self.manifest = folder_at(root), manifest
-        self._open_files = OPEN_COPIES if isinstance(self.root, Url) else OPEN_FILES
         self._ahead = None  # shards to be fetched
         self.facts = {int(v): facts for note in manifest["shards"] for v, facts in note["videos"].items()}
-        self._open = collections.OrderedDict()  # shard -> (its file, key -> tensor that was asked for)
+        self._open = collections.OrderedDict()  # shard -> (its file, key -> tensor that was asked for, path)
 
     @property
     def videos(self):
@@ -506,7 +505,7 @@ class ShardReader:
 
     def _tensor(self, video, condition=None, as_array=False):
         """A video's frames, or one of its conditions: mapped, of the shape and type which the manifest says."""
-        file, tensors = self._file(video)
+        file, tensors, _ = self._file(video)
         found = tensors.get((video, condition, as_array))
         if found is None:
             found = self._map(file, video, condition)
@@ -532,24 +531,37 @@ class ShardReader:
     def _file(self, video):
         shard = self.shard_of(video)
         if shard not in self._open:
-            if len(self._open) == self._open_files:
-                self._open.popitem(last=False)
-            path = self.root / self.file_name(video)
+            self._make_way(shard)
             try:
-                self._open[shard] = self._opened(shard, path), {}
+                self._open[shard] = self._opened(shard)
             except SafetensorError as error:
-                advice = "delete it and re-run the tool that wrote it"
+                path, advice = self.root / self.file_name(video), "delete it and re-run the tool that wrote it"
                 raise ValueError(f"{path}: not a readable safetensors file ({error}); {advice}") from None
         self._open.move_to_end(shard)
         return self._open[shard]
 
-    def _opened(self, shard, path):
-        if not isinstance(path, Url):
-            return safe_open(path, framework="pt")
+    def _make_way(self, shard):
+        """Close files before another shard's is opened: the ones not used for longest, and copies that have no name any
+        more, whose room on the disk is free when nobody has them open."""
+        if isinstance(self.root, Url):
+            for other in [other for other, (*_, copy) in self._open.items() if not copy.exists()]:
+                del self._open[other]
+            sizes = [self.manifest["shards"][other]["bytes"] for other in (shard, *reversed(self._open))]
+            n_kept = sum(taken <= OPEN_BYTES for taken in itertools.accumulate(sizes)) - 1
+        else:
+            n_kept = OPEN_FILES - 1
+        while len(self._open) > max(0, n_kept):
+            self._open.popitem(last=False)
+
+    def _opened(self, shard):
         while True:
-            copy = self._copy(shard)
-            with contextlib.suppress(FileNotFoundError):  # it made way for another process's before it was open
-                return safe_open(copy, framework="pt")
+            path = self._copy(shard)
+            try:
+                return safe_open(path, framework="pt"), {}, path
+            except FileNotFoundError:
+                if not isinstance(self.root, Url):
+                    raise
+                # It made way for another process's copy before it was open.
 
     def _copy(self, shard):
         note = self.manifest["shards"][shard]
