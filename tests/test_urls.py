@@ -422,3 +422,18 @@ def test_each_shard_is_fetched_once_though_few_fit(tmp_path, caplog):
     root = folder_at("flaky://b/cache", tmp_path, 1.5e-6)
     LatentDataModule(root, 2, 4, shuffle_buffer=40).train_dataloader()
     assert "shuffle_buffer=40 asks for copies of" in caplog.text and "gigabytes=1.5e-06 has no room" in caplog.text
+
+
+def test_wandb_has_a_cache_behind_a_url_by_reference(tmp_path):
+    pytest.importorskip("wandb")
+    from latentcast.training.lineage import build
+
+    root = folder_at("flaky://b/latents", tmp_path)
+    write_cache(root / "train")
+    first = build("run-latents", "latents", [root])
+    assert first.manifest.entries["train"].ref == "flaky://b/latents/train"
+    assert first.metadata["path"] == str(root) and first.metadata["splits"]["train"]["shards"] == 12
+    assert build("run-latents", "latents", [root]).digest == first.digest
+    Flaky.clear()
+    write_cache(root / "train", n_videos=24)
+    assert build("run-latents", "latents", [root]).digest != first.digest

@@ -572,14 +572,17 @@ class ShardReader:
         return video // self.manifest["shard_videos"]
 
     def prefetch(self, shards):
-        """Fetch local copies of whole shards, in this order, while the process does other things; nothing to do for
-        those of a local folder."""
+        """Fetch local copies of whole shards, in this order, while the process does other things; those that were asked
+        for before are no more. Nothing to do for those of a local folder."""
         if not isinstance(self.root, Url):
             return
         if self._ahead is None:
             self._ahead = queue.SimpleQueue()
             for _ in range(FETCHING):
                 threading.Thread(target=self._fetch, args=(self._ahead,), daemon=True).start()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._ahead.get_nowait()
         for shard in shards:
             self._ahead.put(shard)
 
