@@ -243,10 +243,7 @@ def user_path(text):
 
 def user_place(text):
     """The same, or the URL."""
-    try:
-        return folder_at(os.path.expanduser(text))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return folder_at(os.path.expanduser(text))
 
 
 def pick_device(name):

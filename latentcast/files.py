@@ -321,7 +321,11 @@ def read_json(path, limit=64):
     size = path.size() if isinstance(path, Url) else path.stat().st_size
     if size is not None and size > limit * 10**6:
         raise ValueError(f"{path}: expected at most {limit} MB of JSON, found {size / 10**6:.0f} MB")
-    return parse_json(path, path.read_text())
+    try:
+        text = path.read_text()
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    return parse_json(path, text)
 
 
 def parse_json(path, text):

@@ -10,7 +10,7 @@ from fsspec.spec import AbstractFileSystem
 class Flaky(AbstractFileSystem):
     """Whole objects under names, in this process's memory: no rename, no appending, no local paths, folders only where
     there are objects. ``faults`` says of each request (its kind, the name, how often it was made before) what goes
-    wrong: an exception, or "cut" for half of the bytes and no error."""
+    wrong: an exception, "cut" for half of the bytes and no error, or "killed" for the end of who writes, by then."""
 
     protocol, cachable = "flaky", False
     objects, requests, faults = {}, [], None
@@ -29,6 +29,9 @@ class Flaky(AbstractFileSystem):
         fault = self.faults(kind, path, before) if self.faults else None
         if isinstance(fault, Exception):
             raise fault
+        if fault == "killed":
+            self.objects[path] = content[: len(content) // 2]
+            raise KeyboardInterrupt
         return content[: len(content) // 2] if fault == "cut" else content
 
     def _stored(self, path):

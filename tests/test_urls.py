@@ -1,5 +1,6 @@
 """Prepared sets and latents caches behind URLs: the files of a folder, read by few local copies, in one order."""
 
+import contextlib
 import itertools
 import re
 import subprocess
@@ -113,6 +114,22 @@ def test_a_killed_encoding_goes_on_and_ends_as_in_a_folder(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x00\x01"[shard.read_bytes()[-1:] == b"\x00"].to_bytes())
     with pytest.raises(ValueError, match=rf"{root}/shard-00007.safetensors: expected sha256"):
         verify_cache(root)
+
+
+def test_wherever_writing_is_cut_short_the_next_run_goes_on(prepared, tmp_path):
+    """Each file is left in half once, by a run that ends there."""
+    root, n_runs = folder_at("flaky://bucket/noise", tmp_path), 0
+    Flaky.faults = staticmethod(lambda kind, path, before: "killed" if kind == "put" and before == 0 else None)
+    while True:
+        n_runs += 1
+        with contextlib.suppress(KeyboardInterrupt):
+            prepare(Noise(), root)
+            break
+        if not contents(root).get("manifest.json", b"").endswith(b"\n}\n"):
+            with pytest.raises((OSError, ValueError)):
+                PreparedVideos(root, "train", 1)
+    # Four shards with notes, a plan and a manifest of two splits, the set's manifest and its picture.
+    assert n_runs == 15 and contents(root) == files_of(prepared)
 
 
 def test_one_run_of_this_machine_at_a_time(tmp_path):

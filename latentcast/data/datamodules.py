@@ -69,8 +69,8 @@ class _ShardSampler(_EpochSampler):
 
     def check_room(self, root):
         """Say so where two blocks do not fit into the room for local copies: each shard is then fetched many times."""
-        sizes = [sum(n_bytes for *_, n_bytes in block) for block in self._blocks(0)]
-        needed = max(map(sum, itertools.pairwise(sizes)), default=0) / 1e9
+        sizes = sorted(sum(n_bytes for *_, n_bytes in block) for block in self._blocks(0))
+        needed = sum(sizes[-2:]) / 1e9
         if needed > root.cache_gigabytes:
             logger.warning(
                 "%s: shuffle_buffer=%d asks for copies of %.3g GB at a time, cache_gigabytes=%g has no room for them: "
