@@ -61,6 +61,7 @@ setup(
         # decord publishes wheels for these platforms only; elsewhere PyAV reads the videos.
         'decord>=0.6; platform_machine in "x86_64 AMD64" and sys_platform != "darwin"',
         "av>=12",
+        "fsspec>=2023.5",  # what lies behind URLs; torch needs it too
         "pillow>=10.1",  # whose own font has sizes
         "numpy>=1.26",
         "safetensors>=0.4",
@@ -83,6 +84,8 @@ setup(
         "gym": ["gymnasium>=1.0", "ale-py>=0.10.1"],  # which brings the games
         "parquet": ["pyarrow>=16"],
         "ray": ["ray>=2.9"],  # not of dev: 76 MB
+        "s3": ["s3fs>=2023.5"],
+        "gs": ["gcsfs>=2023.5"],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "ruff>=0.9"],  # ruff formats signatures
         "dev": [
             "latentcast[demo,docs,gym,parquet,tensorboard,trackio,wandb]",

@@ -27,6 +27,7 @@ from latentcast.targets import (
     parameters_of,
     takes_any,
 )
+from latentcast.urls import Url, folder_at
 from latentcast.yaml_text import (
     MAX_DEPTH,
     MAX_SIZE,
@@ -350,15 +351,18 @@ def check_data(config):
     """
     data = to_container(config.data) or {}
     root = data.get("root")
-    if isinstance(root, str) and not os.path.isdir(os.path.expanduser(root)):
+    folder = folder_at(os.path.expanduser(root)) if isinstance(root, str) else None
+    if folder is not None and not (folder.is_dir() if isinstance(folder, Url) else os.path.isdir(folder)):
         if str(data["_target_"]).startswith("latentcast.VideoFolder"):
             raise FileNotFoundError(f"data.root {root}: no such folder of videos")
         instantiate(config.data)(split="train")  # says what makes it
 
 
 def cache_root(config):
-    """The folder of an experiment's latents cache, with one folder a split."""
-    return Path(config.run_dir, "latents") if config.cache.root is None else Path(config.cache.root)
+    """The folder of an experiment's latents cache, with one folder a split: a Path, or a Url."""
+    if config.cache.root is None:
+        return Path(config.run_dir, "latents")
+    return folder_at(config.cache.root, config.cache_dir, config.cache_gigabytes)
 
 
 def _merge_section(merged, config, name, applied, section, source):

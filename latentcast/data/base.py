@@ -203,9 +203,13 @@ class ClipWindows:
     def __len__(self):
         return len(self._numbers)
 
+    def spans(self):
+        """Of each video its first clip, and the end of its clips."""
+        return itertools.pairwise([0, *self._ends])
+
     def spread(self, n):
         """See VideoDataset."""
-        spans = list(itertools.pairwise([0, *self._ends]))
+        spans = list(self.spans())
         turns = range(max((stop - start for start, stop in spans), default=0))
         clips = (start + turn for turn in turns for start, stop in spans if start + turn < stop)
         return list(itertools.islice(clips, n))

@@ -3,10 +3,10 @@
 import hashlib
 import logging
 import tempfile
-from pathlib import Path
 
 from ..files import file_sha256, told
 from ..progress import Bar
+from ..urls import Url, folder_at
 from .base import SPLITS
 from .sets.prepared_videos import prepared_videos
 from .store import prepared, shards
@@ -19,7 +19,7 @@ def check_folder(root, clip_length=1):
     """Verify a prepared set, or any folder of videos: every file is read.
 
     Args:
-        root: the folder.
+        root: the folder, or the URL of a prepared set.
         clip_length: videos with fewer frames are named as too short.
     Returns:
         dict of ``counts`` (split -> videos; for a plain folder ``videos``), ``frames``, and ``problems``: a line for
@@ -28,10 +28,14 @@ def check_folder(root, clip_length=1):
         FileNotFoundError: no such folder.
         EmptySplitError: a folder without a single video.
     """
-    root = Path(root)
+    root = folder_at(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     is_set = (root / prepared.MANIFEST).is_file() or any((root / split / shards.PLAN).is_file() for split in SPLITS)
+    if isinstance(root, Url) and not is_set:
+        raise ValueError(
+            f"{root}: expected a prepared set, found no {prepared.MANIFEST}; videos are checked in folders"
+        )
     figures = check_set(root, clip_length) if is_set else check_videos(root, clip_length)
     for problem in figures["problems"]:
         logger.warning("%s", problem)

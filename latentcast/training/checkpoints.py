@@ -34,6 +34,7 @@ ELSEWHERE = (
     "evaluation",
     "protocol",
     "joint",
+    *("cache_dir", "cache_gigabytes", "data.cache_dir", "data.cache_gigabytes"),
 )
 
 

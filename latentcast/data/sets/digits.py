@@ -8,13 +8,14 @@ import struct
 import urllib.error
 import urllib.request
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ...copies import local_copy
 from ...files import replacing, user_cache
+from ...urls import folder_at
 from ..base import SPLITS
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -65,7 +66,7 @@ def mnist_digits(split, size, folder=None, url=MNIST_URL):
         folder = user_cache() / "mnist"
         if not (folder / f"{name}.gz").is_file():
             _download(f"{url.rstrip('/')}/{name}.gz", folder / f"{name}.gz")
-    images = _read_mnist(name, mnist_file(name, folder))
+    images = _read_mnist(name, local_copy(mnist_file(name, folder)))
     if split != "test":
         images = images[-MNIST_VAL:] if split == "val" else images[:-MNIST_VAL]
     if size != 28:
@@ -79,7 +80,7 @@ def mnist_file(name, folder):
     Raises:
         FileNotFoundError: neither is there.
     """
-    folder = Path(str(folder))  # 2024 in a config is a number
+    folder = folder_at(folder)
     for path in (folder / f"{name}.gz", folder / name):
         if path.is_file():
             return path

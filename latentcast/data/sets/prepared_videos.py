@@ -1,8 +1,8 @@
 """Open a prepared set, whether its videos are stored or made as they are asked for."""
 
 import logging
-from pathlib import Path
 
+from ...urls import GIGABYTES, folder_at
 from ..base import check_flip, check_split
 from ..store.prepared import PreparedVideos, check_size, read_set_manifest
 from .moving_digits import MovingDigits
@@ -23,6 +23,8 @@ def prepared_videos(
     fresh=False,
     flip=None,
     actions=False,
+    cache_dir=None,
+    cache_gigabytes=GIGABYTES,
 ):
     """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
 
@@ -33,12 +35,14 @@ def prepared_videos(
         flip: see VideoDataset.
         actions: priors are told the condition ``action``; clips are then not mirrored, for in a mirror an action leads
             elsewhere.
+        cache_dir, cache_gigabytes: see PreparedVideos.
     Raises:
         ValueError: also for ``actions`` of a set without them, or of some frames only (``frame_stride``).
     """
     check_split(split)
     if not isinstance(actions, bool):
         raise ValueError(f"actions: expected true or false, found {actions!r}")
+    root = folder_at(root, cache_dir, cache_gigabytes)
     dataset = _open(root, split, clip_length, size, channels, name, frame_stride, seed, fresh)
     dataset.flip, dataset.actions = check_flip(flip), actions
     if actions:
@@ -61,7 +65,6 @@ def _check_actions(root, dataset, frame_stride):
 
 
 def _open(root, split, clip_length, size, channels, name, frame_stride, seed, fresh):
-    root = Path(str(root))  # 2024 in a config is a number
     manifest = read_set_manifest(root, name)
     if fresh and "train" not in manifest["generated"]:
         raise ValueError(f"fresh: expected false, for {manifest['name']} stores its training videos, found {fresh}")

@@ -7,14 +7,12 @@ with a manifest is complete. ``preview.png`` shows a few of its videos.
 
 import collections
 import contextlib
-import filecmp
 import hashlib
 import logging
 import shutil
 import signal
 import threading
 from multiprocessing import connection
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,11 +20,12 @@ from pydantic import Field, model_validator
 
 from ...command import named
 from ...figures.sheets import labelled_sheet, scale_for
-from ...files import locked, read_json, replacing, told, write_json
+from ...files import file_sha256, locked, read_json, replacing, told, write_json
 from ...progress import Bar
 from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
 from ...shares import Share, turn
 from ...sizes import as_size, as_square, sides
+from ...urls import GIGABYTES, folder_at
 from ..base import FITTING, SPLITS, Clip, EmptySplitError, VideoDataset, check_split
 from ..loading import end_with_parent, worker_context
 from ..video.folder import luma
@@ -112,7 +111,7 @@ def prepare(benchmark, output, *, workers=0, partial=False, share=None):
 
     Args:
         benchmark: a Benchmark.
-        output: folder of the prepared set.
+        output: folder of the prepared set, or its URL.
         workers: processes that read and write beside this one, a shard at a time; 0: this one does it all. A video
             that one of them is lost over (a crash in native code, out of memory) is left out.
         partial: accept a set with fewer videos than published; the manifest then says ``complete: false``. A later
@@ -128,7 +127,7 @@ def prepare(benchmark, output, *, workers=0, partial=False, share=None):
         IncompleteError: counts differ from ``Benchmark.expected_counts``, without ``partial``.
         OSError: the source cannot be listed, the disk is full, or another run prepares into ``output``.
     """
-    output = Path(output)
+    output = folder_at(output)
     if share is None:
         with locked(output, KIND.tool):
             videos, writers = _open(benchmark, output)
@@ -176,7 +175,7 @@ def _prepare(benchmark, output, workers, partial, videos, writers):
         _write_shards(benchmark, writers, workers)
     for name, source in benchmark.files().items():
         path = output / name
-        if not (path.is_file() and filecmp.cmp(source, path, shallow=False)):
+        if not (path.is_file() and file_sha256(path) == file_sha256(source)):
             with replacing(path) as temporary:
                 shutil.copyfile(source, temporary)
 
@@ -448,7 +447,7 @@ class PreparedVideos(VideoDataset):
     """Clips and whole videos out of a prepared set.
 
     Args:
-        root: folder of the set.
+        root: folder of the set, or its URL.
         split: "train", "val" or "test".
         clip_length: frames a clip. Shorter videos are counted, logged and left out.
         size: H = W that is expected in pixels, or [H, W]; None: as prepared. Frames are not resized again.
@@ -457,19 +456,33 @@ class PreparedVideos(VideoDataset):
         name: of the set that is expected, "bair" say; None: any.
         frame_stride: take every ``frame_stride``-th frame (and condition).
         seed: of the random windows.
+        cache_dir, cache_gigabytes: of local copies of what is behind a URL, see ``latentcast.urls.folder_at``.
     Raises:
         FileNotFoundError: no finished set there.
         ValueError: another set, another frame size, no video as long as a clip.
         EmptySplitError: the set has no such split.
     """
 
-    def __init__(self, root, split, clip_length, size=None, channels=None, *, name=None, frame_stride=1, seed=0):
+    def __init__(
+        self,
+        root,
+        split,
+        clip_length,
+        size=None,
+        channels=None,
+        *,
+        name=None,
+        frame_stride=1,
+        seed=0,
+        cache_dir=None,
+        cache_gigabytes=GIGABYTES,
+    ):
         check_split(split)
         for argument, value in (("clip_length", clip_length), ("frame_stride", frame_stride)):
             if value < 1:
                 raise ValueError(f"{argument}: expected at least 1, found {value}")
-        self.root, self.split, self.clip_length, self.frame_stride = Path(str(root)), split, clip_length, frame_stride
-        self.seed = seed
+        self.root, self.seed = folder_at(root, cache_dir, cache_gigabytes), seed
+        self.split, self.clip_length, self.frame_stride = split, clip_length, frame_stride
         self.manifest = read_set_manifest(self.root, name)
         check_size(root, self.manifest, size)
         self.size, self.stored_channels = as_size(self.manifest["frame_size"]), self.manifest["channels"]
@@ -501,6 +514,14 @@ class PreparedVideos(VideoDataset):
     def read_conditions(self, index, start, stop):
         return self._reader.conditions(index, start, stop)
 
+    def shard_clips(self):
+        """Which clips lie in which shard; see ClipReader."""
+        return self._reader.shard_clips(self._windows)
+
+    def prefetch(self, shards):
+        """Fetch local copies of whole shards ahead; see ShardReader."""
+        self._reader.prefetch(shards)
+
     def describe(self):
         return {
             "type": "PreparedVideos",
@@ -521,7 +542,7 @@ def read_set_manifest(root, name=None):
         FileNotFoundError: none there.
         ValueError: not such a manifest, or one of another set than ``name``.
     """
-    path = Path(root) / MANIFEST
+    path = folder_at(root) / MANIFEST
     if not path.is_file():
         command = f"{named('prepare_dataset')} {name or 'NAME'} --output {root}"
         raise FileNotFoundError(f"{root}: no finished set here; run {command}, or give data.root=FOLDER")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ...files import replacing
+from ...urls import folder_at
 
 logger = logging.getLogger("latentcast")
 
@@ -94,7 +95,7 @@ def check_video(path, height, width):
 
 def write_image(path, frame):
     """Write one frame (C, H, W), float in [-1, 1] or uint8, grey or RGB, as PNG; raises as ``write_video`` does."""
-    path = Path(path)
+    path = folder_at(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: cannot write this kind of picture; expected .png")
     frame = to_uint8(frame, n_dims=3)
