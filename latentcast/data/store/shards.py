@@ -22,7 +22,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from ...command import named
-from ...files import MANIFEST_MB, file_sha256, read_json, sweep, temporary_path, write_json, writing
+from ...files import MANIFEST_MB, file_sha256, link_outside, read_json, sweep, temporary_path, write_json, writing
 from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, read_checked, short
 from ..base import EmptySplitError, VideoEntry
 
@@ -659,8 +659,8 @@ def _differences(found, asked, name):
 
 def _size_error(root, note):
     path = root / note["file"]
-    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
-        return f"{path}: expected a file in this folder, found a link to {path.resolve()}"
+    if path.is_symlink() and (link := link_outside(path, root)):
+        return link
     found = path.stat().st_size if path.is_file() else None
     if found == note["bytes"]:
         return None
