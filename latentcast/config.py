@@ -37,6 +37,7 @@ from latentcast.yaml_text import (
     nested,
     override_value,
     parse,
+    read_yaml,
     short,
     split_overrides,
 )
@@ -69,7 +70,7 @@ class MisfitError(ValueError):
 
 def defaults():
     """``configs/base.yaml`` as plain Python: what each root key is where an experiment does not set it."""
-    return _read_yaml(config_root() / "base.yaml")
+    return read_yaml(config_root() / "base.yaml")
 
 
 def load_config(experiment, overrides=(), tool=None, go_on=False):
@@ -110,7 +111,7 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
     if isinstance(experiment, dict):
         body, experiment = copy.deepcopy(experiment), experiment["name"]
     else:
-        body = _read_yaml(_experiment_path(root, experiment))
+        body = read_yaml(_experiment_path(root, experiment))
     choices = body.pop("defaults", None) or {}
     if not isinstance(choices, dict):
         raise ConfigError(f"{experiment}: expected a mapping group: name under defaults, found {short(choices)}")
@@ -139,7 +140,7 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
             config.tokenizer_dir = choice
         elif choice is not None:
             path = _group_path(root, group, choice)
-            config[group] = _to_config(_read_yaml(path), path)
+            config[group] = _to_config(read_yaml(path), path)
     chosen = _chosen(root, body.pop("when", None), choices | swapped, experiment)
     sections = _pop_sections(body, experiment)
     for part in (body, *sections.values()):
@@ -559,26 +560,6 @@ def to_container(config, whole=True):
 
 def _groups():
     return sorted(p.name for p in config_root().iterdir() if p.is_dir() and p.name != "experiment")
-
-
-def _read_yaml(path):
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_SIZE + 1)
-        if len(text) > MAX_SIZE:
-            raise ConfigError(f"{path}: expected a config of at most {MAX_SIZE} bytes")
-        found = copy.deepcopy(_parse(text.decode(), path, os.path.expanduser("~")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(found, dict | None):
-        raise ConfigError(f"{path}: expected a mapping at the top, found {type(found).__name__}")
-    return found or {}
-
-
-@functools.lru_cache(maxsize=256)
-def _parse(text, path, home):
-    """``parse``, once for all readings of a file: a check of what fits reads the same ones dozens of times."""
-    return parse(text, path)
 
 
 def _to_config(content, source):

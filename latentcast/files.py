@@ -369,6 +369,14 @@ def write_text(path, text):
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
+def link_outside(path, root):
+    """What is wrong with a path below ``root`` that leads out of it over a link, as one line; None where none does."""
+    found = Path(path).resolve()
+    if found.is_relative_to(Path(root).resolve()):
+        return None
+    return f"{path}: expected a file in this folder, found a link to {found}"
+
+
 def error_numbers(error):
     """The system's numbers (``errno``) of an error and of those that led to it."""
     numbers = set()

@@ -22,6 +22,7 @@ ROWS = ("after", "between", "before")
 PLACE = re.compile(r"\{(\w*)\}")  # in the pattern of tables
 SUFFIXES = (".csv", ".npy", ".parquet")
 COLUMN = "action"  # of parquet files, unless other columns are asked for
+MOST_NUMBERS = 20_000_000  # of a parquet file: 7 each for 24 hours at 30 frames a second
 WHOLE = re.compile(r"[+-]?\d{1,18}")
 
 
@@ -259,7 +260,7 @@ def _places(path, names, columns, n):
 def _npy(path, columns):
     try:
         return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, MemoryError) as error:  # MemoryError: of the shape that the file states
         raise VideoError(f"{path}: not a readable npy file of numbers ({' '.join(str(error).split())})") from None
 
 
@@ -268,17 +269,27 @@ def _parquet(path, columns):
 
     columns = [COLUMN] if columns is None else columns
     try:
-        known = parquet.read_schema(path).names
+        file = parquet.ParquetFile(path)
+        known = file.schema_arrow.names
         missing = [column for column in columns if column not in known]
         if missing:
             raise VideoError(f"{path}: expected the columns {', '.join(columns)}, found {', '.join(known)}")
-        table = parquet.read_table(path, columns=columns)
+        if (n := _n_numbers(file.metadata, columns)) > MOST_NUMBERS:
+            raise VideoError(f"{path}: expected a table of at most {MOST_NUMBERS} numbers, found {n}")
+        table = file.read(columns=columns)
     except ArrowException as error:
         raise VideoError(f"{path}: not a readable parquet file ({' '.join(str(error).split())})") from None
     found = [_column(path, column, table.column(column).to_pylist()) for column in columns]
     if len(found) == 1:
         return found[0]
     return np.concatenate([column.reshape(len(column), -1) for column in found], 1)
+
+
+def _n_numbers(metadata, columns):
+    """How many numbers columns hold: a million zeros take a few bytes."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns)
 
 
 def _column(path, name, values):

@@ -139,6 +139,9 @@ class Kinetics600(Benchmark):
                     if not row["label"] or not row["youtube_id"]:
                         found = f"{row['label']!r} and {row['youtube_id']!r}"
                         raise ValueError(f"{path}: row {number}: expected a label and a youtube_id, found {found}")
+                    if {"/", "\0"} & {*row["label"], *row["youtube_id"]} or row["label"] in (".", ".."):
+                        found = f"{row['label']!r} and {row['youtube_id']!r}"
+                        raise ValueError(f"{path}: row {number}: expected names of a folder and a file, found {found}")
                     yield number, row["label"], f"{row['label']}/{row['youtube_id']}_{start:06d}_{end:06d}"
             except (csv.Error, UnicodeDecodeError) as error:
                 raise ValueError(f"{path}: not a readable csv file ({error})") from None

@@ -116,10 +116,15 @@ def tar_members(path):
     members = {}
     try:
         with tarfile.open(path, "r:") as archive:
+            end = 0  # of what was seen; damaged headers lead back, and round and round
             for member in archive:
+                if member.offset < end or member.size < 0:
+                    raise tarfile.ReadError("members overlap")
+                end = member.offset_data
                 if member.isreg():
                     members[member.name] = RecordFile(Path(path), member.size, member.offset_data, member.name)
-    except tarfile.TarError as error:
+    # The others are what tarfile raises of sizes below 0 or beyond what counts bytes, and of names within names.
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         with open(path, "rb") as file:
             gzipped = file.read(2) == b"\x1f\x8b"
         found = "gzip; decompress it, or give the extracted folder" if gzipped else f"none, or one cut off ({error})"

@@ -28,7 +28,18 @@ from safetensors import SafetensorError, safe_open
 
 from ...command import named
 from ...copies import local_copy
-from ...files import MANIFEST_MB, file_sha256, parse_json, put, read_json, sweep, temporary_path, write_json, writing
+from ...files import (
+    MANIFEST_MB,
+    file_sha256,
+    link_outside,
+    parse_json,
+    put,
+    read_json,
+    sweep,
+    temporary_path,
+    write_json,
+    writing,
+)
 from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, short
 from ...urls import Url, folder_at, unlink_all
 from ..base import EmptySplitError, VideoEntry
@@ -767,8 +778,8 @@ def _size_error(path, note, sizes):
     if isinstance(path, Url):
         found = sizes.get(path.name)
     else:
-        if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
-            return f"{path}: expected a file in this folder, found a link to {path.resolve()}"
+        if path.is_symlink() and (link := link_outside(path, path.parent)):
+            return link
         found = path.stat().st_size if path.is_file() else None
     if found == note["bytes"]:
         return None

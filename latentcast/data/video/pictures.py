@@ -2,13 +2,14 @@
 
 import contextlib
 import re
+import warnings
 from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .folder import PICTURE_SUFFIXES, visible
-from .reader import CHUNK, VideoAwayError, VideoError, fit_pieces, is_away
+from .reader import CHUNK, MOST_PIXELS, VideoAwayError, VideoError, fit_pieces, is_away
 
 NUMBER = re.compile(r"(\d+)(?:[_-]\d+x\d+)?$")  # in a name without suffix; a size may follow, as in image-007_64x64.png
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's with 8 bits a channel or fewer
@@ -89,13 +90,19 @@ def _arrays(paths):
 def _array(path):
     """One picture -> (H, W, 3) uint8 array, turned and flipped as its EXIF says."""
     try:
-        with Image.open(path) as picture:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # our limit is lower
+            picture = Image.open(path)
+        with picture:
+            if (n := picture.width * picture.height) > MOST_PIXELS:
+                raise VideoError(f"{path}: expected at most {MOST_PIXELS} pixels, found {n}")
             picture.load()
             with contextlib.suppress(Exception):  # whatever damaged EXIF leads Pillow to: the pixels are whole
                 ImageOps.exif_transpose(picture, in_place=True)
             mode, array = picture.mode, np.array(picture.convert("RGB"))
     except UnidentifiedImageError:
         raise VideoError(f"{path}: not a picture") from None
+    except VideoError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, of damaged files
         kind = VideoAwayError if is_away(error) else VideoError
         raise kind(f"{path}: not a readable picture ({getattr(error, 'strerror', None) or error})") from None

@@ -43,6 +43,10 @@ DEFAULT_RATE = 25.0  # of files that state none
 MAX_RATE = 1000.0  # frames per second; this and more is a clock's rate, not a video's
 GAP = 10.0  # seconds between two frames, and 20 times the usual step, past which time jumps; also the longest still
 HELD = 1 << 23  # bytes of packets that are kept to be decoded; larger files are read a second time
+MOST_PIXELS = 1 << 26  # of a frame, twice those of 8K film: a file of some kilobytes may state billions
+FEW_PACKETS, LEAST_PACKET = 1000, 8  # beyond so many packets each has so many bytes, on average
+PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # boxes of an MP4 that hold boxes
+SAMPLE_COUNTS = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # box -> where in it the number of samples stands
 KEPT_LOOKS = 64  # files whose packet tables are kept: 8 bytes a frame
 # Lists of other files (of which some never end), devices, and single pictures are no video files.
 NOT_VIDEOS = ("applehttp", "concat", "dash", "hls", "image2", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "tty")
@@ -445,6 +449,37 @@ class _Bytes:
             return -errno.EINVAL
 
 
+def _check_tables(path):
+    """Refuse an MP4 or QuickTime file whose tables state more samples than it has bytes: FFmpeg makes room for all of
+    them, gigabytes for a file of some kilobytes, before it looks for the first."""
+    with contextlib.closing(_Bytes(path)) as file:
+        n_bytes, n_samples, spans = path.stat().st_size, 0, []
+        spans.append((0, n_bytes))
+        while spans:
+            start, end = spans.pop()
+            file.seek(start, os.SEEK_SET)
+            header = file.read(28)
+            if start + 8 > end or len(header) < 8:
+                continue
+            size, kind = struct.unpack(">I4s", header[:8])
+            begin = 8
+            if size == 1 and len(header) >= 16:
+                begin, size = 16, struct.unpack(">Q", header[8:16])[0]
+            size = size or end - start
+            if size < begin:
+                continue
+            spans.append((start + size, end))
+            if kind in PARENTS:
+                spans.append((start + begin, min(start + size, end)))
+            elif kind in SAMPLE_COUNTS:
+                place = begin + SAMPLE_COUNTS[kind]
+                n_samples += int.from_bytes(header[place : place + 4], "big")
+            elif kind == b"cmov":
+                raise VideoError(f"{path}: its header is compressed, as QuickTime's once were; convert it")
+            if n_samples > n_bytes:
+                raise VideoError(f"{path}: damaged, states more samples than its {n_bytes} bytes hold")
+
+
 class _Video:
     """An opened file with its video stream; a context manager that turns FFmpeg's errors into VideoError.
 
@@ -454,6 +489,8 @@ class _Video:
     def __init__(self, path, how=None, strict=False):
         self.path, self.how, self.strict = path, how, strict
         self._index, self._held = how and how.stream, None
+        if how is None:
+            _check_tables(path)
         self._open()
 
     def _open(self):
@@ -472,9 +509,15 @@ class _Video:
             if isinstance(error, VideoError):
                 raise
             raise _failure(self.path, error, "not a readable video") from None
-        self.stream.codec_context.thread_count = 1
-        if self.strict:
-            self.stream.codec_context.options = {"err_detect": "explode"}
+        context = self.stream.codec_context
+        if context.width * context.height > MOST_PIXELS:
+            self._close()
+            raise VideoError(
+                f"{self.path}: expected at most {MOST_PIXELS} pixels a frame, found {context.width} x {context.height}"
+            )
+        context.thread_count = 1
+        # Frames may be larger than the file says.
+        context.options = {"max_pixels": str(MOST_PIXELS)} | ({"err_detect": "explode"} if self.strict else {})
 
     def _close(self):
         if self.container is not None:
@@ -484,10 +527,13 @@ class _Video:
     def scan(self):
         """What the packets say -> _Scan. They are kept, for ``restart``; those of a large file are read again."""
         packets, held, size = [], [], 0
+        most = FEW_PACKETS + self.path.stat().st_size // LEAST_PACKET
         for packet in self.container.demux(self.stream):
             size += packet.size
             if packet.size:
                 packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+            if len(packets) > most:
+                raise VideoError(f"{self.path}: damaged, has more packets than its bytes hold")
             if size <= HELD:
                 held.append(packet)
         self._held = held if size <= HELD else None
