@@ -146,8 +146,9 @@ def _fitting(folder, cls):
     hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
     try:
         try:
+            known = inspect.signature(cls.__init__).parameters
             with torch.device("meta"):
-                cls.from_config(settings)
+                cls(**{name: value for name, value in settings.items() if name in known})
         except Exception:  # what else is wrong shows when it is loaded; some cannot be built without memory
             if n_registered > most or n_bytes > most_bytes:
                 raise

@@ -38,7 +38,7 @@ from .sampling import (
 
 # Positions of slices in one pass of ``log_prob``, which bounds its memory: as many as in a training step of the paper.
 POSITIONS_AT_ONCE = 64 * 256
-MOST_TAPS, MOST_SEEN = 2**16, 2**26  # of a kernel, and times a clip's positions; the paper's models come to 2**22
+MOST_TAPS, MOST_SEEN = 2**16, 2**24  # of a kernel, and times a clip's positions; the paper's models come to 2**22
 ATTENTION_FORMS = ("query_key_relative", "key_relative", "relative")
 UNSEEN = -1  # in the place of positions and codes that the encoder does not see; as an index, the last
 
