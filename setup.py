@@ -96,6 +96,7 @@ setup(
             "build>=1.2",
             "setuptools>=77",
             "psutil>=5.9",
+            "hypothesis>=6.100",  # of tests/stress/fuzz.py
             "scikit-image>=0.22",
             "transformers>=4.46",
             "selenium>=4.20",

@@ -938,9 +938,17 @@ def _check_range(path, wanted, n_frames):
 
 def _failure(path, error, what):
     """FFmpeg's error as a VideoError: of the file, or of the moment."""
-    if getattr(error, "errno", None) == errno.ENOMEM:
+    if getattr(error, "errno", None) == errno.ENOMEM and not _has_memory():
         return _away(path, error)
     return VideoError(f"{path}: {what} ({_reason(error)})")
+
+
+def _has_memory():
+    """Whether there is memory: FFmpeg says that there is none also where a damaged file states gigabytes."""
+    try:
+        return bool(bytearray(1 << 26))
+    except MemoryError:
+        return False
 
 
 def _away(path, error):
