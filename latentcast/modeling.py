@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -147,7 +148,7 @@ def _fitting(folder, cls):
     try:
         try:
             known = inspect.signature(cls.__init__).parameters
-            with torch.device("meta"):
+            with torch.device("meta"), warnings.catch_warnings(action="ignore"):
                 cls(**{name: value for name, value in settings.items() if name in known})
         except Exception:  # what else is wrong shows when it is loaded; some cannot be built without memory
             if n_registered > most or n_bytes > most_bytes:

@@ -18,12 +18,13 @@ from tiny import SMALL_TRANSFORMER, tiny_prior, tiny_tokenizer
 from tiny_experiment import TOOLS
 from video_files import counter_frames, encode
 
-from latentcast import LatentCacheDataset, PixelTokenizer, VideoTransformer, load_model
+from latentcast import LatentCacheDataset, PixelTokenizer, VideoFolder, VideoTransformer, load_model
 from latentcast.data.sets import action_tables
 from latentcast.data.sets.action_tables import read_actions
 from latentcast.data.sets.kinetics600 import Kinetics600
 from latentcast.data.sets.tfrecord import tar_members
 from latentcast.data.store.encoding import encode_dataset
+from latentcast.data.video.folder import INDEX_NAME
 from latentcast.data.video.pictures import read_pictures
 from latentcast.data.video.reader import MOST_PIXELS, iter_clip, probe
 from latentcast.evaluation.published import PUBLISHED, read_published
@@ -209,6 +210,31 @@ def test_a_table_of_exabytes(shape, tmp_path):
     refused(lambda: read_actions(tmp_path / "a.npy"), tmp_path / "a.npy", "not a readable npy file of numbers")
 
 
+@pytest.mark.parametrize("content", [b"{'descr': ('<f8'", b"(" * 90, b"{'descr': '<f8', 'shape': (" + b"1," * 40])
+def test_a_header_of_a_table_that_nobody_can_read(content, tmp_path):
+    header = content.ljust(117) + b"\n"
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header)
+    refused(lambda: read_actions(tmp_path / "a.npy"), tmp_path / "a.npy", "not a readable npy file of numbers")
+    with zipfile.ZipFile(tmp_path / "b.npy", "w"):
+        pass
+    refused(lambda: read_actions(tmp_path / "b.npy"), tmp_path / "b.npy", "found a npz file")
+
+
+def test_a_parquet_file_damaged_anywhere(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"action": np.zeros(9)}), path)
+    whole = path.read_bytes()
+    for at in range(len(whole) - 700, len(whole), 7):  # its footer
+        path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+        try:
+            read_actions(path)
+        except OSError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+
+
 def test_a_table_that_unpacks_without_end(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -304,6 +330,20 @@ def test_a_video_of_more_samples_than_bytes(tmp_path):
     refused(lambda: probe(path, "packets"), path, "has more packets than its bytes hold")
     path.write_bytes(boxes(whole, {}))
     assert probe(path).n_frames == 4
+
+
+def test_an_index_that_comes_with_the_videos(tmp_path, caplog):
+    """One that is none counts for nothing."""
+    encode(tmp_path / "a.mp4", counter_frames(6))
+
+    def videos():
+        return VideoFolder(tmp_path, "train", 4, 16, val_fraction=0, test_fraction=0).videos
+
+    found, path = videos(), tmp_path / INDEX_NAME
+    content = json.loads(path.read_text())
+    content["files"]["a.mp4"]["info"]["more"] = 1
+    path.write_text(json.dumps(content))
+    assert videos() == found and "more: expected no such key, found 1; indexing again" in caplog.text
 
 
 # Published figures and runs ------------------------------------------------------------------------------------------

@@ -274,18 +274,20 @@ class Target:
         path: of the file, whole. use: called with nothing. make: a strategy for its bytes; None: ``damaged``.
         names: what errors name, the file's folder or one above it; None: nothing.
         kept: files that ``use`` changes or removes, besides, and which are put back.
+        sized: inputs are cut, or filled with zeros, to the size that a manifest states.
     """
 
-    def __init__(self, path, use, make=None, names=True, kept=()):
+    def __init__(self, path, use, make=None, names=True, kept=(), sized=False):
         self.path, self.use, self.make = Path(path), use, make
         self.names = self.path.parent if names is True else names
-        self.content = self.path.read_bytes()
+        self.content, self.sized = self.path.read_bytes(), sized
         self.kept = {Path(other): Path(other).read_bytes() for other in kept}
 
     def put(self, content):
         for other, whole in self.kept.items():
             other.write_bytes(whole)
-        self.path.write_bytes(content)
+        size = len(self.content) if self.sized else len(content)
+        self.path.write_bytes(content[:size].ljust(size, b"\0"))
 
 
 def json_target(path, use, **options):
@@ -297,8 +299,8 @@ def caches(folder):
     encode_dataset(Noise(), tokenizer, root, batch_frames=8, shard_videos=3)
     yield "cache manifest", json_target(root / "manifest.json", lambda: read_cache(root))
     shard, use = root / "shard-00000.safetensors", lambda: read_cache(root)
-    yield "cache header", Target(shard, use, made(with_header, shard.read_bytes()))
-    yield "cache shard", Target(shard, use)
+    yield "cache header", Target(shard, use, made(with_header, shard.read_bytes()), sized=True)
+    yield "cache shard", Target(shard, use, sized=True)
     unfinished = Path(shutil.copytree(root, folder / "unfinished"))
     manifest = json.loads((unfinished / "manifest.json").read_text())
     *notes, last = manifest.pop("shards")
@@ -324,7 +326,7 @@ def prepared_sets(folder):
 
     yield "set manifest", json_target(root / "manifest.json", use)
     yield "split manifest", json_target(root / "train/manifest.json", use, names=root)
-    yield "set shard", Target(root / "train/shard-00000.safetensors", use, names=root)
+    yield "set shard", Target(root / "train/shard-00000.safetensors", use, names=root, sized=True)
 
 
 def models(folder):
@@ -502,7 +504,8 @@ def videos(folder):
         shutil.copy(folder / f"a.{kind}", root)
 
     def use():
-        data = VideoFolder(root, "train", 4, 16, val_fraction=0, test_fraction=0)
+        with contextlib.redirect_stderr(io.StringIO()):  # its bar
+            data = VideoFolder(root, "train", 4, 16, val_fraction=0, test_fraction=0)
         data.describe(), [data.read_video(n, 0, 4) for n in range(len(data.videos))]
 
     use()

@@ -190,14 +190,14 @@ def read_actions(path, columns=None):
         if isinstance(error, VideoError):
             raise
         kind = VideoAwayError if is_away(error) else VideoError
-        raise kind(f"{path}: not a readable table ({error.strerror or error})") from None
+        raise kind(f"{path}: not a readable table ({one_line(error.strerror or error, 200)})") from None
     if table.dtype.kind not in "iufb" or table.ndim == 0:
         raise VideoError(f"{path}: expected rows of numbers, found {table.dtype} of shape {table.shape}")
     if len(table) == 0 or 0 in table.shape:
         raise VideoError(f"{path}: expected rows of numbers, found none")
     if not np.isfinite(table).all():
         row = int(np.argwhere(~np.isfinite(table))[0, 0])
-        raise VideoError(f"{path}: row {row} (from 0): expected finite numbers, found {table[row].tolist()}")
+        raise VideoError(f"{path}: row {row} (from 0): expected finite numbers, found {one_line(table[row].tolist())}")
     return torch.from_numpy(table.astype(np.float64 if table.dtype.kind == "f" else np.int64))
 
 
@@ -259,13 +259,18 @@ def _places(path, names, columns, n):
 
 def _npy(path, columns):
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, MemoryError) as error:  # MemoryError: of the shape that the file states
-        raise VideoError(f"{path}: not a readable npy file of numbers ({' '.join(str(error).split())})") from None
+        found = np.load(path, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged header leads to, out of memory for the shape that it states too
+        raise VideoError(f"{path}: not a readable npy file of numbers ({one_line(error, 200)})") from None
+    if not isinstance(found, np.ndarray):
+        raise VideoError(f"{path}: expected a npy file of numbers, found a npz file")
+    return found
 
 
 def _parquet(path, columns):
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
     columns = [COLUMN] if columns is None else columns
     try:
@@ -277,8 +282,10 @@ def _parquet(path, columns):
         if (n := _n_numbers(file.metadata, columns)) > MOST_NUMBERS:
             raise VideoError(f"{path}: expected a table of at most {MOST_NUMBERS} numbers, found {n}")
         table = file.read(columns=columns)
-    except ArrowException as error:
-        raise VideoError(f"{path}: not a readable parquet file ({' '.join(str(error).split())})") from None
+    except OSError:
+        raise
+    except Exception as error:  # Arrow's, and what bytes that are no text lead to
+        raise VideoError(f"{path}: not a readable parquet file ({one_line(error, 200)})") from None
     found = [_column(path, column, table.column(column).to_pylist()) for column in columns]
     if len(found) == 1:
         return found[0]

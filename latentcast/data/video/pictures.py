@@ -103,9 +103,11 @@ def _array(path):
         raise VideoError(f"{path}: not a picture") from None
     except VideoError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, of damaged files
+    # Pillow's, of damaged files; MemoryError too, of a chunk that is said to have gigabytes.
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
         kind = VideoAwayError if is_away(error) else VideoError
-        raise kind(f"{path}: not a readable picture ({getattr(error, 'strerror', None) or error})") from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise kind(f"{path}: not a readable picture ({reason})") from None
     if mode not in MODES:
         raise VideoError(f"{path}: expected a picture of 8 bits a channel, found mode {mode}")
     return array
