@@ -239,11 +239,11 @@ def test_a_table_that_unpacks_without_end(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    monkeypatch.setattr(action_tables, "MOST_NUMBERS", 10**4)
+    monkeypatch.setattr(action_tables, "MOST_ROWS", 10**4)
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"action": np.zeros(10**4 + 1)}), path)
     assert path.stat().st_size < 10**4
-    refused(lambda: read_actions(path), path, "expected a table of at most 10000 numbers, found 10001")
+    refused(lambda: read_actions(path), path, "expected a table of at most 10000 rows, found 10001")
 
 
 def test_conditions_that_unpack_without_end(tmp_path):

@@ -640,6 +640,7 @@ class Tally:
         self.name, self.keep = name, keep
         self.counts, self.kinds = dict.fromkeys(("inputs", "used", "refused", "finding"), 0), {}
         self.began = self.said = time.monotonic()
+        self.ended = None
 
     def add(self, content, what, words):
         self.counts["inputs"] += 1
@@ -662,7 +663,7 @@ class Tally:
 
     @property
     def seconds(self):
-        return time.monotonic() - self.began
+        return (self.ended or time.monotonic()) - self.began
 
     def report(self):
         counts = ", ".join(f"{n} {what}" for what, n in self.counts.items())
@@ -715,6 +716,7 @@ def run(name, target, args, keep):
 
         with contextlib.suppress(Enough):
             use_them()
+    tally.ended = time.monotonic()
     worker.end()
     target.put(target.content)  # others use files beside it
     tally.report()
