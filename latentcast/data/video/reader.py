@@ -452,25 +452,23 @@ class _Bytes:
 def _check_tables(path):
     """Refuse an MP4 or QuickTime file whose tables state more samples than it has bytes: FFmpeg makes room for all of
     them, gigabytes for a file of some kilobytes, before it looks for the first."""
+    n_bytes, n_samples = path.stat().st_size, 0
+    spans = [(0, n_bytes)]
     with contextlib.closing(_Bytes(path)) as file:
-        n_bytes, n_samples, spans = path.stat().st_size, 0, []
-        spans.append((0, n_bytes))
         while spans:
             start, end = spans.pop()
-            file.seek(start, os.SEEK_SET)
-            header = file.read(28)
-            if start + 8 > end or len(header) < 8:
+            if start + 8 > end:
                 continue
-            size, kind = struct.unpack(">I4s", header[:8])
-            begin = 8
-            if size == 1 and len(header) >= 16:
-                begin, size = 16, struct.unpack(">Q", header[8:16])[0]
-            size = size or end - start
+            file.seek(start, os.SEEK_SET)
+            header = file.read(28).ljust(28, b"\0")
+            size, kind, long = struct.unpack(">I4sQ", header[:16])
+            begin, size = (16, long) if size == 1 else (8, size or end - start)
             if size < begin:
                 continue
-            spans.append((start + size, end))
+            stop = min(start + size, end)
+            spans.append((stop, end))
             if kind in PARENTS:
-                spans.append((start + begin, min(start + size, end)))
+                spans.append((start + begin, stop))
             elif kind in SAMPLE_COUNTS:
                 place = begin + SAMPLE_COUNTS[kind]
                 n_samples += int.from_bytes(header[place : place + 4], "big")
