@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_latent_cache import Noise, vqvae
 from tiny import SMALL_TRANSFORMER, tiny_prior, tiny_tokenizer
 from tiny_experiment import TOOLS
@@ -278,6 +279,11 @@ def test_a_picture_too_large(side, tmp_path, recwarn):
     (tmp_path / "a_1.png").write_bytes(png(side, side))
     refused(lambda: list(read_pictures([tmp_path / "a_1.png"], 16)), tmp_path / "a_1.png", f"{side**2}")
     assert not recwarn  # of Pillow
+
+
+def test_damaged_exif_is_nobodys_business(tmp_path, recwarn):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a_1.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
+    assert next(read_pictures([tmp_path / "a_1.jpg"])).shape == (1, 3, 8, 8) and not recwarn
 
 
 def gif(side, inner=1):

@@ -47,7 +47,7 @@ from test_compare import make_result  # noqa: E402
 from test_latent_cache import Noise, vqvae  # noqa: E402
 from test_pipeline import transformer  # noqa: E402
 from test_prepared import Noise as NoiseSet  # noqa: E402
-from test_schemas import continue_cache, read_cache  # noqa: E402
+from test_schemas import continue_cache, places, read_cache  # noqa: E402
 from tfrecord_files import bair_clip, bair_features, example  # noqa: E402
 from tiny import tiny_tokenizer  # noqa: E402
 from tiny_experiment import EXPERIMENT  # noqa: E402
@@ -84,18 +84,7 @@ REPORT_EVERY = 30  # seconds
 # Documents -----------------------------------------------------------------------------------------------------------
 
 HOSTILE = ["", "x", "5", "../../x", "/etc/passwd", "a\nb", "\0", "é\u202e", "1" * 3000, "${oc.env:HOME}", "${name}"]
-HOSTILE += [
-    "os.system",
-    "torch.hub.load",
-    "latentcast.VQVAE",
-    "nan",
-    "-inf",
-    "[" * 200,
-    "{a: ",
-    "<script>",
-    "~",
-    "%s{}",
-]
+HOSTILE += ["os.system", "torch.hub.load", "latentcast.VQVAE", "nan", "-inf", "[" * 200, "{a: ", "<script>", "~", "%s"]
 NUMBERS = [0, -1, 1, 2, 3, 7, 255, 2**31, 2**32, 2**53, 2**63, 2**64, -(2**63), 10**12, 10**400]
 scalars = st.one_of(
     st.none(), st.booleans(), st.sampled_from(NUMBERS), st.integers(), st.floats(), st.sampled_from(HOSTILE), st.text()
@@ -105,14 +94,6 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-
-
-def places(value, path=()):
-    """The paths of keys and list entries within a document; of long lists the first."""
-    items = value.items() if isinstance(value, dict) else enumerate(value[:4]) if isinstance(value, list) else ()
-    for key, item in items:
-        yield (*path, key)
-        yield from places(item, (*path, key))
 
 
 def made(make, *args):
@@ -393,13 +374,6 @@ def configs(folder):
     experiment.write_text(yaml.safe_dump(EXPERIMENT))
     shutil.copy(ROOT / "configs/protocol/video_folder.yaml", protocol)
     shutil.copy(PUBLISHED, published)
-    groups = ("data", "optimizer", "protocol", "trainer", "tokenizer")
-
-    def build(config):
-        for group in groups:
-            if group != "trainer" and config[group] is not None:
-                instantiate(config[group])
-
     yield "experiment YAML", Target(experiment, lambda: load_config(experiment), made(as_yaml, EXPERIMENT), names=None)
     found = yaml.safe_load(protocol.read_text())
 
@@ -423,7 +397,9 @@ def configs(folder):
     keys = [*flattened(json.loads(json.dumps(EXPERIMENT))), "data", "prior", "tokenizer", "protocol", "trainer"]
 
     def override():
-        build(load_config("quickstart", json.loads(given.read_text())))
+        config = load_config("quickstart", json.loads(given.read_text()))
+        for group in ("data", "optimizer", "protocol", "tokenizer"):
+            instantiate(config[group])
 
     yield "overrides", Target(given, override, made(overrides, keys), names=None)
 
@@ -443,7 +419,10 @@ def results(folder):
     experiment = {name: value for name, value in EXPERIMENT.items() if name != "defaults"}
     experiment |= {"tokenizer": {"_target_": "latentcast.VQVAE"}, "optimizer": {"lr": 0.1}}
     config.write_text(yaml.safe_dump(experiment))
-    report = functools.partial(lambda: write_page([read_run(run)], folder / "page.html"))
+
+    def report():
+        write_page([read_run(run)], folder / "page.html")
+
     yield "report's config", Target(config, report, made(as_yaml, experiment))
     curves = run / "metrics/tokenizer.csv"
     curves.write_text("step,metric,value\n" + "".join(f"{n},val/loss,{1 / (n + 1)}\n" for n in range(20)))
@@ -467,7 +446,9 @@ def tables(folder):
 
 def pictures(folder):
     array = counter_frames(1, height=48, width=64)[0]
-    for suffix, options in (("png", {}), ("jpg", {"quality": 90, "exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"})):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    for suffix, options in (("png", {}), ("jpg", {"quality": 90, "exif": exif})):
         path = folder / f"a_1.{suffix}"
         Image.fromarray(array).save(path, **options)
         yield f"picture {suffix}", Target(path, lambda path=path: next(read_pictures([path], 16)))

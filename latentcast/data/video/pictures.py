@@ -90,9 +90,8 @@ def _arrays(paths):
 def _array(path):
     """One picture -> (H, W, 3) uint8 array, turned and flipped as its EXIF says."""
     try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # our limit is lower
-            picture = Image.open(path)
-        with picture:
+        # Pillow's words on large pictures, for which our limit is lower, and on damaged EXIF.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
             if (n := picture.width * picture.height) > MOST_PIXELS:
                 raise VideoError(f"{path}: expected at most {MOST_PIXELS} pixels, found {n}")
             picture.load()
