@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart test stress lint docs clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/python tools/quickstart.py
 
 test: $(STAMP) lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+
+# About an hour on two cores; what it found last is in docs/reliability.md.
+stress: $(STAMP)
+	$(VENV)/bin/python tests/stress/kill_storm.py
+	$(VENV)/bin/python tests/stress/kill_storm.py --full-disk
+	$(VENV)/bin/python tests/stress/fuzz.py --seconds 45
+	$(VENV)/bin/python tests/stress/soak.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

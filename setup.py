@@ -62,6 +62,7 @@ setup(
         # decord publishes wheels for these platforms only; elsewhere PyAV reads the videos.
         'decord>=0.6; platform_machine in "x86_64 AMD64" and sys_platform != "darwin"',
         "av>=12",
+        "fsspec>=2023.5",  # what lies behind URLs; torch needs it too
         "pillow>=10.1",  # whose own font has sizes
         "numpy>=1.26",
         "safetensors>=0.4",
@@ -84,6 +85,8 @@ setup(
         "gym": ["gymnasium>=1.0", "ale-py>=0.10.1"],  # which brings the games
         "parquet": ["pyarrow>=16"],
         "ray": ["ray>=2.9"],  # not of dev: 76 MB
+        "s3": ["s3fs>=2023.5"],
+        "gs": ["gcsfs>=2023.5"],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "ruff>=0.9"],  # ruff formats signatures
         "dev": [
             "latentcast[demo,docs,gym,parquet,tensorboard,trackio,wandb]",
@@ -96,6 +99,7 @@ setup(
             "build>=1.2",
             "setuptools>=77",
             "psutil>=5.9",
+            "hypothesis>=6.100",  # of tests/stress/fuzz.py
             "scikit-image>=0.22",
             "transformers>=4.46",
             "selenium>=4.20",

@@ -17,6 +17,7 @@ from pathlib import Path
 from latentcast.catalogue import complete_experiment, complete_overrides
 from latentcast.command import typed
 from latentcast.files import later_rank, printable
+from latentcast.urls import Url, folder_at
 
 # libgomp's spinning makes two threads slower than one beside another busy process; must be set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -240,6 +241,11 @@ def user_path(text):
     return Path(os.path.expanduser(text))
 
 
+def user_place(text):
+    """The same, or the URL."""
+    return folder_at(os.path.expanduser(text))
+
+
 def pick_device(name):
     """The device of that name, a GPU from now on the current one; "auto": a GPU where there is one."""
     import torch
@@ -280,7 +286,10 @@ def pick_dtype(name, device):
 
 
 def prepare_run_dir(path, name="run_dir"):
-    """Create ``run_dir`` and make sure it can be written to; ``name`` is what errors call it."""
+    """Create ``run_dir`` and make sure it can be written to; ``name`` is what errors call it. Of a Url, which only what
+    is to be prepared may have, the first file tells."""
+    if isinstance(path, Url):
+        return path
     path = Path(path)
     try:
         str(path).encode()

@@ -27,6 +27,7 @@ from latentcast.targets import (
     parameters_of,
     takes_any,
 )
+from latentcast.urls import Url, folder_at
 from latentcast.yaml_text import (
     MAX_DEPTH,
     MAX_SIZE,
@@ -36,6 +37,7 @@ from latentcast.yaml_text import (
     nested,
     override_value,
     parse,
+    read_yaml,
     short,
     split_overrides,
 )
@@ -68,7 +70,7 @@ class MisfitError(ValueError):
 
 def defaults():
     """``configs/base.yaml`` as plain Python: what each root key is where an experiment does not set it."""
-    return _read_yaml(config_root() / "base.yaml")
+    return read_yaml(config_root() / "base.yaml")
 
 
 def load_config(experiment, overrides=(), tool=None, go_on=False):
@@ -109,7 +111,7 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
     if isinstance(experiment, dict):
         body, experiment = copy.deepcopy(experiment), experiment["name"]
     else:
-        body = _read_yaml(_experiment_path(root, experiment))
+        body = read_yaml(_experiment_path(root, experiment))
     choices = body.pop("defaults", None) or {}
     if not isinstance(choices, dict):
         raise ConfigError(f"{experiment}: expected a mapping group: name under defaults, found {short(choices)}")
@@ -138,7 +140,7 @@ def load_config(experiment, overrides=(), tool=None, go_on=False):
             config.tokenizer_dir = choice
         elif choice is not None:
             path = _group_path(root, group, choice)
-            config[group] = _to_config(_read_yaml(path), path)
+            config[group] = _to_config(read_yaml(path), path)
     chosen = _chosen(root, body.pop("when", None), choices | swapped, experiment)
     sections = _pop_sections(body, experiment)
     for part in (body, *sections.values()):
@@ -350,15 +352,18 @@ def check_data(config):
     """
     data = to_container(config.data) or {}
     root = data.get("root")
-    if isinstance(root, str) and not os.path.isdir(os.path.expanduser(root)):
+    folder = folder_at(os.path.expanduser(root)) if isinstance(root, str) else None
+    if folder is not None and not (folder.is_dir() if isinstance(folder, Url) else os.path.isdir(folder)):
         if str(data["_target_"]).startswith("latentcast.VideoFolder"):
             raise FileNotFoundError(f"data.root {root}: no such folder of videos")
         instantiate(config.data)(split="train")  # says what makes it
 
 
 def cache_root(config):
-    """The folder of an experiment's latents cache, with one folder a split."""
-    return Path(config.run_dir, "latents") if config.cache.root is None else Path(config.cache.root)
+    """The folder of an experiment's latents cache, with one folder a split: a Path, or a Url."""
+    if config.cache.root is None:
+        return Path(config.run_dir, "latents")
+    return folder_at(config.cache.root, config.cache_dir, config.cache_gigabytes)
 
 
 def _merge_section(merged, config, name, applied, section, source):
@@ -555,26 +560,6 @@ def to_container(config, whole=True):
 
 def _groups():
     return sorted(p.name for p in config_root().iterdir() if p.is_dir() and p.name != "experiment")
-
-
-def _read_yaml(path):
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_SIZE + 1)
-        if len(text) > MAX_SIZE:
-            raise ConfigError(f"{path}: expected a config of at most {MAX_SIZE} bytes")
-        found = copy.deepcopy(_parse(text.decode(), path, os.path.expanduser("~")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(found, dict | None):
-        raise ConfigError(f"{path}: expected a mapping at the top, found {type(found).__name__}")
-    return found or {}
-
-
-@functools.lru_cache(maxsize=256)
-def _parse(text, path, home):
-    """``parse``, once for all readings of a file: a check of what fits reads the same ones dozens of times."""
-    return parse(text, path)
 
 
 def _to_config(content, source):

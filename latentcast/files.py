@@ -1,5 +1,5 @@
 """Files that appear whole or not at all, folders that one run at a time works in, JSON, checksums, and where downloads
-and indices are kept."""
+and indices are kept. What is written whole, read whole or locked may be behind a URL as well (``urls.py``)."""
 
 import contextlib
 import functools
@@ -13,6 +13,8 @@ import threading
 import time
 import uuid
 from pathlib import Path
+
+from .urls import Url
 
 try:
     import fcntl
@@ -32,8 +34,26 @@ class InUseError(OSError):
 
 
 def temporary_path(path):
-    """A new name beside ``path`` for a file that is to take its place; ``sweep`` removes it when its process died."""
+    """A new name beside ``path`` for a file that is to take its place; ``sweep`` removes it when its process died. Of a
+    Url it is in a local folder."""
+    if isinstance(path, Url):
+        path = local_folder(path) / "uploads" / path.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_once(path.parent)
     return Path(path).with_name(f".{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def put(temporary, path):
+    """Let a complete file take the place of ``path``, as a whole: by a rename, or uploaded where that is a Url."""
+    if isinstance(path, Url):
+        path.upload(temporary)
+    else:
+        os.replace(temporary, path)
+
+
+def local_folder(url):
+    """Where copies of what a Url names are kept, and what is about to be uploaded."""
+    return url.cache_dir or user_cache() / "copies"
 
 
 def sweep(folder):
@@ -59,17 +79,19 @@ def replacing(path, advice="", durable=False):
     What killed processes left in the folder goes. Errors of writing name ``path``, see ``writing``. ``durable``: the
     file is on the disk before it takes the place, and has it after a power cut.
     """
-    path = Path(path)
-    temporary = temporary_path(path)
+    away = isinstance(path, Url)
+    path = path if away else Path(path)
     with writing(path, advice):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_once(path.parent)
+        if not away:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep_once(path.parent)
+        temporary = temporary_path(path)
         try:
             yield temporary
-            if durable:
+            if durable and not away:
                 _to_disk(temporary)
-            os.replace(temporary, path)
-            if durable:
+            put(temporary, path)
+            if durable and not away:
                 _to_disk(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -91,7 +113,7 @@ def writing(path, advice=""):
         OSError: in the place of what the system, safetensors, FFmpeg or torch.save raised. Errors about files elsewhere
             pass.
     """
-    path = Path(path)
+    path = local_folder(path) / "uploads" if isinstance(path, Url) else Path(path)
     try:
         yield
     except Exception as error:
@@ -126,16 +148,20 @@ def locked(folder, what):
 
     A file in the folder says who is there: the kernel holds a lock on it for the process, so that one which was killed
     frees it at once; another machine's counts for as long as it is touched, ``SILENCE`` seconds at most. Of the ranks
-    of one job the first has the lock, for all of them.
+    of one job the first has the lock, for all of them. A Url is locked for the runs of this machine and user.
 
     Args:
-        folder: a path.
+        folder: a Path or Url.
         what: what this run does there, for the message that another one gets.
     Raises:
         InUseError: another run is there; one line names it.
         OSError: the lock cannot be written.
     """
-    path = Path(folder).resolve() / LOCK
+    if isinstance(folder, Url):
+        place = local_folder(folder) / "locks" / hashlib.sha256(str(folder).encode()).hexdigest()
+    else:
+        place = Path(folder)
+    path = place.resolve() / LOCK
     if later_rank():
         yield
         return
@@ -291,11 +317,21 @@ def _alive(pid):
 
 def read_json(path, limit=64):
     """The dict in a JSON file of at most ``limit`` MB; raises ValueError when it holds anything else, or NaN."""
-    path = Path(path)
-    if path.stat().st_size > limit * 10**6:
-        raise ValueError(f"{path}: expected at most {limit} MB of JSON, found {path.stat().st_size / 10**6:.0f} MB")
+    path = path if isinstance(path, Url) else Path(path)
+    size = path.size() if isinstance(path, Url) else path.stat().st_size
+    if size is not None and size > limit * 10**6:
+        raise ValueError(f"{path}: expected at most {limit} MB of JSON, found {size / 10**6:.0f} MB")
     try:
-        found = json.loads(path.read_text(), parse_constant=_no_number)
+        text = path.read_text()
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    return parse_json(path, text)
+
+
+def parse_json(path, text):
+    """The dict in the text of a JSON file; raises as ``read_json``."""
+    try:
+        found = json.loads(text, parse_constant=_no_number)
         if _depth(found) > DEEPEST:
             raise ValueError(f"more than {DEEPEST} levels")
     except RecursionError:
@@ -331,6 +367,14 @@ def write_text(path, text):
     """Write UTF-8, all or nothing; bytes of file names that are no text are escaped. Raises OSError, which names it."""
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def link_outside(path, root):
+    """What is wrong with a path below ``root`` that leads out of it over a link, as one line; None where none does."""
+    found = Path(path).resolve()
+    if found.is_relative_to(Path(root).resolve()):
+        return None
+    return f"{path}: expected a file in this folder, found a link to {found}"
 
 
 def error_numbers(error):
@@ -382,7 +426,9 @@ def user_cache():
 
 
 def file_sha256(*paths):
-    """SHA-256 of the files' bytes, one after another."""
+    """SHA-256 of the files' bytes, one after another; of a Url alone, or of Paths."""
+    if isinstance(paths[0], Url):
+        return paths[0].sha256()
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:

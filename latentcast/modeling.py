@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,9 +21,10 @@ from latentcast.command import named
 from latentcast.config import instantiate
 from latentcast.files import update_digest, writing
 from latentcast.saved import CONFIG, MODELS, PRIORS, TOKENIZERS, ModelConfig, used_tokenizer, where_instead
-from latentcast.schemas import one_line, read_checked, short
+from latentcast.schemas import Schema, Text, one_line, read_checked, short
 
 STAGES = (TOKENIZERS, PRIORS)
+MOST_UNSAVED = 2**27  # bytes of a model's masks and tables, which are not saved
 LARGEST = 2**24  # of a whole number in a config: no size, step or codebook comes near
 
 
@@ -110,31 +112,48 @@ class VideoModel(SavedClearly, ModelMixin, ConfigMixin):
 
 @contextlib.contextmanager
 def _fitting(folder, cls):
-    """Load what a folder holds: errors name its config, which may not ask for more than its weights hold."""
+    """Load what a folder holds: errors name its config, which may not ask for more than its weights hold: it is built
+    without memory first."""
     config = folder / VideoModel.config_name
     if folder.is_dir() and not config.is_file():
         raise _no_config(folder, lambda path: read_checked(path, ModelConfig)["_class_name"] == cls.__name__)
     if not config.is_file():  # on the hub, or not there
         yield
         return
-    _check_numbers(config, read_checked(config, ModelConfig))
-    most = 500
+    settings = read_checked(config, ModelConfig)
+    _check_numbers(config, settings)
+    for index in folder.glob("*.safetensors.index.json"):
+        for name in read_checked(index, WeightMap)["weight_map"].values():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index}: weight_map: expected safetensors files of this folder, found {short(name)}")
+    most, most_bytes = 500, MOST_UNSAVED
     for path in folder.glob("*.safetensors"):
+        most_bytes += 16 * path.stat().st_size  # weights in half precision, and what is made of them
         try:
             with safe_open(path, framework="pt") as file:
                 most += 10 * len(file.keys())  # some are registered twice, or not saved
         except SafetensorError as error:
             raise OSError(f"{path}: not a readable safetensors file ({error})") from None
-    n_registered = 0
+    n_registered = n_bytes = 0
 
-    def count(*_):
-        nonlocal n_registered
+    def count(module, name, tensor):
+        nonlocal n_registered, n_bytes
         n_registered += 1
-        if n_registered > most:
-            raise ValueError(f"expected a model of its weights' size, found one of more than {most} tensors")
+        n_bytes += 0 if tensor is None else tensor.numel() * tensor.element_size()
+        if n_registered > most or n_bytes > most_bytes:
+            found = f"{most} tensors" if n_registered > most else f"{most_bytes / 1e6:.0f} MB"
+            raise ValueError(f"expected a model of its weights' size, found one of more than {found}")
 
     hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
     try:
+        try:
+            known = inspect.signature(cls.__init__).parameters
+            with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+                cls(**{name: value for name, value in settings.items() if name in known})
+        except Exception:  # what else is wrong shows when it is loaded; some cannot be built without memory
+            if n_registered > most or n_bytes > most_bytes:
+                raise
+        n_registered = n_bytes = 0
         yield
     except (ValueError, SafetensorError) as error:
         text = one_line(error, 400)
@@ -142,6 +161,12 @@ def _fitting(folder, cls):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class WeightMap(Schema):
+    """``*.safetensors.index.json`` of weights in several files."""
+
+    weight_map: dict[Text, Text]
 
 
 def _no_config(folder, fits=lambda path: True):

@@ -3,6 +3,8 @@
 A config may come from a stranger: nothing here builds an object, or grows beyond MAX_SIZE.
 """
 
+import copy
+import functools
 import os
 import re
 
@@ -65,6 +67,28 @@ def parse(text, source, key="", comments=True):
         raise ConfigError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
     except (ValueError, LookupError) as error:  # "!!bool 5", a number of 5000 digits
         raise ConfigError(f"{source}: not valid YAML ({short(error)})") from None
+
+
+def read_yaml(path):
+    """The mapping in a YAML file of at most MAX_SIZE bytes, {} of an empty one; raises ConfigError where it is none, or
+    cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_SIZE + 1)
+        if len(text) > MAX_SIZE:
+            raise ConfigError(f"{path}: expected a config of at most {MAX_SIZE} bytes")
+        found = copy.deepcopy(_parse(text.decode(), path, os.path.expanduser("~")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(found, dict | None):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(found).__name__}")
+    return found or {}
+
+
+@functools.lru_cache(maxsize=256)
+def _parse(text, path, home):
+    """``parse``, once for all readings of a file: a check of what fits reads the same ones dozens of times."""
+    return parse(text, path)
 
 
 def dump(content):

@@ -42,6 +42,7 @@ from .sampling import (
 
 # Positions of slices in one pass of ``log_prob``, which bounds its memory: as many as in a training step of the paper.
 POSITIONS_AT_ONCE = 64 * 256
+MOST_TAPS, MOST_SEEN = 2**16, 2**24  # of a kernel, and times a clip's positions; the paper's models come to 2**22
 ATTENTION_FORMS = ("query_key_relative", "key_relative", "relative")
 UNSEEN = -1  # in the place of positions and codes that the encoder does not see; as an index, the last
 
@@ -62,6 +63,8 @@ def encoder_taps(subscale: Sequence[int], n_frames: int, context_frames: int | N
     times = range(-reach[0], reach[0] + 1)
     if context_frames is not None and subscale == (n_frames, 1, 1):
         times = range(-reach[0], 0)  # with one whole frame a slice, only past taps can see anything
+    if (n := len(times) * math.prod(2 * r + 1 for r in reach[1:])) > MOST_TAPS:
+        raise ValueError(f"subscale, context_frames: expected a kernel of at most {MOST_TAPS} taps, found {n}")
     return list(itertools.product(times, *(range(-r, r + 1) for r in reach[1:])))
 
 
@@ -75,10 +78,12 @@ def slice_geometry(
         neighbours: raster index of each tap; UNSEEN where it is outside the clip or belongs to a slice that is not
             generated yet.
     """
-    size, step = torch.tensor(grid), torch.tensor(subscale)
+    if (n := math.prod(grid) * len(taps)) > MOST_SEEN:
+        raise ValueError(f"n_frames, latent_spec: expected at most {MOST_SEEN} positions times taps, found {n}")
+    size = torch.tensor(grid)
     index = torch.arange(math.prod(grid)).view(grid)
     starts = itertools.product(*(range(s) for s in subscale))
-    pixels = torch.stack([index[a :: step[0], b :: step[1], c :: step[2]].flatten() for a, b, c in starts])
+    pixels = torch.stack([index[a :: subscale[0], b :: subscale[1], c :: subscale[2]].flatten() for a, b, c in starts])
     slice_of = torch.empty(math.prod(grid), dtype=torch.int64)
     slice_of[pixels] = torch.arange(len(pixels))[:, None].expand_as(pixels)
     coordinates = torch.stack(torch.unravel_index(pixels, grid), -1)

@@ -86,6 +86,7 @@ PLACEHOLDERS = {  # names in capitals that stand for what a reader has -> what t
     "EXPERIMENT": "pong_small",
     "DIR": "robot",
     "LEROBOT": "lerobot",
+    "STORE": "memory://docs",
 }
 
 

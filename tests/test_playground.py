@@ -389,3 +389,21 @@ def test_no_more_of_a_video_is_read_than_may_be(playground, tmp_path, suffix, op
         assert len(served.read(clip, 10, 5, 5)[1]) == 5
     with pytest.raises(VideoError, match=f"long{suffix}: expected at most 20 frames to be read, found 40"):
         served.read(clip, 20, 10, 10)
+
+
+def test_a_name_is_text_in_the_page(playground, tmp_path):
+    """Of a stranger's pipeline; what Markdown makes of it is cleaned in the browser."""
+    import gradio as gr
+
+    from latentcast.playground import build, serving
+
+    title = "</script><script>evil()</script><img src=x onerror=evil()>"
+    made = playground("svg")
+    shown = [block for block in build(made, title).blocks.values() if isinstance(block, gr.Markdown)]
+    assert any("evil" in block.value for block in shown) and all(block.sanitize_html for block in shown)
+    clips = torch.zeros(1, LENGTH, 1, SIZE, SIZE)
+    with serving(made.pipe, clips, title, tmp_path, "127.0.0.1", free_port(), 1, 20) as (address, _):
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(address, timeout=PATIENCE) as answer:
+            html = answer.read().decode()
+    assert "evil" in html and "<script>evil" not in html and "<img src=x" not in html

@@ -8,7 +8,7 @@ earlier run left; ``prepare_dataset.py check DIR`` verifies a prepared set or an
 import argparse
 import os
 
-from latentcast.cli import Findings, UserError, parse_options, prepare_run_dir, run_tool, user_path
+from latentcast.cli import Findings, UserError, parse_options, prepare_run_dir, run_tool, user_path, user_place
 from latentcast.data.sets import BENCHMARKS
 from latentcast.shares import add_sharing, by_ray, is_for_ray, share_of
 
@@ -23,7 +23,7 @@ def make_parser():
         "arguments", nargs="*", metavar="key=value", help="the data set's options; for check: the folder"
     )
     parser.add_argument("--source", type=user_path, help="folder or archive as published")
-    parser.add_argument("--output", type=user_path, help="folder of the prepared set")
+    parser.add_argument("--output", help="folder of the prepared set, or its URL, s3://BUCKET/NAME say")
     parser.add_argument("--split", help="protocol: which of the splits in use (the first one documented by default)")
     parser.add_argument("--env", help="gym: the environment, ALE/Pong-v5 say")
     parser.add_argument(
@@ -60,7 +60,7 @@ def main(args):
     given = {name: value for name in OWN if (value := getattr(args, name)) is not None}
     fixed = {"source": args.source, "protocol": args.split} | given
     benchmark = call(import_name(BENCHMARKS[args.name]), parse_options(args.arguments) | fixed, args.name)
-    output = prepare_run_dir(args.output, "--output")
+    output = prepare_run_dir(user_place(args.output), "--output")
     if is_for_ray(args):
         alone = argparse.Namespace(**vars(args) | {"workers": 0})  # each of Ray's has one core
         return by_ray(main, alone, on_gpus=False)
@@ -72,7 +72,7 @@ def check(args):
 
     if len(args.arguments) != 1:
         raise UserError(f"check: expected one folder, found {len(args.arguments)} arguments")
-    figures = check_folder(user_path(args.arguments[0]), args.clip_length)
+    figures = check_folder(user_place(args.arguments[0]), args.clip_length)
     if figures["problems"]:
         raise Findings(f"{args.arguments[0]}: {len(figures['problems'])} problems: {figures['problems'][0]}", figures)
     return figures

@@ -35,6 +35,7 @@ from latentcast.cli import (
 logger = logging.getLogger("latentcast")
 
 SHEET = "contact_sheet.png"
+MOST_TOLD = 10**9  # bytes of the arrays of --conditions
 
 
 def make_parser():
@@ -195,6 +196,8 @@ def read_conditions(path, declared):
 
     try:
         with np.load(path, allow_pickle=False) as file:
+            if (size := sum(part.file_size for part in file.zip.infolist())) > MOST_TOLD:  # zeros pack a thousandfold
+                raise ValueError(f"{size / 1e6:.0f} MB, of at most {MOST_TOLD / 1e6:.0f}")
             found = {name: torch.from_numpy(file[name]) for name in file.files}
     except Exception as error:  # whatever lies there
         raise UserError(f"--conditions {path}: expected an npz file of numbers, found {error}") from None

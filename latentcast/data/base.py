@@ -5,7 +5,7 @@ import functools
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -205,9 +205,13 @@ class ClipWindows:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Of each video its first clip, and the end of its clips."""
+        return itertools.pairwise([0, *self._ends])
+
     def spread(self, n: int) -> list[int]:
         """See VideoDataset."""
-        spans = list(itertools.pairwise([0, *self._ends]))
+        spans = list(self.spans())
         turns = range(max((stop - start for start, stop in spans), default=0))
         clips = (start + turn for turn in turns for start, stop in spans if start + turn < stop)
         return list(itertools.islice(clips, n))

@@ -3,10 +3,10 @@
 import hashlib
 import logging
 import tempfile
-from pathlib import Path
 
 from ..files import file_sha256, told
 from ..progress import Bar
+from ..urls import Location, Url, folder_at
 from .base import SPLITS
 from .sets.prepared_videos import prepared_videos
 from .store import prepared, shards
@@ -15,11 +15,11 @@ from .video.folder import build_index
 logger = logging.getLogger("latentcast")
 
 
-def check_folder(root: str | Path, clip_length: int = 1) -> dict:
+def check_folder(root: Location, clip_length: int = 1) -> dict:
     """Verify a prepared set, or any folder of videos: every file is read.
 
     Args:
-        root: the folder.
+        root: the folder, or the URL of a prepared set.
         clip_length: videos with fewer frames are named as too short.
     Returns:
         dict of ``counts`` (split -> videos; for a plain folder ``videos``), ``frames``, and ``problems``: a line for
@@ -28,17 +28,21 @@ def check_folder(root: str | Path, clip_length: int = 1) -> dict:
         FileNotFoundError: no such folder.
         EmptySplitError: a folder without a single video.
     """
-    root = Path(root)
+    root = folder_at(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     is_set = (root / prepared.MANIFEST).is_file() or any((root / split / shards.PLAN).is_file() for split in SPLITS)
+    if isinstance(root, Url) and not is_set:
+        raise ValueError(
+            f"{root}: expected a prepared set, found no {prepared.MANIFEST}; videos are checked in folders"
+        )
     figures = check_set(root, clip_length) if is_set else check_videos(root, clip_length)
     for problem in figures["problems"]:
         logger.warning("%s", problem)
     return figures
 
 
-def check_set(root: str | Path, clip_length: int = 1) -> dict:
+def check_set(root: Location, clip_length: int = 1) -> dict:
     """``check_folder`` of a prepared set: checksums, counts, lengths and equal videos within and across splits."""
     manifest = prepared.read_set_manifest(root)
     problems, counts, seen, n_frames = [], {}, {}, 0
@@ -83,7 +87,7 @@ def _digest(reader, video, piece=256):
     return digest.digest()
 
 
-def check_videos(root: str | Path, clip_length: int = 1) -> dict:
+def check_videos(root: Location, clip_length: int = 1) -> dict:
     """``check_folder`` of video files: each is decoded; equal files are found by their bytes."""
     problems, seen, usable, n_frames = [], {}, 0, 0
     with tempfile.TemporaryDirectory() as folder:  # an index kept from earlier would hide damage since

@@ -1,20 +1,24 @@
 """Data sets as LightningDataModules: what a Trainer needs to feed a model clips of video or of latents."""
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DistributedSampler
 
 from ..command import named
+from ..sizes import is_whole
+from ..urls import Location, Url, folder_at
 from .base import EmptySplitError, VideoDataset
 from .loading import Loader, end_workers, open_loader
 from .store.latent_cache import LatentCacheDataset
 
 logger = logging.getLogger("latentcast")
+
+SHUFFLED = 10_000  # clips that are shuffled together where shards have to be fetched
 
 
 class _EpochSampler(DistributedSampler):
@@ -22,10 +26,63 @@ class _EpochSampler(DistributedSampler):
 
     Lightning keeps a DistributedSampler as it is."""
 
-    skip = 0
+    skip, buffer = 0, None
 
     def __iter__(self):
         return itertools.islice(super().__iter__(), self.skip, None)
+
+
+class _ShardSampler(_EpochSampler):
+    """Shuffles the shards, and then the clips of as many of them as hold ``buffer``, by (seed, epoch): a pass needs
+    each shard once and not for long. While such a block is read the next one is fetched.
+
+    Ranks take turns at the clips of this one order, as with DistributedSampler. Its memory is a block's clips."""
+
+    def __init__(self, dataset, world_size, rank, seed, buffer):
+        super().__init__(dataset, world_size, rank, shuffle=True, seed=seed)
+        self.shards, self.buffer = dataset.shard_clips(), buffer
+
+    def __iter__(self):
+        first, start, blocks = self.skip * self.num_replicas + self.rank, 0, self._blocks(self.epoch)
+        for number in itertools.cycle(range(len(blocks))):  # ranks may need some of the first clips once more
+            n_clips = sum(stop - begin for _, begin, stop, _ in blocks[number])
+            if start + n_clips > first:
+                following = blocks[number + 1] if number + 1 < len(blocks) else self._blocks(self.epoch + 1)[0]
+                self.dataset.prefetch(shard for shard, *_ in (*blocks[number], *following))
+                clips = torch.cat([torch.arange(begin, stop) for _, begin, stop, _ in blocks[number]])
+                clips = clips[_order(n_clips, f"clips {self.seed} {self.epoch} {number}")]
+                offset = first - start if first >= start else (first - start) % self.num_replicas
+                yield from clips[offset : self.total_size - start : self.num_replicas].tolist()
+            start += n_clips
+            if start >= self.total_size:
+                return
+
+    def _blocks(self, epoch):
+        """An epoch's shards, in its order, as lists of what ``ClipReader.shard_clips`` says of each."""
+        blocks, room = [], 0
+        for place in _order(len(self.shards), f"shards {self.seed} {epoch}").tolist():
+            if room <= 0:
+                blocks.append([])
+                room = self.buffer
+            blocks[-1].append(self.shards[place])
+            room -= self.shards[place][2] - self.shards[place][1]
+        return blocks
+
+    def check_room(self, root):
+        """Say so where two blocks do not fit into the room for local copies: each shard is then fetched many times."""
+        sizes = sorted(sum(n_bytes for *_, n_bytes in block) for block in self._blocks(0))
+        needed = sum(sizes[-2:]) / 1e9
+        if needed > root.cache_gigabytes:
+            logger.warning(
+                "%s: shuffle_buffer=%d asks for copies of %.3g GB at a time, cache_gigabytes=%g has no room for them: "
+                "shards will be fetched again and again; change one of the two",
+                *(root, self.buffer, needed, root.cache_gigabytes),
+            )
+
+
+def _order(n, what):
+    digest = hashlib.sha256(what.encode()).digest()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "big")))
 
 
 class _ResumableLoader(Loader):
@@ -52,17 +109,26 @@ class _ResumableLoader(Loader):
             "epoch": self._epoch,
             "n_clips": self._n_done * n_processes,
             "batch_clips": self.batch_size * n_processes,
+            "shuffle_buffer": self.sampler.buffer,
         }
 
     def load_state_dict(self, state):
+        before, now = (str(buffer or "null") for buffer in (state.get("shuffle_buffer"), self.sampler.buffer))
+        if before != now:
+            raise ValueError(
+                f"shuffle_buffer: the clips' order was that of {before}, and an epoch cannot go on in that of {now}; "
+                f"resume with shuffle_buffer={before}"
+            )
         self._epoch, self._n_done = state["epoch"], state["n_clips"] // self.sampler.num_replicas
 
 
 class _ClipDataModule(pl.LightningDataModule):
     """Loaders over ``open_split(split)``; subclasses say what that is. ``train_set``, ``val_set``: the data sets."""
 
-    def __init__(self, batch_size, num_workers=0, seed=0, read_timeout=0):
+    def __init__(self, batch_size, num_workers=0, seed=0, read_timeout=0, shuffle_buffer=None):
         super().__init__()
+        if not (shuffle_buffer is None or is_whole(shuffle_buffer, 1)):
+            raise ValueError(f"shuffle_buffer: expected null or a whole number of at least 1, found {shuffle_buffer!r}")
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
@@ -71,7 +137,7 @@ class _ClipDataModule(pl.LightningDataModule):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, found {value}")
         self.batch_size, self.num_workers, self.seed, self.read_timeout = batch_size, num_workers, seed, read_timeout
-        self._sets, self._train_loader = {}, None
+        self.shuffle_buffer, self._sets, self._train_loader = shuffle_buffer, {}, None
 
     def open_split(self, split):
         raise NotImplementedError
@@ -107,7 +173,7 @@ class _ClipDataModule(pl.LightningDataModule):
             self.train_set.set_epoch(0)
             return self._loader(self.train_set)
         world = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = _EpochSampler(self.train_set, *world, shuffle=True, seed=self.seed)
+        sampler = self._sampler(*world)
         if len(sampler) < self.batch_size:
             logger.warning("train: %d clips a process are fewer than batch_size=%d", len(sampler), self.batch_size)
         drop_last = len(sampler) >= self.batch_size
@@ -116,6 +182,16 @@ class _ClipDataModule(pl.LightningDataModule):
             loader.load_state_dict(self._train_loader.state_dict())
         self._train_loader = loader
         return loader
+
+    def _sampler(self, *world):
+        root = getattr(self.train_set, "root", None)
+        buffer = self.shuffle_buffer or (SHUFFLED if isinstance(root, Url) else None)
+        if buffer is None or not hasattr(self.train_set, "shard_clips"):
+            return _EpochSampler(self.train_set, *world, shuffle=True, seed=self.seed)
+        sampler = _ShardSampler(self.train_set, *world, self.seed, buffer)
+        if isinstance(root, Url):
+            sampler.check_room(root)
+        return sampler
 
     def val_dataloader(self):
         return [] if self.val_set is None else self._loader(self.val_set)
@@ -150,6 +226,8 @@ class VideoDataModule(_ClipDataModule):
         num_workers: loader processes; the data set must pickle for them.
         seed: of the order of clips.
         read_timeout: seconds that a loader process may take for a clip, see ``open_loader``.
+        shuffle_buffer: clips that are shuffled together, of data in shards: those of whole shards, which are shuffled
+            before. None: all clips of a folder, 10,000 of a URL. The order depends on neither processes nor ranks.
     Raises:
         EmptySplitError: nothing in the train split. An empty val split is logged and leaves out validation.
     """
@@ -161,8 +239,9 @@ class VideoDataModule(_ClipDataModule):
         num_workers: int = 0,
         seed: int = 0,
         read_timeout: float = 0,
+        shuffle_buffer: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, read_timeout)
+        super().__init__(batch_size, num_workers, seed, read_timeout, shuffle_buffer)
         self.dataset = dataset
 
     def open_split(self, split: str) -> VideoDataset | None:
@@ -180,16 +259,17 @@ class LatentDataModule(_ClipDataModule):
     PriorModule widens on its device, or ``{"latents": (B, T, D, h, w)}`` of a latents cache.
 
     Args:
-        cache_root: folder that holds ``train/`` and, unless validation is to be left out, ``val/``.
+        cache_root: folder, or its URL, that holds ``train/`` and, unless validation is to be left out, ``val/``.
         clip_length, stride, sample_posterior: see LatentCacheDataset.
-        batch_size, num_workers, seed, read_timeout: as for VideoDataModule; ``seed`` also sets the random windows.
+        batch_size, num_workers, seed, read_timeout, shuffle_buffer: as for VideoDataModule; ``seed`` also sets the
+            random windows.
         expect: keyword arguments for ``LatentCacheDataset.expect``, checked on every split.
         has_val: whether there are videos in the val split; without ``val/`` it is then logged that it is left out.
     """
 
     def __init__(
         self,
-        cache_root: str | Path,
+        cache_root: Location,
         clip_length: int,
         batch_size: int,
         stride: int = 1,
@@ -199,9 +279,10 @@ class LatentDataModule(_ClipDataModule):
         expect: dict | None = None,
         read_timeout: float = 0,
         has_val: bool = True,
+        shuffle_buffer: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, read_timeout)
-        self.cache_root, self.clip_length, self.stride = Path(cache_root), clip_length, stride
+        super().__init__(batch_size, num_workers, seed, read_timeout, shuffle_buffer)
+        self.cache_root, self.clip_length, self.stride = folder_at(cache_root), clip_length, stride
         self.sample_posterior, self.expect, self.has_val = sample_posterior, expect or {}, has_val
 
     def describe(self) -> dict:

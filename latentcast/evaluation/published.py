@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
 from latentcast.schemas import Count, Number, Schema, Text, check, one_line, short
 from latentcast.sizes import Size
+from latentcast.yaml_text import read_yaml
 
 from .protocol import METRICS
 from .results import UNWRITTEN, measured
@@ -61,12 +61,9 @@ def read_published(path: str | Path) -> list[dict]:
     unit is not known, "spread": float or None}.
 
     Raises:
-        OSError, ValueError: no such file, or something in it is not as its head says; names table and row.
+        ValueError: no such file, or something in it is not as its head says; names table and row.
     """
-    try:
-        content = check(path, Published, yaml.safe_load(Path(path).read_text()))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    content = check(path, Published, read_yaml(path))
     rows = []
     for table in content["tables"]:
         where = one_line(f"{path}: {table['paper']}, {table['place']}, {table['data']}", 400)

@@ -33,8 +33,9 @@ class CausalConv3d(nn.Conv3d):
         offsets = list(itertools.product(*(range(-c, c + 1) for c in centre)))
         visible = [offset < (0, 0, 0) or (mask == "B" and offset == (0, 0, 0)) for offset in offsets]
         self.taps = [offset for offset, seen in zip(offsets, visible) if seen]
+        places = [place for place, seen in enumerate(visible) if seen]
         self.register_buffer("mask", torch.tensor(visible).view(1, 1, *self.kernel_size), persistent=False)
-        self.register_buffer("visible", torch.tensor(visible).nonzero()[:, 0], persistent=False)
+        self.register_buffer("visible", torch.tensor(places, dtype=torch.int64), persistent=False)
 
     def forward(self, input: Float[Tensor, "B C t h w"]) -> Float[Tensor, "B out t h w"]:
         pt, ph, pw = (size // 2 for size in self.kernel_size)

@@ -5,15 +5,15 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from latentcast.command import typed
 from latentcast.evaluation.results import read_result
-from latentcast.files import told
+from latentcast.files import link_outside, told
 from latentcast.saved import INDEX, STAGES
 from latentcast.training.metrics_file import read_metrics
 from latentcast.training.trackers import summary_of
+from latentcast.yaml_text import read_yaml
 
 logger = logging.getLogger("latentcast")
 
@@ -119,13 +119,9 @@ def _read_stage(path, name):
     file = path / f"config_{name}.yaml"
     if not file.is_file():
         return None
-    text = file.read_text(errors="replace")
-    try:
-        settings = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file}: expected a mapping, found {type(settings).__name__}")
+    if link := link_outside(file, path):  # what the page shows of a stranger's run is the run's
+        raise ValueError(link)
+    settings, text = read_yaml(file), file.read_text()
     chosen = settings.get("tokenizer" if name == "tokenizer" else "prior")
     target = chosen.get("_target_") if isinstance(chosen, dict) else None
     first = text.partition("\n")[0]
@@ -186,6 +182,11 @@ def _media(path, results):
         shown = [Medium(folder / f"{kind}.mp4", f"{kind} clips, in motion") for kind in kinds]
         shown += [Medium(folder / f"{kind}.png", f"{kind} clips") for kind in kinds]
         media[f"Evaluation: {name}"] = [found for found in shown if found.path.is_file()] + _files(folder, "*_*.png")
+    for heading, found in media.items():
+        links = {medium.path: link for medium in found if (link := link_outside(medium.path, path))}
+        for link in links.values():
+            logger.warning("left out: %s", link)
+        media[heading] = [medium for medium in found if medium.path not in links]
     return {heading: found for heading, found in media.items() if found}
 
 

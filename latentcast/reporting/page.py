@@ -135,7 +135,8 @@ def _told(n_parameters, steps):
 
 
 def _stage(stage):
-    data, optimizer = (stage.settings.get(key) or {} for key in ("data", "optimizer"))
+    groups = (stage.settings.get(key) for key in ("data", "optimizer"))
+    data, optimizer = (group if isinstance(group, dict) else {} for group in groups)
     facts = {
         "model": stage.model,
         "size": _told(stage.n_parameters, stage.steps),

@@ -4,8 +4,9 @@ import contextlib
 import inspect
 import logging
 import os
-import pickle
 import shutil
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ ELSEWHERE = (
     "evaluation",
     "protocol",
     "joint",
+    *("cache_dir", "cache_gigabytes", "data.cache_dir", "data.cache_gigabytes"),
 )
 
 
@@ -79,8 +81,10 @@ def check_checkpoint(path, module, averaging, data=None, sharded=False):
         )
     try:
         checkpoint, found = _open(path, sharded)
-        step = checkpoint["global_step"]
-    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        step, was, before = checkpoint["global_step"], checkpoint.get("data"), checkpoint.get("hyper_parameters") or {}
+        if not (isinstance(step, int) and isinstance(was, dict | None) and isinstance(before, dict)):
+            raise ValueError("not what a training writes")
+    except Exception as error:  # a damaged pickle may raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DamagedCheckpoint(f"checkpoint {path}: damaged, cannot be resumed ({reason[:100]})") from None
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -94,7 +98,6 @@ def check_checkpoint(path, module, averaging, data=None, sharded=False):
     if ("averaging_state" in checkpoint) != averaging:
         side = "without" if averaging else "with"
         raise ValueError(f"checkpoint {path}: it was trained {side} a moving average (ema_decay); keep it so to resume")
-    was = checkpoint.get("data")
     now = data and data.describe()
     if was and now and was.get("tokenizer") != now.get("tokenizer"):
         raise ValueError(
@@ -102,7 +105,7 @@ def check_checkpoint(path, module, averaging, data=None, sharded=False):
             "starts over"
         )
     same_data = bool(was and now) and was == now
-    check_options(path, checkpoint.get("hyper_parameters", {}), dict(module.hparams), module.stage, same_data)
+    check_options(path, before, dict(module.hparams), module.stage, same_data)
     if was and now and not same_data:
         logger.warning("%s: the videos are not those that it was trained on; it goes on with the new ones", path)
     return step
@@ -110,7 +113,12 @@ def check_checkpoint(path, module, averaging, data=None, sharded=False):
 
 def _open(path, sharded):
     """-> a checkpoint, of shards without their tensors, and name -> shape of the model's tensors."""
-    checkpoint = torch.load(path / REST if sharded else path, map_location="cpu", weights_only=True, mmap=True)
+    file = path / REST if sharded else path
+    with zipfile.ZipFile(file) as parts:
+        if any(part.file_size > part.compress_size for part in parts.infolist()):  # it could grow beyond all bounds
+            raise ValueError("its parts are compressed")
+    with warnings.catch_warnings(action="ignore"):  # of pickles that torch did not write
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not sharded:
         return checkpoint, {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
     for name, size in checkpoint["files"].items():

@@ -3,12 +3,15 @@
 ``run_dir/lineage.json`` has an edge for each artifact that a run used or made. Offline W&B takes what is made, but
 refuses to note what is used; ``declare`` does that when the runs are on a server."""
 
+import json
 import re
 from pathlib import Path
 from typing import Literal
 
+from latentcast.data.base import SPLITS
 from latentcast.files import MANIFEST_MB, file_sha256, read_json, write_json
 from latentcast.schemas import Schema, Text, read_checked
+from latentcast.urls import Url
 
 FILE = "lineage.json"
 
@@ -91,6 +94,8 @@ def build(name, kind, paths):
     uploaded; a latents cache as references to its files, each split's manifest, which has all checksums, by its own."""
     import wandb
 
+    if isinstance(paths[0], Url):
+        return _build_of_url(name, kind, paths[0])
     paths = [Path(path).resolve() for path in paths]
     if kind != "latents":
         artifact = wandb.Artifact(name, type=kind, metadata={"path": str(paths[0])})
@@ -112,6 +117,21 @@ def build(name, kind, paths):
         artifact.add_reference(manifest.as_uri(), name=f"{split.name}/{manifest.name}")
         for shard in sorted(split.glob("*.safetensors")):
             artifact.add_reference(shard.as_uri(), name=f"{split.name}/{shard.name}", checksum=False)
+    return artifact
+
+
+def _build_of_url(name, kind, root):
+    """The same for a latents cache behind a URL: references to its splits, where W&B does not look, and a file whose
+    checksums say when the cache is another one."""
+    import wandb
+
+    manifests = [path for split in SPLITS if (path := root / split / "manifest.json").is_file()]
+    splits = {str(path).split("/")[-2]: _about(path) for path in manifests}
+    artifact = wandb.Artifact(name, type=kind, metadata={"path": str(root), "splits": splits})
+    for split in splits:
+        artifact.add_reference(f"{root}/{split}", name=split, checksum=False)
+    with artifact.new_file("splits.json") as file:
+        json.dump(splits, file, indent=1)
     return artifact
 
 
@@ -153,7 +173,8 @@ def one_line_of(error):
 
 def _made_near(folder, path):
     """Edges of what was made by the runs of this folder, and of those above a path: its run's."""
-    folders = dict.fromkeys([Path(folder).resolve(), *list(Path(path).resolve().parents)[:3]])
+    above = [] if isinstance(path, Url) else list(Path(path).resolve().parents)[:3]
+    folders = dict.fromkeys([Path(folder).resolve(), *above])
     return [edge for place in folders for edge in read_edges(place) if edge["direction"] == "makes"]
 
 

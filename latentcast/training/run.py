@@ -400,7 +400,7 @@ def open_videos(config):
 
 def loading(config):
     """The settings that all data modules take."""
-    return {name: config[name] for name in ("batch_size", "num_workers", "seed", "read_timeout")}
+    return {name: config[name] for name in ("batch_size", "num_workers", "seed", "read_timeout", "shuffle_buffer")}
 
 
 def preview_clips(data, n_clips):

@@ -1,5 +1,6 @@
 """Quantizers without a table of code vectors, from vector-quantize-pytorch: no code can die, nothing is searched."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from latentcast.shapes import Scalar
 
 from ..base import mix_rows
 from .ema_codebook import KeepsDtype
+
+MOST_CODES = 2**24
 
 
 @dataclass
@@ -100,6 +103,8 @@ class FiniteScalarQuantizer(_LookupFreeQuantizer):
     def __init__(self, levels: Sequence[int], n_codebooks: int = 1, batch_norm: bool = False) -> None:
         if not levels or not 3 <= min(levels) <= max(levels) <= 1000:  # of more the library rounds beyond the last
             raise ValueError(f"levels: expected 3 to 1000 values for every channel, found {list(levels)}")
+        if math.prod(levels) > MOST_CODES:
+            raise ValueError(f"levels: expected a product of at most {MOST_CODES}, found {list(levels)}")
         if n_codebooks < 1:
             raise ValueError(f"n_codebooks: expected at least 1, found {n_codebooks}")
         super().__init__(FSQ(list(levels), num_codebooks=n_codebooks, keep_num_codebooks_dim=True))

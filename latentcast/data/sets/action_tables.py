@@ -17,6 +17,7 @@ from torch import Tensor
 
 from latentcast.config import check_counts, one_line
 
+from ...urls import Location
 from ..video.reader import VideoAwayError, VideoError, is_away
 
 logger = logging.getLogger("latentcast")
@@ -25,6 +26,7 @@ ROWS = ("after", "between", "before")
 PLACE = re.compile(r"\{(\w*)\}")  # in the pattern of tables
 SUFFIXES = (".csv", ".npy", ".parquet")
 COLUMN = "action"  # of parquet files, unless other columns are asked for
+MOST_ROWS = 10_000_000  # of a parquet file, in which zeros take no room: 92 hours at 30 frames a second
 WHOLE = re.compile(r"[+-]?\d{1,18}")
 
 
@@ -56,7 +58,7 @@ class ActionTables:
 
     def __init__(
         self,
-        source: str | Path,
+        source: Location,
         names: Iterable[str],
         pattern: str,
         stride: int = 1,
@@ -183,7 +185,7 @@ class Table:
         conditions["action"] = led
 
 
-def read_actions(path: str | Path, columns: Sequence[str] | None = None) -> Shaped[Tensor, "T ..."]:
+def read_actions(path: Location, columns: Sequence[str] | None = None) -> Shaped[Tensor, "T ..."]:
     """The rows of a table.
 
     Args:
@@ -203,14 +205,14 @@ def read_actions(path: str | Path, columns: Sequence[str] | None = None) -> Shap
         if isinstance(error, VideoError):
             raise
         kind = VideoAwayError if is_away(error) else VideoError
-        raise kind(f"{path}: not a readable table ({error.strerror or error})") from None
+        raise kind(f"{path}: not a readable table ({' '.join(str(error.strerror or error).split())})") from None
     if table.dtype.kind not in "iufb" or table.ndim == 0:
         raise VideoError(f"{path}: expected rows of numbers, found {table.dtype} of shape {table.shape}")
     if len(table) == 0 or 0 in table.shape:
         raise VideoError(f"{path}: expected rows of numbers, found none")
     if not np.isfinite(table).all():
         row = int(np.argwhere(~np.isfinite(table))[0, 0])
-        raise VideoError(f"{path}: row {row} (from 0): expected finite numbers, found {table[row].tolist()}")
+        raise VideoError(f"{path}: row {row} (from 0): expected finite numbers, found {one_line(table[row].tolist())}")
     return torch.from_numpy(table.astype(np.float64 if table.dtype.kind == "f" else np.int64))
 
 
@@ -272,22 +274,33 @@ def _places(path, names, columns, n):
 
 def _npy(path, columns):
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        found = np.load(path, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged header leads to, out of memory for the shape that it states too
         raise VideoError(f"{path}: not a readable npy file of numbers ({' '.join(str(error).split())})") from None
+    if not isinstance(found, np.ndarray):
+        raise VideoError(f"{path}: expected a npy file of numbers, found a npz file")
+    return found
 
 
 def _parquet(path, columns):
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
     columns = [COLUMN] if columns is None else columns
     try:
-        known = parquet.read_schema(path).names
+        file = parquet.ParquetFile(path)
+        known = file.schema_arrow.names
         missing = [column for column in columns if column not in known]
         if missing:
             raise VideoError(f"{path}: expected the columns {', '.join(columns)}, found {', '.join(known)}")
-        table = parquet.read_table(path, columns=columns)
-    except ArrowException as error:
+        # Rows, and not the numbers in lists: Arrow aborts where the metadata that states these is damaged.
+        if (n := file.metadata.num_rows) > MOST_ROWS:
+            raise VideoError(f"{path}: expected a table of at most {MOST_ROWS} rows, found {n}")
+        table = file.read(columns=columns)
+    except OSError:
+        raise
+    except Exception as error:  # Arrow's, and what bytes that are no text lead to
         raise VideoError(f"{path}: not a readable parquet file ({' '.join(str(error).split())})") from None
     found = [_column(path, column, table.column(column).to_pylist()) for column in columns]
     if len(found) == 1:

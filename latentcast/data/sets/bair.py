@@ -4,12 +4,13 @@ import functools
 import hashlib
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
 
 from ...sizes import as_size
+from ...urls import Location
 from ..base import Clip
 from ..video.reader import VideoError
 from .action_tables import led_to
@@ -53,7 +54,7 @@ class BAIR(Benchmark):
 
     def __init__(
         self,
-        source: str | Path | None = None,
+        source: Location | None = None,
         protocol: str | None = None,
         *,
         view: str = "aux1",

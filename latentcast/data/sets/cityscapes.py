@@ -3,10 +3,10 @@
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from ...files import file_sha256
 from ...sizes import as_size
+from ...urls import Location
 from ..base import SPLITS, Clip, unusual_fit
 from ..video.pictures import read_pictures
 from ..video.reader import VideoError, check_crop
@@ -49,7 +49,7 @@ class Cityscapes(Benchmark):
 
     def __init__(
         self,
-        source: str | Path | None = None,
+        source: Location | None = None,
         protocol: str | None = None,
         *,
         frame_size: int | Sequence[int] = 128,

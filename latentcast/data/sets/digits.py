@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor
 
+from ...copies import local_copy
 from ...files import replacing, user_cache
+from ...urls import Location, Url, folder_at
 from ..base import SPLITS
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -52,7 +54,7 @@ def _sklearn_images():
 
 
 def mnist_digits(
-    split: str, size: int, folder: str | Path | None = None, url: str = MNIST_URL
+    split: str, size: int, folder: Location | None = None, url: str = MNIST_URL
 ) -> UInt8[Tensor, "N {size} {size}"]:
     """MNIST's digits: (N, size, size) uint8, bilinear with antialiasing where ``size`` is not 28.
 
@@ -69,7 +71,7 @@ def mnist_digits(
         folder = user_cache() / "mnist"
         if not (folder / f"{name}.gz").is_file():
             _download(f"{url.rstrip('/')}/{name}.gz", folder / f"{name}.gz")
-    images = _read_mnist(name, mnist_file(name, folder))
+    images = _read_mnist(name, local_copy(mnist_file(name, folder)))
     if split != "test":
         images = images[-MNIST_VAL:] if split == "val" else images[:-MNIST_VAL]
     if size != 28:
@@ -77,13 +79,13 @@ def mnist_digits(
     return images
 
 
-def mnist_file(name: str, folder: str | Path) -> Path:
+def mnist_file(name: str, folder: Location) -> Path | Url:
     """Path of ``name`` or ``name.gz`` in ``folder``.
 
     Raises:
         FileNotFoundError: neither is there.
     """
-    folder = Path(str(folder))  # 2024 in a config is a number
+    folder = folder_at(folder)
     for path in (folder / f"{name}.gz", folder / name):
         if path.is_file():
             return path

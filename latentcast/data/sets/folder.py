@@ -4,12 +4,12 @@ import contextlib
 import functools
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from ...files import file_sha256
 from ...sizes import as_size
+from ...urls import Location
 from ..base import SPLITS, Clip, unusual_fit
 from ..video.folder import (
     SUFFIXES,
@@ -64,7 +64,7 @@ class Folder(Benchmark):
 
     def __init__(
         self,
-        source: str | Path | None = None,
+        source: Location | None = None,
         protocol: str | None = None,
         *,
         frame_size: int | Sequence[int] = 64,

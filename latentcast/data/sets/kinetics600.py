@@ -5,12 +5,12 @@ import functools
 import hashlib
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from ...files import file_sha256
 from ...sizes import as_size
+from ...urls import Location
 from ..base import SPLITS, Clip, unusual_fit
 from ..video.folder import check_rate, check_whole
 from ..video.reader import VideoError, check_crop, iter_clip
@@ -54,7 +54,7 @@ class Kinetics600(Benchmark):
 
     def __init__(
         self,
-        source: str | Path | None = None,
+        source: Location | None = None,
         protocol: str | None = None,
         *,
         fps: float | None = 25.0,
@@ -150,6 +150,9 @@ class Kinetics600(Benchmark):
                     if not row["label"] or not row["youtube_id"]:
                         found = f"{row['label']!r} and {row['youtube_id']!r}"
                         raise ValueError(f"{path}: row {number}: expected a label and a youtube_id, found {found}")
+                    if {"/", "\0"} & {*row["label"], *row["youtube_id"]} or row["label"] in (".", ".."):
+                        found = f"{row['label']!r} and {row['youtube_id']!r}"
+                        raise ValueError(f"{path}: row {number}: expected names of a folder and a file, found {found}")
                     yield number, row["label"], f"{row['label']}/{row['youtube_id']}_{start:06d}_{end:06d}"
             except (csv.Error, UnicodeDecodeError) as error:
                 raise ValueError(f"{path}: not a readable csv file ({error})") from None

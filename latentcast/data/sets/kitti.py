@@ -1,10 +1,10 @@
 """KITTI: drives through a city and its surroundings, recorded from a car, one PNG a frame."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from ...files import file_sha256
 from ...sizes import as_size
+from ...urls import Location
 from ..base import SPLITS, Clip, unusual_fit
 from ..video.pictures import frame_number, numbered_pictures, read_pictures
 from ..video.reader import VideoError, check_crop
@@ -73,7 +73,7 @@ class KITTI(Benchmark):
 
     def __init__(
         self,
-        source: str | Path | None = None,
+        source: Location | None = None,
         protocol: str | None = None,
         *,
         camera: str = "image_02",

@@ -6,6 +6,7 @@ from pathlib import Path
 from latentcast.config import check_counts
 from latentcast.sizes import as_square
 
+from ...urls import Location
 from ..base import Clip
 from .base import Benchmark
 from .digits import MNIST_FILES, mnist_file
@@ -43,7 +44,7 @@ class MovingMNIST(Benchmark):
 
     def __init__(
         self,
-        source: str | Path | None = None,
+        source: Location | None = None,
         protocol: str | None = None,
         *,
         n_digits: int = 2,

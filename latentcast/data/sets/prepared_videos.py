@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...urls import GIGABYTES, Location, folder_at
 from ..base import VideoDataset, check_flip, check_split
 from ..store.prepared import PreparedVideos, check_size, read_set_manifest
 from .moving_digits import MovingDigits
@@ -12,7 +13,7 @@ logger = logging.getLogger("latentcast")
 
 
 def prepared_videos(
-    root: str | Path | int,
+    root: Location,
     split: str,
     clip_length: int,
     size: int | Sequence[int] | None = None,
@@ -24,6 +25,8 @@ def prepared_videos(
     fresh: bool = False,
     flip: str | None = None,
     actions: bool = False,
+    cache_dir: str | Path | None = None,
+    cache_gigabytes: float = GIGABYTES,
 ) -> VideoDataset:
     """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
 
@@ -34,12 +37,14 @@ def prepared_videos(
         flip: see VideoDataset.
         actions: priors are told the condition ``action``; clips are then not mirrored, for in a mirror an action leads
             elsewhere.
+        cache_dir, cache_gigabytes: see PreparedVideos.
     Raises:
         ValueError: also for ``actions`` of a set without them, or of some frames only (``frame_stride``).
     """
     check_split(split)
     if not isinstance(actions, bool):
         raise ValueError(f"actions: expected true or false, found {actions!r}")
+    root = folder_at(root, cache_dir, cache_gigabytes)
     dataset = _open(root, split, clip_length, size, channels, name, frame_stride, seed, fresh)
     dataset.flip, dataset.actions = check_flip(flip), actions
     if actions:
@@ -62,7 +67,6 @@ def _check_actions(root, dataset, frame_stride):
 
 
 def _open(root, split, clip_length, size, channels, name, frame_stride, seed, fresh):
-    root = Path(str(root))  # 2024 in a config is a number
     manifest = read_set_manifest(root, name)
     if fresh and "train" not in manifest["generated"]:
         raise ValueError(f"fresh: expected false, for {manifest['name']} stores its training videos, found {fresh}")

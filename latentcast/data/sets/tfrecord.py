@@ -16,6 +16,7 @@ import google_crc32c
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from ...urls import Location
 from ..video.reader import VideoError
 
 HEADER, FOOTER = 12, 4  # bytes before and after a record's data
@@ -108,7 +109,7 @@ def masked_crc(data: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def tar_members(path: str | Path) -> dict[str, RecordFile]:
+def tar_members(path: Location) -> dict[str, RecordFile]:
     """The files in an uncompressed tar -> name -> RecordFile. Only the headers are read.
 
     Raises:
@@ -117,10 +118,15 @@ def tar_members(path: str | Path) -> dict[str, RecordFile]:
     members = {}
     try:
         with tarfile.open(path, "r:") as archive:
+            end = 0  # of what was seen; damaged headers lead back, and round and round
             for member in archive:
+                if member.offset < end or member.size < 0:
+                    raise tarfile.ReadError("members overlap")
+                end = member.offset_data
                 if member.isreg():
                     members[member.name] = RecordFile(Path(path), member.size, member.offset_data, member.name)
-    except tarfile.TarError as error:
+    # The others are what tarfile raises of sizes below 0 or beyond what counts bytes, and of names within names.
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         with open(path, "rb") as file:
             gzipped = file.read(2) == b"\x1f\x8b"
         found = "gzip; decompress it, or give the extracted folder" if gzipped else f"none, or one cut off ({error})"

@@ -2,10 +2,10 @@
 
 import contextlib
 import logging
+import math
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +16,9 @@ from latentcast.distributed import barrier, default_device, rank_and_world, rank
 from latentcast.files import locked
 from latentcast.progress import Bar
 from latentcast.shares import Share, turn
+from latentcast.urls import Url, folder_at
 
+from ...urls import Location
 from ..base import VideoDataset
 from ..loading import open_loader
 from ..video.reader import VideoError, is_away
@@ -31,7 +33,7 @@ CPU_CHUNK = 16  # frames at once through a network on a CPU: what fits in its ca
 def encode_dataset(
     dataset: VideoDataset,
     tokenizer: nn.Module,
-    root: str | Path,
+    root: Location,
     *,
     store: str = "auto",
     dtype: str = "float32",
@@ -55,7 +57,7 @@ def encode_dataset(
     Args:
         dataset: a VideoDataset.
         tokenizer: a FrameTokenizer; its weights stay as they are.
-        root: folder of the cache.
+        root: folder of the cache, or its URL.
         store, dtype, shard_videos, overwrite: see LatentCacheWriter.
         batch_frames: frames encoded at once.
         read_timeout: seconds that a process may take to read so many, see ``open_loader``.
@@ -85,7 +87,7 @@ def encode_dataset(
         raise ValueError(f"cache.store: {type(tokenizer).__name__} has no posterior; expected auto, codes or latents")
     if store == "auto" and tokenizer.has_posterior:
         store = "posterior"
-    videos = dataset.videos
+    videos, root = dataset.videos, folder_at(root)
     from latentcast.modeling import fingerprint  # here: the loader's processes do without diffusers
 
     identity = fingerprint(tokenizer)
@@ -250,9 +252,10 @@ def _batches(videos, indices, batch_frames):
 
 def _check_space(writer):
     work = writer.pending(every_rank=True)
-    needed, free = writer.n_bytes(work), shutil.disk_usage(writer.root).free
+    needed, away = writer.n_bytes(work), isinstance(writer.root, Url)  # of a store nobody knows what is free
+    free = math.inf if away else shutil.disk_usage(writer.root).free
     logger.info(
-        "latents cache %s: %d of %d shards to write, %d frames as %s %s, %s (%s free)",
+        "latents cache %s: %d of %d shards to write, %d frames as %s %s, %s%s",
         writer.root,
         len(work),
         writer.n_shards,
@@ -260,7 +263,7 @@ def _check_space(writer):
         writer.job["dtype"],
         writer.job["store"],
         _size(needed),
-        _size(free),
+        "" if away else f" ({_size(free)} free)",
     )
     if needed > free:
         raise OSError(f"latents cache {writer.root}: needs {_size(needed)}, but {_size(free)} are free")

@@ -6,7 +6,6 @@ One folder of shards (see shards.py) holds one split; its manifest says who made
 import json
 import random
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,6 +18,7 @@ from ...command import named
 from ...config import is_whole
 from ...layers.gaussian import sample_moments
 from ...schemas import Count, LatentSpec, Number, Text
+from ...urls import Location, folder_at
 from ..base import FITTING, ClipWindows, VideoEntry, check_split
 from . import shards
 
@@ -63,7 +63,7 @@ class LatentCacheWriter(shards.ShardWriter):
     """Plans, writes and completes the cache of one split; see ShardWriter for how processes share the work.
 
     Args:
-        root: folder of the cache, ``run_dir/latents/train`` say.
+        root: folder of the cache, ``run_dir/latents/train`` say, or its URL.
         latent_spec: what ``FrameTokenizer.latent_spec`` returns.
         fingerprint: ``latentcast.modeling.fingerprint`` of the tokenizer.
         videos: list of VideoEntry.
@@ -85,7 +85,7 @@ class LatentCacheWriter(shards.ShardWriter):
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         latent_spec: dict,
         fingerprint: str,
         *,
@@ -102,7 +102,7 @@ class LatentCacheWriter(shards.ShardWriter):
     ) -> None:
         store, dtype, frame_shape = _layout(latent_spec, store, dtype)
         if shard_videos is None:
-            standing = None if overwrite else shards.standing_job(Path(root), KIND)
+            standing = None if overwrite else shards.standing_job(folder_at(root), KIND)
             kept = (standing or {}).get("shard_videos")
             shard_videos = kept if is_whole(kept, 1) else _shard_videos(videos)
         job = {
@@ -141,7 +141,7 @@ class LatentCacheDataset(Dataset):
     The data set pickles and works under spawn.
 
     Args:
-        root: folder of one split, ``run_dir/latents/train``.
+        root: folder of one split, ``run_dir/latents/train``, or its URL (see ``latentcast.urls.folder_at``).
         clip_length: frames a clip.
         stride: take every ``stride``-th cached frame.
         split: "train" for random windows, "val" or "test" for fixed ones.
@@ -156,7 +156,7 @@ class LatentCacheDataset(Dataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         clip_length: int,
         stride: int = 1,
         split: str = "train",
@@ -167,10 +167,10 @@ class LatentCacheDataset(Dataset):
         for name, value in (("clip_length", clip_length), ("stride", stride)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, found {value}")
-        self.root, self.clip_length, self.stride = Path(root), clip_length, stride
+        self.root, self.clip_length, self.stride = folder_at(root), clip_length, stride
         self.seed, self.sample_posterior = seed, sample_posterior
-        self.manifest = read_manifest(root)
-        self._reader = shards.ClipReader(root, self.manifest, clip_length, stride, f"latents cache {root}")
+        self.manifest = read_manifest(self.root)
+        self._reader = shards.ClipReader(self.root, self.manifest, clip_length, stride, f"latents cache {root}")
         self._windows = ClipWindows([video.n_frames for video in self.videos], clip_length, split, seed)
 
     @property
@@ -306,22 +306,30 @@ class LatentCacheDataset(Dataset):
         """Conditions of the same frames; see VideoDataset."""
         return self._reader.conditions(index, start, stop)
 
+    def shard_clips(self) -> list[tuple]:
+        """Which clips lie in which shard; see ClipReader."""
+        return self._reader.shard_clips(self._windows)
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Fetch local copies of whole shards ahead; see ShardReader."""
+        self._reader.prefetch(shards)
+
     def verify(self) -> int:
         """Compare every shard with its checksum; see ``verify_cache``."""
         return verify_cache(self.root)
 
 
-def read_manifest(root: str | Path) -> dict:
+def read_manifest(root: Location) -> dict:
     """The manifest of a finished cache; raises as ``shards.read_manifest`` does."""
     return shards.read_manifest(root, KIND)
 
 
-def verify_cache(root: str | Path) -> int:
+def verify_cache(root: Location) -> int:
     """Compare every shard of a finished cache with its checksum; returns the number of shards, raises ValueError."""
     return shards.verify(root, KIND)
 
 
-def choose_store(store: str, prior: object, tokenizer: object, root: str | Path, overwrite: bool = False) -> str:
+def choose_store(store: str, prior: object, tokenizer: object, root: Location, overwrite: bool = False) -> str:
     """What a cache in ``root`` is to store for a prior -> "codes", "latents" or "posterior".
 
     Args:
@@ -343,7 +351,7 @@ def choose_store(store: str, prior: object, tokenizer: object, root: str | Path,
         raise ValueError(
             f"cache.store: {name} takes {prior.accepts}; expected auto or {' or '.join(serving)}, found {store}"
         )
-    standing = None if overwrite else shards.standing_job(Path(root), KIND)
+    standing = None if overwrite else shards.standing_job(folder_at(root), KIND)
     if standing is not None and standing.get("store") in serving:
         return standing["store"]
     return serving[0] if prior.accepts == "codes" or tokenizer.has_posterior else "latents"

@@ -7,13 +7,12 @@ with a manifest is complete. ``preview.png`` shows a few of its videos.
 
 import collections
 import contextlib
-import filecmp
 import hashlib
 import logging
 import shutil
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,11 +24,12 @@ from torch import Tensor
 
 from ...command import named
 from ...figures.sheets import labelled_sheet, scale_for
-from ...files import locked, read_json, replacing, told, write_json
+from ...files import file_sha256, locked, read_json, replacing, told, write_json
 from ...progress import Bar
 from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
 from ...shares import Share, turn
 from ...sizes import as_size, as_square, sides
+from ...urls import GIGABYTES, Location, folder_at
 from ..base import FITTING, SPLITS, Clip, EmptySplitError, VideoDataset, VideoEntry, check_split
 from ..loading import end_with_parent, worker_context
 from ..video.folder import luma
@@ -111,13 +111,13 @@ class IncompleteError(ValueError):
 
 
 def prepare(
-    benchmark: object, output: str | Path, *, workers: int = 0, partial: bool = False, share: Share | None = None
+    benchmark: object, output: Location, *, workers: int = 0, partial: bool = False, share: Share | None = None
 ) -> dict:
     """Prepare a data set; continues what an earlier run left in ``output``.
 
     Args:
         benchmark: a Benchmark.
-        output: folder of the prepared set.
+        output: folder of the prepared set, or its URL.
         workers: processes that read and write beside this one, a shard at a time; 0: this one does it all. A video
             that one of them is lost over (a crash in native code, out of memory) is left out.
         partial: accept a set with fewer videos than published; the manifest then says ``complete: false``. A later
@@ -133,7 +133,7 @@ def prepare(
         IncompleteError: counts differ from ``Benchmark.expected_counts``, without ``partial``.
         OSError: the source cannot be listed, the disk is full, or another run prepares into ``output``.
     """
-    output = Path(output)
+    output = folder_at(output)
     if share is None:
         with locked(output, KIND.tool):
             videos, writers = _open(benchmark, output)
@@ -181,7 +181,7 @@ def _prepare(benchmark, output, workers, partial, videos, writers):
         _write_shards(benchmark, writers, workers)
     for name, source in benchmark.files().items():
         path = output / name
-        if not (path.is_file() and filecmp.cmp(source, path, shallow=False)):
+        if not (path.is_file() and file_sha256(path) == file_sha256(source)):
             with replacing(path) as temporary:
                 shutil.copyfile(source, temporary)
 
@@ -453,7 +453,7 @@ class PreparedVideos(VideoDataset):
     """Clips and whole videos out of a prepared set.
 
     Args:
-        root: folder of the set.
+        root: folder of the set, or its URL.
         split: "train", "val" or "test".
         clip_length: frames a clip. Shorter videos are counted, logged and left out.
         size: H = W that is expected in pixels, or [H, W]; None: as prepared. Frames are not resized again.
@@ -462,6 +462,7 @@ class PreparedVideos(VideoDataset):
         name: of the set that is expected, "bair" say; None: any.
         frame_stride: take every ``frame_stride``-th frame (and condition).
         seed: of the random windows.
+        cache_dir, cache_gigabytes: of local copies of what is behind a URL, see ``latentcast.urls.folder_at``.
     Raises:
         FileNotFoundError: no finished set there.
         ValueError: another set, another frame size, no video as long as a clip.
@@ -470,7 +471,7 @@ class PreparedVideos(VideoDataset):
 
     def __init__(
         self,
-        root: str | Path | int,  # a folder called 2024 is one to YAML
+        root: Location,
         split: str,
         clip_length: int,
         size: int | Sequence[int] | None = None,
@@ -479,13 +480,15 @@ class PreparedVideos(VideoDataset):
         name: str | None = None,
         frame_stride: int = 1,
         seed: int = 0,
+        cache_dir: str | Path | None = None,
+        cache_gigabytes: float = GIGABYTES,
     ) -> None:
         check_split(split)
         for argument, value in (("clip_length", clip_length), ("frame_stride", frame_stride)):
             if value < 1:
                 raise ValueError(f"{argument}: expected at least 1, found {value}")
-        self.root, self.split, self.clip_length, self.frame_stride = Path(str(root)), split, clip_length, frame_stride
-        self.seed = seed
+        self.root, self.seed = folder_at(root, cache_dir, cache_gigabytes), seed
+        self.split, self.clip_length, self.frame_stride = split, clip_length, frame_stride
         self.manifest = read_set_manifest(self.root, name)
         check_size(root, self.manifest, size)
         self.size, self.stored_channels = as_size(self.manifest["frame_size"]), self.manifest["channels"]
@@ -517,6 +520,14 @@ class PreparedVideos(VideoDataset):
     def read_conditions(self, index: int, start: int, stop: int) -> dict[str, Tensor]:
         return self._reader.conditions(index, start, stop)
 
+    def shard_clips(self) -> list[tuple]:
+        """Which clips lie in which shard; see ClipReader."""
+        return self._reader.shard_clips(self._windows)
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Fetch local copies of whole shards ahead; see ShardReader."""
+        self._reader.prefetch(shards)
+
     def describe(self) -> dict:
         return {
             "type": "PreparedVideos",
@@ -530,14 +541,14 @@ class PreparedVideos(VideoDataset):
         }
 
 
-def read_set_manifest(root: str | Path | int, name: str | None = None) -> dict:
+def read_set_manifest(root: Location, name: str | None = None) -> dict:
     """The manifest of a finished set.
 
     Raises:
         FileNotFoundError: none there.
         ValueError: not such a manifest, or one of another set than ``name``.
     """
-    path = Path(root) / MANIFEST
+    path = folder_at(root) / MANIFEST
     if not path.is_file():
         command = f"{named('prepare_dataset')} {name or 'NAME'} --output {root}"
         raise FileNotFoundError(f"{root}: no finished set here; run {command}, or give data.root=FOLDER")
@@ -550,7 +561,7 @@ def read_set_manifest(root: str | Path | int, name: str | None = None) -> dict:
     return manifest
 
 
-def check_split_of(root: str | Path | int, manifest: dict, stored: dict) -> None:
+def check_split_of(root: Location, manifest: dict, stored: dict) -> None:
     """Refuse a split whose frames or conditions are not what the set's manifest says."""
     size, frames = manifest["frame_size"], stored["frame_shape"]
     if frames != [manifest["channels"], *size] or stored["conditions"] != manifest["conditions"]:
@@ -567,7 +578,7 @@ def crop_of(protocol: dict) -> str:
     return FITTING["crop"] if crop is None else check_crop(crop)
 
 
-def check_size(root: str | Path | int, manifest: dict, size: int | Sequence[int] | None) -> None:
+def check_size(root: Location, manifest: dict, size: int | Sequence[int] | None) -> None:
     found = as_size(manifest["frame_size"])
     if size is not None and as_size(size, "size") != found:
         found, asked = (str(value).replace(" ", "") for value in (found, as_size(size)))  # as on the command line

@@ -3,6 +3,10 @@
 The latents cache and the prepared data sets are stored this way. A shard is written to a temporary file and renamed, so
 a run that was killed resumes by skipping the shards that stand. While a folder is unfinished it holds ``plan.json`` and
 a small JSON note beside each shard; ``manifest.json`` replaces them in the end: a folder with a manifest is complete.
+
+A folder is a Path or a Url (``urls.py``). Behind a URL lie the same files: a shard is written here and then uploaded,
+and read by a local copy. A store that shows files before they are whole does no harm: the note comes after its shard
+and says how large that is, and JSON that was cut short counts as none (``_stands``).
 """
 
 import collections
@@ -12,7 +16,9 @@ import json
 import logging
 import math
 import os
+import queue
 import struct
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +32,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...command import named
-from ...files import MANIFEST_MB, file_sha256, read_json, sweep, temporary_path, write_json, writing
-from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, read_checked, short
-from ..base import EmptySplitError, VideoEntry
+from ...copies import local_copy
+from ...files import (
+    MANIFEST_MB,
+    file_sha256,
+    link_outside,
+    parse_json,
+    put,
+    read_json,
+    sweep,
+    temporary_path,
+    write_json,
+    writing,
+)
+from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, short
+from ...urls import Location, Url, folder_at, unlink_all
+from ..base import ClipWindows, EmptySplitError, VideoEntry
 
 logger = logging.getLogger("latentcast")
 
@@ -45,6 +64,8 @@ DTYPES = {
 }
 UNKNOWN_LENGTH = 10**10  # frames that room is kept for in a header when a video's length is not known beforehand
 OPEN_FILES = 1024  # mapped by one reader at a time
+OPEN_BYTES = 512e6  # the same of local copies
+FETCHING = 4  # copies that one reader fetches ahead at a time
 KEPT = "; finished shards are kept, a re-run resumes"
 ALIGNMENT = 8  # bytes; mapped tensors of any type start at multiples of their items
 
@@ -134,7 +155,7 @@ class ShardWriter:
     them.
 
     Args:
-        root: the folder.
+        root: the folder: a Path, a Url or text that names one.
         kind: a Kind.
         job: JSON-able dict that identifies the work. Needs ``frame_shape``, ``dtype``, ``conditions`` (see
             VideoDataset), ``shard_videos`` and ``videos``: a list of dicts with ``name`` and, where they are known
@@ -148,7 +169,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        root: str | Path,
+        root: Location,
         kind: Kind,
         job: dict,
         *,
@@ -157,7 +178,7 @@ class ShardWriter:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.root, self.kind = Path(root), kind
+        self.root, self.kind = folder_at(root), kind
         self.rank, self.world_size, self.growing = rank, world_size, growing
         self._again = set()
         if job["shard_videos"] < 1:
@@ -174,7 +195,7 @@ class ShardWriter:
     @property
     def finished(self) -> bool:
         """The manifest stands: nothing is left to do."""
-        return (self.root / MANIFEST).is_file()
+        return _stands(self.root / MANIFEST)
 
     def shard_videos(self, shard: int) -> range:
         """The indices of the videos that shard number ``shard`` holds."""
@@ -183,13 +204,15 @@ class ShardWriter:
 
     def pending(self, every_rank: bool = False) -> list[int]:
         """Numbers of the shards still to be written: this rank's, or those of all ranks."""
+        if self.finished:
+            return []
         shards = [s for s in range(self.n_shards) if every_rank or s % self.world_size == self.rank]
-        return [] if self.finished else [s for s in shards if s in self._again or self._note(s) is None]
+        return [s for s, note in zip(shards, self._notes(shards)) if s in self._again or note is None]
 
     def open_shard(self, shard: int) -> "ShardFile":
         """A ShardFile that takes the videos of one shard; use it in a ``with`` block."""
         entries = {v: self.job["videos"][v].get("n_frames") for v in self.shard_videos(shard)}
-        standing = self._note(shard) if shard in self._again else None
+        standing = self._notes([shard])[0] if shard in self._again else None
         layout = (self.job["frame_shape"], self.job["dtype"], self.job["conditions"])
         return ShardFile(self.root, shard, entries, *layout, keep=standing["videos"] if standing else ())
 
@@ -197,7 +220,7 @@ class ShardWriter:
         """What is known of each shard: file, bytes, sha256, videos and skipped; None for one that is not written."""
         if self.finished:
             return load_manifest(self.root, self.kind)["shards"]
-        return [self._note(shard) for shard in range(self.n_shards)]
+        return self._notes(range(self.n_shards))
 
     def away(self) -> dict[int, list[int]]:
         """Shard -> its videos that were left out for what may have passed since: see ``ShardFile.skip``."""
@@ -216,9 +239,8 @@ class ShardWriter:
         if keep:
             self._again.update(shards)
             return
-        for shard in shards:
-            _note_path(self.root, shard).unlink(missing_ok=True)
-            (self.root / _shard_name(shard)).unlink(missing_ok=True)
+        unlink_all(_note_path(self.root, shard) for shard in shards)
+        unlink_all(self.root / _shard_name(shard) for shard in shards)
 
     def extend(self, videos: Sequence) -> None:
         """Add videos to a folder that is not finished; a last shard that has room for some is written anew."""
@@ -247,7 +269,8 @@ class ShardWriter:
     def _prepare(self, overwrite):
         """Make ``root`` ready to be continued: refuse or clear what does not belong to this job."""
         self.root.mkdir(parents=True, exist_ok=True)
-        sweep(self.root)  # not what other shares are writing
+        if not isinstance(self.root, Url):
+            sweep(self.root)  # not what other shares are writing
         try:
             standing = standing_job(self.root, self.kind)
         except ValueError:
@@ -267,45 +290,70 @@ class ShardWriter:
                 self._redo_damaged()
         else:
             self._clear()
-        if not self.finished:
+        if not self.finished and standing != self.job:
             write_json(self.root / PLAN, self.job)
 
     def _redo_damaged(self):
         notes = self.notes()
-        errors = {shard: _size_error(self.root, note) for shard, note in enumerate(notes)}
-        damaged = [shard for shard, error in errors.items() if error]
+        errors = _size_errors(self.root, notes)
+        damaged = [shard for shard, error in enumerate(errors) if error]
         for shard in damaged:
             logger.warning("%s; writing it again", errors[shard])
         if damaged:
             self.redo(damaged)
 
-    def _note(self, shard):
-        path = _note_path(self.root, shard)
-        if not path.is_file():
-            return None
-        note = read_checked(path, Note)
-        _check_note(path, self.job, shard, note)
-        return None if _size_error(self.root, note) else note
+    def _notes(self, shards):
+        """Their notes; None for a shard that is not written."""
+        shards = list(shards)
+        notes = _read_notes(self.root, [_note_path(self.root, shard) for shard in shards])
+        for shard, note in zip(shards, notes):
+            if note is not None:
+                path = _note_path(self.root, shard)
+                _check_note(path, self.job, shard, check(path, Note, note))
+        written = [note for note in notes if note is not None]
+        errors = iter(_size_errors(self.root, written))
+        return [None if note is None or next(errors) else note for note in notes]
 
     def _tidy(self):
-        for path in [*self.root.glob("shard-*.json"), self.root / PLAN]:
-            path.unlink(missing_ok=True)
+        unlink_all(self.root.glob("shard-*.json"))
+        (self.root / PLAN).unlink(missing_ok=True)
 
     def _clear(self):
         # The notes go first and the manifest last: a crash in between never leaves old shards that pass for new ones.
-        for path in [*self.root.glob("shard-*.json"), *self.root.glob("shard-*.safetensors")]:
-            path.unlink()
+        unlink_all(self.root.glob("shard-*.json"))
+        unlink_all(self.root.glob("shard-*.safetensors"))
         for name in (PLAN, MANIFEST):
             (self.root / name).unlink(missing_ok=True)
 
 
-def standing_job(root: str | Path, kind: Kind) -> dict | None:
+def _stands(path):
+    """Whether a JSON file of ours does. Here they appear whole; a store may show one that a killed run was writing, and
+    only whole ones end in a line of one brace."""
+    if not isinstance(path, Url):
+        return path.is_file()
+    try:
+        return path.read_text(last=3) == "\n}\n"
+    except FileNotFoundError:
+        return False
+
+
+def _read_notes(root, paths):
+    """What stands in notes, which may be many; None for one that is not there."""
+    if not isinstance(root, Url):
+        return [read_json(path) if path.is_file() else None for path in paths]
+    known = root.sizes()
+    there = [path for path in paths if path.name in known]
+    texts = dict(zip(there, root.read_texts([path.name for path in there])))
+    return [parse_json(path, texts[path]) if texts.get(path, "").endswith("\n}\n") else None for path in paths]
+
+
+def standing_job(root: Location, kind: Kind) -> dict | None:
     """The job that a folder's manifest or plan names, as a dict; None where neither is. Raises as ``read_manifest``,
     except that one of another format is returned as it is."""
-    if (root / MANIFEST).is_file():
+    if _stands(root / MANIFEST):
         found = read_json(root / MANIFEST, MANIFEST_MB)
         return load_manifest(root, kind) if found.get("format") == kind.version else found
-    if (root / PLAN).is_file():
+    if _stands(root / PLAN):
         found = read_json(root / PLAN, MANIFEST_MB)
         return check(root / PLAN, kind.job, found) if found.get("format") == kind.version else found
     return None
@@ -411,7 +459,7 @@ class ShardFile:
                 "bytes": self.temporary.stat().st_size,
                 "sha256": file_sha256(self.temporary),
             }
-            os.replace(self.temporary, self.path)
+            put(self.temporary, self.path)
         videos = {str(v): {"n_frames": n} | self.facts.get(v, {}) for v, n in self.written.items()}
         skipped = {str(video): reason for video, reason in self.skipped.items()}
         away = {"away": self.away} if self.away else {}
@@ -450,14 +498,15 @@ class ShardFile:
 
 
 class ShardReader:
-    """Reads videos and conditions out of a finished folder.
+    """Reads videos and conditions out of a finished folder; behind a URL by local copies of its shards.
 
     Files open in the process that reads them, so a reader pickles and works under spawn."""
 
-    def __init__(self, root: str | Path, manifest: dict) -> None:
-        self.root, self.manifest = Path(root), manifest
+    def __init__(self, root: Location, manifest: dict) -> None:
+        self.root, self.manifest = folder_at(root), manifest
+        self._ahead = None  # shards to be fetched
         self.facts = {int(v): facts for note in manifest["shards"] for v, facts in note["videos"].items()}
-        self._open = collections.OrderedDict()  # shard -> (its file, key -> tensor that was asked for)
+        self._open = collections.OrderedDict()  # shard -> (its file, key -> tensor that was asked for, path)
 
     @property
     def videos(self) -> list[int]:
@@ -470,7 +519,7 @@ class ShardReader:
 
     def file_name(self, video: int) -> str:
         """The shard that holds a video."""
-        return self.manifest["shards"][video // self.manifest["shard_videos"]]["file"]
+        return self.manifest["shards"][self.shard_of(video)]["file"]
 
     def frames(self, video: int, start: int, stop: int, stride: int = 1) -> Shaped[Tensor, "T ..."]:
         """Frames ``start:stop:stride`` -> a view of the mapped file: to be copied, into another type say, before it is
@@ -491,7 +540,7 @@ class ShardReader:
 
     def _tensor(self, video, condition=None, as_array=False):
         """A video's frames, or one of its conditions: mapped, of the shape and type which the manifest says."""
-        file, tensors = self._file(video)
+        file, tensors, _ = self._file(video)
         found = tensors.get((video, condition, as_array))
         if found is None:
             found = self._map(file, video, condition)
@@ -515,21 +564,70 @@ class ShardReader:
         return file.get_tensor(key)
 
     def _file(self, video):
-        shard = video // self.manifest["shard_videos"]
+        shard = self.shard_of(video)
         if shard not in self._open:
-            if len(self._open) == OPEN_FILES:
-                self._open.popitem(last=False)
-            path = self.root / self.file_name(video)
+            self._make_way(shard)
             try:
-                self._open[shard] = safe_open(path, framework="pt"), {}
+                self._open[shard] = self._opened(shard)
             except SafetensorError as error:
-                advice = "delete it and re-run the tool that wrote it"
+                path, advice = self.root / self.file_name(video), "delete it and re-run the tool that wrote it"
                 raise ValueError(f"{path}: not a readable safetensors file ({error}); {advice}") from None
         self._open.move_to_end(shard)
         return self._open[shard]
 
+    def _make_way(self, shard):
+        """Close files before another shard's is opened: the ones not used for longest, and copies that have no name any
+        more, whose room on the disk is free when nobody has them open."""
+        if isinstance(self.root, Url):
+            for other in [other for other, (*_, copy) in self._open.items() if not copy.exists()]:
+                del self._open[other]
+            sizes = [self.manifest["shards"][other]["bytes"] for other in (shard, *reversed(self._open))]
+            n_kept = sum(taken <= OPEN_BYTES for taken in itertools.accumulate(sizes)) - 1
+        else:
+            n_kept = OPEN_FILES - 1
+        while len(self._open) > max(0, n_kept):
+            self._open.popitem(last=False)
+
+    def _opened(self, shard):
+        while True:
+            path = self._copy(shard)
+            try:
+                return safe_open(path, framework="pt"), {}, path
+            except FileNotFoundError:
+                if not isinstance(self.root, Url):
+                    raise
+                # It made way for another process's copy before it was open.
+
+    def _copy(self, shard):
+        note = self.manifest["shards"][shard]
+        return local_copy(self.root / note["file"], note["bytes"], note["sha256"])
+
+    def shard_of(self, video: int) -> int:
+        """The number of the shard that holds a video."""
+        return video // self.manifest["shard_videos"]
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Fetch local copies of whole shards, in this order, while the process does other things; those that were asked
+        for before are no more. Nothing to do for those of a local folder."""
+        if not isinstance(self.root, Url):
+            return
+        if self._ahead is None:
+            self._ahead = queue.SimpleQueue()
+            for _ in range(FETCHING):
+                threading.Thread(target=self._fetch, args=(self._ahead,), daemon=True).start()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._ahead.get_nowait()
+        for shard in shards:
+            self._ahead.put(shard)
+
+    def _fetch(self, ahead):
+        while True:
+            with contextlib.suppress(OSError):  # who reads the shard meets it too, and says so
+                self._copy(ahead.get())
+
     def __getstate__(self):
-        return self.__dict__ | {"_open": collections.OrderedDict()}
+        return self.__dict__ | {"_open": collections.OrderedDict(), "_ahead": None}
 
 
 class ClipReader:
@@ -547,7 +645,7 @@ class ClipReader:
         EmptySplitError: no video is long enough.
     """
 
-    def __init__(self, root: str | Path, manifest: dict, clip_length: int, stride: int, name: str) -> None:
+    def __init__(self, root: Location, manifest: dict, clip_length: int, stride: int, name: str) -> None:
         self._reader, self._stride = ShardReader(root, manifest), stride
         lengths = {v: (self._reader.length(v) - 1) // stride + 1 for v in self._reader.videos}
         self._numbers = [v for v, n in lengths.items() if n >= clip_length]
@@ -576,6 +674,21 @@ class ClipReader:
         """Conditions of the same frames; see VideoDataset."""
         return self._reader.conditions(*self._place(index, start, stop))
 
+    def shard_clips(self, windows: ClipWindows) -> list[tuple]:
+        """Which clips lie in which shard -> (shard, first clip, its end, bytes of the shard), of ClipWindows over the
+        videos."""
+        notes, found = self._reader.manifest["shards"], []
+        for video, (start, stop) in zip(self._numbers, windows.spans()):
+            shard = self._reader.shard_of(video)
+            if found and found[-1][0] == shard:
+                start = found.pop()[1]
+            found.append((shard, start, stop, notes[shard]["bytes"]))
+        return found
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """See ShardReader."""
+        self._reader.prefetch(shards)
+
     def _place(self, index, start, stop):
         """-> (video, start, stop, stride) in stored frames"""
         length = self.videos[index].n_frames
@@ -586,28 +699,27 @@ class ClipReader:
         return self._numbers[index], start * self._stride, (stop - 1) * self._stride + 1, self._stride
 
 
-def read_manifest(root: str | Path, kind: Kind) -> dict:
+def read_manifest(root: Location, kind: Kind) -> dict:
     """The manifest of a finished folder, after a check that every shard has its full size.
 
     Raises:
         FileNotFoundError: no manifest, or a shard is missing.
         ValueError: not a manifest of this format, or a shard of another size (names it, with both sizes).
     """
-    root = Path(root)
-    if not (root / MANIFEST).is_file():
-        state = "unfinished" if (root / PLAN).is_file() else "not there"
+    root = folder_at(root)
+    if not _stands(root / MANIFEST):
+        state = "unfinished" if _stands(root / PLAN) else "not there"
         raise FileNotFoundError(f"{kind.name} {root}: {state}; run {kind.tool}, which resumes")
     manifest = load_manifest(root, kind)
-    for note in manifest["shards"]:
-        error = _size_error(root, note)
+    for error in _size_errors(root, manifest["shards"]):
         if error:
             raise ValueError(f"{error}; re-run {kind.tool}, which writes it again")
     return manifest
 
 
-def load_manifest(root: str | Path, kind: Kind) -> dict:
+def load_manifest(root: Location, kind: Kind) -> dict:
     """The manifest of a finished folder, whether or not its shards stand; raises ValueError as ``read_manifest``."""
-    path = Path(root) / MANIFEST
+    path = folder_at(root) / MANIFEST
     manifest = read_json(path, MANIFEST_MB)
     if manifest.get("format") != kind.version:
         raise ValueError(f"{path}: expected format {kind.version}, found {short(manifest.get('format'))}")
@@ -638,7 +750,7 @@ def _check_note(where, job, shard, note):
         )
 
 
-def verify(root: str | Path, kind: Kind) -> int:
+def verify(root: Location, kind: Kind) -> int:
     """Compare every shard of a finished folder with its checksum; returns the number of shards.
 
     Raises:
@@ -650,11 +762,11 @@ def verify(root: str | Path, kind: Kind) -> int:
     return len(notes)
 
 
-def damage(root: str | Path, notes: Iterable[dict]) -> Iterator[str]:
+def damage(root: Location, notes: Iterable[dict]) -> Iterator[str]:
     """Yield a line for each shard that is missing, or differs in size or checksum from its note."""
-    for note in notes:
-        path = Path(root) / note["file"]
-        error = _size_error(Path(root), note)
+    root = folder_at(root)
+    for note, error in zip(notes, _size_errors(root, notes)):
+        path = root / note["file"]
         if error is None and (found := file_sha256(path)) != note["sha256"]:
             error = f"{path}: expected sha256 {note['sha256']}, found {found}"
         if error:
@@ -680,11 +792,19 @@ def _differences(found, asked, name):
         yield name, found, asked
 
 
-def _size_error(root, note):
-    path = root / note["file"]
-    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
-        return f"{path}: expected a file in this folder, found a link to {path.resolve()}"
-    found = path.stat().st_size if path.is_file() else None
+def _size_errors(root, notes):
+    """For each note a line about its shard where that is missing or of another size, else None."""
+    sizes = root.sizes() if isinstance(root, Url) and notes else {}
+    return [_size_error(root / note["file"], note, sizes) for note in notes]
+
+
+def _size_error(path, note, sizes):
+    if isinstance(path, Url):
+        found = sizes.get(path.name)
+    else:
+        if path.is_symlink() and (link := link_outside(path, path.parent)):
+            return link
+        found = path.stat().st_size if path.is_file() else None
     if found == note["bytes"]:
         return None
     return f"{path}: expected {note['bytes']} bytes, found {'no file' if found is None else found}"

@@ -638,7 +638,7 @@ def _index_path(root, index_dir):
     return root / INDEX_NAME if os.access(root, os.W_OK) else user_cache() / "indices" / unique
 
 
-class _Info(Schema):
+class _Info(Schema, extra="forbid"):
     """VideoInfo in an index."""
 
     n_frames: Count

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .folder import PICTURE_SUFFIXES, visible
-from .reader import CHUNK, VideoAwayError, VideoError, fit_pieces, is_away
+from .reader import CHUNK, MOST_PIXELS, VideoAwayError, VideoError, fit_pieces, is_away
 
 NUMBER = re.compile(r"(\d+)(?:[_-]\d+x\d+)?$")  # in a name without suffix; a size may follow, as in image-007_64x64.png
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's with 8 bits a channel or fewer
@@ -99,16 +100,23 @@ def _arrays(paths):
 def _array(path):
     """One picture -> (H, W, 3) uint8 array, turned and flipped as its EXIF says."""
     try:
-        with Image.open(path) as picture:
+        # Pillow's words on large pictures, for which our limit is lower, and on damaged EXIF.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
+            if (n := picture.width * picture.height) > MOST_PIXELS:
+                raise VideoError(f"{path}: expected at most {MOST_PIXELS} pixels, found {n}")
             picture.load()
             with contextlib.suppress(Exception):  # whatever damaged EXIF leads Pillow to: the pixels are whole
                 ImageOps.exif_transpose(picture, in_place=True)
             mode, array = picture.mode, np.array(picture.convert("RGB"))
     except UnidentifiedImageError:
         raise VideoError(f"{path}: not a picture") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, of damaged files
+    except VideoError:
+        raise
+    # Pillow's, of damaged files; MemoryError too, of a chunk that is said to have gigabytes.
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
         kind = VideoAwayError if is_away(error) else VideoError
-        raise kind(f"{path}: not a readable picture ({getattr(error, 'strerror', None) or error})") from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise kind(f"{path}: not a readable picture ({reason})") from None
     if mode not in MODES:
         raise VideoError(f"{path}: expected a picture of 8 bits a channel, found mode {mode}")
     return array

@@ -46,6 +46,10 @@ DEFAULT_RATE = 25.0  # of files that state none
 MAX_RATE = 1000.0  # frames per second; this and more is a clock's rate, not a video's
 GAP = 10.0  # seconds between two frames, and 20 times the usual step, past which time jumps; also the longest still
 HELD = 1 << 23  # bytes of packets that are kept to be decoded; larger files are read a second time
+MOST_PIXELS = 1 << 26  # of a frame, twice those of 8K film: a file of some kilobytes may state billions
+FEW_PACKETS, LEAST_PACKET = 1000, 8  # beyond so many packets each has so many bytes, on average
+PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # boxes of an MP4 that hold boxes
+SAMPLE_COUNTS = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # box -> where in it the number of samples stands
 KEPT_LOOKS = 64  # files whose packet tables are kept: 8 bytes a frame
 # Lists of other files (of which some never end), devices, and single pictures are no video files.
 NOT_VIDEOS = ("applehttp", "concat", "dash", "hls", "image2", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "tty")
@@ -470,6 +474,35 @@ class _Bytes:
             return -errno.EINVAL
 
 
+def _check_tables(path):
+    """Refuse an MP4 or QuickTime file whose tables state more samples than it has bytes: FFmpeg makes room for all of
+    them, gigabytes for a file of some kilobytes, before it looks for the first."""
+    n_bytes, n_samples = path.stat().st_size, 0
+    spans = [(0, n_bytes)]
+    with contextlib.closing(_Bytes(path)) as file:
+        while spans:
+            start, end = spans.pop()
+            if start + 8 > end:
+                continue
+            file.seek(start, os.SEEK_SET)
+            header = file.read(28).ljust(28, b"\0")
+            size, kind, long = struct.unpack(">I4sQ", header[:16])
+            begin, size = (16, long) if size == 1 else (8, size or end - start)
+            if size < begin:
+                continue
+            stop = min(start + size, end)
+            spans.append((stop, end))
+            if kind in PARENTS:
+                spans.append((start + begin, stop))
+            elif kind in SAMPLE_COUNTS:
+                place = begin + SAMPLE_COUNTS[kind]
+                n_samples += int.from_bytes(header[place : place + 4], "big")
+            elif kind == b"cmov":
+                raise VideoError(f"{path}: its header is compressed, as QuickTime's once were; convert it")
+            if n_samples > n_bytes:
+                raise VideoError(f"{path}: damaged, states more samples than its {n_bytes} bytes hold")
+
+
 class _Video:
     """An opened file with its video stream; a context manager that turns FFmpeg's errors into VideoError.
 
@@ -479,6 +512,8 @@ class _Video:
     def __init__(self, path, how=None, strict=False):
         self.path, self.how, self.strict = path, how, strict
         self._index, self._held = how and how.stream, None
+        if how is None:
+            _check_tables(path)
         self._open()
 
     def _open(self):
@@ -497,9 +532,15 @@ class _Video:
             if isinstance(error, VideoError):
                 raise
             raise _failure(self.path, error, "not a readable video") from None
-        self.stream.codec_context.thread_count = 1
-        if self.strict:
-            self.stream.codec_context.options = {"err_detect": "explode"}
+        context = self.stream.codec_context
+        if context.width * context.height > MOST_PIXELS:
+            self._close()
+            raise VideoError(
+                f"{self.path}: expected at most {MOST_PIXELS} pixels a frame, found {context.width} x {context.height}"
+            )
+        context.thread_count = 1
+        # Frames may be larger than the file says.
+        context.options = {"max_pixels": str(MOST_PIXELS)} | ({"err_detect": "explode"} if self.strict else {})
 
     def _close(self):
         if self.container is not None:
@@ -509,10 +550,13 @@ class _Video:
     def scan(self):
         """What the packets say -> _Scan. They are kept, for ``restart``; those of a large file are read again."""
         packets, held, size = [], [], 0
+        most = FEW_PACKETS + self.path.stat().st_size // LEAST_PACKET
         for packet in self.container.demux(self.stream):
             size += packet.size
             if packet.size:
                 packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+            if len(packets) > most:
+                raise VideoError(f"{self.path}: damaged, has more packets than its bytes hold")
             if size <= HELD:
                 held.append(packet)
         self._held = held if size <= HELD else None
@@ -917,9 +961,17 @@ def _check_range(path, wanted, n_frames):
 
 def _failure(path, error, what):
     """FFmpeg's error as a VideoError: of the file, or of the moment."""
-    if getattr(error, "errno", None) == errno.ENOMEM:
+    if getattr(error, "errno", None) == errno.ENOMEM and not _has_memory():
         return _away(path, error)
     return VideoError(f"{path}: {what} ({_reason(error)})")
+
+
+def _has_memory():
+    """Whether there is memory: FFmpeg says that there is none also where a damaged file states gigabytes."""
+    try:
+        return bool(bytearray(1 << 26))
+    except MemoryError:
+        return False
 
 
 def _away(path, error):

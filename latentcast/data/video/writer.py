@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...files import replacing
+from ...urls import Location, folder_at
 
 if TYPE_CHECKING:  # a video needs no figures
     from latentcast.figures import Drawing
@@ -57,7 +58,7 @@ def write_drawing(stem: str | Path, drawing: "Drawing", gif: bool = False) -> di
     return files
 
 
-def write_video(path: str | Path, frames: Shaped[Tensor, "T C H W"], fps: float, hold: float = 0.0) -> None:
+def write_video(path: Location, frames: Shaped[Tensor, "T C H W"], fps: float, hold: float = 0.0) -> None:
     """Write a video whose kind follows from the suffix.
 
     ``.mp4`` is h264 in yuv420p, which every browser plays; odd heights and widths gain one pixel that repeats the edge.
@@ -88,7 +89,7 @@ def write_video(path: str | Path, frames: Shaped[Tensor, "T C H W"], fps: float,
         VIDEO_WRITERS[path.suffix.lower()](temporary, frames, written, hold)
 
 
-def check_video(path: str | Path, height: int, width: int) -> None:
+def check_video(path: Location, height: int, width: int) -> None:
     """Refuse frames that are larger, in pixels, than ``write_video`` can write them to ``path``, with a ValueError."""
     longest = SIDES[Path(path).suffix.lower()]
     if max(height, width) > longest or height * width > LARGEST:
@@ -98,9 +99,9 @@ def check_video(path: str | Path, height: int, width: int) -> None:
         )
 
 
-def write_image(path: str | Path, frame: Shaped[Tensor, "C H W"]) -> None:
+def write_image(path: Location, frame: Shaped[Tensor, "C H W"]) -> None:
     """Write one frame (C, H, W), float in [-1, 1] or uint8, grey or RGB, as PNG; raises as ``write_video`` does."""
-    path = Path(path)
+    path = folder_at(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: cannot write this kind of picture; expected .png")
     frame = to_uint8(frame, n_dims=3)
