@@ -75,7 +75,7 @@ class Benchmark:
         """split -> keyword arguments of the class that makes its videos as they are asked for, instead of files."""
         return {}
 
-    def files(self) -> dict[str, Path]:
+    def files(self) -> dict:
         """name below the prepared set -> path of a file of the source that is copied there unchanged."""
         return {}
 

@@ -86,7 +86,7 @@ class MovingMNIST(Benchmark):
     def generated(self) -> dict[str, dict]:
         return {"train": self._arguments() | {"n_videos": self.options["n_train"]}}
 
-    def files(self) -> dict[str, Path]:
+    def files(self) -> dict:
         path = mnist_file(TRAIN_FILE, self.source)
         return {f"mnist/{path.name}": path}
 
