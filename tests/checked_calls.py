@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from beartype import BeartypeConf, beartype
-from jaxtyping import config, install_import_hook
+from jaxtyping import config, install_import_hook, jaxtyped
 
 PACKAGES = ("data", "evaluation", "layers", "metrics", "pipelines", "priors", "tokenizers")
 
@@ -26,15 +26,15 @@ def check_what_returned(stand_in):
 
 
 def stop(monkeypatch):
-    """Of all that is imported by now. torch.compile traces functions that are told not to check, and no constructors
-    of dataclasses that have ever been told to."""
+    """For torch.compile, which traces functions that are told not to check, but none of an object that it makes itself:
+    classes get their plain methods back."""
     monkeypatch.setattr(config, "jaxtyping_disable", True)
     for name, module in list(sys.modules.items()):
         if name.startswith("latentcast."):
-            for found in list(vars(module).values()):
-                constructor = vars(found).get("__init__") if hasattr(found, "__dataclass_fields__") else None
-                if hasattr(constructor, "__wrapped__"):
-                    monkeypatch.setattr(found, "__init__", constructor.__wrapped__)
+            for found in [each for each in vars(module).values() if isinstance(each, type)]:
+                for attribute, method in list(vars(found).items()):
+                    if getattr(method, "__globals__", None) is jaxtyped.__globals__:
+                        monkeypatch.setattr(found, attribute, method.__wrapped__)
 
 
 install_import_hook([f"latentcast.{name}" for name in PACKAGES], f"{__name__}.check_what_returned")

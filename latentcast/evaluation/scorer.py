@@ -75,8 +75,8 @@ class Scorer:
         return found
 
     def video_features(
-        self, context: Float[Tensor, "B n_context C H W"], future: Frames | Futures
-    ) -> Float[Tensor, "B ..."]:
+        self, context: Float[Tensor, "*clips n_context C H W"], future: Float[Tensor, "*clips F C H W"]
+    ) -> Float[Tensor, "*clips D"]:
         """What FVD keeps of videos."""
         return self.fvd.features(torch.cat([context, future], -4) if self.protocol.fvd_context else future)
 

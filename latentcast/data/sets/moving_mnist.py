@@ -1,7 +1,6 @@
 """Moving MNIST and Stochastic Moving MNIST (SM-MNIST), made from MNIST's IDX files."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from latentcast.config import check_counts
 from latentcast.sizes import as_square
