@@ -334,6 +334,9 @@ def test_a_video_of_more_samples_than_bytes(tmp_path):
     refused(lambda: probe(path), path, f"states more samples than its {path.stat().st_size} bytes hold")
     write(2_000, 4)
     refused(lambda: probe(path, "packets"), path, "has more packets than its bytes hold")
+    path.write_bytes(boxes(whole, {b"stts": struct.pack(">IIII", 0, 1, 2**31 + 12, 512)}))
+    info = probe(path)  # these decode, but decord would end the process
+    assert (info.n_frames, info.reader) == (4, "pyav")
     path.write_bytes(b"\0\0\0\1free" + b"\xff" * 8 + whole)  # a box of exabytes
     refused(lambda: probe(path), path)
     path.write_bytes(boxes(whole, {}))
