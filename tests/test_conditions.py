@@ -236,9 +236,9 @@ def test_a_rollout_gives_what_sample_gives(name, n_context):
 
 def test_a_rollout_is_told_step_by_step(stepwise):
     context, told = random_clip(stepwise, n_frames=2), random_conditions(n_frames=8)
-    # To rounding: what is told of one frame and of all are products of other shapes.
+    # To rounding, over all the steps: what is told of one frame and of all are products of other shapes.
     future = sample(stepwise, context, 6, told)
-    torch.testing.assert_close(roll_out(stepwise, context, 6, told), future, atol=1e-6, rtol=0)
+    torch.testing.assert_close(roll_out(stepwise, context, 6, told), future, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", sorted(TOGETHER))
@@ -256,7 +256,7 @@ def test_a_rollout_refuses_a_step_and_goes_on(stepwise):
     with pytest.raises(ValueError, match="conditions: action: expected 0 to 2, found 7"):
         rollout.step({"action": torch.tensor([7, 0]), "state": told["state"][:, 2]})
     frames = [rollout.step({name: told[name][:, t] for name in ("action", "state")}) for t in (2, 3)]
-    torch.testing.assert_close(torch.stack(frames, 2), sample(prior, context, 2, told), atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.stack(frames, 2), sample(prior, context, 2, told), atol=2e-5, rtol=0)
 
 
 def steered_pipe():

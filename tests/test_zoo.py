@@ -1,15 +1,19 @@
 """Pipelines that are handed on: export, example clips, card, and the demo that predicts them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import small_recurrent_vae
-from tiny_experiment import TOOLS, Started, finished
+from tiny_experiment import ROOT, TOOLS, Started, finished
 
 from latentcast import PixelTokenizer, VideoPredictionPipeline
+from latentcast.catalogue import described
 from latentcast.zoo import N_EXAMPLES, example_psnr, export, read_examples
+
+ZOO = sorted(path.parent for path in ROOT.glob("zoo/*/README.md"))
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +57,18 @@ def test_the_demo_predicts_the_example_clips(exported, tmp_path):
 def test_a_pipeline_without_examples_is_named(tmp_path):
     with pytest.raises(OSError, match=r"examples.safetensors: expected example clips"):
         read_examples(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ZOO, ids=lambda folder: folder.name)
+def test_the_zoos_cards_are_true(folder):
+    pipe = VideoPredictionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    said = re.search(r"example clips: ([\d.]+) dB", (folder / "README.md").read_text())[1]
+    clips = read_examples(folder)
+    assert len(clips) == N_EXAMPLES and example_psnr(pipe, clips) == pytest.approx(float(said), abs=0.1)
+    assert json.loads((folder / "metrics.json").read_text()).keys() <= described("protocol").keys()
+
+
+def test_the_zoo_is_small():
+    sizes = [sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in ZOO]
+    assert max(sizes, default=0) <= 4_200_000 and sum(sizes) <= 30_000_000  # of weights 4 MB; the examples stand beside

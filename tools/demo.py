@@ -7,11 +7,16 @@ from pathlib import Path
 from latentcast.cli import run_tool
 
 N_SHOWN = 6
+ZOO = Path(__file__).parents[1] / "zoo"  # of a checkout
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pipeline", required=True, metavar="DIR", help="a pipeline with example clips")
+    default = ZOO / "smmnist32-svg-lp"
+    there = {"default": default} if default.is_dir() else {"required": True}
+    parser.add_argument(
+        "--pipeline", metavar="DIR", help="a pipeline with example clips (default: zoo/smmnist32-svg-lp)", **there
+    )
     parser.add_argument("--output", default="demo", metavar="DIR", help="where the pictures go (default: demo)")
     parser.add_argument("--num-samples", type=int, default=4, metavar="N", help="futures of each clip")
     parser.add_argument("--scale", type=int, default=3, metavar="N", help="enlarges the pixels (default: 3)")
