@@ -21,6 +21,7 @@ stress: $(STAMP)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 docs: $(STAMP)
 	$(VENV)/bin/mkdocs build --strict

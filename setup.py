@@ -41,7 +41,7 @@ setup(
     packages=[*find_packages(include=["latentcast", "latentcast.*"]), *mounted],
     package_dir={"": "."} if editable else {"latentcast": "latentcast", **mounted},
     package_data={
-        "latentcast": ["*.html"],
+        "latentcast": ["*.html", "py.typed"],
         "latentcast.evaluation": ["*.yaml"],
         "latentcast.reporting": ["*.j2"],
         **{name: ["*.yaml"] for name in mounted if name.startswith("latentcast.configs")},
@@ -51,6 +51,7 @@ setup(
         "torch>=2.6",
         "pytorch-lightning>=2.6",
         "einops>=0.8",
+        "jaxtyping>=0.3",  # shapes in signatures, which are evaluated: small, and free when programs run
         "vector-quantize-pytorch>=1.20",
         "diffusers>=0.42",
         "accelerate>=0.31",  # diffusers needs it to load weights in half precision with fp32 codebooks
@@ -93,6 +94,8 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "pyright[nodejs]>=1.1.400",  # which brings the node that it runs on
+            "beartype>=0.20",  # checks every annotated call while tests run
             "build>=1.2",
             "setuptools>=77",
             "psutil>=5.9",

@@ -28,7 +28,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _chance = random.Random()  # its own: training's random numbers must not depend on a store's failures
 
 
-def folder_at(location, cache_dir=None, cache_gigabytes=GIGABYTES):
+def folder_at(
+    location: "Place", cache_dir: str | Path | None = None, cache_gigabytes: float = GIGABYTES
+) -> "Path | Url":
     """A folder as a Path, or where ``location`` is a URL as a Url.
 
     Args:
@@ -215,6 +217,9 @@ class Url:
                 pause = PAUSE * 2 ** (attempt - 1) * _chance.uniform(0.75, 1.25)
                 logger.warning("%s: could not be %s (%s); once more in %.1f s", self, what, reason, pause)
                 time.sleep(pause)
+
+
+Place = str | Path | Url  # what names a folder
 
 
 def unlink_all(paths):

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 from diffusers import DiffusionPipeline
@@ -57,7 +59,7 @@ class VideoPipeline(SavedClearly, DiffusionPipeline):
         adopt(cls)
 
     @classmethod
-    def from_pretrained(cls, path, **kwargs):
+    def from_pretrained(cls, path: str | Path, **kwargs: object) -> "VideoPipeline":
         """Load a pipeline from a folder written by ``save_pretrained``, or from the hub.
 
         Args:
@@ -93,19 +95,19 @@ class VideoPipeline(SavedClearly, DiffusionPipeline):
                 raise ValueError(text if str(folder) in text else f"pipeline {folder}: {text}") from error
             raise ValueError(f"pipeline {folder}: cannot be loaded ({type(error).__name__}: {text})") from error
 
-    def to_json_string(self):
+    def to_json_string(self) -> str:
         """``model_index.json``. diffusers' own DiffusionPipeline, asked to load it, seeks the class in diffusers; its
         error repeats what stands here, so that is the full name of the class to use."""
         index = json.loads(super().to_json_string()) | {"_class_name": f"{PUBLIC}{type(self).__name__}"}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
-    def progress_bar(self, iterable=None, total=None):
+    def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> Bar:
         """As in diffusers (see ``set_progress_bar_config``), on a terminal; else a line now and then."""
         return Bar(
             iterable, total=total, **{"desc": "sampling", "unit": "step", **getattr(self, "_progress_bar_config", {})}
         )
 
     @classmethod
-    def download(cls, pretrained_model_name, **kwargs):
+    def download(cls, pretrained_model_name: str, **kwargs: object) -> Path:
         """Fetch ``owner/name`` from the hub -> folder. (diffusers refuses components of packages it does not know.)"""
         return download(pretrained_model_name, "pipeline", **kwargs)

@@ -1,5 +1,7 @@
 """What a pipeline takes for frames: tensors, arrays and pictures, as torch and diffusers hand them around."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import PIL.Image
 import torch
@@ -7,9 +9,17 @@ import torch
 from latentcast.data.video.reader import fit_frames
 
 RANGES = ((-1, 1), (0, 1))
+FramesLike = torch.Tensor | np.ndarray | PIL.Image.Image | Sequence  # a clip, clips, or lists of either
 
 
-def as_frames(frames, channels, height, width, value_range=None, crop="center"):
+def as_frames(
+    frames: FramesLike,
+    channels: int,
+    height: int,
+    width: int,
+    value_range: Sequence[int] | None = None,
+    crop: str = "center",
+) -> FramesLike:
     """Bring clips of any usual kind into the one form that models take.
 
     Args:

@@ -3,24 +3,29 @@
 import difflib
 import functools
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import diffusers
 import numpy as np
 import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
+from jaxtyping import Float, Shaped
+from torch import Tensor
 
 from latentcast.config import check_counts, is_whole, one_line
 from latentcast.data.video.reader import CROPS, check_crop
 from latentcast.figures.sheets import shown_channels
 from latentcast.modeling import eval_mode
-from latentcast.priors.base import as_keyword
+from latentcast.priors.base import Prior, Rollout, as_keyword
 from latentcast.schemas import Count, Rate
-from latentcast.tokenizers.base import check_frames
+from latentcast.shapes import Clip, Conditions, Frames, Futures, Numbers
+from latentcast.tokenizers.base import FrameTokenizer, check_frames
 
 from .base import Component, PipelineIndex, VideoPipeline
-from .inputs import as_frames
+from .inputs import FramesLike, as_frames
 
 OUTPUT_TYPES = ("pt", "np", "pil", "latent")
 
@@ -67,7 +72,15 @@ class VideoPredictionPipeline(VideoPipeline):
     _optional_components = ["tokenizer", "scheduler"]  # noqa: RUF012 (diffusers' name)
     model_cpu_offload_seq = "tokenizer->prior"  # and back
 
-    def __init__(self, prior, tokenizer=None, scheduler=None, n_context=None, fps=None, crop="center"):
+    def __init__(
+        self,
+        prior: Prior,
+        tokenizer: FrameTokenizer | None = None,
+        scheduler: diffusers.SchedulerMixin | None = None,
+        n_context: int | None = None,
+        fps: float | None = None,
+        crop: str = "center",
+    ) -> None:
         super().__init__()
         spec = prior.config.latent_spec
         if tokenizer is None and prior.accepts != "pixels":
@@ -91,20 +104,20 @@ class VideoPredictionPipeline(VideoPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        frames,
-        n_frames=None,
-        num_samples=1,
-        generator=None,
-        output_type="pt",
-        frame_times=None,
-        decode_batch=256,
-        num_inference_steps=None,
-        value_range=None,
-        conditions=None,
-        output_layers=None,
-        return_dict=True,
-        **sampler,
-    ):
+        frames: FramesLike,
+        n_frames: int | None = None,
+        num_samples: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pt",
+        frame_times: Numbers | None = None,
+        decode_batch: int = 256,
+        num_inference_steps: int | None = None,
+        value_range: Sequence[int] | None = None,
+        conditions: Conditions | None = None,
+        output_layers: int | None = None,
+        return_dict: bool = True,
+        **sampler: object,
+    ) -> VideoPipelineOutput | tuple:
         """Predict futures.
 
         Args:
@@ -179,7 +192,15 @@ class VideoPredictionPipeline(VideoPipeline):
         return VideoPipelineOutput(frames=predicted) if return_dict else (predicted,)
 
     @torch.no_grad()
-    def rollout(self, frames, num_samples=1, generator=None, conditions=None, value_range=None, **sampler):
+    def rollout(
+        self,
+        frames: FramesLike,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        conditions: Conditions | None = None,
+        value_range: Sequence[int] | None = None,
+        **sampler: object,
+    ) -> "VideoRollout":
         """Begin futures that are predicted one frame at a time, each told as it comes what leads to it: a world model.
 
         Args:
@@ -263,8 +284,8 @@ class VideoPredictionPipeline(VideoPipeline):
             with eval_mode(self.tokenizer):
                 sampler["canvas"] = self.encode(self._as_frames(canvas, value_range))
 
-    def encode(self, frames):
-        """(B, T, C, H, W) in [-1, 1] -> what the prior accepts: codes, latents or the frames themselves."""
+    def encode(self, frames: Frames) -> Clip:
+        """Frames, in [-1, 1], to what the prior accepts: codes, latents or the frames themselves."""
         frames = frames.to(self._execution_device)
         if self.prior.accepts == "pixels":
             return frames.to(self.prior.dtype)
@@ -272,8 +293,10 @@ class VideoPredictionPipeline(VideoPipeline):
         output = self.tokenizer.encode(frames)
         return output.codes if self.prior.accepts == "codes" else output.latents.to(self.prior.dtype)
 
-    def decode(self, future, decode_batch=256, n_layers=None):
-        """What the prior predicts, (B, S, T, ...) -> (B, S, T, C, H, W) float32 in [-1, 1]. Never quantises.
+    def decode(
+        self, future: Shaped[Tensor, "B S T _ _ _"], decode_batch: int = 256, n_layers: int | None = None
+    ) -> Futures:
+        """What the prior predicts to frames, float32 in [-1, 1]. Never quantises.
 
         Args:
             decode_batch: number of frames decoded at once.
@@ -291,8 +314,17 @@ class VideoPredictionPipeline(VideoPipeline):
             frames.append(self.tokenizer.decode(latents)[:, 0].float().clamp(-1, 1))
         return torch.cat(frames).unflatten(0, future.shape[:3])
 
-    def check_inputs(self, frames, n_frames, num_samples, output_type, frame_times=None, sampler=(), decode_batch=1):
-        """Refuse what cannot be predicted from; frames as (B, T, C, H, W)."""
+    def check_inputs(
+        self,
+        frames: Frames,
+        n_frames: int,
+        num_samples: int,
+        output_type: str,
+        frame_times: Float[Tensor, "..."] | None = None,
+        sampler: Sequence[str] | dict = (),
+        decode_batch: int = 1,
+    ) -> None:
+        """Refuse what cannot be predicted from."""
         spec = self.prior.config.latent_spec
         check_frames(frames, spec["frame_channels"], spec["frame_height"], spec["frame_width"])
         check_counts(n_frames=n_frames, num_samples=num_samples, decode_batch=decode_batch)
@@ -322,12 +354,12 @@ class VideoPredictionPipeline(VideoPipeline):
 class VideoRollout:
     """Futures of some contexts, predicted frame by frame; see ``VideoPredictionPipeline.rollout``."""
 
-    def __init__(self, pipe, rollout):
+    def __init__(self, pipe: VideoPredictionPipeline, rollout: Rollout) -> None:
         self.pipe, self._rollout = pipe, rollout
 
     @torch.no_grad()
-    def step(self, conditions=None):
-        """The next frame of each future -> (B, num_samples, C, H, W) float32 in [-1, 1].
+    def step(self, conditions: Conditions | Numbers | None = None) -> Float[Tensor, "B S C H W"]:
+        """The next frame of each future, float32 in [-1, 1].
 
         Args:
             conditions: what leads to it: name -> (B, *shape), or (*shape) for all contexts, of all conditions per
@@ -347,10 +379,10 @@ class VideoRollout:
 class OneBar:
     """One progress bar for the ``n`` calls of a sampler that follow one another, each as long as the first."""
 
-    def __init__(self, progress, n):
+    def __init__(self, progress: Callable, n: int) -> None:
         self.progress, self.n, self.bar, self.done = progress, n, None, 0
 
-    def __call__(self, total):
+    def __call__(self, total: int) -> "OneBar":
         if self.bar is None:
             self.bar = self.progress(total=total * self.n)
         return self

@@ -2,17 +2,22 @@
 
 import inspect
 import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
 
 from latentcast.config import MisfitError, is_whole
 from latentcast.layers.conditions import ConditionEmbedding
 from latentcast.modeling import VideoModel, eval_mode
+from latentcast.shapes import Clip, Conditions, Frames, Latents, Scalar
 from latentcast.sizes import nearest_fit
-from latentcast.tokenizers.base import check_frames, check_latents
+from latentcast.tokenizers.base import LatentSpec, check_frames, check_latents
 
 logger = logging.getLogger("latentcast")
 
@@ -21,15 +26,15 @@ logger = logging.getLogger("latentcast")
 class PriorOutput(BaseOutput):
     """What ``forward`` returns.
 
-    loss: scalar to minimise.
-    logs: name -> detached scalar tensor, for the logger.
-    logits: one tensor (B, T - n_context, h, w, codebook_size) a codebook, of code priors that predict all positions at
-        once; joint training needs it.
+    loss: to minimise.
+    logs: by name, detached, for the logger.
+    logits: of the codes of each codebook after the context, of code priors that predict all positions at once; joint
+        training needs them.
     """
 
-    loss: torch.Tensor
-    logs: dict = field(default_factory=dict)
-    logits: list | None = None
+    loss: Scalar
+    logs: dict[str, Scalar] = field(default_factory=dict)
+    logits: list[Float[Tensor, "B future h w _"]] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,21 @@ class SamplerOption:
     choices: tuple = ()
 
 
+Told = Callable[[int], Float[Tensor, "B dim"]]  # what ``condition_vectors`` gives of a frame, by its number
+Progress = Callable[..., AbstractContextManager]  # like tqdm: is given ``total=``, and returns a bar to ``update``
+
+
 class Prior(VideoModel):
     """Base class of stage two.
 
-    The first init argument of every prior is ``latent_spec``, the dict that ``FrameTokenizer.latent_spec`` returns; it
-    is saved with the model. ``accepts`` names the space of the clips that the prior is trained on: "codes"
-    (B, T, h, w, n_codebooks), "latents" (B, T, D, h, w) or "pixels" (B, T, C, H, W) in [-1, 1].
+    The first init argument of every prior is ``latent_spec``, what ``FrameTokenizer.latent_spec`` gives; it is saved
+    with the model. ``accepts`` names the space of the clips that the prior is trained on: "codes" (int64), "latents" or
+    "pixels" (frames in [-1, 1]).
 
     Two more init arguments are common to all: ``conditions``, what the prior is told beside the frames, as the data
     declare it (see VideoDataset), and ``condition_dropout``, the share of training's clips that are told nothing.
-    Methods take ``conditions``: name -> tensor, (B, T, *shape) of those per frame, for context and future, and
-    (B, *shape) of those per video, with a batch of 1 for all; None: nothing is told. What stands at frame t is what led
-    to it.
+    Methods take ``conditions``: (B, T, *shape) of those per frame, for context and future, and (B, *shape) of those per
+    video, with a batch of 1 for all; None: nothing is told. What stands at frame t is what led to it.
 
     A subclass calls ``make_conditioner`` in its ``__init__``, and says in ``stream`` how futures are drawn frame by
     frame.
@@ -79,22 +87,25 @@ class Prior(VideoModel):
     clip_frames = None  # how many frames each clip must have that ``forward`` and ``explain`` take; None: any number
 
     @property
-    def conditions(self):
+    def conditions(self) -> dict[str, dict]:
         """What the prior is told of each frame or video, as in VideoDataset."""
         return self.config.get("conditions") or {}
 
-    def make_conditioner(self, dim):
+    def make_conditioner(self, dim: int) -> None:
         """Add the ``conditioner``, which embeds conditions as vectors of ``dim`` numbers, where there are any."""
         if self.conditions:
             self.condition_embedding = ConditionEmbedding(self.conditions, dim, self.config.condition_dropout)
 
     @property
-    def conditioner(self):
-        """The ConditionEmbedding of a prior with conditions, else None."""
-        return self._modules.get("condition_embedding")
+    def conditioner(self) -> ConditionEmbedding | None:
+        """Of a prior with conditions."""
+        found = self._modules.get("condition_embedding")
+        return found if isinstance(found, ConditionEmbedding) else None
 
-    def condition_vectors(self, conditions, batch, n_frames):
-        """Conditions of ``batch`` clips of ``n_frames`` -> (batch, n_frames, dim), of a prior without any None."""
+    def condition_vectors(
+        self, conditions: Conditions | None, batch: int, n_frames: int
+    ) -> Float[Tensor, "B T dim"] | None:
+        """What conditions say of each frame of ``batch`` clips of ``n_frames``; of a prior without any None."""
         if self.conditioner is not None:
             return self.conditioner(conditions, batch, n_frames)
         if conditions:
@@ -103,7 +114,9 @@ class Prior(VideoModel):
             )
         return None
 
-    def sampling_vectors(self, conditions, batch, n_frames):
+    def sampling_vectors(
+        self, conditions: Conditions | None, batch: int, n_frames: int
+    ) -> Float[Tensor, "B T dim"] | None:
         """The same for what is predicted, whatever mode the prior is in: of no clip are conditions left out."""
         with eval_mode(self.conditioner):
             return self.condition_vectors(conditions, batch, n_frames)
@@ -113,41 +126,58 @@ class Prior(VideoModel):
         vectors = self.sampling_vectors(conditions, batch, n_frames)
         return lambda t: vectors[:, t]
 
-    def told_frames(self, n_context, n_frames, **options):
+    def told_frames(self, n_context: int, n_frames: int, **options: object) -> int:
         """How many frames the conditions per frame are of, that ``sample`` takes with these options."""
         return n_context + n_frames
 
-    def prepare(self, clips):
-        """Told before training what there is to learn: an iterable over some clips (1, T, ...) of the train split."""
+    def prepare(self, clips: Iterable[Clip]) -> None:
+        """Told before training what there is to learn, by some clips of the train split, one at a time."""
 
-    def forward(self, clip, n_context, conditions=None):
-        """Training loss of predicting ``clip[:, n_context:]`` by teacher forcing -> PriorOutput."""
+    def forward(self, clip: Clip, n_context: int, conditions: Conditions | None = None) -> PriorOutput:
+        """Training loss of predicting ``clip[:, n_context:]`` by teacher forcing."""
         raise NotImplementedError
 
-    def sample(self, context, n_frames, *, num_samples=1, generator=None, progress=None, conditions=None):
-        """Continue ``context`` (B, n_context, ...) by ``n_frames`` frames -> (B, num_samples, n_frames, ...).
+    def sample(
+        self,
+        context: Clip,
+        n_frames: int,
+        *,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        progress: Progress | None = None,
+        conditions: Conditions | None = None,
+    ) -> Shaped[Tensor, "B {num_samples} {n_frames} _ _ _"]:
+        """Continue ``context`` by ``n_frames`` frames, in ``num_samples`` ways.
 
-        Subclasses add sampler options as keyword arguments, and take ``progress``: a callable like ``tqdm`` that
-        is given ``total=`` and returns a bar to ``update``.
+        Subclasses add sampler options as keyword arguments.
         """
         raise NotImplementedError
 
-    def stream(self, context, told, *, num_samples, generator, **options):
-        """A Python generator of the frames that ``sample`` gives at once, without an end: (B, num_samples, ...) each.
+    def stream(
+        self, context: Clip, told: Told, *, num_samples: int, generator: torch.Generator | None, **options: object
+    ) -> Iterator[Shaped[Tensor, "B {num_samples} _ _ _"]]:
+        """A Python generator of the frames that ``sample`` gives at once, without an end.
 
         It keeps what the next frame needs and no more, so that each costs the same time and memory.
 
         Args:
             context, num_samples, generator: as for ``sample``.
-            told: ``told(t)`` -> (B, dim), what ``condition_vectors`` gives of frame t, counted from the context's
-                first. Those of the context are there until the first frame is drawn, and that of a frame that is to be
-                predicted while it is. Not called by priors without conditions.
+            told: of frame t, counted from the context's first. Those of the context are there until the first frame is
+                drawn, and that of a frame that is to be predicted while it is. Not called by priors without conditions.
             **options: all sampler options; ``rollout`` adds the defaults that stand in ``sample``.
         """
         raise NotImplementedError
 
-    def rollout(self, context, *, num_samples=1, generator=None, conditions=None, **options):
-        """Begin futures of ``context`` (B, n_context, ...) that are predicted one frame at a time -> Rollout.
+    def rollout(
+        self,
+        context: Clip,
+        *,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        conditions: Conditions | None = None,
+        **options: object,
+    ) -> "Rollout":
+        """Begin futures of ``context`` that are predicted one frame at a time.
 
         Args:
             num_samples, generator: as for ``sample``; with the same, the frames are the same.
@@ -156,11 +186,20 @@ class Prior(VideoModel):
         """
         return Rollout(self, context, num_samples, generator, conditions, options)
 
-    def log_prob(self, clip, n_context, conditions=None):
-        """Log-likelihood in nats of ``clip[:, n_context:]`` given the context -> (B,). Likelihood priors only."""
+    def log_prob(self, clip: Clip, n_context: int, conditions: Conditions | None = None) -> Float[Tensor, " B"]:
+        """Log-likelihood in nats of ``clip[:, n_context:]`` given the context. Likelihood priors only."""
         raise NotImplementedError(f"{type(self).__name__} has no tractable likelihood")
 
-    def explain(self, clip, n_context, *, num_samples=1, generator=None, conditions=None, **options):
+    def explain(
+        self,
+        clip: Clip,
+        n_context: int,
+        *,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        conditions: Conditions | None = None,
+        **options: object,
+    ) -> dict[str, Shaped[Tensor, "B ..."]]:
         """What lies behind the predictions of ``clip[:, n_context:]``, for figures: name -> tensor, the batch first.
 
         The names, those in ``explains``, say what: ``nats`` (B, T - n_context, h, w, n_codebooks), what each code
@@ -182,10 +221,10 @@ class Prior(VideoModel):
         found = inspect.signature(self.sample).parameters
         return {name: parameter.default for name, parameter in found.items() if name not in common}
 
-    def sampler_options(self):
-        """What ``sample`` takes beyond the common arguments, and ``pipe(..., **sampler)`` may pass -> dict of name ->
-        SamplerOption, sorted. The kind follows from the default where ``sampler_ranges`` says nothing of it. A prior
-        without conditions has nothing to be guided by."""
+    def sampler_options(self) -> dict[str, SamplerOption]:
+        """What ``sample`` takes beyond the common arguments, and ``pipe(..., **sampler)`` may pass, sorted by name. The
+        kind follows from the default where ``sampler_ranges`` says nothing of it. A prior without conditions has
+        nothing to be guided by."""
         defaults, ranges, options = self._sampling_defaults(), self.sampler_ranges(), {}
         if self.conditioner is None:
             defaults.pop("guidance_scale", None)
@@ -194,11 +233,11 @@ class Prior(VideoModel):
             options[name] = SamplerOption(**{"default": default, "kind": kind} | ranges.get(name, {}))
         return options
 
-    def sampler_ranges(self):
+    def sampler_ranges(self) -> dict[str, dict]:
         """name -> fields of the SamplerOption that the default in ``sample`` does not tell; a subclass says its own."""
         return {}
 
-    def options_of(self, options, index, n_contexts, n_frames):
+    def options_of(self, options: dict[str, object], index: int, n_contexts: int, n_frames: int) -> dict[str, object]:
         """Sampler options of a batch of contexts -> those of context ``index`` when it is sampled alone.
 
         Args:
@@ -210,7 +249,7 @@ class Prior(VideoModel):
             options = options | {"frame_times": times[index : index + 1]}
         return options
 
-    def check_context(self, n_context, n_total):
+    def check_context(self, n_context: int, n_total: int) -> None:
         """Refuse a context that is too short for the prior or leaves nothing to predict."""
         if n_context < self.min_context:
             raise ValueError(f"n_context: expected at least {self.min_context}, found {n_context}")
@@ -222,17 +261,17 @@ class ContinuousPrior(Prior):
     """A prior over numbers: frames where ``latent_spec`` is of kind "pixels", else the latents of any tokenizer."""
 
     @property
-    def accepts(self):
+    def accepts(self) -> str:
         """The space of ``latent_spec``: "pixels" or "latents"."""
         return "pixels" if self.config.latent_spec["kind"] == "pixels" else "latents"
 
-    def check_clip(self, clip, name="clip"):
-        """Refuse anything but a float (B, T, C, H, W) of the sizes in ``latent_spec``, pixels within [-1, 1]."""
+    def check_clip(self, clip: Frames | Latents, name: str = "clip") -> None:
+        """Refuse anything but floats of the sizes in ``latent_spec``, pixels within [-1, 1]."""
         spec = self.config.latent_spec
         check = check_frames if self.accepts == "pixels" else check_latents
         check(clip, spec["channels"], spec["height"], spec["width"], name=name)
 
-    def in_range(self, x):
+    def in_range(self, x: Float[Tensor, "*x"]) -> Float[Tensor, "*x"]:
         """x, of pixels within [-1, 1]."""
         return x.clamp(-1, 1) if self.accepts == "pixels" else x
 
@@ -240,7 +279,15 @@ class ContinuousPrior(Prior):
 class Rollout:
     """Futures of some contexts, predicted frame by frame, see ``Prior.rollout``."""
 
-    def __init__(self, prior, context, num_samples, generator, conditions, options):
+    def __init__(
+        self,
+        prior: Prior,
+        context: Clip,
+        num_samples: int,
+        generator: torch.Generator | None,
+        conditions: Conditions | None,
+        options: dict[str, object],
+    ) -> None:
         self.prior, self._batch, self._next = prior, *context.shape[:2]
         prior.check_context(self._next, self._next + 1)
         per = {name: spec["per"] for name, spec in prior.conditions.items()}
@@ -253,11 +300,11 @@ class Rollout:
         self._frames = prior.stream(context, lambda t: self._vectors[t], **settings)
 
     @torch.no_grad()
-    def step(self, conditions=None):
-        """The next frame of each future -> (B, num_samples, ...).
+    def step(self, conditions: Conditions | None = None) -> Shaped[Tensor, "B S _ _ _"]:
+        """The next frame of each future.
 
         Args:
-            conditions: what leads to it: name -> tensor (B, *shape), all conditions per frame. None: nothing is told.
+            conditions: what leads to it, (B, *shape) of all conditions per frame. None: nothing is told.
         """
         if conditions is not None or self._all_of_video:
             one = {n: x[:, None] if torch.is_tensor(x) and x.ndim else x for n, x in (conditions or {}).items()}
@@ -272,24 +319,24 @@ class Rollout:
         return frame
 
 
-def as_keyword(conditions):
+def as_keyword(conditions: Conditions | None) -> dict[str, Conditions]:
     """Conditions as an argument of a prior's method; {} for None: a prior that is told nothing need not take it."""
     return {} if conditions is None else {"conditions": conditions}
 
 
-def check_widths(**lists):
+def check_widths(**lists: Sequence[int]) -> None:
     """Refuse lists (of a network's levels) that are empty or hold anything but whole numbers of at least 1, by name."""
     for name, values in lists.items():
         if not values or not all(is_whole(value, 1) for value in values):
             raise ValueError(f"{name}: expected whole numbers of at least 1, found {list(values)}")
 
 
-def code_nats(logits, codes):
-    """What each code costs, its cross-entropy in nats, fp32: logits (..., size), codes (...) -> (...)."""
+def code_nats(logits: Float[Tensor, "*codes K"], codes: Int[Tensor, "*codes"]) -> Float[Tensor, "*codes"]:
+    """What each code costs, its cross-entropy in nats, fp32."""
     return F.cross_entropy(logits.flatten(0, -2).float(), codes.flatten(), reduction="none").view(codes.shape)
 
 
-def need_codes(latent_spec, who):
+def need_codes(latent_spec: LatentSpec, who: str) -> None:
     """Refuse latents without codes."""
     if not latent_spec["codebook_sizes"]:
         found = "latents without any"
@@ -298,7 +345,9 @@ def need_codes(latent_spec, who):
         raise MisfitError(f"latent_spec: {who} needs codes, found {found}", "codes")
 
 
-def levels_for(latent_spec, fit, name, values, *beside, single=True):
+def levels_for(
+    latent_spec: LatentSpec, fit: bool, name: str, values: Sequence[int], *beside: Sequence[int], single: bool = True
+) -> list[list[int]]:
     """Lists that say something of each level of a network, where each has half the sides of the one before -> the same,
     a list each, of levels that the latents allow.
 
@@ -328,14 +377,14 @@ def levels_for(latent_spec, fit, name, values, *beside, single=True):
 class no_progress:
     """Stands in for a progress bar when nobody watches."""
 
-    def __init__(self, total=None):
+    def __init__(self, total: int | None = None) -> None:
         self.total = total
 
-    def __enter__(self):
+    def __enter__(self) -> "no_progress":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> bool:
         return False
 
-    def update(self, n=1):
+    def update(self, n: int = 1) -> None:
         """Do nothing."""

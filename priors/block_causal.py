@@ -1,10 +1,14 @@
 """What the priors on the trunk of ``latentcast/layers/block_causal.py`` have in common."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
 
 from latentcast.config import check_counts
 from latentcast.layers.block_causal import BlockCausalTransformer, Past
+from latentcast.shapes import Clip
 
 from .base import Prior
 
@@ -17,7 +21,16 @@ class BlockCausalPrior(Prior):
     ``config.n_frames``; in longer rollouts the model sees the last of them.
     """
 
-    def make_trunk(self, grid, dim, n_layers, n_heads, head_dim, n_frames, window):
+    def make_trunk(
+        self,
+        grid: Sequence[int],
+        dim: int,
+        n_layers: int,
+        n_heads: int,
+        head_dim: int,
+        n_frames: int,
+        window: int | None,
+    ) -> None:
         """Add the trunk over frames of ``grid`` (h, w) positions, and what all priors on it have beside it."""
         window = n_frames if window is None else window
         check_counts(least=2, n_frames=n_frames, window=window)
@@ -27,9 +40,10 @@ class BlockCausalPrior(Prior):
         self.corrupt = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.make_conditioner(dim)
 
-    def vectors(self, stands_as, damage, told=None):
-        """What tells the blocks of frames: damage (B, s) or of all frames (B, 1), told (B, s, d) or None -> (B, s or
-        1, d)."""
+    def vectors(
+        self, stands_as: Float[Tensor, " d"], damage: Shaped[Tensor, "B _"], told: Float[Tensor, "B s d"] | None = None
+    ) -> Float[Tensor, "B _ d"]:
+        """What tells the blocks of frames: damage of each, or one of all frames, and what is told of them."""
         x = stands_as + self.corrupt(damage[..., None].to(self.dtype))
         return x if told is None else x + told
 
@@ -39,13 +53,20 @@ class BlockCausalPrior(Prior):
         parts = (None, None) if told is None else (told[:, :-1], told[:, n_context:])
         return [self.vectors(*each) for each in zip((self.as_clean, self.as_target), (damage,) * 2, parts)]
 
-    def copied_vectors(self, stands_as, copies, told, n_contexts, num_samples):
-        """Vectors of a frame for a sampler's rows, of which there are several copies -> (copies * n_contexts *
-        num_samples, 1, d).
+    def copied_vectors(
+        self,
+        stands_as: Float[Tensor, " d"],
+        copies: Sequence[tuple[float, bool]],
+        told: Float[Tensor, "{n_contexts} d"] | None,
+        n_contexts: int,
+        num_samples: int,
+    ) -> Float[Tensor, "rows 1 d"]:
+        """Vectors of a frame for a sampler's rows, of which there are several copies: copies * n_contexts *
+        num_samples.
 
         Args:
             copies: of each (damage of the past, whether the conditions are told).
-            told: (n_contexts, d), or None of a prior without conditions.
+            told: None of a prior without conditions.
         """
         vectors = []
         for damage, is_told in copies:
@@ -54,7 +75,7 @@ class BlockCausalPrior(Prior):
             vectors.append(self.vectors(stands_as, damage, None if rows is None else rows[:, None]))
         return torch.cat(vectors).repeat_interleave(num_samples, 0)
 
-    def check_length(self, clip, n_context):
+    def check_length(self, clip: Clip, n_context: int) -> None:
         """Refuse clips of more frames than the model sees, and contexts that do not fit."""
         if clip.shape[1] > self.config.n_frames:
             raise ValueError(f"clip: expected at most {self.config.n_frames} frames (n_frames), found {clip.shape[1]}")
@@ -74,18 +95,18 @@ class Memory:
         cached: False: all frames are kept, and read anew with each that is added.
     """
 
-    def __init__(self, trunk, cached):
+    def __init__(self, trunk: BlockCausalTransformer, cached: bool) -> None:
         self.trunk, self.past, self.frames = trunk, Past(), None if cached else []
 
-    def add(self, clean, vectors):
-        """Remember the frames (rows, t, P, d) that come next, and their vectors (rows, t, d)."""
+    def add(self, clean: Float[Tensor, "M t P d"], vectors: Float[Tensor, " M #t d"]) -> None:
+        """Remember the frames that come next, and their vectors."""
         past = self.past
         if self.frames is not None:
             self.frames.append((clean, vectors))
             past, clean, vectors = Past(), *(torch.cat(parts, 1) for parts in zip(*self.frames))
         self.past = self.trunk.remember(past, clean, vectors)
 
-    def repeat_interleave(self, n):
+    def repeat_interleave(self, n: int) -> None:
         """From now on there are ``n`` neighbouring rows for each."""
         self.past = self.past.repeat_interleave(n)
         if self.frames is not None:

@@ -1,10 +1,13 @@
 """What the diffusion priors have in common: diffusers' schedulers by name, and the loop that denoises."""
 
 import inspect
+from collections.abc import Callable
 
 import diffusers
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from torch import Tensor
 
 from latentcast.config import check_counts, one_line
 
@@ -30,7 +33,7 @@ SCHEDULERS = {
 }
 
 
-def noise_schedule(n_diffusion_steps, betas, prediction_type):
+def noise_schedule(n_diffusion_steps: int, betas: str, prediction_type: str) -> dict[str, object]:
     """The forward process as diffusers' schedulers are configured.
 
     Args:
@@ -38,7 +41,7 @@ def noise_schedule(n_diffusion_steps, betas, prediction_type):
         betas: "linear" (Ho et al. 2020, from 1e-4 to .02) or "cosine" (Nichol and Dhariwal 2021).
         prediction_type: what the network predicts: "epsilon", "v_prediction" or "sample".
     Returns:
-        dict for ``make_scheduler``; JSON-able.
+        what ``make_scheduler`` takes; JSON-able.
     Raises:
         ValueError: an unknown name, or no steps.
     """
@@ -57,7 +60,7 @@ def noise_schedule(n_diffusion_steps, betas, prediction_type):
     }
 
 
-def make_scheduler(scheduler, schedule):
+def make_scheduler(scheduler: str | diffusers.SchedulerMixin, schedule: dict[str, object]) -> diffusers.SchedulerMixin:
     """A fresh scheduler of diffusers for a forward process.
 
     Args:
@@ -82,7 +85,7 @@ def make_scheduler(scheduler, schedule):
     return getattr(diffusers, name)(**schedule, **options, timestep_spacing="trailing")
 
 
-def check_steps(n_steps, n_train):
+def check_steps(n_steps: int, n_train: int) -> None:
     """Refuse numbers of denoising steps that a process of ``n_train`` diffusion steps cannot take."""
     check_counts(n_steps=n_steps)
     if n_steps > n_train:
@@ -90,12 +93,20 @@ def check_steps(n_steps, n_train):
 
 
 @torch.no_grad()
-def denoise(predict, noise, scheduler, n_steps, generator=None, clamp=None, on_step=None):
+def denoise(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    noise: Float[Tensor, "N ..."],
+    scheduler: diffusers.SchedulerMixin,
+    n_steps: int,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    clamp: float | Tensor | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> Float[Tensor, "N ..."]:
     """Run the reverse process from noise to a sample.
 
     Args:
-        predict: ``predict(x, t)`` -> the network's output for ``x`` (N, ...) at the time ``t``, a tensor (N,).
-        noise: (N, ...), standard normal.
+        predict: ``predict(x, t)`` -> the network's output for ``x`` (N, ...) at the times ``t`` (N,).
+        noise: standard normal.
         scheduler: a fresh one, of ``make_scheduler``.
         n_steps: number of denoising steps.
         generator: of the noise that stochastic schedulers add.
@@ -103,7 +114,7 @@ def denoise(predict, noise, scheduler, n_steps, generator=None, clamp=None, on_s
             the output that belongs to the clamped x_0.
         on_step: called after every step, to move a progress bar.
     Returns:
-        (N, ...), float32.
+        the sample, float32.
     Raises:
         ValueError: more steps than the process has, or fewer than one.
     """
@@ -144,7 +155,9 @@ def _noise_levels(scheduler):
     return scheduler.alphas_cumprod[times.long()]
 
 
-def clean_sample(output, x, alpha_bar, prediction_type):
+def clean_sample(
+    output: Float[Tensor, "*x"], x: Float[Tensor, "*x"], alpha_bar: Float[Tensor, "*#x"], prediction_type: str
+) -> Float[Tensor, "*x"]:
     """The x_0 that a network's output stands for: (x - sqrt(1 - alpha_bar) epsilon) / sqrt(alpha_bar) for "epsilon"."""
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if prediction_type == "epsilon":
@@ -152,7 +165,9 @@ def clean_sample(output, x, alpha_bar, prediction_type):
     return alpha * x - sigma * output if prediction_type == "v_prediction" else output
 
 
-def network_output(x_0, x, alpha_bar, prediction_type):
+def network_output(
+    x_0: Float[Tensor, "*x"], x: Float[Tensor, "*x"], alpha_bar: Float[Tensor, "*#x"], prediction_type: str
+) -> Float[Tensor, "*x"]:
     """The inverse of ``clean_sample``: what the network would have to say for ``x_0``."""
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if prediction_type == "epsilon":
@@ -165,16 +180,18 @@ def _clamped(output, x, alpha_bar, prediction_type, bound):
     return network_output(x_0, x, alpha_bar, prediction_type)
 
 
-def precise(x):
+def precise(x: Float[Tensor, "*x"]) -> Float[Tensor, "*x"]:
     """x in at least fp32, whatever autocast or the weights made of it: bf16 rounds the least noise to none."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def noised(x_0, noise, alpha_bar, prediction_type):
+def noised(
+    x_0: Float[Tensor, "*x"], noise: Float[Tensor, "*x"], alpha_bar: Float[Tensor, "*#x"], prediction_type: str
+) -> tuple[Float[Tensor, "*x"], Float[Tensor, "*x"]]:
     """A training pair of the forward process.
 
     Args:
-        x_0, noise: clean samples and standard normal noise, (N, ...).
+        x_0, noise: clean samples and standard normal noise.
         alpha_bar: of the times, broadcastable to them.
         prediction_type: of ``noise_schedule``.
     Returns:
@@ -185,7 +202,7 @@ def noised(x_0, noise, alpha_bar, prediction_type):
     return alpha * x_0 + sigma * noise, targets[prediction_type]
 
 
-def min_snr_weight(alpha_bar, gamma, prediction_type):
+def min_snr_weight(alpha_bar: Float[Tensor, "*x"], gamma: float, prediction_type: str) -> Float[Tensor, "*x"]:
     """Weight of the squared error at each time: min(SNR, gamma) on x_0's (Hang et al. 2023, section 3.4).
 
     In terms of the other outputs: over SNR for "epsilon", over SNR + 1 for "v_prediction".

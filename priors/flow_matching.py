@@ -4,8 +4,12 @@ The path from data x to noise e is x_s = (1 - s) x + s e, s from 0 to 1, its vel
 predicted velocity from s = 1 (or where it begins) down to 0.
 """
 
+from collections.abc import Callable
+
 import diffusers
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from latentcast.config import one_line
 
@@ -22,12 +26,16 @@ RANGES = {
 }
 
 
-def interpolate(x, noise, s):
+def interpolate(
+    x: Float[Tensor, "*x"], noise: Float[Tensor, "*x"], s: float | Float[Tensor, "*#x"]
+) -> Float[Tensor, "*x"]:
     """x_s = (1 - s) x + s e, where s broadcasts to x: Eq. 1 of Liu et al., from the data's side."""
     return (1 - s) * x + s * noise
 
 
-def make_scheduler(scheduler, n_steps, start_time=1.0, shift=None):
+def make_scheduler(
+    scheduler: str | diffusers.SchedulerMixin, n_steps: int, start_time: float = 1.0, shift: float | None = None
+) -> diffusers.SchedulerMixin:
     """A fresh scheduler of diffusers with its times set.
 
     Args:
@@ -70,16 +78,22 @@ def make_scheduler(scheduler, n_steps, start_time=1.0, shift=None):
 
 
 @torch.no_grad()
-def follow(predict, x, scheduler, generator=None, on_step=None):
+def follow(
+    predict: Callable[[Tensor, float], Tensor],
+    x: Float[Tensor, "*x"],
+    scheduler: diffusers.SchedulerMixin,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> Float[Tensor, "*x"]:
     """Follow the velocity from where ``scheduler`` (of ``make_scheduler``) begins to the data.
 
     Args:
-        predict: ``predict(x, s)`` -> the velocity of ``x`` (N, ...) at the time ``s``, a number.
-        x: (N, ...) at the first of its times.
+        predict: ``predict(x, s)`` -> the velocity of ``x`` at the time ``s``.
+        x: at the first of its times.
         generator: of the noise that stochastic schedulers add.
         on_step: called after every prediction.
     Returns:
-        (N, ...), float32.
+        x at the end, float32.
     """
     x = x.float()
     for t in scheduler.timesteps:  # on the CPU, as its tables are: no step waits for a GPU

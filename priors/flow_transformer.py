@@ -18,19 +18,24 @@ Shape letters: B clips, t clean frames, s frames predicted, P patches of a frame
 d width, n numbers in a patch.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from einops import rearrange
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from latentcast.config import MisfitError, check_counts, is_whole, one_line
+from latentcast.shapes import Conditions, Frames, Latents
 from latentcast.sizes import nearest_divisors
+from latentcast.tokenizers.base import LatentSpec
 
-from .base import ContinuousPrior, PriorOutput, no_progress
+from .base import ContinuousPrior, PriorOutput, Progress, SamplerOption, Told, no_progress
 from .block_causal import BlockCausalPrior, Memory
 from .denoising import precise
 from .flow_matching import RANGES, follow, interpolate, make_scheduler
@@ -69,23 +74,23 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
     @register_to_config
     def __init__(
         self,
-        latent_spec,
-        n_frames=16,
-        patch=None,
-        max_positions=256,
-        dim=256,
-        n_layers=6,
-        n_heads=4,
-        head_dim=64,
-        window=None,
-        prediction_type="sample",
-        time_mean=0.0,
-        time_std=1.0,
-        past_noise=0.1,
-        past_dropout=0.1,
-        conditions=None,
-        condition_dropout=0.1,
-    ):
+        latent_spec: LatentSpec,
+        n_frames: int = 16,
+        patch: int | Sequence[int] | None = None,
+        max_positions: int = 256,
+        dim: int = 256,
+        n_layers: int = 6,
+        n_heads: int = 4,
+        head_dim: int = 64,
+        window: int | None = None,
+        prediction_type: str = "sample",
+        time_mean: float = 0.0,
+        time_std: float = 1.0,
+        past_noise: float = 0.1,
+        past_dropout: float = 0.1,
+        conditions: dict[str, dict] | None = None,
+        condition_dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         if prediction_type not in PREDICTIONS:
             raise ValueError(
@@ -114,39 +119,44 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
 
     # The network --------------------------------------------------------------------------------------------------
 
-    def embed(self, x):
-        """Frames (..., C, H, W) -> their patches (..., P, d)."""
+    def embed(self, x: Float[Tensor, "*frames C H W"]) -> Float[Tensor, "*frames P d"]:
+        """Frames -> their patches."""
         p, q = self.patch
         x = rearrange(x, "... C (h p) (w q) -> ... (h w) (C p q)", p=p, q=q)
         return self.from_patch(x.to(self.dtype)) + self.places
 
-    def velocity(self, features, vectors, noisy, s):
-        """Features (..., P, d) of frames, their vectors (..., d), the frames x_s (..., C, H, W) and s, which broadcasts
-        to them -> their velocity, at least fp32."""
+    def velocity(
+        self,
+        features: Float[Tensor, "*frames P d"],
+        vectors: Float[Tensor, "*frames d"],
+        noisy: Float[Tensor, "*frames C H W"],
+        s: Float[Tensor, "*frames 1 1 1"],
+    ) -> Float[Tensor, "*frames C H W"]:
+        """Features of frames, their vectors, the frames x_s and s -> their velocity, at least fp32."""
         shift, scale = self.modulate(vectors)[..., None, :].chunk(2, -1)
         x = precise(self.to_patch(features * (1 + scale) + shift))
         p, q = self.patch
         x = rearrange(x, "... (h w) (C p q) -> ... C (h p) (w q)", h=self.grid[0], p=p, q=q)
         return x if self.config.prediction_type == "velocity" else velocity_to(x, noisy, s)
 
-    def time_vectors(self, s):
-        """Times (...) -> (..., d)."""
+    def time_vectors(self, s: Float[Tensor, "*frames"]) -> Float[Tensor, "*frames d"]:
+        """What a frame's vector is told of its time."""
         return self.time(self.sinusoids(1000 * s.flatten()).to(self.dtype)).unflatten(0, s.shape)
 
     # Training -----------------------------------------------------------------------------------------------------
 
-    def forward(self, clip, n_context, conditions=None):
+    def forward(self, clip: Frames | Latents, n_context: int, conditions: Conditions | None = None) -> PriorOutput:
         """Mean squared error of the velocity, a mean over frames and numbers.
 
         In eval mode noise and times are the same in every call (``eval_seed``), and no past is left out, so that losses
         compare.
 
         Args:
-            clip: (B, t, C, H, W) latents, or frames in [-1, 1], t of at most ``n_frames``. n_context: context frames;
-                the others are predicted, all in one pass, each from the true frames before it.
+            clip: frames in [-1, 1], or latents; at most ``n_frames`` of them. n_context: context frames; the others are
+                predicted, all in one pass, each from the true frames before it.
             conditions: see Prior.
         Returns:
-            PriorOutput; ``logs`` has ``flow_loss``.
+            ``logs`` has ``flow_loss``.
         """
         self.check_clip(clip)
         self.check_length(clip, n_context)
@@ -176,11 +186,11 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
 
     # Sampling -----------------------------------------------------------------------------------------------------
 
-    def sampler_ranges(self):
+    def sampler_ranges(self) -> dict[str, dict]:
         told = {"told_noise": {"least": 0, "most": self.config.past_noise}, "start": {"choices": STARTS}}
         return GUIDANCE | HISTORY_GUIDANCE | RANGES | told
 
-    def sampler_options(self):
+    def sampler_options(self) -> dict[str, SamplerOption]:
         """As Prior's; one that never learned to do without a past has nothing to be guided by either."""
         options = super().sampler_options()
         if not self.config.past_dropout:
@@ -190,32 +200,32 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
     @torch.no_grad()
     def sample(
         self,
-        context,
-        n_frames,
+        context: Frames | Latents,
+        n_frames: int,
         *,
-        num_samples=1,
-        generator=None,
-        progress=None,
-        conditions=None,
-        n_steps=8,
-        scheduler="euler",
-        shift=None,
-        start="noise",
-        start_time=0.7,
-        told_noise=0.0,
-        guidance_scale=1.0,
-        history_guidance_scale=1.0,
-        use_cache=True,
-    ):
-        """Continue a context (B, n_context, C, H, W) -> (B, num_samples, n_frames, C, H, W), frame by frame.
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        progress: Progress | None = None,
+        conditions: Conditions | None = None,
+        n_steps: int = 8,
+        scheduler: str | diffusers.SchedulerMixin = "euler",
+        shift: float | None = None,
+        start: str = "noise",
+        start_time: float = 0.7,
+        told_noise: float = 0.0,
+        guidance_scale: float = 1.0,
+        history_guidance_scale: float = 1.0,
+        use_cache: bool = True,
+    ) -> Float[Tensor, "B {num_samples} {n_frames} C H W"]:
+        """Continue a context, frame by frame.
 
         A frame costs a pass for each prediction of its velocity, and one to remember it.
 
         Args:
             context: frames or latents, at least one. n_frames: how many to predict.
             num_samples: futures for each context, which is read once.
-            generator: a ``torch.Generator`` for reproducible samples.
-            progress: a callable like ``tqdm``; counts passes.
+            generator: for reproducible samples.
+            progress: counts passes.
             conditions: see Prior.
             n_steps: of the solver, for each frame.
             scheduler: "euler", "heun" (two predictions a step), or one of diffusers' classes of these.
@@ -243,7 +253,15 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
             future = torch.stack([next(frames) for _ in range(n_frames)], 1)
         return future.unflatten(0, (-1, num_samples)).to(context.dtype)
 
-    def stream(self, context, told, *, num_samples, generator, **options):
+    def stream(
+        self,
+        context: Frames | Latents,
+        told: Told,
+        *,
+        num_samples: int,
+        generator: torch.Generator | None,
+        **options: object,
+    ) -> Iterator[Float[Tensor, "B {num_samples} C H W"]]:
         """As Prior's; the last frames that the model sees are kept."""
         how = Following(**options)
         self._check_sampling(context, num_samples, how)
@@ -314,7 +332,7 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
             x, level, n_seen = last[:, None], how.told_noise, n_seen + 1
 
 
-def velocity_to(x, noisy, s):
+def velocity_to(x: Float[Tensor, "*x"], noisy: Float[Tensor, "*x"], s: Float[Tensor, "*#x"]) -> Float[Tensor, "*x"]:
     """The velocity at x_s that has the frame x at its end; near there as if it had further to go."""
     return (noisy - x) / s.clamp(min=LEAST_TIME)
 
@@ -333,7 +351,7 @@ class Following:
     history_guidance_scale: float
     use_cache: bool
 
-    def check(self, prior):
+    def check(self, prior: FlowTransformer) -> None:
         """Refuse options out of their ranges."""
         check_guidance(self.guidance_scale, prior)
         check_numbers(**HISTORY_GUIDANCE["history_guidance_scale"], history_guidance_scale=self.history_guidance_scale)
@@ -352,15 +370,15 @@ class Following:
                 check_numbers(least, most, **{name: getattr(self, name)})
         self.scheduler_with_times()
 
-    def scheduler_with_times(self):
+    def scheduler_with_times(self) -> diffusers.SchedulerMixin:
         """Fresh, for one frame."""
         start_time = 1.0 if self.start == "noise" else self.start_time
         return make_scheduler(self.scheduler, self.n_steps, start_time, self.shift)
 
-    def copies(self):
+    def copies(self) -> list[tuple[bool, bool, float | None]]:
         """What each row is predicted for: (whether conditions are told, whether the past is noise, how much is moved
         away from this one)."""
-        copies = [(True, False, None)]
+        copies: list[tuple[bool, bool, float | None]] = [(True, False, None)]
         if self.guidance_scale != 1:
             copies.append((False, False, self.guidance_scale))
         if self.history_guidance_scale != 1:
@@ -371,10 +389,11 @@ class Following:
 def _smallest_patch(size, max_positions):
     """(height, width) of the smallest patches that divide ``size`` into at most so many."""
     check_counts(max_positions=max_positions)
-    for side in range(1, max(size) + 1):
+    for side in range(1, max(size)):
         patch = nearest_divisors(size, (side, side))
         if (size[0] // patch[0]) * (size[1] // patch[1]) <= max_positions:
             return tuple(patch)
+    return tuple(size)
 
 
 def _checked_patch(size, patch):

@@ -20,17 +20,20 @@ width.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
 
 from latentcast.config import check_counts, is_whole, one_line
-from latentcast.tokenizers.base import check_codes
+from latentcast.shapes import Codes, Conditions
+from latentcast.tokenizers.base import LatentSpec, check_codes
 
-from .base import PriorOutput, code_nats, need_codes, no_progress
+from .base import PriorOutput, Progress, Told, code_nats, need_codes, no_progress
 from .block_causal import BlockCausalPrior, Memory
 from .sampling import (
     DRAWING,
@@ -73,18 +76,18 @@ class MaskedTransformer(BlockCausalPrior):
     @register_to_config
     def __init__(
         self,
-        latent_spec,
-        n_frames=16,
-        dim=256,
-        n_layers=6,
-        n_heads=4,
-        head_dim=64,
-        window=None,
-        masking="tree",
-        corruption=0.2,
-        conditions=None,
-        condition_dropout=0.1,
-    ):
+        latent_spec: LatentSpec,
+        n_frames: int = 16,
+        dim: int = 256,
+        n_layers: int = 6,
+        n_heads: int = 4,
+        head_dim: int = 64,
+        window: int | None = None,
+        masking: str = "tree",
+        corruption: float = 0.2,
+        conditions: dict[str, dict] | None = None,
+        condition_dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         need_codes(latent_spec, "MaskedTransformer")
         if masking not in MASKINGS:
@@ -109,37 +112,39 @@ class MaskedTransformer(BlockCausalPrior):
 
     # The network --------------------------------------------------------------------------------------------------
 
-    def embed(self, codes, depth):
-        """Codes (..., P, n) of which ``depth`` (..., P) levels are known -> (..., P, d)."""
+    def embed(self, codes: Int[Tensor, "*frames P n"], depth: Int[Tensor, "*frames P"]) -> Float[Tensor, "*frames P d"]:
+        """Codes of which ``depth`` levels are known."""
         known = depth[..., None] > torch.arange(self.n_levels, device=depth.device)  # (..., P, n)
         x = self.depths(depth) + self.places
         for i, table in enumerate(self.codes):
             x = x + table(codes[..., i]) * known[..., i, None]
         return x
 
-    def embed_clean(self, codes):
-        """Codes (..., P, n) that are all known -> (..., P, d)."""
+    def embed_clean(self, codes: Int[Tensor, "*frames P n"]) -> Float[Tensor, "*frames P d"]:
+        """Codes that are all known."""
         return self.embed(codes, torch.full(codes.shape[:-1], self.n_levels, device=codes.device))
 
-    def logits(self, features, i, codes):
-        """Logits of level i: features (..., d), codes (..., n), of which those above level i count -> (..., size)."""
+    def logits(
+        self, features: Float[Tensor, "*rows d"], i: int, codes: Int[Tensor, "*rows n"]
+    ) -> Float[Tensor, "*rows K"]:
+        """Logits of level i; of the codes those above level i count."""
         for j in range(i):
             features = features + self.path[j](codes[..., j])
         return self.heads[i](features)
 
     # Training -----------------------------------------------------------------------------------------------------
 
-    def forward(self, clip, n_context, conditions=None):
+    def forward(self, clip: Codes, n_context: int, conditions: Conditions | None = None) -> PriorOutput:
         """Mean cross-entropy of the masked codes, in nats a code.
 
         In eval mode masks and corruption are the same in every call (``eval_seed``), so that losses compare.
 
         Args:
-            clip: (B, t, h, w, n) int64, t of at most ``n_frames``. n_context: context frames; the others are predicted,
-                all in one pass, each from the true frames before it.
+            clip: int64, of at most ``n_frames``. n_context: context frames; the others are predicted, all in one pass,
+                each from the true frames before it.
             conditions: see Prior.
         Returns:
-            PriorOutput; ``logs`` has the bits a masked code, and of each level where there are several.
+            ``logs`` has the bits a masked code, and of each level where there are several.
         """
         codes, told = self._check_clip(clip, n_context, conditions)
         target, n_clips = codes[:, n_context:], len(codes)
@@ -192,8 +197,8 @@ class MaskedTransformer(BlockCausalPrior):
     # Likelihood ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def log_prob(self, clip, n_context, conditions=None):
-        """Log-likelihood in nats of the codes after the context, drawn one by one: (B, t, h, w, n) -> (B,).
+    def log_prob(self, clip: Codes, n_context: int, conditions: Conditions | None = None) -> Float[Tensor, " B"]:
+        """Log-likelihood in nats of the codes after the context, drawn one by one.
 
         That of ``sample(order="raster", n_steps=...)`` with as many steps as there are codes in a frame (with flat
         masking: positions): a proper distribution, of which each code costs a pass. ``log_prob_bound`` needs fewer.
@@ -213,16 +218,23 @@ class MaskedTransformer(BlockCausalPrior):
         return nats.unflatten(2, self.grid)
 
     @torch.no_grad()
-    def log_prob_bound(self, clip, n_context, conditions=None, n_draws=8, generator=None):
-        """An estimate of a lower bound of the log-likelihood, in nats -> (B,): the mean over all orders in which the
-        positions of a level might be drawn one by one (the any-order ELBO, Hoogeboom et al. 2022, Eq. 4),
+    def log_prob_bound(
+        self,
+        clip: Codes,
+        n_context: int,
+        conditions: Conditions | None = None,
+        n_draws: int = 8,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, " B"]:
+        """An estimate of a lower bound of the log-likelihood, in nats: the mean over all orders in which the positions
+        of a level might be drawn one by one (the any-order ELBO, Hoogeboom et al. 2022, Eq. 4),
 
             sum over levels of P E_k E_(k positions masked) [mean over these of log p(code | known)], k = 1 .. P.
 
         Args:
             n_draws: of k, spread evenly, and of masks for each level and frame; each is one pass.
         """
-        total = 0
+        total = torch.zeros(len(clip), device=clip.device)
         for _, nats, masked in self._by_random_orders(clip, n_context, conditions, n_draws, generator):
             share = masked.float().mean(2, keepdim=True)[..., None]
             total = total - (nats * masked[..., None] / share).sum((1, 2, 3)) / n_draws
@@ -241,7 +253,17 @@ class MaskedTransformer(BlockCausalPrior):
                 yield levels, self._level_nats(levels, features, target), masked
 
     @torch.no_grad()
-    def explain(self, clip, n_context, *, num_samples=1, generator=None, conditions=None, n_draws=8, **options):
+    def explain(
+        self,
+        clip: Codes,
+        n_context: int,
+        *,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        conditions: Conditions | None = None,
+        n_draws: int = 8,
+        **options: object,
+    ) -> dict[str, Shaped[Tensor, "B ..."]]:
         """As Prior's: ``nats`` of each code, as ``log_prob_bound`` estimates them; and of the first frame that is
         predicted the states on the way to it, ``decoding`` (B, n_steps, h, w, n), in which codes that are not known yet
         are as they were drawn last, and ``depth`` (B, n_steps, h, w), how many levels of each position are known."""
@@ -275,7 +297,7 @@ class MaskedTransformer(BlockCausalPrior):
 
     # Sampling -----------------------------------------------------------------------------------------------------
 
-    def sampler_ranges(self):
+    def sampler_ranges(self) -> dict[str, dict]:
         return (
             DRAWING
             | GUIDANCE
@@ -293,36 +315,36 @@ class MaskedTransformer(BlockCausalPrior):
     @torch.no_grad()
     def sample(
         self,
-        context,
-        n_frames,
+        context: Codes,
+        n_frames: int,
         *,
-        num_samples=1,
-        generator=None,
-        progress=None,
-        conditions=None,
-        n_steps=8,
-        steps=None,
-        order="confidence",
-        choice_temperature=4.5,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        canvas=None,
-        doubt=0.1,
-        revise=0,
-        told_corruption=0.0,
-        guidance_scale=1.0,
-        use_cache=True,
-    ):
-        """Continue codes (B, n_context, h, w, n) -> (B, num_samples, n_frames, h, w, n).
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        progress: Progress | None = None,
+        conditions: Conditions | None = None,
+        n_steps: int = 8,
+        steps: Sequence[int] | None = None,
+        order: str = "confidence",
+        choice_temperature: float = 4.5,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        canvas: Codes | str | None = None,
+        doubt: float = 0.1,
+        revise: int = 0,
+        told_corruption: float = 0.0,
+        guidance_scale: float = 1.0,
+        use_cache: bool = True,
+    ) -> Int[Tensor, "B {num_samples} {n_frames} h w n"]:
+        """Continue codes.
 
         A frame costs a pass for each step, and one to remember it.
 
         Args:
             context: int64 codes, at least one frame. n_frames: how many to predict.
             num_samples: futures for each context, which is read once.
-            generator: a ``torch.Generator`` for reproducible samples.
-            progress: a callable like ``tqdm``; counts steps.
+            generator: for reproducible samples.
+            progress: counts steps.
             conditions: see Prior.
             n_steps: of a frame. The coarsest level gets what the others, with one each, leave; where there are fewer
                 steps than levels, all levels of a position are drawn in the same pass.
@@ -353,14 +375,16 @@ class MaskedTransformer(BlockCausalPrior):
             future = torch.stack([next(frames) for _ in range(n_frames)], 1)
         return future.unflatten(0, (-1, num_samples))
 
-    def stream(self, context, told, *, num_samples, generator, **options):
+    def stream(
+        self, context: Codes, told: Told, *, num_samples: int, generator: torch.Generator | None, **options: object
+    ) -> Iterator[Int[Tensor, "B {num_samples} h w n"]]:
         """As Prior's; the last frames that the model sees are kept."""
         how = Decoding(**options)
         phases = self._check_sampling(context, num_samples, how)
         frames = self._stream(context, told, num_samples, generator, how, phases, lambda *_: None)
         return (frame.unflatten(0, (-1, num_samples)) for frame in frames)
 
-    def options_of(self, options, index, n_contexts, n_frames):
+    def options_of(self, options: dict[str, object], index: int, n_contexts: int, n_frames: int) -> dict[str, object]:
         canvas = options.get("canvas")
         if torch.is_tensor(canvas) and len(canvas) > 1:
             options = options | {"canvas": canvas[index : index + 1]}
@@ -532,7 +556,7 @@ class MaskedTransformer(BlockCausalPrior):
         return guided(self.logits(features, i, codes.repeat(2, 1, 1)).float(), how.guidance_scale)
 
 
-def ranks(x):
+def ranks(x: Float[Tensor, "*rows P"]) -> Int[Tensor, "*rows P"]:
     """The place of each number among those of its row, from the smallest, 0, on."""
     return x.argsort(-1).argsort(-1)
 
@@ -555,7 +579,7 @@ class Decoding:
     guidance_scale: float
     use_cache: bool
 
-    def check(self, prior):
+    def check(self, prior: MaskedTransformer) -> None:
         """Refuse options out of their ranges."""
         check_sampling(self.temperature, self.top_k, self.top_p)
         check_guidance(self.guidance_scale, prior)
@@ -583,6 +607,6 @@ class Decoding:
             raise ValueError(f"choice_temperature: expected a number >= 0, found {one_line(self.choice_temperature)}")
         check_numbers(0, 1, doubt=self.doubt, told_corruption=self.told_corruption)
 
-    def n_calls(self, phases):
+    def n_calls(self, phases: list[tuple[list[int], int]]) -> int:
         """Passes of the network for a frame: the steps, and one to remember it."""
         return sum(n_steps for _, n_steps in phases) + (len(phases) if self.revise else 0) + 1

@@ -17,11 +17,13 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from einops import rearrange
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
 
 from latentcast.config import MisfitError, check_counts, one_line
 from latentcast.layers.aligner import FeatureAligner, Memory, SkipConnection
@@ -31,9 +33,11 @@ from latentcast.layers.lstm import FramePredictor, GaussianGroups, StandardGroup
 from latentcast.layers.multilevel import SteadyDecoder, n_halvings
 from latentcast.layers.vgg import VGGDecoder, VGGEncoder
 from latentcast.modeling import eval_mode
+from latentcast.shapes import Conditions, Frames, Latents, Numbers
 from latentcast.sizes import nearest_multiples, size_text
+from latentcast.tokenizers.base import LatentSpec
 
-from .base import ContinuousPrior, PriorOutput, no_progress
+from .base import ContinuousPrior, PriorOutput, Progress, Told, no_progress
 from .sampling import check_switches
 
 NETWORKS = {
@@ -91,7 +95,7 @@ class RecurrentVAE(ContinuousPrior):
     @register_to_config
     def __init__(
         self,
-        latent_spec: dict,
+        latent_spec: LatentSpec,
         network: str | None = None,
         dim: int = 128,
         hidden_channels: int = 64,
@@ -105,9 +109,9 @@ class RecurrentVAE(ContinuousPrior):
         beta: float = 1e-4,
         kl_reduction: str = "sum",
         last_frame_skip: bool = False,
-        conditions: dict | None = None,
+        conditions: dict[str, dict] | None = None,
         condition_dropout: float = 0.1,
-    ):
+    ) -> None:
         super().__init__()
         self.over_pixels = self.accepts == "pixels"
         network = network or ("dcgan" if self.over_pixels else "latent")
@@ -148,24 +152,23 @@ class RecurrentVAE(ContinuousPrior):
 
     # Training -----------------------------------------------------------------------------------------------------
 
-    def forward(self, clip, n_context, conditions=None):
+    def forward(self, clip: Frames | Latents, n_context: int, conditions: Conditions | None = None) -> PriorOutput:
         """The negative ELBO, per clip; one draw of z.
 
         Args:
-            clip: (B, T, C, H, W) in [-1, 1], or latents (B, T, D, h, w). n_context: how many of its frames the decoder
-                may take features from. As published the loss is that of all frames after the first, in and after the
-                context.
+            clip: frames in [-1, 1], or latents. n_context: how many of its frames the decoder may take features from.
+                As published the loss is that of all frames after the first, in and after the context.
             conditions: see Prior.
         Returns:
-            PriorOutput; ``logs``, all means over the frames: ``mse``, ``kl`` and ``kl_group_1`` ... (nats, summed over
-            the group), ``active_units`` and ``active_units_group_1`` ... (numbers of z with a KL of at least 0.01 nats;
-            none: the group has collapsed onto the prior).
+            ``logs``, all means over the frames: ``mse``, ``kl`` and ``kl_group_1`` ... (nats, summed over the group),
+            ``active_units`` and ``active_units_group_1`` ... (numbers of z with a KL of at least 0.01 nats; none: the
+            group has collapsed onto the prior).
         """
         self.check_clip(clip, "clip")
         self.check_context(n_context, clip.shape[1])
-        B, T = clip.shape[:2]
-        h, features = self.encoder(clip.to(self.dtype).flatten(0, 1))
-        h = h.unflatten(0, (B, T))
+        T = clip.shape[1]
+        h, features = self.encoder(as_rows(clip.to(self.dtype)))
+        h = of_clips(h, T)
         before, after = self._transitions(h, conditions)
         z, kl = self._posterior_kl(before, after)
         predicted, _ = self.predictor(torch.cat([before, z], -1))
@@ -173,12 +176,12 @@ class RecurrentVAE(ContinuousPrior):
         # Frame t has the features of the frame before it, and after the context those of the last observed one.
         n_shown = T - 1 if self.config.last_frame_skip else n_context
         decoder = SteadyDecoder(self.decoder, self.joins)
-        observed = [level.unflatten(0, (B, T))[:, :n_shown].flatten(0, 1) for level in features]
+        observed = [as_rows(of_clips(level, T)[:, :n_shown]) for level in features]
         memories = [
-            memory.map(lambda x: last_repeated(x.unflatten(0, (B, n_shown)), T - 1).flatten(0, 1))
+            memory.map(lambda x: as_rows(last_repeated(of_clips(x, n_shown), T - 1)))
             for memory in decoder.remember(observed)
         ]
-        frames = decoder(predicted.flatten(0, 1), memories).float().unflatten(0, (B, T - 1))
+        frames = of_clips(decoder(as_rows(predicted), memories).float(), T - 1)
 
         scale = 0.5 if self.over_pixels else 1.0  # from [-1, 1] to the [0, 1] for which beta was published
         mse = (scale * (frames - clip[:, 1:])).square().mean()
@@ -187,7 +190,7 @@ class RecurrentVAE(ContinuousPrior):
         return PriorOutput(loss=(T - 1) * (mse + weighted), logs={"mse": mse.detach(), **self._kl_logs(kl.detach())})
 
     @property
-    def explains(self):
+    def explains(self) -> tuple[str, ...]:
         """``kl``, where there is a z."""
         return ("kl",) if self._z_dim else ()
 
@@ -206,7 +209,15 @@ class RecurrentVAE(ContinuousPrior):
         return z, kl_gaussians(mean, logvar, prior_mean, prior_logvar)
 
     @torch.no_grad()
-    def explain(self, clip, n_context, *, generator=None, conditions=None, **options):
+    def explain(
+        self,
+        clip: Frames | Latents,
+        n_context: int,
+        *,
+        generator: torch.Generator | None = None,
+        conditions: Conditions | None = None,
+        **options: object,
+    ) -> dict[str, Float[Tensor, "B ..."]]:
         """As Prior's: ``kl`` of each number of z, of all frames after the first; {} without z."""
         self.check_clip(clip, "clip")
         self.check_context(n_context, clip.shape[1])
@@ -215,7 +226,7 @@ class RecurrentVAE(ContinuousPrior):
         B, T = clip.shape[:2]
         noise = self._noise((B, T - 1, self._z_dim), generator)
         with eval_mode(self):
-            h = self.encoder(clip.to(self.dtype).flatten(0, 1))[0].unflatten(0, (B, T))
+            h = of_clips(self.encoder(as_rows(clip.to(self.dtype)))[0], T)
             kl = self._posterior_kl(*self._transitions(h, conditions), noise)[1]
         return {"kl": kl.unflatten(-1, (self.config.n_groups, self.config.group_dim))}
 
@@ -240,11 +251,11 @@ class RecurrentVAE(ContinuousPrior):
     # Sampling -----------------------------------------------------------------------------------------------------
 
     @property
-    def deterministic(self):
+    def deterministic(self) -> bool:
         """Whether the model has no z, and with it nothing to draw."""
         return not self._z_dim
 
-    def options_of(self, options, index, n_contexts, n_frames):
+    def options_of(self, options: dict[str, object], index: int, n_contexts: int, n_frames: int) -> dict[str, object]:
         """As Prior's; values in ``z_groups`` may be (B, n_frames, group_dim)."""
         options, z_groups = super().options_of(options, index, n_contexts, n_frames), options.get("z_groups")
         if isinstance(z_groups, Mapping):
@@ -254,24 +265,24 @@ class RecurrentVAE(ContinuousPrior):
             options = options | {"z_groups": dict(z_groups) | cut}
         return options
 
-    def sampler_ranges(self):
+    def sampler_ranges(self) -> dict[str, dict]:
         return {"sample_batch": {"least": 1}}
 
     @torch.no_grad()
     def sample(
         self,
-        context,
-        n_frames,
+        context: Frames | Latents,
+        n_frames: int,
         *,
-        num_samples=1,
-        generator=None,
-        progress=None,
-        conditions=None,
-        z_groups=None,
-        sample_batch=128,
-        batch_statistics=False,
-    ):
-        """Continue frames or latents (B, n_context, C, H, W) -> (B, num_samples, n_frames, C, H, W).
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        progress: Progress | None = None,
+        conditions: Conditions | None = None,
+        z_groups: Mapping[int, Numbers] | None = None,
+        sample_batch: int = 128,
+        batch_statistics: bool = False,
+    ) -> Float[Tensor, "B {num_samples} {n_frames} C H W"]:
+        """Continue frames or latents.
 
         The context's frames are encoded once each. The LSTMs go over them with z from the posterior, a draw for each
         sample; then z comes from the prior, and each predicted frame is encoded in turn. BatchNorm uses its running
@@ -280,9 +291,9 @@ class RecurrentVAE(ContinuousPrior):
         Args:
             context: at least one frame. n_frames: how many to predict, any number.
             num_samples: futures for each context; all of them are rows of one batch.
-            generator: a ``torch.Generator`` for reproducible samples. What it draws depends neither on ``sample_batch``
-                nor on ``z_groups``, and the first frames of a longer future are those of a shorter one.
-            progress: a callable like ``tqdm``; counts predicted frames, those of one batch at once.
+            generator: for reproducible samples. What it draws depends neither on ``sample_batch`` nor on ``z_groups``,
+                and the first frames of a longer future are those of a shorter one.
+            progress: counts predicted frames, those of one batch at once.
             conditions: see Prior.
             z_groups: groups of z, counted from 1, that are not drawn in the future -> their value: a number for all of
                 the group ({1: 0}: Figure 8), or numbers (group_dim,), (n_frames, group_dim) or
@@ -308,7 +319,17 @@ class RecurrentVAE(ContinuousPrior):
                         bar.update(1)
         return self._by_context(future, B, num_samples)
 
-    def stream(self, context, told, *, num_samples, generator, z_groups, sample_batch, batch_statistics):
+    def stream(
+        self,
+        context: Frames | Latents,
+        told: Told,
+        *,
+        num_samples: int,
+        generator: torch.Generator | None,
+        z_groups: Mapping[int, Numbers] | None,
+        sample_batch: int,
+        batch_statistics: bool,
+    ) -> Iterator[Float[Tensor, "B {num_samples} C H W"]]:
         """As Prior's. Values in ``z_groups`` are those of every frame: a number, (group_dim,) or (B, 1, group_dim)."""
         fixed = self._check_sampling(context, 1, num_samples, z_groups, sample_batch, batch_statistics)
         n_rows = len(context) * self._n_drawn(num_samples)
@@ -426,33 +447,40 @@ class RecurrentVAE(ContinuousPrior):
         return h, [Memory.cat(parts) for parts in zip(*memories)]
 
     @torch.no_grad()
-    def infer(self, clip, *, generator=None, conditions=None):
+    def infer(
+        self, clip: Frames | Latents, *, generator: torch.Generator | None = None, conditions: Conditions | None = None
+    ) -> dict[int, Float[Tensor, "B _ group_dim"]]:
         """z of the frames after the first, a draw from the posterior, which sees the frames themselves.
 
         Args:
-            clip: (B, T, C, H, W) in [-1, 1], or latents (B, T, D, h, w), of at least 2 frames.
+            clip: frames in [-1, 1], or latents, at least 2.
             generator: of the draw. conditions: see Prior.
         Returns:
-            dict from group, counted from 1, to (B, T - 1, group_dim). ``sample(..., z_groups=...)`` takes those of the
-            frames that it is to predict: reconstructed, or in between two clips where theirs are interpolated.
+            of each group, counted from 1. ``sample(..., z_groups=...)`` takes those of the frames that it is to
+            predict: reconstructed, or in between two clips where theirs are interpolated.
         """
         self.check_clip(clip, "clip")
         self.check_context(1, clip.shape[1])
         B, T = clip.shape[:2]
         noise = self._noise((B, T - 1, self._z_dim), generator)
         with eval_mode(self):
-            h = self.encoder(clip.to(self.dtype).flatten(0, 1))[0].unflatten(0, (B, T))
+            h = of_clips(self.encoder(as_rows(clip.to(self.dtype)))[0], T)
             z, *_ = self.posterior(self._transitions(h, conditions)[1], noise=noise)
         return dict(enumerate(self._groups(z), start=1))
 
-    def reconstruct(self, clip, n_context, *, generator=None, conditions=None):
+    def reconstruct(
+        self,
+        clip: Frames | Latents,
+        n_context: int,
+        *,
+        generator: torch.Generator | None = None,
+        conditions: Conditions | None = None,
+    ) -> Float[Tensor, "B _ C H W"]:
         """What z can say about a clip: ``clip[:, n_context:]`` as sampled with z from the posterior.
 
         Args:
-            clip: (B, T, C, H, W) in [-1, 1], or latents (B, T, D, h, w). generator: of the draws.
+            clip: frames in [-1, 1], or latents. generator: of the draws.
             conditions: see Prior.
-        Returns:
-            (B, T - n_context, C, H, W).
         """
         self.check_context(n_context, clip.shape[1])
         settings = {"generator": generator, "conditions": conditions}
@@ -494,7 +522,7 @@ class RecurrentVAE(ContinuousPrior):
 
 
 @contextlib.contextmanager
-def by_batch_statistics(model):
+def by_batch_statistics(model: nn.Module) -> Iterator[None]:
     """Let BatchNorm normalise by the batch at hand; its running statistics stay as they are."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -511,12 +539,22 @@ def by_batch_statistics(model):
             norm.training, norm.track_running_stats = False, True
 
 
-def beside(h, vectors):
-    """What LSTMs read: frames' vectors h (B, T, dim), and beside each what the model is told, (B, T, dim) or None."""
+def as_rows(x: Shaped[Tensor, "B T *rest"]) -> Shaped[Tensor, " rows *rest"]:
+    """Frames of clips, one after another."""
+    return rearrange(x, "b t ... -> (b t) ...")
+
+
+def of_clips(x: Shaped[Tensor, " rows *rest"], n_frames: int) -> Shaped[Tensor, "B {n_frames} *rest"]:
+    """``as_rows`` undone."""
+    return rearrange(x, "(b t) ... -> b t ...", t=n_frames)
+
+
+def beside(h: Float[Tensor, "B T n"], vectors: Float[Tensor, "B T told"] | None) -> Float[Tensor, "B T n_read"]:
+    """What LSTMs read: frames' vectors h, and beside each what the model is told."""
     return h if vectors is None else torch.cat([h, vectors], -1)
 
 
-def shared(iterator, n):
+def shared(iterator: Iterator, n: int) -> list[Iterator]:
     """``n`` iterators over the same endless items, each of which is kept until all have had it (``itertools.tee`` keeps
     dozens more)."""
     waiting = [collections.deque() for _ in range(n)]
@@ -534,13 +572,18 @@ def shared(iterator, n):
     return [own(queue) for queue in waiting]
 
 
-def last_repeated(x, n):
-    """x (B, m, ...) -> (B, n, ...): the last of the m entries stands for those that lack."""
+def last_repeated(x: Float[Tensor, "B m *rest"], n: int) -> Float[Tensor, "B n *rest"]:
+    """The last of the m entries of x stands for those that lack."""
     lacking = n - x.shape[1]
     return torch.cat([x, x[:, -1:].expand(-1, lacking, *x.shape[2:])], 1) if lacking else x
 
 
-def kl_gaussians(mean, logvar, prior_mean, prior_logvar):
+def kl_gaussians(
+    mean: Float[Tensor, "*z"],
+    logvar: Float[Tensor, "*z"],
+    prior_mean: Float[Tensor, "*z"],
+    prior_logvar: Float[Tensor, "*z"],
+) -> Float[Tensor, "*z"]:
     """KL(N(mean, exp(logvar)) || N(prior_mean, exp(prior_logvar))) of each number in nats, in fp32."""
     mean, logvar, prior_mean, prior_logvar = (x.float() for x in (mean, logvar, prior_mean, prior_logvar))
     distance = (mean - prior_mean).square() * (-prior_logvar).exp()

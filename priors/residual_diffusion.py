@@ -8,20 +8,27 @@ Where many frames are handled at once, they lie along the batch axis, time befor
 """
 
 import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils.torch_utils import randn_tensor
-from torch import nn
+from einops import rearrange
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
 
 from latentcast.config import check_counts
 from latentcast.layers.linear_attention import LinearAttention
 from latentcast.layers.residual_unet import LevelNetwork, RecurrentEncoder, ResBlock, double, halve
+from latentcast.shapes import Conditions, Frames, Latents, Scalar
 from latentcast.sizes import nearest_fit
+from latentcast.tokenizers.base import LatentSpec
 
-from .base import ContinuousPrior, PriorOutput, check_widths, levels_for, no_progress
+from .base import ContinuousPrior, PriorOutput, Progress, Told, check_widths, levels_for, no_progress
 from .denoising import SCHEDULERS, check_steps, denoise, make_scheduler, noise_schedule, noised, precise
 from .sampling import GUIDANCE, check_guidance, check_switches, guided
 
@@ -34,12 +41,14 @@ LEAST_SCALE = 0.01  # of sigma: the smallest that a learned scale can become
 class TransformLevel(nn.Module):
     """ResBlock on the features from below and a skip, then twice the size (the TU of Figure 6b)."""
 
-    def __init__(self, in_channels, out_channels, last):
+    def __init__(self, in_channels: int, out_channels: int, last: bool) -> None:
         super().__init__()
         self.block = ResBlock(in_channels, out_channels)
         self.up = nn.Identity() if last else double(out_channels)
 
-    def forward(self, x, skip=None):
+    def forward(
+        self, x: Float[Tensor, "N C H W"], skip: Float[Tensor, "N C H W"] | None = None
+    ) -> Float[Tensor, "N out _ _"]:
         return self.up(self.block(x if skip is None else torch.cat([x, skip], 1)))
 
 
@@ -55,7 +64,9 @@ class TransformNetwork(LevelNetwork):
         told_dim: see ``RecurrentEncoder``.
     """
 
-    def __init__(self, in_channels, widths, learned_scale, told_dim=None):
+    def __init__(
+        self, in_channels: int, widths: Sequence[int], learned_scale: bool, told_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.encoder = RecurrentEncoder(in_channels, widths, told_dim)
         finer = [widths[0], *widths[:-1]]
@@ -66,51 +77,60 @@ class TransformNetwork(LevelNetwork):
         self.to_mu = nn.Conv2d(widths[0], in_channels, 1)
         self.to_scale = nn.Conv2d(widths[0], in_channels, 1) if learned_scale else None
 
-    def forward(self, states):
-        """The encoder's states (list of (N, width, h, w)) -> mu (N, C, H, W), and the raw scale or None."""
+    def forward(
+        self, states: Sequence[Float[Tensor, "N _ _ _"]]
+    ) -> tuple[Float[Tensor, "N C H W"], Float[Tensor, "N C H W"] | None]:
+        """The encoder's states -> mu, and the raw scale or None."""
         x = None
         for level, state in zip(self.levels, reversed(states)):
             x = self.run(level, state) if x is None else self.run(level, x, state)
         return self.to_mu(x), None if self.to_scale is None else self.to_scale(x.detach())
 
 
+Condition = tuple[Float[Tensor, "N width h w"], Float[Tensor, "N width h w"]]  # of a level, see ``ResBlock.condition``
+
+
 class DownLevel(nn.Module):
     """Two ResBlocks, of which the second sees the context too, and attention (the DD of Figure 5b)."""
 
-    def __init__(self, in_channels, out_channels, time_dim):
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int) -> None:
         super().__init__()
         self.block1 = ResBlock(in_channels, out_channels, time_dim)
         self.block2 = ResBlock(out_channels, out_channels, time_dim, context_channels=out_channels)
         self.attention = LinearAttention(out_channels)
 
-    def forward(self, x, time, condition):
+    def forward(
+        self, x: Float[Tensor, "N C H W"], time: Float[Tensor, "N time"], condition: Condition
+    ) -> Float[Tensor, "N out H W"]:
         return self.attention(self.block2(self.block1(x, time), time, condition))
 
 
 class UpLevel(nn.Module):
     """Two ResBlocks, of which the first sees the skip, attention, and twice the size (the DU of Figure 5b)."""
 
-    def __init__(self, in_channels, out_channels, time_dim, last):
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int, last: bool) -> None:
         super().__init__()
         self.block1 = ResBlock(2 * in_channels, out_channels, time_dim)
         self.block2 = ResBlock(out_channels, out_channels, time_dim)
         self.attention = LinearAttention(out_channels)
         self.up = nn.Identity() if last else double(out_channels)
 
-    def forward(self, x, skip, time):
+    def forward(
+        self, x: Float[Tensor, "N C H W"], skip: Float[Tensor, "N C H W"], time: Float[Tensor, "N time"]
+    ) -> Float[Tensor, "N out _ _"]:
         return self.up(self.attention(self.block2(self.block1(torch.cat([x, skip], 1), time), time)))
 
 
 class MiddleLevel(nn.Module):
     """Attention between two ResBlocks, at the smallest size."""
 
-    def __init__(self, channels, time_dim):
+    def __init__(self, channels: int, time_dim: int) -> None:
         super().__init__()
         self.block1 = ResBlock(channels, channels, time_dim)
         self.attention = LinearAttention(channels)
         self.block2 = ResBlock(channels, channels, time_dim)
 
-    def forward(self, x, time):
+    def forward(self, x: Float[Tensor, "N C H W"], time: Float[Tensor, "N time"]) -> Float[Tensor, "N C H W"]:
         return self.block2(self.attention(self.block1(x, time)), time)
 
 
@@ -122,7 +142,7 @@ class DenoisingUNet(LevelNetwork):
         widths: channels of the levels, from the finest; the context's are the same.
     """
 
-    def __init__(self, in_channels, widths):
+    def __init__(self, in_channels: int, widths: Sequence[int]) -> None:
         super().__init__()
         time_dim = widths[0]
         self.steps = Timesteps(time_dim, flip_sin_to_cos=False, downscale_freq_shift=1)
@@ -135,16 +155,14 @@ class DenoisingUNet(LevelNetwork):
         self.up = nn.ModuleList(UpLevel(*pairs[i], time_dim, i == 0) for i in reversed(range(len(pairs))))
         self.to_noise = nn.Conv2d(widths[0], in_channels, 1)
 
-    def conditions(self, context):
-        """What the context adds at each level, the same at every denoising step.
-
-        Args:
-            context: list of (N, width, h, w), of ``RecurrentEncoder``.
-        """
+    def conditions(self, context: Sequence[Float[Tensor, "N _ _ _"]]) -> list[Condition]:
+        """What the context, of ``RecurrentEncoder``, adds at each level, the same at every denoising step."""
         return [level.block2.condition(state) for level, state in zip(self.down, context)]
 
-    def forward(self, y, n, conditions):
-        """Noisy residuals y (N, C, H, W), their diffusion steps n (N,), ``conditions`` -> the noise (N, C, H, W)."""
+    def forward(
+        self, y: Float[Tensor, "N C H W"], n: Shaped[Tensor, " N"], conditions: Sequence[Condition]
+    ) -> Float[Tensor, "N C H W"]:
+        """Noisy residuals y, their diffusion steps n, ``conditions`` -> the noise."""
         time = self.time(self.steps(n).to(y.dtype))
         x, skips = y, []
         for i, (level, condition) in enumerate(zip(self.down, conditions)):
@@ -160,27 +178,31 @@ class Memory:
     """What the recurrent networks hold after each of T frames of N clips.
 
     Args:
-        states: name of a network -> of each of its levels (T, N, width, h, w); with an anchor also "last" -> the frames
-            themselves, [(T, N, C, H, W)].
+        states: of a network, by its name, those of each level; with an anchor also "last", the frames themselves.
     """
 
-    def __init__(self, states):
+    def __init__(self, states: dict[str, list[Float[Tensor, "T N _ _ _"]]]) -> None:
         self.states = states
 
-    def rows(self, name):
-        """Of one network, as networks take and give it: of each level (T * N, ...), time before batch."""
-        return [state.flatten(0, 1) for state in self.states[name]]
+    def rows(self, name: str) -> list[Float[Tensor, "TN _ _ _"]]:
+        """Of one network, as networks take and give it: of each level, time before batch."""
+        return [rearrange(state, "t n ... -> (t n) ...") for state in self.states[name]]
 
-    def after(self, t):
+    def after(self, t: int) -> "Memory":
         """Without what was held before the t-th of the T frames."""
         return self._map(lambda state: state[t - 1 :])
 
-    def of(self, index):
+    def of(self, index: Shaped[Tensor, " _"]) -> "Memory":
         """Of some of the N clips."""
         return self._map(lambda state: state[:, index])
 
     def _map(self, function):
         return Memory({name: [function(state) for state in states] for name, states in self.states.items()})
+
+
+def time_first(x: Shaped[Tensor, "N T *rest"]) -> Shaped[Tensor, " rows *rest"]:
+    """Frames of clips as rows, time before batch."""
+    return rearrange(x, "n t ... -> (t n) ...")
 
 
 class ResidualDiffusion(ContinuousPrior):
@@ -235,26 +257,26 @@ class ResidualDiffusion(ContinuousPrior):
     @register_to_config
     def __init__(
         self,
-        latent_spec,
-        width=48,
-        denoising_multipliers=(1, 2, 4, 8),
-        transform_multipliers=(1, 2, 2, 4),
-        residual=True,
-        sigma=2.0,
-        learned_sigma=False,
-        n_diffusion_steps=1600,
-        noise_loss="l2",
-        mu_weight=0.0,
-        shared_step=True,
-        residual_bound=None,
-        gradient_checkpointing=False,
-        anchor=None,
-        detach_mu=False,
-        residual_bound_sigmas=None,
-        fit_levels=False,
-        conditions=None,
-        condition_dropout=0.1,
-    ):
+        latent_spec: LatentSpec,
+        width: int = 48,
+        denoising_multipliers: Sequence[int] = (1, 2, 4, 8),
+        transform_multipliers: Sequence[int] | None = (1, 2, 2, 4),
+        residual: bool = True,
+        sigma: float | str = 2.0,
+        learned_sigma: bool = False,
+        n_diffusion_steps: int = 1600,
+        noise_loss: str = "l2",
+        mu_weight: float = 0.0,
+        shared_step: bool = True,
+        residual_bound: float | None = None,
+        gradient_checkpointing: bool = False,
+        anchor: str | None = None,
+        detach_mu: bool = False,
+        residual_bound_sigmas: float | None = None,
+        fit_levels: bool = False,
+        conditions: dict[str, dict] | None = None,
+        condition_dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         if width < 8 or width % 8:
             raise ValueError(f"width: expected a multiple of 8, found {width}")
@@ -320,11 +342,11 @@ class ResidualDiffusion(ContinuousPrior):
             self.enable_gradient_checkpointing()
 
     @property
-    def explains(self):
+    def explains(self) -> tuple[str, ...]:
         """``mu`` and ``future``, where there is a mu."""
         return ("mu", "future") if self.config.residual else ()
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """As in diffusers; the config has the number that ``sigma="auto"`` came to."""
         sigma = self.config.sigma
         if sigma == "auto":
@@ -343,14 +365,18 @@ class ResidualDiffusion(ContinuousPrior):
 
     # The past -----------------------------------------------------------------------------------------------------
 
-    def observe(self, frames, n_frames=1, memory=None, vectors=None):
-        """Both recurrent networks read frames (n_frames * N, C, H, W), time before batch.
+    def observe(
+        self,
+        frames: Float[Tensor, "TN C H W"],
+        n_frames: int = 1,
+        memory: Memory | None = None,
+        vectors: Float[Tensor, "TN width"] | None = None,
+    ) -> Memory:
+        """Both recurrent networks read frames, of ``n_frames`` times, time before batch -> the Memory after each frame.
 
         Args:
-            memory: the Memory after the one frame before these; None: there is none.
-            vectors: (n_frames * N, width), what leads to the frame after each; None: nothing is told.
-        Returns:
-            the Memory after each frame.
+            memory: after the one frame before these; None: there is none.
+            vectors: what leads to the frame after each; None: nothing is told.
         """
         encoders = {"context": self.context}
         if self.transform is not None:
@@ -358,11 +384,14 @@ class ResidualDiffusion(ContinuousPrior):
         read = {"last": [frames]} if self.config.anchor else {}
         for name, encoder in encoders.items():
             read[name] = encoder(frames, n_frames, None if memory is None else memory.rows(name), vectors)
-        return Memory({name: [state.unflatten(0, (n_frames, -1)) for state in read[name]] for name in read})
+        by_time = partial(rearrange, pattern="(t n) ... -> t n ...", t=n_frames)
+        return Memory({name: [by_time(state) for state in states] for name, states in read.items()})
 
-    def predict_frame(self, memory, guidance_scale=1.0):
-        """Of the frame after each that the memory has, mu (R, C, H, W) and sigma of Eq. 5, of that shape or a scalar;
-        at least fp32. Without a residual they are 0 and 1.
+    def predict_frame(
+        self, memory: Memory, guidance_scale: float = 1.0
+    ) -> tuple[Float[Tensor, "R C H W"], Float[Tensor, "R C H W"] | Scalar]:
+        """Of the frame after each that the memory has, mu and sigma of Eq. 5, at least fp32. Without a residual they
+        are 0 and 1.
 
         Args:
             guidance_scale: other than 1, the memory has rows that were told and then the same untold, and mu is guided
@@ -387,26 +416,24 @@ class ResidualDiffusion(ContinuousPrior):
 
     # Training -----------------------------------------------------------------------------------------------------
 
-    def forward(self, clip, n_context, conditions=None):
+    def forward(self, clip: Frames | Latents, n_context: int, conditions: Conditions | None = None) -> PriorOutput:
         """The loss of Eq. 9 and 10 with teacher forcing, a mean over frames and numbers.
 
         All predicted frames of all clips go through the U-Net at once. In eval mode noise and diffusion steps are the
         same in every call (``eval_seed``), so that losses compare.
 
         Args:
-            clip: (B, T, C, H, W) frames in [-1, 1], or latents. n_context: context frames, which the loss skips; two
-                in the paper.
+            clip: frames in [-1, 1], or latents. n_context: context frames, which the loss skips; two in the paper.
             conditions: see Prior.
         Returns:
-            PriorOutput; ``logs`` has ``noise_loss`` and, where there is a mu, ``mu_error``, its mean squared error.
+            ``logs`` has ``noise_loss`` and, where there is a mu, ``mu_error``, its mean squared error.
         """
         self.check_clip(clip)
         self.check_context(n_context, clip.shape[1])
         n_clips, n_frames = clip.shape[:2]
-        frames = clip.transpose(0, 1)
-        past, target = frames[:-1].flatten(0, 1), precise(frames[n_context:].flatten(0, 1))
+        past, target = time_first(clip[:, :-1]), precise(time_first(clip[:, n_context:]))
         vectors = self.condition_vectors(conditions, n_clips, n_frames)
-        leading = None if vectors is None else vectors[:, 1:].transpose(0, 1).flatten(0, 1)
+        leading = None if vectors is None else time_first(vectors[:, 1:])
         memory = self.observe(past.to(self.dtype), n_frames - 1, vectors=leading).after(n_context)
 
         mu, sigma = self.predict_frame(memory)
@@ -452,7 +479,7 @@ class ResidualDiffusion(ContinuousPrior):
 
     # Sampling -----------------------------------------------------------------------------------------------------
 
-    def sampler_ranges(self):
+    def sampler_ranges(self) -> dict[str, dict]:
         steps = {"least": 1, "most": self.config.n_diffusion_steps}
         ranges = {"n_steps": steps, "sample_batch": {"least": 1}, "scheduler": {"choices": tuple(SCHEDULERS)}}
         return ranges | GUIDANCE
@@ -460,20 +487,20 @@ class ResidualDiffusion(ContinuousPrior):
     @torch.no_grad()
     def sample(
         self,
-        context,
-        n_frames,
+        context: Frames | Latents,
+        n_frames: int,
         *,
-        num_samples=1,
-        generator=None,
-        progress=None,
-        conditions=None,
-        scheduler="sde-dpmsolver++_logsnr",
-        n_steps=25,
-        guidance_scale=1.0,
-        sample_batch=64,
-        use_cache=True,
-    ):
-        """Continue a context (B, n_context, C, H, W) -> (B, num_samples, n_frames, C, H, W), frame by frame.
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        progress: Progress | None = None,
+        conditions: Conditions | None = None,
+        scheduler: str | diffusers.SchedulerMixin = "sde-dpmsolver++_logsnr",
+        n_steps: int = 25,
+        guidance_scale: float = 1.0,
+        sample_batch: int = 64,
+        use_cache: bool = True,
+    ) -> Float[Tensor, "B {num_samples} {n_frames} C H W"]:
+        """Continue a context, frame by frame.
 
         Algorithm 1 is ``scheduler="ddpm", n_steps=1600``, with the posterior's standard deviation where the paper
         prints its variance. Every scheduler works on the same trained model.
@@ -483,8 +510,8 @@ class ResidualDiffusion(ContinuousPrior):
         Args:
             context: frames or latents, at least one. n_frames: how many to predict.
             num_samples: futures for each context, which is read once a chunk.
-            generator: a ``torch.Generator`` for reproducible samples.
-            progress: a callable like ``tqdm``; counts denoising steps.
+            generator: for reproducible samples.
+            progress: counts denoising steps.
             conditions: see Prior.
             scheduler: a name in ``denoising.SCHEDULERS`` or a scheduler of diffusers. The steps of the default are even
                 in log-SNR: residuals are a few percent of sigma, and few steps even in time end before they take shape.
@@ -507,15 +534,24 @@ class ResidualDiffusion(ContinuousPrior):
             for chunk in chunks:
                 frames = self._continue(context, told, num_samples, *chunk, bar.update, **options)
                 futures.append(torch.stack([next(frames) for _ in range(n_frames)], 1))
-        return torch.cat(futures).unflatten(0, (n_clips, num_samples)).to(context.dtype)
+        return rearrange(torch.cat(futures), "(b s) ... -> b s ...", s=num_samples).to(context.dtype)
 
-    def stream(self, context, told, *, num_samples, generator, sample_batch, **options):
+    def stream(
+        self,
+        context: Frames | Latents,
+        told: Told,
+        *,
+        num_samples: int,
+        generator: torch.Generator | None,
+        sample_batch: int,
+        **options: object,
+    ) -> Iterator[Float[Tensor, "B {num_samples} C H W"]]:
         """As Prior's."""
         self._check_sampling(context, num_samples, sample_batch, **options)
         chunks = self._chunks(len(context) * num_samples, generator, sample_batch)
         futures = [self._continue(context, told, num_samples, *chunk, **options) for chunk in chunks]
         together = (torch.cat(frames) for frames in zip(*futures))
-        return (frames.unflatten(0, (-1, num_samples)).to(context.dtype) for frames in together)
+        return (rearrange(frames, "(b s) ... -> b s ...", s=num_samples).to(context.dtype) for frames in together)
 
     def _check_sampling(self, context, num_samples, sample_batch, scheduler, n_steps, guidance_scale, use_cache):
         self.check_clip(context, "context")
@@ -587,14 +623,10 @@ class ResidualDiffusion(ContinuousPrior):
             memory = self._read(x.to(self.dtype), t, memory, told, clips, is_guided)
 
     @torch.no_grad()
-    def predict_mean(self, context, n_frames, conditions=None):
-        """mu alone, rolled out: the deterministic prediction under the diffusion. None without a residual.
-
-        Args:
-            context: (B, n_context, C, H, W), as for ``sample``. conditions: see Prior.
-        Returns:
-            (B, n_frames, C, H, W).
-        """
+    def predict_mean(
+        self, context: Frames | Latents, n_frames: int, conditions: Conditions | None = None
+    ) -> Float[Tensor, "B {n_frames} C H W"]:
+        """mu alone, rolled out: the deterministic prediction under the diffusion. None without a residual."""
         self.check_clip(context, "context")
         check_counts(n_frames=n_frames)
         n_clips, n_context = context.shape[:2]
@@ -603,7 +635,16 @@ class ResidualDiffusion(ContinuousPrior):
         return self.in_range(self._means(context, n_context, n_frames, told)).to(context.dtype)
 
     @torch.no_grad()
-    def explain(self, clip, n_context, *, generator=None, conditions=None, guidance_scale=1.0, **options):
+    def explain(
+        self,
+        clip: Frames | Latents,
+        n_context: int,
+        *,
+        generator: torch.Generator | None = None,
+        conditions: Conditions | None = None,
+        guidance_scale: float = 1.0,
+        **options: object,
+    ) -> dict[str, Float[Tensor, "B ..."]]:
         """As Prior's: ``future``, one sample, and the ``mu`` of each of its frames; {} without a residual."""
         if not self.config.residual:
             return {}

@@ -1,11 +1,16 @@
 """What the samplers of autoregressive priors share: drawing codes, sliding windows, recorded steps."""
 
 import math
+from collections.abc import Callable
 from numbers import Real
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from latentcast.config import one_line
+
+from .base import Prior
 
 GUIDANCE = {"guidance_scale": {"least": 0, "most": 100}}  # ``Prior.sampler_ranges`` of what ``check_guidance`` checks
 DRAWING = {  # ... and of what ``check_sampling`` checks
@@ -15,7 +20,7 @@ DRAWING = {  # ... and of what ``check_sampling`` checks
 }
 
 
-def check_sampling(temperature, top_k, top_p):
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Refuse sampling options outside their ranges."""
     if not (is_number(temperature) and temperature >= 0):
         raise ValueError(f"temperature: expected a number >= 0, found {one_line(temperature)}")
@@ -25,7 +30,7 @@ def check_sampling(temperature, top_k, top_p):
         raise ValueError(f"top_p: expected a number in (0, 1] or None, found {one_line(top_p)}")
 
 
-def check_guidance(scale, prior):
+def check_guidance(scale: float, prior: Prior) -> bool:
     """Whether ``guidance_scale`` asks for predictions without conditions beside those with them.
 
     Raises:
@@ -37,14 +42,14 @@ def check_guidance(scale, prior):
     return scale != 1
 
 
-def guided(output, scale):
+def guided(output: Float[Tensor, "MM ..."], scale: float) -> Float[Tensor, "MM//2 ..."]:
     """Classifier-free guidance (Ho and Salimans 2022): rows with conditions, then the same without -> half the rows,
     ``scale`` of the way from what is predicted without to what is predicted with them."""
     told, untold = output.chunk(2)
     return untold + scale * (told - untold)
 
 
-def is_number(value):
+def is_number(value: object) -> bool:
     """Whether it is a real number that a float can hold, and finite; False and True are not."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
@@ -52,33 +57,36 @@ def is_number(value):
         return False
 
 
-def check_numbers(least, most, **numbers):
+def check_numbers(least: float, most: float, **numbers: float | None) -> None:
     """Refuse what is no number from ``least`` to ``most``, by name."""
     for name, value in numbers.items():
         if not (is_number(value) and least <= value <= most):
             raise ValueError(f"{name}: expected a number from {least} to {most}, found {one_line(value)}")
 
 
-def check_switches(**switches):
+def check_switches(**switches: bool) -> None:
     """Refuse switches that are neither True nor False, by name."""
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name}: expected true or false, found {one_line(value)}")
 
 
-def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
+def draw(
+    logits: Float[Tensor, "*rows K"],
+    uniform: Float[Tensor, "*rows"],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Int[Tensor, "*rows"]:
     """Sample codes by inverting the distribution function at given uniform numbers.
 
     Taking the randomness as an argument makes a sample the same with and without a cache, and lets a whole step be
     recorded as a CUDA graph.
 
     Args:
-        logits: (..., K).
-        uniform: (...) in [0, 1).
+        uniform: in [0, 1).
         temperature: divides the logits; 0 takes the most likely code.
         top_k: keep the k most likely codes. top_p: keep the fewest codes that hold this much probability.
-    Returns:
-        (...) int64.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -101,8 +109,8 @@ def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
     return (cumulative <= threshold).sum(-1)
 
 
-def sliding_windows(n_context, n_frames, length, overlap):
-    """How a model over ``length`` frames gets past them: a list of (known, new) frames of each window.
+def sliding_windows(n_context: int, n_frames: int, length: int, overlap: int) -> list[tuple[int, int]]:
+    """How a model over ``length`` frames gets past them: (known, new) frames of each window.
 
     The first window holds the context, or its last ``overlap`` frames where it fills the window; each further one the
     last ``overlap`` frames of what there is by then.
@@ -114,7 +122,7 @@ def sliding_windows(n_context, n_frames, length, overlap):
     return windows
 
 
-def record_graph(step, device):
+def record_graph(step: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
     """Record ``step()``, whose inputs and outputs are fixed buffers on a GPU, as a CUDA graph to ``replay()``."""
     with torch.cuda.device(device):  # streams belong to the current device; recorded on another's, a graph is empty
         stream = torch.cuda.Stream()

@@ -9,20 +9,26 @@ S samples of each, P frames to predict.
 """
 
 import itertools
+from collections.abc import Iterator, Sequence
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from latentcast.config import MisfitError, check_counts, is_whole, one_line
 from latentcast.layers.conv_gru import ConvGRUCell
 from latentcast.layers.neural_sde import NeuralSDE, Path
 from latentcast.layers.spade_unet import SpadeUNet
+from latentcast.shapes import Conditions, Frames, Latents
 from latentcast.sizes import nearest_fit
+from latentcast.tokenizers.base import LatentSpec
 
-from .base import ContinuousPrior, PriorOutput, check_widths, levels_for, no_progress
+from .base import ContinuousPrior, PriorOutput, Progress, Told, check_widths, levels_for, no_progress
 from .denoising import (
     SCHEDULERS,
     check_steps,
@@ -39,13 +45,17 @@ AT_ONCE = 16  # frames whose motion is solved together; that of more is solved a
 LONGEST = 10_000  # frame intervals that may be left out between frames that are asked for, and the most in one interval
 
 
+Times = Float[Tensor, " F"] | Float[Tensor, "B F"] | Sequence  # in frame intervals after the last context frame
+Seed = int | list[int] | tuple[int, ...]  # a whole number of at least 0, or one for each context
+
+
 class MotionEncoder(nn.Sequential):
-    """Difference images (N, D, h, w) -> (N, channels[-1], h / 2^(n - 1), w / 2^(n - 1)).
+    """Difference images, D x h x w -> channels[-1] x h / 2^(n - 1) x w / 2^(n - 1).
 
     Each of the n stages is a convolution and a ReLU, with max-pooling between the stages.
     """
 
-    def __init__(self, in_channels, channels, kernels):
+    def __init__(self, in_channels: int, channels: Sequence[int], kernels: Sequence[int]) -> None:
         layers = []
         for before, after, kernel in zip([in_channels, *channels], channels, kernels):
             layers += [nn.MaxPool2d(2)] * bool(layers) + [
@@ -62,7 +72,7 @@ class MotionCoefficient(nn.Sequential):
     to what comes out of the first one, a number for each channel.
     """
 
-    def __init__(self, channels, in_channels=None):
+    def __init__(self, channels: int, in_channels: int | None = None) -> None:
         layers = [nn.Conv2d(in_channels or channels, channels, 3, padding=1)]
         for _ in range(3):
             layers += [nn.Tanh(), nn.Conv2d(channels, channels, 3, padding=1)]
@@ -70,8 +80,9 @@ class MotionCoefficient(nn.Sequential):
         nn.init.zeros_(layers[-1].bias)
         super().__init__(*layers)
 
-    def forward(self, m, told=None):
-        """m (N, in_channels, h, w) and what it is told (N, C) or None -> (N, C, h, w)."""
+    def forward(
+        self, m: Float[Tensor, "N in h w"], told: Float[Tensor, "N C"] | None = None
+    ) -> Float[Tensor, "N C h w"]:
         for number, layer in enumerate(self):
             m = layer(m)
             if number == 0 and told is not None:
@@ -82,7 +93,7 @@ class MotionCoefficient(nn.Sequential):
 class PositiveNoise(nn.Module):
     """sigma > 0 from any number: softplus, .1 at 0 and never below .001, by which the KL of two motions divides."""
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, "*x"]) -> Float[Tensor, "*x"]:
         return F.softplus(x - 2.3) + 1e-3
 
 
@@ -96,21 +107,21 @@ class MotionPosterior(nn.Module):
     from the last one back to k; the control is a small network of m and c_k, zero before training.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.gru = ConvGRUCell(channels, channels)
         self.network = MotionCoefficient(channels, 2 * channels)
 
-    def read(self, features):
-        """Features of the future's difference images (B, n, C, h, w) -> [c_1, ..., c_n], each (B, C, h, w)."""
+    def read(self, features: Float[Tensor, "B n C h w"]) -> list[Float[Tensor, "B C h w"]]:
+        """Features of the future's difference images -> [c_1, ..., c_n]."""
         states, state = [], None
         for feature in reversed(features.unbind(1)):
             state = self.gru(feature, state)
             states.append(state)
         return states[::-1]
 
-    def forward(self, m, c):
-        """The control at m: (B, C, h, w) each."""
+    def forward(self, m: Float[Tensor, "B C h w"], c: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """The control at m."""
         return self.network(torch.cat([m, c], 1))
 
 
@@ -166,34 +177,34 @@ class SDEDiffusion(ContinuousPrior):
     @register_to_config
     def __init__(
         self,
-        latent_spec,
-        motion="sde",
-        motion_channels=(64, 128, 256),
-        motion_kernels=(5, 5, 7),
-        sde_type="stratonovich",
-        solver="euler_heun",
-        dt=0.1,
-        adjoint=False,
-        diffusion_output="linear",
-        motion_kl_weight=None,
-        block_channels=(128, 256, 256, 512, 512),
-        n_blocks=2,
-        attention_from=1,
-        head_dim=128,
-        n_heads=None,
-        norm_groups=32,
-        n_diffusion_steps=1000,
-        betas="linear",
-        prediction_type="epsilon",
-        loss="l2",
-        min_snr_gamma=None,
-        n_sampled_frames=6,
-        previous_frame="sampled",
-        gradient_checkpointing=False,
-        fit_levels=False,
-        conditions=None,
-        condition_dropout=0.1,
-    ):
+        latent_spec: LatentSpec,
+        motion: str = "sde",
+        motion_channels: Sequence[int] = (64, 128, 256),
+        motion_kernels: Sequence[int] = (5, 5, 7),
+        sde_type: str = "stratonovich",
+        solver: str = "euler_heun",
+        dt: float = 0.1,
+        adjoint: bool = False,
+        diffusion_output: str = "linear",
+        motion_kl_weight: float | None = None,
+        block_channels: Sequence[int] = (128, 256, 256, 512, 512),
+        n_blocks: int = 2,
+        attention_from: int = 1,
+        head_dim: int = 128,
+        n_heads: int | None = None,
+        norm_groups: int = 32,
+        n_diffusion_steps: int = 1000,
+        betas: str = "linear",
+        prediction_type: str = "epsilon",
+        loss: str = "l2",
+        min_snr_gamma: float | None = None,
+        n_sampled_frames: int | None = 6,
+        previous_frame: str = "sampled",
+        gradient_checkpointing: bool = False,
+        fit_levels: bool = False,
+        conditions: dict[str, dict] | None = None,
+        condition_dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         for name, value, known in (
             ("motion", motion, ("sde", "ode")),
@@ -263,20 +274,22 @@ class SDEDiffusion(ContinuousPrior):
 
     # Motion -----------------------------------------------------------------------------------------------------
 
-    def encode_motion(self, context):
-        """Context (B, N, D, h, w) -> m_N (B, width, h', w'), the motion feature of the last context frame.
+    def encode_motion(self, context: Float[Tensor, "B N D h w"]) -> Float[Tensor, "B width _ _"]:
+        """Context of N frames -> m_N, the motion feature of the last one.
 
         Algorithm 1, lines 2-6: m_1 = 0, d_i = x_i - x_(i-1), m_i = ConvGRU(d_i, m_(i-1)).
         """
-        state = None
-        for feature in self._encode_differences(context).unbind(1):
+        first, *others = self._encode_differences(context).unbind(1)
+        state = self.gru(first)
+        for feature in others:
             state = self.gru(feature, state)
         return state
 
     def _encode_differences(self, frames):
         """Frames (B, N, D, h, w) -> features of their N - 1 difference images (B, N - 1, width, h', w')."""
         differences = frames[:, 1:] - frames[:, :-1]
-        return self.motion_encoder(differences.flatten(0, 1)).unflatten(0, differences.shape[:2])
+        features = self.motion_encoder(rearrange(differences, "b t ... -> (b t) ..."))
+        return rearrange(features, "(b t) ... -> b t ...", t=differences.shape[1])
 
     def _tell_motion(self, vectors, first):
         """What is told of frames (N, T, width) -> what the drift is told in each interval, for NeuralSDE; the first one
@@ -287,17 +300,17 @@ class SDEDiffusion(ContinuousPrior):
 
     # Training ---------------------------------------------------------------------------------------------------
 
-    def forward(self, clip, n_context, conditions=None):
+    def forward(self, clip: Frames | Latents, n_context: int, conditions: Conditions | None = None) -> PriorOutput:
         """The loss of Eq. 12, a mean over numbers, by Algorithm 1.
 
         In training on a random subset of each clip's future frames; in eval mode on all of them, with noise and
         Brownian paths that are the same at every call (``eval_seed``), so that validation losses can be compared.
 
         Args:
-            clip: (B, T, D, h, w) latents, or frames in [-1, 1]. n_context: context frames, which the loss skips.
+            clip: frames in [-1, 1], or latents. n_context: context frames, which the loss skips.
             conditions: see Prior.
         Returns:
-            PriorOutput; ``logs`` has ``mse``, the unweighted squared error of the U-Net's output, of an SDE
+            ``logs`` has ``mse``, the unweighted squared error of the U-Net's output, of an SDE
             ``motion_noise``, the root mean square of sigma at m_N, and with a posterior ``motion_kl``, nats a clip.
         Raises:
             ValueError: wrong shape or range. FloatingPointError: the motion exploded.
@@ -343,14 +356,14 @@ class SDEDiffusion(ContinuousPrior):
         path that it controls, whose divergence from one without comes with them, (B,), else None."""
         told = self._tell_motion(vectors, n_context)
         if self.motion_posterior is None:
-            return self.motion_sde(start, steps, seeds, told=told).flatten(0, 1), None
+            return rearrange(self.motion_sde(start, steps, seeds, told=told), "b p ... -> (b p) ..."), None
         future = self.motion_posterior.read(self._encode_differences(clip[:, n_context - 1 :].to(self.dtype)))
 
         def control(m, time):
             return self.motion_posterior(m, future[min(int(time), len(future) - 1)])
 
         feature, kl = self.motion_sde(start, steps, seeds, control=control, told=told)
-        return feature.flatten(0, 1), kl
+        return rearrange(feature, "b p ... -> (b p) ..."), kl
 
     def _steps_before(self, steps):
         """The frames k_(i-1) that the U-Net is shown beside those at k_i, 0 being the context's last."""
@@ -366,8 +379,8 @@ class SDEDiffusion(ContinuousPrior):
         wanted, shown = (
             n_context - 1 + index.to(device, non_blocking=True) for index in (steps, self._steps_before(steps))
         )
-        x_0, previous = (precise(clip[rows, index]).flatten(0, 1) for index in (wanted, shown))
-        told = None if vectors is None else self.tell_unet(vectors[rows, wanted].flatten(0, 1))
+        x_0, previous = (rearrange(precise(clip[rows, i]), "b p ... -> (b p) ...") for i in (wanted, shown))
+        told = None if vectors is None else self.tell_unet(rearrange(vectors[rows, wanted], "b p ... -> (b p) ..."))
         times = torch.randint(config.n_diffusion_steps, (len(x_0),), **source).to(device)  # line 11
         noise = torch.randn(x_0.shape, **source).to(x_0)
         alpha_bar = self.alpha_bars.to(x_0, non_blocking=True)[times].view(-1, 1, 1, 1)
@@ -376,7 +389,17 @@ class SDEDiffusion(ContinuousPrior):
         return precise(self.unet(noisy, times, feature.to(self.dtype), told=told)) - target, alpha_bar
 
     @torch.no_grad()
-    def explain(self, clip, n_context, *, num_samples=1, generator=None, conditions=None, motion_seed=None, **options):
+    def explain(
+        self,
+        clip: Frames | Latents,
+        n_context: int,
+        *,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        conditions: Conditions | None = None,
+        motion_seed: Seed | None = None,
+        **options: object,
+    ) -> dict[str, Float[Tensor, "B ..."]]:
         """As Prior's: ``motion`` features at the last given frame and each frame after it, of ``num_samples`` paths."""
         self.check_clip(clip, "clip")
         self.check_context(n_context, clip.shape[1])
@@ -392,11 +415,19 @@ class SDEDiffusion(ContinuousPrior):
 
     # Sampling ---------------------------------------------------------------------------------------------------
 
-    def told_frames(self, n_context, n_frames, *, frame_times=None, fps_multiplier=1, **options):
+    def told_frames(
+        self,
+        n_context: int,
+        n_frames: int,
+        *,
+        frame_times: Times | None = None,
+        fps_multiplier: float = 1,
+        **options: object,
+    ) -> int:
         """As Prior's: of the context's frames and of each interval up to the last time, whatever is predicted there."""
         return n_context + int(intervals_of(frame_times_of(n_frames, None, frame_times, fps_multiplier)).max())
 
-    def options_of(self, options, index, n_contexts, n_frames):
+    def options_of(self, options: dict[str, object], index: int, n_contexts: int, n_frames: int) -> dict[str, object]:
         """As Prior's; ``motion_seed`` and ``image_seed`` may be lists, a seed for each context."""
         options = super().options_of(options, index, n_contexts, n_frames)
         lists = {name: options.get(name) for name in ("motion_seed", "image_seed")}
@@ -406,7 +437,7 @@ class SDEDiffusion(ContinuousPrior):
                 options = options | {name: seeds[index : index + 1]}
         return options
 
-    def sampler_ranges(self):
+    def sampler_ranges(self) -> dict[str, dict]:
         seed = {"kind": int, "least": 0}
         rate = {"kind": float, "above": 0, "most": LONGEST}
         steps = {"least": 1, "most": self.config.n_diffusion_steps}
@@ -416,24 +447,24 @@ class SDEDiffusion(ContinuousPrior):
     @torch.no_grad()
     def sample(
         self,
-        context,
-        n_frames,
+        context: Frames | Latents,
+        n_frames: int,
         *,
-        num_samples=1,
-        generator=None,
-        progress=None,
-        conditions=None,
-        frame_times=None,
-        fps_multiplier=1,
-        motion_seed=None,
-        image_seed=None,
-        scheduler="sde-dpmsolver++",
-        n_steps=15,
-        horizon=None,
-        guidance_scale=1.0,
-        use_cache=True,
-    ):
-        """Continue latents or frames (B, n_context, D, h, w) -> (B, num_samples, n_frames, D, h, w).
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        progress: Progress | None = None,
+        conditions: Conditions | None = None,
+        frame_times: Times | None = None,
+        fps_multiplier: float = 1,
+        motion_seed: Seed | None = None,
+        image_seed: Seed | None = None,
+        scheduler: str | diffusers.SchedulerMixin = "sde-dpmsolver++",
+        n_steps: int = 15,
+        horizon: int | None = None,
+        guidance_scale: float = 1.0,
+        use_cache: bool = True,
+    ) -> Float[Tensor, "B {num_samples} {n_frames} C H W"]:
+        """Continue latents or frames.
 
         One motion path is drawn for each sample; then frame after frame is denoised, given the motion feature at its
         time and the frame predicted before (Eq. 7). Every sample has random numbers of its own, so neither the number
@@ -445,15 +476,14 @@ class SDEDiffusion(ContinuousPrior):
         Args:
             context: at least two frames. n_frames: how many to predict.
             num_samples: futures for each context.
-            generator: a ``torch.Generator``, from which the seeds are drawn that are not given.
-            progress: a callable like ``tqdm``; counts denoising steps.
+            generator: from which the seeds are drawn that are not given.
+            progress: counts denoising steps.
             conditions: see Prior; of as many frames as ``told_frames`` says: those per frame are of the context's
                 intervals, whatever the times to predict.
-            frame_times: (n_frames,) or (B, n_frames) increasing times above 0, in frame intervals after the last
-                context frame; None: 1, 2, ... over ``fps_multiplier``.
+            frame_times: increasing, above 0; None: 1, 2, ... over ``fps_multiplier``.
             fps_multiplier: frames to predict in an interval of the context's.
-            motion_seed: of the Brownian paths: a whole number, or one for each context. The same seed gives the same
-                motion at a time, whatever other times are asked for.
+            motion_seed: of the Brownian paths. The same seed gives the same motion at a time, whatever other times are
+                asked for.
             image_seed: of the noise that the frames are made from, likewise.
             scheduler: name in ``denoising.SCHEDULERS`` or a scheduler of diffusers. The default is a stochastic one: in
                 so few steps it keeps the quality of 100 ancestral ones better than deterministic solvers do.
@@ -508,19 +538,19 @@ class SDEDiffusion(ContinuousPrior):
 
     def stream(
         self,
-        context,
-        told,
+        context: Frames | Latents,
+        told: Told,
         *,
-        num_samples,
-        generator,
-        frame_times,
-        fps_multiplier,
-        motion_seed,
-        image_seed,
-        horizon,
-        guidance_scale,
-        **settings,
-    ):
+        num_samples: int,
+        generator: torch.Generator | None,
+        frame_times: Times | None,
+        fps_multiplier: float,
+        motion_seed: Seed | None,
+        image_seed: Seed | None,
+        horizon: int | None,
+        guidance_scale: float,
+        **settings: object,
+    ) -> Iterator[Float[Tensor, "B {num_samples} C H W"]]:
         """As Prior's: frames at the times 1, 2, ..., and no others."""
         if frame_times is not None or fps_multiplier != 1:
             found = f"fps_multiplier={one_line(fps_multiplier)}" if frame_times is None else "frame_times"
@@ -622,16 +652,18 @@ class SDEDiffusion(ContinuousPrior):
                 yield previous
 
 
-def intervals_of(times):
-    """The frame intervals that times lie in, (k - 1, k], as whole numbers k."""
+def intervals_of(times: Float[Tensor, "*times"]) -> Int[Tensor, "*times"]:
+    """The frame intervals that times lie in, (k - 1, k], by their k."""
     near = times.round()
     return torch.where((times - near).abs() < 1e-5, near, times).ceil().long()
 
 
-def frame_times_of(n_frames, batch, frame_times, fps_multiplier):
-    """The times to predict, (batch, n_frames) float32; refuses those that are not positive and increasing, and those
-    so far away that the solver, which takes every step on the way, would hardly come there. ``batch`` None: of as many
-    contexts as there are times of."""
+def frame_times_of(
+    n_frames: int, batch: int | None, frame_times: Times | None, fps_multiplier: float
+) -> Float[Tensor, "B {n_frames}"]:
+    """The times to predict, float32; refuses those that are not positive and increasing, and those so far away that the
+    solver, which takes every step on the way, would hardly come there. ``batch`` None: of as many contexts as there are
+    times of."""
     furthest = LONGEST + n_frames
     if frame_times is None:
         if not (is_number(fps_multiplier) and fps_multiplier > 0):
@@ -664,7 +696,9 @@ def frame_times_of(n_frames, batch, frame_times, fps_multiplier):
     return times.expand(batch, n_frames)
 
 
-def seeds_of(generator, motion_seed, image_seed, batch, num_samples):
+def seeds_of(
+    generator: torch.Generator | None, motion_seed: Seed | None, image_seed: Seed | None, batch: int, num_samples: int
+) -> list[list[tuple[int, ...]]]:
     """Seeds of each sample's Brownian path and of its images' noise, see ``row_seeds``; those not given are drawn."""
     return [
         row_seeds(name, default if seed is None else seed, batch, num_samples)
@@ -672,20 +706,19 @@ def seeds_of(generator, motion_seed, image_seed, batch, num_samples):
     ]
 
 
-def draw_seeds(generator):
-    """Two whole numbers, for motion and for images."""
+def draw_seeds(generator: torch.Generator | None) -> list[int]:
+    """Two, for motion and for images."""
     device = generator.device if generator is not None else "cpu"
     return torch.randint(2**62, (2,), generator=generator, device=device).tolist()
 
 
-def row_seeds(name, seed, n_contexts, n_samples):
-    """A tuple of whole numbers for each sample of each context, context by context.
-
-    Args:
-        seed: a whole number; or one for each context, which then gets what it would get alone.
-    """
-    one = not isinstance(seed, (list, tuple))
-    contexts = [(seed, index) for index in range(n_contexts)] if one else [(each, 0) for each in seed]
+def row_seeds(name: str, seed: Seed, n_contexts: int, n_samples: int) -> list[tuple[int, ...]]:
+    """Whole numbers for each sample of each context, context by context. Of seeds one for each context, a context gets
+    what it would get alone."""
+    if isinstance(seed, list | tuple):
+        contexts = [(each, 0) for each in seed]
+    else:
+        contexts = [(seed, index) for index in range(n_contexts)]
     if len(contexts) != n_contexts or not all(is_whole(each, 0) for each, _ in contexts):
         raise ValueError(
             f"{name}: expected a whole number of at least 0, or one for each of {n_contexts} contexts, found "
@@ -694,6 +727,6 @@ def row_seeds(name, seed, n_contexts, n_samples):
     return [(*context, sample) for context in contexts for sample in range(n_samples)]
 
 
-def seed_number(seed):
-    """A tuple of whole numbers -> one of 64 bits."""
+def seed_number(seed: tuple[int, ...]) -> int:
+    """Whole numbers -> one of 64 bits."""
     return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])

@@ -16,19 +16,22 @@ Shape letters: B clips, M rows of a sampler (samples of all contexts; with guida
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from latentcast.config import check_counts, one_line
 from latentcast.layers.causal_attention import CausalWindowAttention
 from latentcast.layers.masked_convolutions import AxisCausalConv3d, shifted
 from latentcast.layers.positions import sinusoidal_positions_3d
+from latentcast.shapes import Codes, Conditions
 from latentcast.sizes import as_size, sides
-from latentcast.tokenizers.base import check_codes
+from latentcast.tokenizers.base import LatentSpec, check_codes
 
-from .base import Prior, PriorOutput, code_nats, need_codes, no_progress
+from .base import Prior, PriorOutput, Progress, Told, code_nats, need_codes, no_progress
 from .sampling import (
     DRAWING,
     GUIDANCE,
@@ -43,8 +46,8 @@ from .sampling import (
 ATTENTION_FORMS = ("full", "factorised", "windowed", "none")
 
 
-def gate(x):
-    """The gated activation of PixelCNN: (..., 2 d) -> (..., d)."""
+def gate(x: Float[Tensor, "*rows dd"]) -> Float[Tensor, "*rows dd//2"]:
+    """The gated activation of PixelCNN, of dd = 2 d channels."""
     a, b = x.chunk(2, -1)
     return a.tanh() * b.sigmoid()
 
@@ -56,7 +59,7 @@ class GatedLayer(nn.Module):
     "Conditional Image Generation with PixelCNN Decoders", 2016, Eq. 4), the same at all positions of the frame.
     """
 
-    def __init__(self, dim, axis, taps, width, is_told=False):
+    def __init__(self, dim: int, axis: int, taps: int, width: int, is_told: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         # The row stack is conditioned on the frame stack, the column stack on both.
@@ -64,29 +67,46 @@ class GatedLayer(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.tell = nn.Linear(dim, 2 * dim, bias=False) if is_told else None
 
-    def forward(self, x, condition=None, past=None, told=None):
-        """x (B, t, h, w, d) and what is told of its frames (B, t, d) or None -> like x, and the ``past`` of the piece
-        that comes next (see AxisCausalConv3d)."""
-        y, past = self.conv(self.norm(x), condition, past)
+    def forward(
+        self,
+        x: Float[Tensor, "B t h w d"],
+        condition: Float[Tensor, "B t h w conditions"] | None = None,
+        past: Float[Tensor, "B _ _ _ d"] | None = None,
+        told: Float[Tensor, "B t told"] | None = None,
+    ) -> tuple[Float[Tensor, "B t h w d"], Float[Tensor, "B _ _ _ d"]]:
+        """x and what is told of its frames -> like x, and the ``past`` of the piece that comes next (see
+        AxisCausalConv3d)."""
+        y, after = self.conv(self.norm(x), condition, past)
         if told is not None:
             y = y + self.tell(told)[:, :, None, None]
-        return x + self.out(gate(y)), past
+        return x + self.out(gate(y)), after
 
-    def step(self, x, given, past, weight):
-        """One position of the column stack: x (M, d) -> (M, d).
+    def step(
+        self,
+        x: Float[Tensor, "M d"],
+        given: Float[Tensor, "M dd"],
+        past: Float[Tensor, "M taps_d"],
+        weight: Float[Tensor, "taps dd"],
+    ) -> Float[Tensor, "M d"]:
+        """One position of the column stack.
 
         Args:
-            given: (M, 2 d), see ``given``.
-            past: (M, (taps - 1) d), the normalised inputs to the left, which move on in place.
+            given: see ``given``.
+            past: the ``taps`` - 1 normalised inputs to the left, which move on in place.
             weight: of the taps, the first part of ``conv.split_weight()``.
         """
         taps = torch.cat([past, self.norm(x)], 1)
         past.copy_(taps[:, x.shape[1] :])
         return x + self.out(gate(torch.addmm(given, taps, weight)))
 
-    def given(self, condition, weight, told=None):
-        """What a row's condition (M, w, 2 d) and what is told of its frame (M, d) make of [a, b] before any column is
-        known: (M, w, 2 d). ``weight``: the second part of ``conv.split_weight()``."""
+    def given(
+        self,
+        condition: Float[Tensor, "M w conditions"],
+        weight: Float[Tensor, "conditions dd"],
+        told: Float[Tensor, "M told"] | None = None,
+    ) -> Float[Tensor, "M w dd"]:
+        """What a row's condition and what is told of its frame make of [a, b] before any column is known. ``weight``:
+        the second part of ``conv.split_weight()``."""
         given = condition @ weight + self.conv.conv.bias
         return given if told is None else given + self.tell(told)[:, None]
 
@@ -104,8 +124,18 @@ class LevelNetwork(nn.Module):
     """
 
     def __init__(
-        self, levels, codebook_sizes, grid, dim, n_blocks, block_layers, kernel_size, kernel_frames, attention, is_told
-    ):
+        self,
+        levels: Sequence[int],
+        codebook_sizes: Sequence[int],
+        grid: Sequence[int],
+        dim: int,
+        n_blocks: int,
+        block_layers: int,
+        kernel_size: int,
+        kernel_frames: int,
+        attention: Callable[[], list[CausalWindowAttention]],
+        is_told: bool,
+    ) -> None:
         super().__init__()
         self.levels = list(levels)
         starts = [sum(codebook_sizes[:i]) for i in range(len(codebook_sizes) + 1)]
@@ -138,16 +168,18 @@ class LevelNetwork(nn.Module):
         self.logits = nn.ModuleList(nn.Linear(dim, codebook_sizes[i]) for i in self.levels)
         self.has_attention = any(len(modules) for modules in self.attention)
 
-    def embed_before(self, rows):
-        """What frames tell the frame after them: (B, T, h, w, n) -> (B, T, h, w, d)."""
+    def embed_before(self, rows: Codes) -> Float[Tensor, "B T h w d"]:
+        """What frames tell the frame after them."""
         return self.previous(rows).sum(-2)
 
-    def embed_known(self, before, rows, i, start=0):
+    def embed_known(
+        self, before: Float[Tensor, "B T h w d"], rows: Codes, i: int, start: int = 0
+    ) -> Float[Tensor, "B T h w d"]:
         """Input of the frame stack: what is known of frames before their level i is begun.
 
         Args:
-            before: (B, T, h, w, d), what the frame before each of them tells it.
-            rows: (B, T, h, w, n), of which the levels before i are looked at.
+            before: what the frame before each of them tells it.
+            rows: of these the levels before i are looked at.
             start: index of the first of these frames in the clip.
         """
         known = before + self.positions[start : start + rows.shape[1]].to(before.dtype)
@@ -157,17 +189,19 @@ class LevelNetwork(nn.Module):
             known = known + self.which.weight[i]
         return known
 
-    def embed_own(self, rows):
+    def embed_own(self, rows: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows d"]:
         """Rows of one of the network's levels -> their embeddings."""
         return self.own(rows - self.first_own_row)
 
-    def predict(self, features, i):
-        """Output of the column stack (..., d) -> logits of level i, (..., size_i)."""
+    def predict(self, features: Float[Tensor, "*rows d"], i: int) -> Float[Tensor, "*rows K"]:
+        """Output of the column stack -> logits of level i."""
         return self.logits[i - self.levels[0]](self.head(features))
 
-    def forward(self, rows, levels, first=0, told=None):
-        """Teacher forcing: rows (B, T, h, w, n), and what is told of the frames (B, T, d) or None -> for each of
-        ``levels`` logits (B, T - first, h, w, size)."""
+    def forward(
+        self, rows: Codes, levels: Sequence[int], first: int = 0, told: Float[Tensor, "B T told"] | None = None
+    ) -> list[Float[Tensor, "B _ h w _"]]:
+        """Teacher forcing: rows, and what is told of the frames -> for each of ``levels`` logits of the frames from
+        ``first`` on."""
         before = shifted(self.embed_before(rows), 0)
         known = torch.cat([self.embed_known(before, rows, i) for i in levels])
         own = torch.cat([self.embed_own(rows[..., i]) for i in levels])
@@ -175,16 +209,23 @@ class LevelNetwork(nn.Module):
         features, _ = self.features(known, own, first, told)
         return [self.predict(part, i) for i, part in zip(levels, features.chunk(len(levels)))]
 
-    def features(self, known, own, first=0, told=None, caches=None):
+    def features(
+        self,
+        known: Float[Tensor, "B T h w d"],
+        own: Float[Tensor, "B T h w d"],
+        first: int = 0,
+        told: Float[Tensor, "B T told"] | None = None,
+        caches: Sequence[Sequence[Tensor]] | None = None,
+    ) -> tuple[Float[Tensor, "B T-{first} h w d"], list[Float[Tensor, "B _ h w d"]]]:
         """All three stacks over whole frames.
 
         Args:
-            known, own: (B, T, h, w, d), see ``embed_known`` and ``embed_own``.
+            known, own: see ``embed_known`` and ``embed_own``.
             first: frames before it are not wanted; without attention, their row and column stacks are not computed.
-            told: (B, T, d), what is told of the frames; None: nothing.
+            told: what is told of the frames; None: nothing.
             caches: of the attention modules of each layer, which keep their keys and values there, or None.
         Returns:
-            (B, T - first, h, w, d), and with caches of each layer of the frame stack the ``past`` of the next frame.
+            features, and with caches of each layer of the frame stack the ``past`` of the next frame.
         """
         skipped, pasts = 0 if self.has_attention else first, []
         own, told_own = own[:, skipped:], None if told is None else told[:, skipped:]
@@ -235,21 +276,21 @@ class STPixelCNN(Prior):
     @register_to_config
     def __init__(
         self,
-        latent_spec,
-        n_frames=20,
-        layers="separate",
-        dim=128,
-        n_blocks=2,
-        block_layers=3,
-        kernel_size=3,
-        kernel_frames=2,
-        attention="full",
-        window=8,
-        n_heads=4,
-        head_dim=32,
-        conditions=None,
-        condition_dropout=0.1,
-    ):
+        latent_spec: LatentSpec,
+        n_frames: int = 20,
+        layers: str = "separate",
+        dim: int = 128,
+        n_blocks: int = 2,
+        block_layers: int = 3,
+        kernel_size: int = 3,
+        kernel_frames: int = 2,
+        attention: str = "full",
+        window: int | Sequence[int] = 8,
+        n_heads: int = 4,
+        head_dim: int = 32,
+        conditions: dict[str, dict] | None = None,
+        condition_dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         sizes = list(latent_spec["codebook_sizes"])
         need_codes(latent_spec, "ST-PixelCNN")
@@ -283,21 +324,20 @@ class STPixelCNN(Prior):
         self.register_buffer("first_row", first_row, persistent=False)
         self.make_conditioner(dim)
 
-    def network(self, i):
+    def network(self, i: int) -> LevelNetwork:
         """The network that predicts level i."""
-        return self.networks[i if len(self.networks) > 1 else 0]
+        return self.networks[i if len(self.networks) > 1 else 0]  # pyright: ignore[reportReturnType]
 
     # Likelihood -------------------------------------------------------------------------------------------------
 
-    def forward(self, clip, n_context, conditions=None):
+    def forward(self, clip: Codes, n_context: int, conditions: Conditions | None = None) -> PriorOutput:
         """Mean cross-entropy of the codes after the context, in nats a code, over all levels.
 
         Args:
-            clip: (B, t, h, w, n) int64, t of at most ``n_frames``. n_context: context frames, which the loss skips.
+            clip: int64, of at most ``n_frames``. n_context: context frames, which the loss skips.
             conditions: see Prior.
         Returns:
-            PriorOutput with ``logits``, one (B, t - n_context, h, w, size) a level, and in ``logs`` the bits a code, of
-            all levels and of each.
+            ``logits`` of each level, and in ``logs`` the bits a code, of all levels and of each.
         """
         logits = self._logits(clip, n_context, conditions)
         nll = self._nll(logits, clip, n_context).mean(0)
@@ -309,23 +349,27 @@ class STPixelCNN(Prior):
             logs |= {f"bits_per_code_{i}": value for i, value in enumerate(bits, start=1)}
         return PriorOutput(loss=loss, logs=logs, logits=logits)
 
-    def log_prob(self, clip, n_context, conditions=None):
-        """Log-likelihood of the codes after the context, in nats: (B, t, h, w, n) -> (B,)."""
+    def log_prob(self, clip: Codes, n_context: int, conditions: Conditions | None = None) -> Float[Tensor, " B"]:
+        """Log-likelihood of the codes after the context, in nats."""
         return self.level_log_prob(clip, n_context, conditions).sum(1)
 
-    def level_log_prob(self, clip, n_context, conditions=None):
-        """What each level adds to ``log_prob``: log p(level i | levels above), in nats -> (B, n)."""
+    def level_log_prob(self, clip: Codes, n_context: int, conditions: Conditions | None = None) -> Float[Tensor, "B n"]:
+        """What each level adds to ``log_prob``: log p(level i | levels above), in nats."""
         return -self._nll(self._logits(clip, n_context, conditions), clip, n_context)
 
     @torch.no_grad()
-    def explain(self, clip, n_context, conditions=None, **options):
+    def explain(
+        self, clip: Codes, n_context: int, conditions: Conditions | None = None, **options: object
+    ) -> dict[str, Float[Tensor, "B ..."]]:
         """As Prior's: ``nats`` of each code."""
         target = clip[:, n_context:]
         logits = self._logits(clip, n_context, conditions)
         return {"nats": torch.stack([code_nats(level, target[..., i]) for i, level in enumerate(logits)], -1)}
 
-    def level_bits_per_code(self, clip, n_context, conditions=None):
-        """-log2 of the likelihood, averaged over the predicted codes of each level -> (B, n)."""
+    def level_bits_per_code(
+        self, clip: Codes, n_context: int, conditions: Conditions | None = None
+    ) -> Float[Tensor, "B n"]:
+        """-log2 of the likelihood, averaged over the predicted codes of each level."""
         n_codes = clip[0, n_context:, ..., 0].numel()
         return -self.level_log_prob(clip, n_context, conditions) / (n_codes * math.log(2))
 
@@ -347,27 +391,27 @@ class STPixelCNN(Prior):
 
     # Sampling ---------------------------------------------------------------------------------------------------
 
-    def sampler_ranges(self):
+    def sampler_ranges(self) -> dict[str, dict]:
         return DRAWING | GUIDANCE | {"overlap": {"kind": int, "least": 1, "most": self.grid[0] - 1}}
 
     @torch.no_grad()
     def sample(
         self,
-        context,
-        n_frames,
+        context: Codes,
+        n_frames: int,
         *,
-        num_samples=1,
-        generator=None,
-        progress=None,
-        conditions=None,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        overlap=None,
-        guidance_scale=1.0,
-        use_cache=True,
-    ):
-        """Continue codes (B, n_context, h, w, n) -> (B, num_samples, n_frames, h, w, n).
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        progress: Progress | None = None,
+        conditions: Conditions | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        overlap: int | None = None,
+        guidance_scale: float = 1.0,
+        use_cache: bool = True,
+    ) -> Int[Tensor, "B {num_samples} {n_frames} h w n"]:
+        """Continue codes.
 
         A code costs one column of work: the frame stack runs once a frame, the row stack once a row, and attention
         finds the keys and values of earlier positions in a cache. Past the trained clip length T the model slides: it
@@ -376,8 +420,8 @@ class STPixelCNN(Prior):
         Args:
             context: int64 codes, at least one frame. n_frames: how many to predict.
             num_samples: futures for each context, which is read once.
-            generator: a ``torch.Generator`` for reproducible samples.
-            progress: a callable like ``tqdm``; counts generated codes.
+            generator: for reproducible samples.
+            progress: counts generated codes.
             conditions: see Prior.
             temperature: divides the logits; 0 is greedy. top_k, top_p: truncate the distribution.
             overlap: frames that the model sees when it slides, 1 to T - 1; more cost more time. None: T // 2.
@@ -393,7 +437,17 @@ class STPixelCNN(Prior):
             future = torch.stack([next(frames) for _ in range(n_frames)], 1)
         return future.unflatten(0, (-1, num_samples))
 
-    def stream(self, context, told, *, num_samples, generator, overlap, use_cache, **choose):
+    def stream(
+        self,
+        context: Codes,
+        told: Told,
+        *,
+        num_samples: int,
+        generator: torch.Generator | None,
+        overlap: int | None,
+        use_cache: bool,
+        **choose: float | None,
+    ) -> Iterator[Int[Tensor, "B {num_samples} h w n"]]:
         """As Prior's; the last T frames are kept."""
         self._check_sampling(context, num_samples, overlap, use_cache, choose)
         frames = self._stream(context, told, num_samples, generator, overlap, use_cache, choose, no_progress())
@@ -458,8 +512,10 @@ class STPixelCNN(Prior):
         return torch.rand((*self.grid[1:], n_rows), generator=generator, device=source).to(self.device)
 
 
-def choose_codes(logits, uniform, guidance_scale=1.0, **choose):
-    """Codes (M,) drawn from logits (M, size), see ``draw``; with guidance the same ones for both copies of a row."""
+def choose_codes(
+    logits: Float[Tensor, "M K"], uniform: Float[Tensor, " _"], guidance_scale: float = 1.0, **choose: float | None
+) -> Int[Tensor, " M"]:
+    """Codes drawn from logits, see ``draw``; with guidance the same ones for both copies of a row."""
     if guidance_scale != 1:
         logits = guided(logits, guidance_scale).repeat(2, 1)
     return draw(logits, uniform, **choose)
@@ -468,17 +524,19 @@ def choose_codes(logits, uniform, guidance_scale=1.0, **choose):
 class UncachedLevel:
     """Reference sampler of level i for M rows: the network runs over all frames so far for every code."""
 
-    def __init__(self, model, i, n_rows, choose):
+    def __init__(self, model: STPixelCNN, i: int, n_rows: int, choose: dict[str, float | None]) -> None:
         self.network, self.i, self.first_row, self.choose = model.network(i), i, model.first_row, choose
 
-    def start(self, window, vectors, n_shared):
+    def start(self, window: Int[Tensor, "M t h w n"], vectors: Float[Tensor, "M t d"] | None, n_shared: int) -> None:
         """As CachedLevel's; there is nothing to prepare."""
 
-    def start_frame(self, window, frame, vectors):
+    def start_frame(
+        self, window: Int[Tensor, "M t h w n"], frame: Int[Tensor, "M 1 h w n"], vectors: Float[Tensor, "M T d"] | None
+    ) -> None:
         """As CachedLevel's."""
         self.window, self.frame, self.vectors = window, frame, vectors
 
-    def fill_row(self, y, uniform):
+    def fill_row(self, y: int, uniform: Float[Tensor, "w M"]) -> None:
         """As CachedLevel's."""
         i, frame = self.i, self.frame
         frame[..., i][:, :, y:] = self.first_row[i]  # whatever is there: causality hides it
@@ -486,7 +544,7 @@ class UncachedLevel:
         for x in range(frame.shape[3]):
             self.fill(y, x, uniform[x])
 
-    def fill(self, y, x, uniform):
+    def fill(self, y: int, x: int, uniform: Float[Tensor, " M"]) -> None:
         """Generate one code."""
         rows = torch.cat([self.window, self.frame], 1)
         logits = self.network(rows, [self.i], self.window.shape[1], self.vectors)[0][:, 0, y, x]
@@ -500,7 +558,7 @@ class CachedLevel:
     graph and replayed: launching its many small kernels one by one would take longer than running them.
     """
 
-    def __init__(self, model, i, n_rows, choose):
+    def __init__(self, model: STPixelCNN, i: int, n_rows: int, choose: dict[str, float | None]) -> None:
         self.network, self.i, self.grid, self.choose = model.network(i), i, model.grid, choose
         self.first_row = model.first_row[i]
         dim, dtype, device = self.network.own.embedding_dim, self.network.own.weight.dtype, model.device
@@ -523,18 +581,19 @@ class CachedLevel:
         self.column, self.position = (zeros(1, dtype=torch.int64) for _ in range(2))
         self.graph = record_graph(self._step, device) if device.type == "cuda" else None
 
-    def start(self, window, vectors, n_shared):
-        """Begin a window with known frames (M, t, h, w, n) and what is told of them, (M, t, d) or None, the same for
-        ``n_shared`` neighbouring rows."""
+    def start(self, window: Int[Tensor, "M t h w n"], vectors: Float[Tensor, "M t d"] | None, n_shared: int) -> None:
+        """Begin a window with known frames and what is told of them, the same for ``n_shared`` neighbouring rows."""
         network, rows = self.network, window[::n_shared]
         known = network.embed_known(shifted(network.embed_before(rows), 0), rows, self.i)
         told = None if vectors is None else vectors[::n_shared]
         _, pasts = network.features(known, network.embed_own(rows[..., self.i]), window.shape[1], told, self.caches)
         self.past_frames = [past.repeat_interleave(n_shared, 0) for past in pasts]
 
-    def start_frame(self, window, frame, vectors):
-        """The frame stack of ``frame`` (M, 1, h, w, n), which comes after those of ``window`` and has the levels above;
-        what is told of it is the last of ``vectors``."""
+    def start_frame(
+        self, window: Int[Tensor, "M t h w n"], frame: Int[Tensor, "M 1 h w n"], vectors: Float[Tensor, "M T d"] | None
+    ) -> None:
+        """The frame stack of ``frame``, which comes after those of ``window`` and has the levels above; what is told of
+        it is the last of ``vectors``."""
         network, self.frame, self.time = self.network, frame, window.shape[1]
         self.told = None if vectors is None else vectors[:, -1:]
         known = network.embed_known(network.embed_before(window[:, -1:]), frame, self.i, self.time)
@@ -543,8 +602,8 @@ class CachedLevel:
             known, self.past_frames[index] = layer(known, past=self.past_frames[index], told=self.told)
             self.known.append(known)
 
-    def fill_row(self, y, uniform):
-        """Generate row y of the level into the frame, from random numbers (w, M)."""
+    def fill_row(self, y: int, uniform: Float[Tensor, "w M"]) -> None:
+        """Generate row y of the level into the frame, from random numbers."""
         self._start_row(y)
         self.uniform.copy_(uniform)
         start = (self.time * self.grid[1] + y) * self.grid[2]

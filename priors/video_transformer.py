@@ -10,20 +10,24 @@ Shape letters: B clips, M slices (a batch of (clip, slice) pairs), N positions o
 
 import itertools
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from latentcast.config import check_counts
 from latentcast.layers.adaptive import AdaptiveSoftmax, AdaptiveTable, TiedSoftmax, cluster_bounds
 from latentcast.layers.masked_convolutions import CausalConv3d
 from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
+from latentcast.shapes import Codes, Conditions
 from latentcast.sizes import nearest_divisors
-from latentcast.tokenizers.base import check_codes
+from latentcast.tokenizers.base import LatentSpec, check_codes
 
-from .base import Prior, PriorOutput, need_codes, no_progress
+from .base import Prior, PriorOutput, Progress, Told, need_codes, no_progress
 from .sampling import (
     DRAWING,
     GUIDANCE,
@@ -46,7 +50,7 @@ UNSEEN = -1  # in the place of positions and codes that the encoder does not see
 # Subscaling (section 3.2) -------------------------------------------------------------------------------------------
 
 
-def encoder_taps(subscale, n_frames, context_frames=None):
+def encoder_taps(subscale: Sequence[int], n_frames: int, context_frames: int | None = None) -> list[tuple[int, ...]]:
     """Offsets (dt, dy, dx) of the slice encoder's convolution.
 
     Published kernels: 7 frames for single-frame slices; otherwise, on each axis, 2 * (s // 2) + 1.
@@ -64,13 +68,15 @@ def encoder_taps(subscale, n_frames, context_frames=None):
     return list(itertools.product(times, *(range(-r, r + 1) for r in reach[1:])))
 
 
-def slice_geometry(grid, subscale, taps):
+def slice_geometry(
+    grid: Sequence[int], subscale: Sequence[int], taps: Sequence[tuple[int, ...]]
+) -> tuple[Int[Tensor, "n_slices N"], Int[Tensor, "n_slices N taps"]]:
     """Which positions form each slice, and what the encoder sees from them.
 
     Returns:
-        pixels: (n_slices, N) raster index of each slice's positions in the clip.
-        neighbours: (n_slices, N, taps) raster index of each tap; UNSEEN where it is outside the clip or belongs to a
-            slice that is not generated yet.
+        pixels: raster index of each slice's positions in the clip.
+        neighbours: raster index of each tap; UNSEEN where it is outside the clip or belongs to a slice that is not
+            generated yet.
     """
     if (n := math.prod(grid) * len(taps)) > MOST_SEEN:
         raise ValueError(f"n_frames, latent_spec: expected at most {MOST_SEEN} positions times taps, found {n}")
@@ -92,6 +98,9 @@ def slice_geometry(grid, subscale, taps):
 # Encoder and decoder (sections 3.2 and 4.4) ------------------------------------------------------------------------
 
 
+Cache = tuple[Float[Tensor, "M heads N e"], Float[Tensor, "M heads N e"]]  # keys and values
+
+
 class Attention(nn.Module):
     """Multi-head attention in one of the three forms of section 4.4, with relative distance bias b.
 
@@ -100,7 +109,7 @@ class Attention(nn.Module):
     - relative: A ~ exp(b).
     """
 
-    def __init__(self, dim, n_heads, head_dim, form):
+    def __init__(self, dim: int, n_heads: int, head_dim: int, form: str) -> None:
         super().__init__()
         self.form, self.n_heads, self.head_dim = form, n_heads, head_dim
         inner = n_heads * head_dim
@@ -115,7 +124,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(inner, dim, bias=False)
 
     def _heads(self, x):
-        return x.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (M, heads, L, head_dim)
+        return rearrange(x, "b l (m e) -> b m l e", m=self.n_heads)
 
     def _key(self, x):
         return None if self.form == "relative" else self._heads(self.to_key(x))
@@ -125,8 +134,8 @@ class Attention(nn.Module):
             return self._heads(self.to_query(x))
         return self.query.to(dtype).expand(x.shape[0], -1, x.shape[1], -1)
 
-    def forward(self, x, bias):
-        """All positions at once: x (M, N, dim), bias (heads, N, N), minus infinity where a key is hidden -> like x."""
+    def forward(self, x: Float[Tensor, "M N dim"], bias: Float[Tensor, "heads N N"]) -> Float[Tensor, "M N dim"]:
+        """All positions at once; the bias is minus infinity where a key is hidden."""
         x = self.norm(x)
         key, value = self._key(x), self._heads(self.to_value(x))
         bias = bias.to(value.dtype)
@@ -134,10 +143,12 @@ class Attention(nn.Module):
             out = bias.softmax(-1) @ value
         else:
             out = F.scaled_dot_product_attention(self._query(x, value.dtype), key, value, attn_mask=bias[None])
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.to_out(rearrange(out, "b m l e -> b l (m e)"))
 
-    def step(self, x, bias, cache, positions):
-        """Some positions, which attend to the first S: x (M, L, dim), bias (heads, L, S) -> like x.
+    def step(
+        self, x: Float[Tensor, "M L dim"], bias: Float[Tensor, "heads L S"], cache: Cache, positions: Int[Tensor, " L"]
+    ) -> Float[Tensor, "M L dim"]:
+        """Some positions, which attend to the first S.
 
         Their keys and values are written to the ``cache``, which holds those of the other positions.
         """
@@ -150,23 +161,27 @@ class Attention(nn.Module):
         if self.form != "relative":  # for the few queries of a step, plain products are faster than the fused kernel
             logits = self._query(x, values.dtype) * self.head_dim**-0.5 @ keys.transpose(2, 3) + bias
         out = logits.softmax(-1) @ values
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.to_out(rearrange(out, "b m l e -> b l (m e)"))
 
 
 class Block(nn.Module):
     """Pre-norm attention and a feed-forward network of the same width (no expansion)."""
 
-    def __init__(self, grid, dim, n_heads, head_dim, form, relative_scale):
+    def __init__(
+        self, grid: Sequence[int], dim: int, n_heads: int, head_dim: int, form: str, relative_scale: float
+    ) -> None:
         super().__init__()
         self.attention = Attention(dim, n_heads, head_dim, form)
         self.relative = RelativeBias3D(grid, n_heads, relative_scale)
         self.feed_forward = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
-    def forward(self, x, bias):
+    def forward(self, x: Float[Tensor, "M N dim"], bias: Float[Tensor, "heads N N"]) -> Float[Tensor, "M N dim"]:
         x = x + self.attention(x, bias)
         return x + self.feed_forward(x)
 
-    def step(self, x, bias, cache, positions):
+    def step(
+        self, x: Float[Tensor, "M L dim"], bias: Float[Tensor, "heads L S"], cache: Cache, positions: Int[Tensor, " L"]
+    ) -> Float[Tensor, "M L dim"]:
         x = x + self.attention.step(x, bias, cache, positions)
         return x + self.feed_forward(x)
 
@@ -179,7 +194,18 @@ class SliceEncoder(nn.Module):
     (tap, codebook, code), which is how it is computed here.
     """
 
-    def __init__(self, n_slices, n_taps, grid, codebook_sizes, dim, embed_dim, n_layers, block, absolute):
+    def __init__(
+        self,
+        n_slices: int,
+        n_taps: int,
+        grid: Sequence[int],
+        codebook_sizes: Sequence[int],
+        dim: int,
+        embed_dim: int,
+        n_layers: int,
+        block: Callable[[], Block],
+        absolute: bool,
+    ) -> None:
         super().__init__()
         n_rows = sum(codebook_sizes)
         self.unseen = n_taps * n_rows
@@ -192,11 +218,13 @@ class SliceEncoder(nn.Module):
         self.register_buffer("tap_rows", torch.arange(n_taps)[:, None] * n_rows, persistent=False)
         self.register_buffer("positions", sinusoidal_positions_3d(grid, dim) * absolute, persistent=False)
 
-    def forward(self, rows, slice_ids, told=None):
-        """rows (M, N, taps, n_codebooks) int64, of which some are UNSEEN, slice_ids (M,), and what is told of each
-        position's frame (M, N, d) or None -> (M, N, d)."""
+    def forward(
+        self, rows: Int[Tensor, "M N taps n"], slice_ids: Int[Tensor, " M"], told: Float[Tensor, "M N d"] | None = None
+    ) -> Float[Tensor, "M N d"]:
+        """Rows, of which some are UNSEEN, and what is told of each position's frame -> the memory."""
         index = torch.where(rows == UNSEEN, self.unseen, rows + self.tap_rows)
-        x = self.taps(index.flatten(2).flatten(0, 1)).unflatten(0, index.shape[:2])
+        x = self.taps(rearrange(index, "m p taps n -> (m p) (taps n)"))
+        x = rearrange(x, "(m p) d -> m p d", m=len(rows))
         x = self.project(x + self.slice_embedding(slice_ids)[:, None])
         x = x + self.positions.to(x.dtype)
         if told is not None:
@@ -209,7 +237,16 @@ class SliceEncoder(nn.Module):
 class SliceDecoder(nn.Module):
     """Causal over the positions of one slice, given the encoder's memory of the earlier slices."""
 
-    def __init__(self, grid, codebook_sizes, dim, embed_dim, n_layers, block, clusters=None):
+    def __init__(
+        self,
+        grid: Sequence[int],
+        codebook_sizes: Sequence[int],
+        dim: int,
+        embed_dim: int,
+        n_layers: int,
+        block: Callable[[], Block],
+        clusters: list[list[int]] | None = None,
+    ) -> None:
         super().__init__()
         self.grid = tuple(grid)
         std = len(codebook_sizes) ** -0.5
@@ -226,32 +263,35 @@ class SliceDecoder(nn.Module):
         self.register_buffer("neighbours", self.conv.neighbours(self.grid), persistent=False)
         self.register_buffer("causal", torch.full((n, n), -torch.inf).triu(1), persistent=False)
 
-    def biases(self):
-        """Relative bias plus causal mask of every block: a list of (heads, N, N)."""
+    def biases(self) -> list[Float[Tensor, "heads N N"]]:
+        """Relative bias plus causal mask of every block."""
         return [block.relative() + self.causal for block in self.blocks]
 
-    def table(self):
-        """Embeddings of the codes of all codebooks, (rows, embed_dim)."""
-        adaptive = isinstance(self.embed_codes, nn.ModuleList)
-        return torch.cat([table() for table in self.embed_codes]) if adaptive else self.embed_codes.weight
+    def table(self) -> Float[Tensor, "rows embed"]:
+        """Embeddings of the codes of all codebooks."""
+        if isinstance(self.embed_codes, nn.Embedding):
+            return self.embed_codes.weight
+        return torch.cat([table() for table in self.embed_codes])
 
-    def embed(self, rows, table=None):
-        """Sum of the codebooks' embeddings: (M, L, n_codebooks) rows -> (M, L, embed_dim)."""
+    def embed(
+        self, rows: Int[Tensor, "M L n"], table: Float[Tensor, "rows embed"] | None = None
+    ) -> Float[Tensor, "M L embed"]:
+        """Sum of the codebooks' embeddings."""
         return F.embedding(rows, self.table() if table is None else table).sum(-2)
 
-    def forward(self, rows, memory):
-        """All positions at once: rows (M, N, n_codebooks), memory (M, N, d) -> (M, N, d)."""
-        grid = self.embed(rows).unflatten(1, self.grid).movedim(-1, 1)
-        x = self.conv(grid).flatten(2).transpose(1, 2) + self.positions.to(memory.dtype) + self.from_memory(memory)
+    def forward(self, rows: Int[Tensor, "M N n"], memory: Float[Tensor, "M N d"]) -> Float[Tensor, "M N d"]:
+        """All positions at once."""
+        sizes = dict(zip("thw", self.grid))
+        convolved = self.conv(rearrange(self.embed(rows), "m (t h w) d -> m d t h w", **sizes))
+        x = rearrange(convolved, "m d t h w -> m (t h w) d")
+        x = x + self.positions.to(memory.dtype) + self.from_memory(memory)
         for block, bias in zip(self.blocks, self.biases()):
             x = block(x, bias)
         return x
 
-    def step(self, state, positions, stop):
-        """Some positions only, (M, L, d), with keys and values of the earlier ones taken from ``state``.
-
-        positions: (L,) int64, all below ``stop``; the codes before each of them must have been fed to the state.
-        """
+    def step(self, state: "DecoderState", positions: Int[Tensor, " L"], stop: int) -> Float[Tensor, "M L d"]:
+        """Some positions only, all below ``stop``, with keys and values of the earlier ones taken from ``state``, to
+        which the codes before each of them must have been fed."""
         near = state.embedded[:, self.neighbours[positions]].flatten(2)  # (M, L, taps * embed_dim)
         x = near @ state.tap_weight + state.base[:, positions]
         for block, bias, cache in zip(self.blocks, state.biases, state.caches):
@@ -262,7 +302,7 @@ class SliceDecoder(nn.Module):
 class DecoderState:
     """Pre-allocated buffers of step-by-step decoding for M rows; reused from slice to slice and window to window."""
 
-    def __init__(self, decoder, n_rows, dtype, device):
+    def __init__(self, decoder: SliceDecoder, n_rows: int, dtype: torch.dtype, device: torch.device) -> None:
         attention = decoder.blocks[0].attention
         n = decoder.positions.shape[0]
         shape = (n_rows, attention.n_heads, n, attention.head_dim)
@@ -275,13 +315,13 @@ class DecoderState:
         self.embedded = torch.zeros(n_rows, n + 1, self.table.shape[1], dtype=dtype, device=device)
         self.base = torch.zeros(n_rows, n, decoder.positions.shape[1], dtype=dtype, device=device)
 
-    def start_slice(self, memory):
-        """Begin a slice: memory (M, N, d). The caches need no clearing: the causal bias hides stale entries."""
+    def start_slice(self, memory: Float[Tensor, "M N d"]) -> None:
+        """Begin a slice. The caches need no clearing: the causal bias hides stale entries."""
         decoder = self.decoder
         self.base.copy_(decoder.from_memory(memory) + decoder.positions.to(memory.dtype) + decoder.conv.bias)
 
-    def feed(self, rows, positions):
-        """Write the codes' embeddings at ``positions``: rows (M, L, n_codebooks)."""
+    def feed(self, rows: Int[Tensor, "M L n"], positions: Int[Tensor, " L"]) -> None:
+        """Write the codes' embeddings at ``positions``."""
         self.embedded.index_copy_(1, positions, self.decoder.embed(rows, self.table).to(self.embedded.dtype))
 
 
@@ -291,10 +331,10 @@ class ChannelHead(nn.Module):
     u_k = ReLU(U_k [LN(y); onehot(c_1 .. c_{k-1})]), logits P_k u_k.
 
     Args:
-        logits: the P_k, modules (..., d) -> (..., size_k), where they are no linear layers.
+        logits: the P_k, where they are no linear layers.
     """
 
-    def __init__(self, codebook_sizes, dim, logits=None):
+    def __init__(self, codebook_sizes: Sequence[int], dim: int, logits: Sequence[nn.Module] | None = None) -> None:
         super().__init__()
         self.sizes = list(codebook_sizes)
         self.norm = nn.LayerNorm(dim)
@@ -305,19 +345,21 @@ class ChannelHead(nn.Module):
             nn.init.uniform_(table.weight, -(dim**-0.5), dim**-0.5)
         self.logits = nn.ModuleList(logits or [nn.Linear(dim, size) for size in self.sizes])
 
-    def features(self, y):
-        """(..., d) -> one (..., d) for each codebook: what does not depend on the codes of the position."""
+    def features(self, y: Float[Tensor, "*rows d"]) -> tuple[Float[Tensor, "*rows d"], ...]:
+        """For each codebook, what does not depend on the codes of the position."""
         return self.hidden(self.norm(y)).chunk(len(self.sizes), dim=-1)
 
-    def channel(self, features, k, rows):
-        """Logits of codebook k, (..., size_k), given the rows of the codes before it, (..., k)."""
+    def channel(
+        self, features: Sequence[Float[Tensor, "*rows d"]], k: int, rows: Int[Tensor, "*rows n"]
+    ) -> Float[Tensor, "*rows K"]:
+        """Logits of codebook k, given the rows of the codes before it; of others it sees none."""
         u = features[k]
         if k > 0:
             u = u + self.previous[k - 1](rows[..., :k]).sum(-2)
         return self.logits[k](u.relu())
 
-    def forward(self, y, rows):
-        """Teacher forcing: (..., d), (..., n_codebooks) -> list of (..., size_k)."""
+    def forward(self, y: Float[Tensor, "*rows d"], rows: Int[Tensor, "*rows n"]) -> list[Float[Tensor, "*rows _"]]:
+        """Teacher forcing."""
         features = self.features(y)
         return [self.channel(features, k, rows) for k in range(len(self.sizes))]
 
@@ -360,27 +402,27 @@ class VideoTransformer(Prior):
     @register_to_config
     def __init__(
         self,
-        latent_spec,
-        n_frames=16,
-        subscale=(16, 1, 1),
-        attention="query_key_relative",
-        dim=512,
-        embed_dim=128,
-        n_heads=8,
-        head_dim=128,
-        n_layers=8,
-        context_frames=None,
-        slices_per_clip=1,
-        encoder_positions=False,
-        relative_scale=1.0,
-        decoder_input="embedding",
-        decoder_output="softmax",
-        tied="none",
-        cutoffs=None,
-        weight_init="default",
-        conditions=None,
-        condition_dropout=0.1,
-    ):
+        latent_spec: LatentSpec,
+        n_frames: int = 16,
+        subscale: Sequence[int] = (16, 1, 1),
+        attention: str = "query_key_relative",
+        dim: int = 512,
+        embed_dim: int = 128,
+        n_heads: int = 8,
+        head_dim: int = 128,
+        n_layers: int = 8,
+        context_frames: int | None = None,
+        slices_per_clip: int | None = 1,
+        encoder_positions: bool = False,
+        relative_scale: float = 1.0,
+        decoder_input: str = "embedding",
+        decoder_output: str = "softmax",
+        tied: str = "none",
+        cutoffs: Sequence[int] | None = None,
+        weight_init: str = "default",
+        conditions: dict[str, dict] | None = None,
+        condition_dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         sizes = list(latent_spec["codebook_sizes"])
         need_codes(latent_spec, "the video transformer")
@@ -464,7 +506,7 @@ class VideoTransformer(Prior):
                 xavier_uniform(weight, self.config.dim + n_previous, self.config.dim)
 
     @torch.no_grad()
-    def prepare(self, clips):
+    def prepare(self, clips: Iterable[Codes]) -> None:
         """Find out how frequent the codes are, where the form of input or output depends on it."""
         forms = {"decoder_input": self.decoder.embed_codes, "decoder_output": self.head.logits}
         adaptive = [modules for name, modules in forms.items() if self.config[name] == "adaptive"]
@@ -481,14 +523,14 @@ class VideoTransformer(Prior):
 
     # Likelihood -------------------------------------------------------------------------------------------------
 
-    def slice_logits(self, codes, slice_ids, vectors=None):
-        """Teacher-forced logits of one slice a row.
-
-        Args:
-            codes: (M, T, h, w, n_codebooks); slice_ids: (M,). vectors: of ``condition_vectors``, (M, T, d) or None.
-        Returns:
-            list over codebooks of (M, N, size_k), and the slice's own codes (M, N, n_codebooks).
-        """
+    def slice_logits(
+        self,
+        codes: Int[Tensor, "M T h w n"],
+        slice_ids: Int[Tensor, " M"],
+        vectors: Float[Tensor, "M T d"] | None = None,
+    ) -> tuple[list[Float[Tensor, "M N _"]], Int[Tensor, "M N n"]]:
+        """Teacher-forced logits of each codebook, of one slice a row, and the slice's own codes. ``vectors``: of
+        ``condition_vectors``."""
         rows = (codes + self.first_row).flatten(1, 3)
         memory = self._encode(rows, slice_ids, vectors)
         own = self._take(rows, self.slice_pixels[slice_ids])
@@ -543,14 +585,14 @@ class VideoTransformer(Prior):
         """The frames that a slice has positions in, as many in each; known without a look at the device."""
         return range(index // math.prod(self.subscale[1:]), self.grid[0], self.subscale[0])
 
-    def forward(self, clip, n_context, conditions=None):
+    def forward(self, clip: Codes, n_context: int, conditions: Conditions | None = None) -> PriorOutput:
         """Mean cross-entropy of the codes after the context, in nats a code.
 
         In training on ``slices_per_clip`` random slices of each clip; in eval mode on all of them, so a validation
         loss is exact.
 
         Args:
-            clip: (B, T, h, w, n_codebooks) int64. n_context: context frames, which the loss skips.
+            clip: int64. n_context: context frames, which the loss skips.
             conditions: see Prior.
         """
         self._check_clip(clip, n_context)
@@ -570,13 +612,14 @@ class VideoTransformer(Prior):
             loss = -log_prob.sum() / count.sum()
         return PriorOutput(loss=loss, logs={"bits_per_code": loss.detach() / math.log(2)})
 
-    def log_prob(self, clip, n_context, conditions=None):
-        """Log-likelihood of the codes after the context, in nats: (B, T, h, w, n_codebooks) -> (B,).
+    def log_prob(self, clip: Codes, n_context: int, conditions: Conditions | None = None) -> Float[Tensor, " B"]:
+        """Log-likelihood of the codes after the context, in nats.
 
         The product of the conditionals in generation order (section 3.2), as the paper's bits/dim: each code given
         all codes before it in that order.
         """
-        total, batch = 0, len(clip)
+        batch = len(clip)
+        total = torch.zeros(batch, device=clip.device)
         for rows, slices, vectors in self._passes(clip, n_context, conditions):
             log_prob, _ = self._slice_log_prob(rows, slices, n_context, vectors)
             total = total + log_prob.view(-1, batch).sum(0)
@@ -594,7 +637,9 @@ class VideoTransformer(Prior):
             yield clip.repeat(len(some), 1, 1, 1, 1), some.repeat_interleave(batch), told
 
     @torch.no_grad()
-    def explain(self, clip, n_context, conditions=None, **options):
+    def explain(
+        self, clip: Codes, n_context: int, conditions: Conditions | None = None, **options: object
+    ) -> dict[str, Float[Tensor, "B ..."]]:
         """As Prior's: ``nats`` of each code."""
         batch, n = len(clip), len(self.codebook_sizes)
         nats = torch.zeros(batch, math.prod(self.grid), n, device=clip.device)
@@ -609,32 +654,32 @@ class VideoTransformer(Prior):
     def _mean_log_prob(self, clip, n_context, conditions=None):
         return self.log_prob(clip, n_context, conditions) / (clip[0, n_context:].numel())
 
-    def bits_per_code(self, clip, n_context, conditions=None):
-        """The paper's bits/dim: -log2 of the likelihood, averaged over the predicted latent codes -> (B,)."""
+    def bits_per_code(self, clip: Codes, n_context: int, conditions: Conditions | None = None) -> Float[Tensor, " B"]:
+        """The paper's bits/dim: -log2 of the likelihood, averaged over the predicted latent codes."""
         return -self._mean_log_prob(clip, n_context, conditions) / math.log(2)
 
     # Sampling ---------------------------------------------------------------------------------------------------
 
-    def sampler_ranges(self):
+    def sampler_ranges(self) -> dict[str, dict]:
         return DRAWING | GUIDANCE
 
     @torch.no_grad()
     def sample(
         self,
-        context,
-        n_frames,
+        context: Codes,
+        n_frames: int,
         *,
-        num_samples=1,
-        generator=None,
-        progress=None,
-        conditions=None,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        guidance_scale=1.0,
-        use_cache=True,
-    ):
-        """Continue codes (B, n_context, h, w, n_codebooks) -> (B, num_samples, n_frames, h, w, n_codebooks).
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        progress: Progress | None = None,
+        conditions: Conditions | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float = 1.0,
+        use_cache: bool = True,
+    ) -> Int[Tensor, "B {num_samples} {n_frames} h w n"]:
+        """Continue codes.
 
         Past the trained clip length T the model slides: the window is refilled with the last T - 1 frames (single-frame
         subscaling) or the last T // 2 (otherwise), generated ones included.
@@ -642,8 +687,8 @@ class VideoTransformer(Prior):
         Args:
             context: int64 codes, at least one frame. n_frames: how many to predict.
             num_samples: futures for each context; what they share is computed once.
-            generator: a ``torch.Generator`` for reproducible samples.
-            progress: a callable like ``tqdm``; counts generated positions.
+            generator: for reproducible samples.
+            progress: counts generated positions.
             conditions: see Prior.
             temperature: divides the logits; 0 is greedy. top_k, top_p: truncate the distribution.
             guidance_scale: moves the logits away from those without conditions (above 1), or towards them.
@@ -668,7 +713,17 @@ class VideoTransformer(Prior):
             future = torch.stack([next(frames) for _ in range(n_frames)], 1)
         return future.unflatten(0, (-1, num_samples))
 
-    def stream(self, context, told, *, num_samples, generator, guidance_scale, use_cache, **choose):
+    def stream(
+        self,
+        context: Codes,
+        told: Told,
+        *,
+        num_samples: int,
+        generator: torch.Generator | None,
+        guidance_scale: float,
+        use_cache: bool,
+        **choose: float | None,
+    ) -> Iterator[Int[Tensor, "B {num_samples} h w n"]]:
         """As Prior's. A model whose slices span several frames generates a window of frames together: told what leads
         to each, it would have to know so beforehand, which is refused."""
         self._check_sampling(context, num_samples, guidance_scale, use_cache, choose)
@@ -786,22 +841,26 @@ class VideoTransformer(Prior):
 class Stepper:
     """What draws the codes of ``n_rows`` futures position by position; with guidance, of two copies of each."""
 
-    def __init__(self, model, n_rows, choose, guidance_scale=1.0):
+    def __init__(
+        self, model: VideoTransformer, n_rows: int, choose: dict[str, float | None], guidance_scale: float = 1.0
+    ) -> None:
         self.model, self.choose, self.guidance_scale = model, choose, guidance_scale
         self.is_guided = guidance_scale != 1
         self.n_copies = 1 + self.is_guided
 
-    def draw(self, y, uniform):
+    def draw(self, y: Float[Tensor, "M d"], uniform: Float[Tensor, "_ n"]) -> Int[Tensor, "M n"]:
         return self.model._draw_codes(y, uniform, self.choose, self.guidance_scale)
 
 
 class FullStepper(Stepper):
     """Reference sampler: the decoder re-runs over the whole slice for every position."""
 
-    def start_slice(self, memory, own, start, uniform):
+    def start_slice(
+        self, memory: Float[Tensor, "M N d"], own: Int[Tensor, "_ N n"], start: int, uniform: Float[Tensor, "N _ n"]
+    ) -> None:
         self.memory, self.own, self.uniform = memory, own.repeat(self.n_copies, 1, 1), uniform
 
-    def step(self, position):
+    def step(self, position: int) -> None:
         y = self.model.decoder(self.own, self.memory)[:, position]
         self.own[:, position] = self.draw(y, self.uniform[position])
 
@@ -813,7 +872,9 @@ class CachedStepper(Stepper):
     as a graph and replayed: at this size, launching the kernels one by one would take longer than running them.
     """
 
-    def __init__(self, model, n_rows, choose, guidance_scale=1.0):
+    def __init__(
+        self, model: VideoTransformer, n_rows: int, choose: dict[str, float | None], guidance_scale: float = 1.0
+    ) -> None:
         super().__init__(model, n_rows, choose, guidance_scale)
         self.device = model.device
         n, n_codebooks = model.slice_pixels.shape[1], len(model.codebook_sizes)
@@ -823,7 +884,9 @@ class CachedStepper(Stepper):
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.graph = record_graph(lambda: self._step(n), self.device) if self.device.type == "cuda" else None
 
-    def start_slice(self, memory, own, start, uniform):
+    def start_slice(
+        self, memory: Float[Tensor, "M N d"], own: Int[Tensor, "_ N n"], start: int, uniform: Float[Tensor, "N _ n"]
+    ) -> None:
         self.own.copy_(own.repeat(self.n_copies, 1, 1))
         self.uniform.copy_(uniform)
         self.state.start_slice(memory)
@@ -832,7 +895,7 @@ class CachedStepper(Stepper):
             self.state.feed(self.own[:, :start], positions)
             self.model.decoder.step(self.state, positions, start)
 
-    def step(self, position):
+    def step(self, position: int) -> None:
         self.position.fill_(position)
         if self.graph is not None:
             self.graph.replay()
@@ -848,6 +911,6 @@ class CachedStepper(Stepper):
 
 
 @torch.no_grad()
-def xavier_uniform(weight, fan_in, fan_out):
+def xavier_uniform(weight: Tensor, fan_in: int, fan_out: int) -> None:
     """Glorot's uniform distribution, for a weight that is a part of a layer, or laid out otherwise."""
     weight.uniform_(-1, 1).mul_(math.sqrt(6 / (fan_in + fan_out)))

@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 os.environ["WANDB_MODE"] = "disabled"  # each run takes seconds; test_wandb.py has its own
 
+import checked_calls  # before anything of latentcast is imported
 import pytest
 from tiny_experiment import BENCHMARKS, TOOLS, Started, typed
 from video_files import counter_frames, cut_off, encode
@@ -95,6 +96,12 @@ def video_folder(tmp_path_factory):
     (root / "text.mp4").write_text("these are not frames\n" * 40)
     (root / "notes.txt").write_text("not looked at")
     return root
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Calls are not checked: torch.compile cannot trace what checks them."""
+    checked_calls.stop(monkeypatch)
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ def test_williamsons_fit_has_his_values():
 
 
 @pytest.mark.skipif(not COMPILES, reason="no C++ compiler or no headers of Python")
-def test_compiled_and_plain_agree(caplog):
+def test_compiled_and_plain_agree(caplog, unchecked):
     solid, velocity = disc(32, 48, 12.2, 15.7, 6), 0.05 + swirl(32, 48, 0.02)
     fields = []
     for compile in (False, True):
@@ -191,7 +191,7 @@ def test_compiled_and_plain_agree(caplog):
     torch.testing.assert_close(fields[3], fields[1], atol=2e-6, rtol=0)
 
 
-def test_without_a_compiler_it_warns_and_runs_plainly(caplog, monkeypatch, tmp_path):
+def test_without_a_compiler_it_warns_and_runs_plainly(caplog, monkeypatch, tmp_path, unchecked):
     from torch._inductor import config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -89,7 +89,7 @@ def sources():
     """Every file of the package, by its place inside an installed ``latentcast``."""
     for folder in FOLDERS:
         for file in sorted((ROOT / folder).rglob("*")):
-            if file.suffix in (".py", ".yaml", ".j2", ".html"):
+            if file.suffix in (".py", ".yaml", ".j2", ".html", ".typed"):
                 inside = file.relative_to(ROOT).as_posix()
                 yield inside if folder == "latentcast" else f"latentcast/{inside}"
 

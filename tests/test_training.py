@@ -1011,6 +1011,7 @@ def compiler_that_breaks(graph, inputs):
     raise RuntimeError("no such machine\nand more")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_models_are_compiled_and_one_that_breaks_the_compiler_is_trained_as_it_is(tmp_path, caplog):
     torch._dynamo.register_backend(compiler_that_breaks, "breaks")
     caplog.set_level(logging.INFO, "latentcast")

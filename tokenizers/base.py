@@ -2,12 +2,17 @@
 
 import contextlib
 import contextvars
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 from diffusers.utils import BaseOutput
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from latentcast.modeling import VideoModel
+from latentcast.shapes import Codes, Frames, Latents, Scalar
 
 from .losses import reconstruction_loss
 
@@ -16,39 +21,59 @@ from .losses import reconstruction_loss
 class TokenizerOutput(BaseOutput):
     """What ``encode`` returns.
 
-    latents: (B, T, D, h, w) float, multiplied by ``scaling_factor``. For a discrete tokenizer these are the quantised
-        latents, exactly what the decoder sees.
-    codes: (B, T, h, w, n_codebooks) int64, or None for a continuous tokenizer.
-    posterior: (B, T, 2 D, h, w) float, or None for a tokenizer without ``has_posterior``: mean and log-variance of the
-        latents, stacked along the channels; the means are ``latents``.
+    latents: multiplied by ``scaling_factor``. For a discrete tokenizer these are the quantised latents, exactly what
+        the decoder sees.
+    codes: int64, or None for a continuous tokenizer.
+    posterior: mean and log-variance of the latents, stacked along the channels; the means are ``latents``. None for a
+        tokenizer without ``has_posterior``.
     """
 
-    latents: torch.Tensor
-    codes: torch.Tensor | None = None
-    posterior: torch.Tensor | None = None
+    latents: Latents
+    codes: Codes | None = None
+    posterior: Float[Tensor, "B T moments h w"] | None = None
 
 
 @dataclass
 class ReconstructionOutput(BaseOutput):
     """What ``forward`` returns.
 
-    frames: (B, T, C, H, W) reconstruction in [-1, 1].
-    loss: scalar training loss.
-    logs: name -> detached scalar tensor, for the logger.
-    codes: (B, T, h, w, n_codebooks) int64 that were decoded, or None for a continuous tokenizer.
+    frames: the reconstruction, in [-1, 1].
+    loss: to minimise.
+    logs: by name, detached, for the logger.
+    codes: int64 that were decoded, or None for a continuous tokenizer.
     """
 
-    frames: torch.Tensor
-    loss: torch.Tensor
-    logs: dict = field(default_factory=dict)
-    codes: torch.Tensor | None = None
+    frames: Frames
+    loss: Scalar
+    logs: dict[str, Scalar] = field(default_factory=dict)
+    codes: Codes | None = None
+
+
+class LatentSpec(TypedDict):
+    """What latents are like, in JSON, and the frames that they stand for.
+
+    kind: "discrete", "continuous" or "pixels". codebook_sizes: empty when continuous.
+    """
+
+    kind: str
+    channels: int
+    height: int
+    width: int
+    codebook_sizes: list[int]
+    scaling_factor: float
+    frame_channels: int
+    frame_height: int
+    frame_width: int
+
+
+Weights = Sequence[Float[Tensor, "B T h w _"]]  # a distribution over the codes of each codebook, summing to 1 over them
 
 
 _trusted = contextvars.ContextVar("trusted", default=False)
 
 
 @contextlib.contextmanager
-def trusted():
+def trusted() -> Iterator[None]:
     """Inside the block, a training step, checks look at no values for which the host would have to wait for a GPU; a
     run has tried a clip on the CPU before. Shapes and types are checked as ever."""
     token = _trusted.set(True)
@@ -64,8 +89,14 @@ def _may_look(tensor):
     return tensor.numel() > 0 and not torch.compiler.is_compiling() and (on_cpu or not _trusted.get())
 
 
-def check_frames(frames, channels=None, height=None, width=None, name="frames"):
-    """Refuse anything that is not a float (B, T, C, H, W) batch in [-1, 1] of the given sizes."""
+def check_frames(
+    frames: Frames,
+    channels: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    name: str = "frames",
+) -> None:
+    """Refuse anything that is not float frames in [-1, 1] of the given sizes."""
     if not torch.is_tensor(frames) or frames.ndim != 5:
         found = tuple(frames.shape) if torch.is_tensor(frames) else type(frames).__name__
         raise ValueError(f"{name}: expected a tensor of shape (B, T, C, H, W), found {found}")
@@ -80,8 +111,10 @@ def check_frames(frames, channels=None, height=None, width=None, name="frames"):
             raise ValueError(f"{name}: expected values in [-1, 1], found [{low:.4g}, {high:.4g}]")
 
 
-def check_codes(codes, codebook_sizes, grid=None, name="codes"):
-    """Refuse anything that is not an int64 (B, T, h, w, n_codebooks) tensor within the codebooks."""
+def check_codes(
+    codes: Codes, codebook_sizes: Sequence[int], grid: Sequence[int] | None = None, name: str = "codes"
+) -> None:
+    """Refuse anything that is not int64 codes within the codebooks."""
     n = len(codebook_sizes)
     if not torch.is_tensor(codes) or codes.ndim != 5 or codes.shape[-1] != n:
         found = tuple(codes.shape) if torch.is_tensor(codes) else type(codes).__name__
@@ -99,8 +132,8 @@ def check_codes(codes, codebook_sizes, grid=None, name="codes"):
             )
 
 
-def check_weights(weights, codebook_sizes, grid, name="weights"):
-    """Refuse anything that is not a list with one float (B, T, h, w, K) tensor for each codebook of K codes."""
+def check_weights(weights: Weights, codebook_sizes: Sequence[int], grid: Sequence[int], name: str = "weights") -> None:
+    """Refuse anything that is not a float tensor for each codebook, K long of K codes."""
     expected = [(*grid, size) for size in codebook_sizes]
     found = [tuple(w.shape) if torch.is_tensor(w) else type(w).__name__ for w in weights]
     if [shape[2:] for shape in found] != expected or len({shape[:2] for shape in found}) != 1:
@@ -110,8 +143,8 @@ def check_weights(weights, codebook_sizes, grid, name="weights"):
         raise ValueError(f"{name}: expected floats, found {[w.dtype for w in weights]}")
 
 
-def check_latents(latents, channels, height, width, name="latents"):
-    """Refuse anything that is not a float (B, T, channels, height, width) tensor."""
+def check_latents(latents: Latents, channels: int, height: int, width: int, name: str = "latents") -> None:
+    """Refuse anything that is not float latents of that size."""
     expected = f"(B, T, {channels}, {height}, {width})"
     if not torch.is_tensor(latents) or latents.ndim != 5 or tuple(latents.shape[2:]) != (channels, height, width):
         found = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
@@ -120,8 +153,8 @@ def check_latents(latents, channels, height, width, name="latents"):
         raise ValueError(f"{name}: expected floats, found {latents.dtype}")
 
 
-def mix_rows(weights, table):
-    """Sums of a table's rows, exact where weights are one-hot: (..., K), (K, D) -> (..., D) fp32 under any autocast."""
+def mix_rows(weights: Float[Tensor, "*rows K"], table: Float[Tensor, "K D"]) -> Float[Tensor, "*rows D"]:
+    """Sums of a table's rows, exact where weights are one-hot: fp32 under any autocast."""
     with torch.autocast(weights.device.type, enabled=False):
         return weights.float() @ table.float()
 
@@ -138,50 +171,51 @@ class FrameTokenizer(VideoModel):
     has_layers = False  # True: codes are in layers, coarse to fine, and ``decode`` takes ``n_layers``
 
     @property
-    def latent_spec(self):
-        """JSON-able description of the latents: ``kind`` ("discrete", "continuous" or "pixels"), ``channels``,
-        ``height``, ``width``, ``codebook_sizes`` (list, empty when continuous), ``scaling_factor``, and
-        ``frame_channels``, ``frame_height``, ``frame_width`` of the frames they stand for."""
+    def latent_spec(self) -> LatentSpec:
+        """What a prior has to know of the latents."""
         raise NotImplementedError
 
-    def spec_of(self, channels, height, width, codebook_sizes=(), **others):
+    def spec_of(
+        self, channels: int, height: int, width: int, codebook_sizes: Sequence[int] = (), **others: int | str
+    ) -> LatentSpec:
         """``latent_spec`` of latents of that size; ``others`` takes the place of what follows from the config."""
         config = self.config
-        return {
-            "kind": "discrete" if codebook_sizes else "continuous",
-            "channels": channels,
-            "height": height,
-            "width": width,
-            "codebook_sizes": list(codebook_sizes),
-            "scaling_factor": config.get("scaling_factor", 1.0),
-            "frame_channels": config.get("in_channels"),
-            "frame_height": config.height,
-            "frame_width": config.width,
-        } | others
+        spec = LatentSpec(
+            kind="discrete" if codebook_sizes else "continuous",
+            channels=channels,
+            height=height,
+            width=width,
+            codebook_sizes=list(codebook_sizes),
+            scaling_factor=config.get("scaling_factor", 1.0),
+            frame_channels=config.get("in_channels"),
+            frame_height=config.height,
+            frame_width=config.width,
+        )
+        return LatentSpec(**spec | others)
 
     @property
-    def is_discrete(self):
+    def is_discrete(self) -> bool:
         return len(self.latent_spec["codebook_sizes"]) > 0
 
     @property
-    def needs_training(self):
+    def needs_training(self) -> bool:
         """False for a tokenizer that encodes well as it was constructed."""
         return next(self.parameters(), None) is not None
 
-    def settle(self, settled):
+    def settle(self, settled: bool) -> None:
         """Told before every training step whether the run is in its last part: what then jumps (codes that are revived)
         would not be followed by the moving average of the weights before the end."""
 
-    def encode(self, frames):
-        """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput."""
+    def encode(self, frames: Frames) -> TokenizerOutput:
+        """Frames, in [-1, 1], to latents and codes."""
         raise NotImplementedError
 
-    def decode(self, latents):
-        """(B, T, D, h, w) -> (B, T, C, H, W) in [-1, 1]. Never quantises."""
+    def decode(self, latents: Latents) -> Frames:
+        """Latents to frames, in [-1, 1]. Never quantises."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def encode_chunked(self, frames, chunk=16):
+    def encode_chunked(self, frames: Frames, chunk: int = 16) -> TokenizerOutput:
         """``encode`` for long videos: ``chunk`` frames at once, whatever the length.
 
         The network always sees exactly ``chunk`` frames (the last ones are repeated to fill up), since kernels, and
@@ -189,10 +223,10 @@ class FrameTokenizer(VideoModel):
         a video and in the whole. A video too long for memory is encoded piece by piece, each with the same ``chunk``.
 
         Args:
-            frames: (B, T, C, H, W) in [-1, 1], on any device; chunks of it are moved to the model's.
+            frames: in [-1, 1], on any device; chunks of it are moved to the model's.
             chunk: at least 1. For speed on a GPU, small frames want more.
         Returns:
-            TokenizerOutput, without gradients, on the device of ``frames``.
+            the same without gradients, on the device of ``frames``.
         Raises:
             ValueError: as ``encode``, no frames at all, or a ``chunk`` below 1.
         """
@@ -201,14 +235,14 @@ class FrameTokenizer(VideoModel):
         return TokenizerOutput(**_in_chunks(self.encode, frames, chunk, self.device, "frames"))
 
     @torch.no_grad()
-    def decode_chunked(self, latents, chunk=16):
+    def decode_chunked(self, latents: Latents | Codes, chunk: int = 16) -> Frames:
         """``decode`` for long videos, with the promise of ``encode_chunked``.
 
         Args:
-            latents: (B, T, D, h, w), or codes (B, T, h, w, n_codebooks) int64.
+            latents: or codes, int64.
             chunk: as in ``encode_chunked``.
         Returns:
-            (B, T, C, H, W), without gradients, on the device of ``latents``.
+            frames without gradients, on the device of ``latents``.
         Raises:
             ValueError: as ``decode`` or ``codes_to_latents``, nothing to decode, or a ``chunk`` below 1.
         """
@@ -223,64 +257,59 @@ class FrameTokenizer(VideoModel):
 
         return _in_chunks(decode, latents, chunk, self.device, "codes" if is_codes else "latents")["frames"]
 
-    def codes_to_latents(self, codes):
-        """(B, T, h, w, n_codebooks) int64 -> (B, T, D, h, w). Discrete tokenizers only."""
+    def codes_to_latents(self, codes: Codes) -> Latents:
+        """What the decoder sees of codes (int64). Discrete tokenizers only."""
         raise ValueError(f"{type(self).__name__} is a continuous tokenizer: it has no codes")
 
-    def latents_to_codes(self, latents):
-        """(B, T, D, h, w) -> (B, T, h, w, n_codebooks), by nearest code. Discrete tokenizers only."""
+    def latents_to_codes(self, latents: Latents) -> Codes:
+        """The nearest codes, int64. Discrete tokenizers only."""
         raise ValueError(f"{type(self).__name__} is a continuous tokenizer: it has no codes")
 
-    def weights_to_latents(self, weights):
+    def weights_to_latents(self, weights: Weights) -> Latents:
         """``codes_to_latents`` for distributions over codes, through which gradients pass. Discrete tokenizers only.
 
-        Args:
-            weights: list with one float tensor (B, T, h, w, K) for each codebook of K codes, summing to 1 over them.
         Returns:
-            (B, T, D, h, w) fp32: the code vectors' weighted mean; where every weight is 0 or 1, exactly the latents of
-            those codes. Where codebooks form a tree, the codes mixed are those below the codes of largest weight.
+            the code vectors' weighted mean, fp32; where every weight is 0 or 1, exactly the latents of those codes.
+            Where codebooks form a tree, the codes mixed are those below the codes of largest weight.
         """
         raise ValueError(f"{type(self).__name__} is a continuous tokenizer: it has no codes")
 
-    def decoder_parameters(self):
-        """The parameters that ``decode`` alone uses, a list: when they change, all codes stay what they are.
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """The parameters that ``decode`` alone uses: when they change, all codes stay what they are.
 
         For training a discrete tokenizer jointly with a prior; empty where the decoder has nothing to learn.
         """
         return []
 
-    def decoder_loss(self, latents, frames):
+    def decoder_loss(self, latents: Latents, frames: Frames) -> tuple[Scalar, dict[str, Scalar]]:
         """The first term of the training loss, of given latents: how far they are, decoded, from the frames.
 
         Gradients pass where ``decode`` clamps. Tokenizers that are trained only.
 
         Args:
-            latents: (B, T, D, h, w).
-            frames: (B, T, C, H, W) in [-1, 1].
+            frames: in [-1, 1].
         Returns:
-            (scalar, logs), see ``losses.py``.
+            loss and logs, see ``losses.py``.
         """
         options = (self.config.reconstruction_loss, self.config.lpips_weight)
         return reconstruction_loss(self._decode(latents), frames, *options)
 
-    def quantize(self, latents):
-        """Snap the output of a continuous prior to the codebook: (B, T, D, h, w) -> the same shape."""
+    def quantize(self, latents: Latents) -> Latents:
+        """Snap the output of a continuous prior to the codebook."""
         return self.codes_to_latents(self.latents_to_codes(latents))
 
-    def forward(self, frames):
-        """Reconstruct: (B, T, C, H, W) in [-1, 1] -> ReconstructionOutput."""
+    def forward(self, frames: Frames) -> ReconstructionOutput:
+        """Reconstruct frames, in [-1, 1]."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def fit_scaling_factor(self, batches):
+    def fit_scaling_factor(self, batches: Iterable[Frames]) -> float:
         """Choose ``scaling_factor`` so that the latents of ``batches`` have unit variance, and keep it in the config.
 
         Latents and caches made before are on the old scale, so call it once, after training and before encoding.
 
-        Args:
-            batches: an iterable of frames (B, T, C, H, W).
         Returns:
-            the new factor, a float.
+            the new factor.
         Raises:
             ValueError: no batches, latents that do not vary, or a tokenizer without a ``scaling_factor``.
         """

@@ -1,19 +1,25 @@
 """Image autoencoders of diffusers, trained by others for the most part, as frame tokenizers."""
 
 import inspect
+from pathlib import Path
 
 import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from torch import nn
 
 from latentcast.config import check_counts, one_line
 from latentcast.layers.gaussian import kl_to_standard_normal, sample_moments, scale_moments
+from latentcast.shapes import Codes, Frames, Latents
 from latentcast.sizes import check_stride
 
 from .base import (
     FrameTokenizer,
+    LatentSpec,
     ReconstructionOutput,
     TokenizerOutput,
+    Weights,
     check_codes,
     check_frames,
     check_latents,
@@ -54,7 +60,7 @@ class DiffusersTokenizer(FrameTokenizer):
     @register_to_config
     def __init__(
         self,
-        path: str | None = None,
+        path: str | Path | None = None,
         subfolder: str | None = None,
         height: int = 64,
         width: int = 64,
@@ -64,7 +70,7 @@ class DiffusersTokenizer(FrameTokenizer):
         lpips_weight: float = 0.0,
         kl_weight: float = 1e-6,
         in_channels: int | None = None,
-    ):
+    ) -> None:
         super().__init__()
         check_reconstruction_options(reconstruction_loss, lpips_weight)
         check_counts(height=height, width=width)
@@ -92,15 +98,15 @@ class DiffusersTokenizer(FrameTokenizer):
         )
 
     @property
-    def needs_training(self):
+    def needs_training(self) -> bool:
         return not self._pretrained
 
     @property
-    def has_posterior(self):
+    def has_posterior(self) -> bool:
         return isinstance(self.network, diffusers.AutoencoderKL)
 
     @property
-    def latent_spec(self):
+    def latent_spec(self) -> LatentSpec:
         config, inner, codebook = self.config, self.network.config, self._codebook
         return self.spec_of(
             inner.latent_channels if codebook is None else codebook.embedding_dim,
@@ -110,8 +116,8 @@ class DiffusersTokenizer(FrameTokenizer):
             frame_channels=inner.in_channels,
         )
 
-    def encode(self, frames):
-        """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput; AutoencoderKL's latents are the means."""
+    def encode(self, frames: Frames) -> TokenizerOutput:
+        """As FrameTokenizer's; AutoencoderKL's latents are the means."""
         z = self._encode(frames)
         if self.is_discrete:
             codes = self._nearest(z)
@@ -121,48 +127,48 @@ class DiffusersTokenizer(FrameTokenizer):
             return TokenizerOutput(latents=posterior.chunk(2, dim=2)[0].contiguous(), posterior=posterior)
         return TokenizerOutput(latents=self._scaled(z).contiguous())
 
-    def decode(self, latents):
-        """(B, T, D, h, w) -> (B, T, C, H, W) fp32 in [-1, 1]. Never quantises."""
+    def decode(self, latents: Latents) -> Frames:
+        """Latents to frames, fp32 in [-1, 1]. Never quantises."""
         return self._decode(latents).clamp(-1, 1)
 
-    def codes_to_latents(self, codes):
-        """(B, T, h, w, 1) int64 -> (B, T, D, h, w) fp32. VQModel only."""
+    def codes_to_latents(self, codes: Codes) -> Latents:
+        """The code vectors, scaled, fp32. VQModel only."""
         if not self.is_discrete:
             return super().codes_to_latents(codes)
         spec = self.latent_spec
         check_codes(codes, spec["codebook_sizes"], (spec["height"], spec["width"]))
         return self._scaled(self._lookup(codes))
 
-    def latents_to_codes(self, latents):
-        """(B, T, D, h, w) -> (B, T, h, w, 1) int64, the nearest code. VQModel only."""
+    def latents_to_codes(self, latents: Latents) -> Codes:
+        """The nearest codes, int64, of one codebook. VQModel only."""
         if not self.is_discrete:
             return super().latents_to_codes(latents)
         return self._nearest(self._unscaled(latents))
 
-    def weights_to_latents(self, weights):
-        """A list with one (B, T, h, w, K) -> (B, T, D, h, w) fp32; see ``FrameTokenizer``. VQModel only."""
+    def weights_to_latents(self, weights: Weights) -> Latents:
+        """As FrameTokenizer's, of one codebook. VQModel only."""
         if not self.is_discrete:
             return super().weights_to_latents(weights)
         spec = self.latent_spec
         check_weights(weights, spec["codebook_sizes"], (spec["height"], spec["width"]))
         return self._scaled(mix_rows(weights[0], self._codebook.weight).movedim(-1, 2).contiguous())
 
-    def decoder_parameters(self):
-        """The parameters that ``decode`` alone uses, a list; of VQModel only."""
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """The parameters that ``decode`` alone uses; of VQModel only."""
         if not self.is_discrete:
             return super().decoder_parameters()
         return [*self.network.post_quant_conv.parameters(), *self.network.decoder.parameters()]
 
-    def forward(self, frames):
+    def forward(self, frames: Frames) -> ReconstructionOutput:
         """Reconstruct; AutoencoderKL from a draw in training mode, from the means otherwise.
 
         The loss is the reconstruction's, and for AutoencoderKL the KL term as in ``KLVAE``, for VQModel codebook and
         commitment loss (the latter times the 0.25 that diffusers has).
 
         Args:
-            frames: (B, T, C, H, W) in [-1, 1].
+            frames: in [-1, 1].
         Returns:
-            ReconstructionOutput; ``logs`` has ``reconstruction_loss``, and where they take part ``lpips``, ``kl`` (nats
+            ``logs`` has ``reconstruction_loss``, and where they take part ``lpips``, ``kl`` (nats
             a frame) or ``codebook_loss``.
         """
         z, codes, extra, logs = self._encode(frames), None, 0.0, {}
@@ -212,22 +218,22 @@ class DiffusersTokenizer(FrameTokenizer):
         """What the autoencoder makes of the frames, before scaling: (B, T, D, h, w) fp32, AutoencoderKL: moments."""
         spec = self.latent_spec
         check_frames(frames, spec["frame_channels"], spec["frame_height"], spec["frame_width"])
-        output = self.network.encode(frames.to(self.dtype).flatten(0, 1))
+        output = self.network.encode(rearrange(frames.to(self.dtype), "b t ... -> (b t) ..."))
         if self.has_posterior:
             z = torch.cat([output.latent_dist.mean, output.latent_dist.logvar], dim=1)
         else:
             z = output.latents
-        return z.float().unflatten(0, frames.shape[:2])
+        return rearrange(z.float(), "(b t) ... -> b t ...", t=frames.shape[1])
 
     def _decode(self, latents):
         """``decode`` before the clamp, which would stop the gradient."""
-        z = self._unscaled(latents).to(self.dtype).flatten(0, 1)
+        z = rearrange(self._unscaled(latents).to(self.dtype), "b t ... -> (b t) ...")
         if self.is_discrete:  # its own ``decode`` quantises, or takes codes, as its config says
             norm = z if self.network.config.norm_type == "spatial" else None
             frames = self.network.decoder(self.network.post_quant_conv(z), norm)
         else:
             frames = self.network.decode(z).sample
-        return frames.float().unflatten(0, latents.shape[:2])
+        return rearrange(frames.float(), "(b t) ... -> b t ...", t=latents.shape[1])
 
     def _nearest(self, z):
         """(B, T, D, h, w) -> (B, T, h, w, 1) int64, by distances that autocast leaves in fp32."""

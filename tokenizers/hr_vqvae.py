@@ -2,6 +2,8 @@
 
 from diffusers.configuration_utils import register_to_config
 
+from latentcast.shapes import Codes, Frames, Latents
+
 from .base import check_codes
 from .quantizers.code_tree import CodeTree
 from .vqvae import ConvolutionalVQ
@@ -57,7 +59,7 @@ class HRVQVAE(ConvolutionalVQ):
         output_activation: str = "tanh",
         padding_mode: str = "zeros",
         scaling_factor: float = 1.0,
-    ):
+    ) -> None:
         super().__init__()
         if codebook_update not in ("ema", "gradient"):
             raise ValueError(f"codebook_update: expected 'ema' or 'gradient', found {codebook_update!r}")
@@ -75,31 +77,30 @@ class HRVQVAE(ConvolutionalVQ):
         )
 
     @property
-    def codebook_sizes(self):
+    def codebook_sizes(self) -> list[int]:
         return [self.config.codebook_size] * self.config.n_layers
 
-    def codes_to_latents(self, codes, n_layers=None):
+    def codes_to_latents(self, codes: Codes, n_layers: int | None = None) -> Latents:
         """The latents that codes stand for, or their first layers only.
 
         Args:
-            codes: (B, T, h, w, n) int64, of all layers.
+            codes: int64, of all layers.
             n_layers: how many of them to sum, from the coarsest; None for all.
         Returns:
-            (B, T, D, h, w) fp32.
+            fp32.
         """
         spec = self.latent_spec
         check_codes(codes, spec["codebook_sizes"], (spec["height"], spec["width"]))
         return self._to_latents(self.quantizer.lookup(codes, n_layers))
 
-    def decode(self, latents, n_layers=None):
+    def decode(self, latents: Latents | Codes, n_layers: int | None = None) -> Frames:
         """Frames from latents or, coarse to fine, from the first layers of codes. Never quantises.
 
         Args:
-            latents: (B, T, D, h, w); with ``n_layers``, codes (B, T, h, w, n) int64 instead, since latents do not tell
-                their layers apart.
+            latents: with ``n_layers``, codes instead, since latents do not tell their layers apart.
             n_layers: 1 (the coarsest) to n, or None.
         Returns:
-            (B, T, C, H, W) fp32 in [-1, 1].
+            fp32 in [-1, 1].
         """
         return super().decode(latents if n_layers is None else self.codes_to_latents(latents, n_layers))
 

@@ -3,11 +3,13 @@
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
+from einops import rearrange
 
 from latentcast.layers.gaussian import kl_to_standard_normal, sample_moments, scale_moments
+from latentcast.shapes import Frames, Latents
 from latentcast.sizes import check_stride
 
-from .base import FrameTokenizer, ReconstructionOutput, TokenizerOutput, check_frames, check_latents
+from .base import FrameTokenizer, LatentSpec, ReconstructionOutput, TokenizerOutput, check_frames, check_latents
 from .losses import check_reconstruction_options, reconstruction_loss
 
 LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite; the range that diffusers' AutoencoderKL has
@@ -52,7 +54,7 @@ class KLVAE(FrameTokenizer):
         lpips_weight: float = 0.0,
         kl_weight: float = 1e-6,
         scaling_factor: float = 1.0,
-    ):
+    ) -> None:
         super().__init__()
         check_reconstruction_options(reconstruction_loss, lpips_weight)
         if norm_groups < 1 or not block_channels or any(channels % norm_groups for channels in block_channels):
@@ -70,26 +72,26 @@ class KLVAE(FrameTokenizer):
         self.decoder = Decoder(latent_channels, in_channels, ("UpDecoderBlock2D",) * n, **network)
 
     @property
-    def latent_spec(self):
+    def latent_spec(self) -> LatentSpec:
         config = self.config
         return self.spec_of(config.latent_channels, config.height // self._stride, config.width // self._stride)
 
-    def encode(self, frames):
-        """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput: ``latents`` are the means, ``posterior`` both moments."""
+    def encode(self, frames: Frames) -> TokenizerOutput:
+        """Frames, in [-1, 1]: ``latents`` are the means, ``posterior`` both moments."""
         posterior = scale_moments(self._moments(frames), self.config.scaling_factor)
         return TokenizerOutput(latents=posterior.chunk(2, dim=2)[0].contiguous(), posterior=posterior)
 
-    def decode(self, latents):
-        """(B, T, D, h, w) -> (B, T, C, H, W) fp32 in [-1, 1]."""
+    def decode(self, latents: Latents) -> Frames:
+        """Latents to frames, fp32 in [-1, 1]."""
         return self._decode(latents).clamp(-1, 1)
 
-    def forward(self, frames):
+    def forward(self, frames: Frames) -> ReconstructionOutput:
         """Reconstruct from a draw in training mode, from the means otherwise.
 
         Args:
-            frames: (B, T, C, H, W) in [-1, 1].
+            frames: in [-1, 1].
         Returns:
-            ReconstructionOutput; ``logs`` has ``reconstruction_loss``, ``lpips`` where it is weighted, and ``kl`` (nats
+            ``logs`` has ``reconstruction_loss``, ``lpips`` where it is weighted, and ``kl`` (nats
             a frame, unweighted).
         """
         moments = self._moments(frames)
@@ -111,7 +113,8 @@ class KLVAE(FrameTokenizer):
     def _moments(self, frames):
         """Of the latents before scaling: (B, T, C, H, W) -> (B, T, 2 D, h, w) fp32."""
         check_frames(frames, self.config.in_channels, self.config.height, self.config.width)
-        moments = self.encoder(frames.to(self.dtype).flatten(0, 1)).unflatten(0, frames.shape[:2]).float()
+        moments = self.encoder(rearrange(frames.to(self.dtype), "b t ... -> (b t) ...")).float()
+        moments = rearrange(moments, "(b t) ... -> b t ...", t=frames.shape[1])
         mean, logvar = moments.chunk(2, dim=2)
         return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], dim=2)
 
@@ -120,4 +123,5 @@ class KLVAE(FrameTokenizer):
         spec = self.latent_spec
         check_latents(latents, spec["channels"], spec["height"], spec["width"])
         z = (latents / self.config.scaling_factor).to(self.dtype)
-        return self.decoder(z.flatten(0, 1)).unflatten(0, latents.shape[:2]).float()
+        frames = self.decoder(rearrange(z, "b t ... -> (b t) ...")).float()
+        return rearrange(frames, "(b t) ... -> b t ...", t=latents.shape[1])

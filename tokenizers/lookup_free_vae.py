@@ -2,6 +2,8 @@
 
 from diffusers.configuration_utils import register_to_config
 
+from latentcast.shapes import Codes, Latents
+
 from .base import check_latents
 from .quantizers.without_table import FiniteScalarQuantizer, LookupFreeQuantizer
 from .vqvae import ConvolutionalVQ
@@ -11,7 +13,7 @@ class _LookupFreeVAE(ConvolutionalVQ):
     """``logs`` of ``forward`` has ``quantizer_loss``, weighted, in the place of ``commitment_loss``."""
 
     @property
-    def codebook_sizes(self):
+    def codebook_sizes(self) -> list[int]:
         return self.quantizer.codebook_sizes
 
     def _quantizer_loss(self, quantized):
@@ -56,7 +58,7 @@ class FSQVAE(_LookupFreeVAE):
         reconstruction_loss: str = "l2",
         lpips_weight: float = 0.0,
         scaling_factor: float = 1.0,
-    ):
+    ) -> None:
         super().__init__()
         quantizer = FiniteScalarQuantizer(levels, n_codebooks, batch_norm)
         if embedding_dim not in (None, quantizer.dim):
@@ -65,8 +67,8 @@ class FSQVAE(_LookupFreeVAE):
         self._build_networks()
         self.quantizer = quantizer
 
-    def latents_to_codes(self, latents):
-        """(B, T, D, h, w) -> (B, T, h, w, n_codebooks) int64, the nearest level of every channel."""
+    def latents_to_codes(self, latents: Latents) -> Codes:
+        """The codes of the nearest level of every channel, int64."""
         spec = self.latent_spec
         check_latents(latents, spec["channels"], spec["height"], spec["width"])
         return self.quantizer.nearest_level(latents.float().movedim(2, -1) / self.config.scaling_factor)
@@ -110,7 +112,7 @@ class LFQVAE(_LookupFreeVAE):
         reconstruction_loss: str = "l2",
         lpips_weight: float = 0.0,
         scaling_factor: float = 1.0,
-    ):
+    ) -> None:
         super().__init__()
         self._build_networks()
         self.quantizer = LookupFreeQuantizer(

@@ -3,10 +3,14 @@
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from latentcast.shapes import Codes, Frames, Latents
+
 from .base import (
     FrameTokenizer,
+    LatentSpec,
     ReconstructionOutput,
     TokenizerOutput,
+    Weights,
     check_codes,
     check_frames,
     check_latents,
@@ -28,7 +32,7 @@ class PixelTokenizer(FrameTokenizer):
     """
 
     @register_to_config
-    def __init__(self, in_channels: int = 3, height: int = 64, width: int = 64, levels: int | None = 256):
+    def __init__(self, in_channels: int = 3, height: int = 64, width: int = 64, levels: int | None = 256) -> None:
         super().__init__()
         if levels is not None and levels < 2:
             raise ValueError(f"levels: expected at least 2, or None for continuous pixels, found {levels}")
@@ -36,7 +40,7 @@ class PixelTokenizer(FrameTokenizer):
         self.register_buffer("range", torch.tensor([-1.0, 1.0]))
 
     @classmethod
-    def from_spec(cls, latent_spec):
+    def from_spec(cls, latent_spec: LatentSpec) -> "PixelTokenizer":
         """The tokenizer whose ``latent_spec`` this is.
 
         Raises:
@@ -55,48 +59,48 @@ class PixelTokenizer(FrameTokenizer):
         )
 
     @property
-    def latent_spec(self):
+    def latent_spec(self) -> LatentSpec:
         channels, levels = self.config.in_channels, self.config.levels
         sizes = [levels] * channels if levels else []
         return self.spec_of(channels, self.config.height, self.config.width, sizes, kind="pixels")
 
-    def encode(self, frames):
-        """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput; codes are (B, T, H, W, C), latents the frames, snapped."""
+    def encode(self, frames: Frames) -> TokenizerOutput:
+        """Frames, in [-1, 1]: latents are the frames, snapped, and codes have a codebook for each channel."""
         check_frames(frames, self.config.in_channels, self.config.height, self.config.width)
         if not self.is_discrete:
             return TokenizerOutput(latents=frames.float())
         codes = self.latents_to_codes(frames)
         return TokenizerOutput(latents=self.codes_to_latents(codes), codes=codes)
 
-    def decode(self, latents):
-        """(B, T, C, H, W) -> the same, clipped to [-1, 1]. Never quantises."""
+    def decode(self, latents: Latents) -> Frames:
+        """The same, clipped to [-1, 1]. Never quantises."""
         check_latents(latents, self.config.in_channels, self.config.height, self.config.width)
         return latents.float().clamp(*self.range)
 
-    def codes_to_latents(self, codes):
-        """(B, T, H, W, C) int64 -> (B, T, C, H, W) in [-1, 1]."""
+    def codes_to_latents(self, codes: Codes) -> Latents:
+        """Levels to pixels, in [-1, 1]."""
         if not self.is_discrete:
             return super().codes_to_latents(codes)
         check_codes(codes, self.latent_spec["codebook_sizes"], (self.config.height, self.config.width))
         return codes.movedim(-1, 2).contiguous() * (2 / (self.config.levels - 1)) - 1
 
-    def latents_to_codes(self, latents):
-        """(B, T, C, H, W) -> (B, T, H, W, C) int64, the nearest level of every number."""
+    def latents_to_codes(self, latents: Latents) -> Codes:
+        """The nearest level of every number, int64."""
         if not self.is_discrete:
             return super().latents_to_codes(latents)
         check_latents(latents, self.config.in_channels, self.config.height, self.config.width)
         top = self.config.levels - 1
         return ((latents.float() + 1) * (top / 2)).round().clamp(0, top).long().movedim(2, -1).contiguous()
 
-    def weights_to_latents(self, weights):
-        """A (B, T, H, W, levels) distribution a channel -> their means (B, T, C, H, W)."""
+    def weights_to_latents(self, weights: Weights) -> Latents:
+        """Distributions over the levels of each channel -> their means."""
         if not self.is_discrete:
             return super().weights_to_latents(weights)
         check_weights(weights, self.latent_spec["codebook_sizes"], (self.config.height, self.config.width))
         levels = torch.arange(self.config.levels, device=weights[0].device) * (2 / (self.config.levels - 1)) - 1
         return torch.cat([mix_rows(w, levels[:, None]) for w in weights], dim=-1).movedim(-1, 2).contiguous()
 
-    def forward(self, frames):
+    def forward(self, frames: Frames) -> ReconstructionOutput:
         """The frames, snapped; the loss is zero, for nothing is learned."""
         encoded = self.encode(frames)
         loss = torch.zeros((), device=frames.device, requires_grad=True)

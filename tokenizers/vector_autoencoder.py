@@ -2,12 +2,14 @@
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 
 from latentcast.layers.dcgan import DCGANDecoder, DCGANEncoder
 from latentcast.layers.vgg import VGGDecoder, VGGEncoder
 from latentcast.modeling import eval_mode
+from latentcast.shapes import Frames, Latents
 
-from .base import FrameTokenizer, ReconstructionOutput, TokenizerOutput, check_frames, check_latents
+from .base import FrameTokenizer, LatentSpec, ReconstructionOutput, TokenizerOutput, check_frames, check_latents
 from .losses import check_reconstruction_options, reconstruction_loss
 
 
@@ -46,7 +48,7 @@ class VectorAutoencoder(FrameTokenizer):
         lpips_weight: float = 0.0,
         output_activation: str = "tanh",
         scaling_factor: float = 1.0,
-    ):
+    ) -> None:
         super().__init__()
         check_reconstruction_options(reconstruction_loss, lpips_weight)
         sizes = (in_channels, height, width, embedding_dim, hidden_channels)
@@ -55,26 +57,26 @@ class VectorAutoencoder(FrameTokenizer):
         self.to(memory_format=self.memory_format)
 
     @property
-    def latent_spec(self):
+    def latent_spec(self) -> LatentSpec:
         return self.spec_of(self.config.embedding_dim, 1, 1)
 
-    def encode(self, frames):
-        """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput with latents (B, T, D, 1, 1)."""
+    def encode(self, frames: Frames) -> TokenizerOutput:
+        """Frames, in [-1, 1], to vectors."""
         with eval_mode(self):
             return TokenizerOutput(latents=self._encode(frames))
 
-    def decode(self, latents):
-        """(B, T, D, 1, 1) -> (B, T, C, H, W) fp32 in [-1, 1]."""
+    def decode(self, latents: Latents) -> Frames:
+        """Vectors to frames, fp32 in [-1, 1]."""
         with eval_mode(self):
             return self._decode(latents).clamp(-1, 1)
 
-    def forward(self, frames):
+    def forward(self, frames: Frames) -> ReconstructionOutput:
         """Reconstruct, and in training mode update the running statistics.
 
         Args:
-            frames: (B, T, C, H, W) in [-1, 1]; in training mode at least two.
+            frames: in [-1, 1]; in training mode at least two.
         Returns:
-            ReconstructionOutput; ``logs`` has ``reconstruction_loss`` and, where it is weighted, ``lpips``.
+            ``logs`` has ``reconstruction_loss`` and, where it is weighted, ``lpips``.
         Raises:
             ValueError: a single frame in training mode, of which there are no statistics.
         """
@@ -87,14 +89,14 @@ class VectorAutoencoder(FrameTokenizer):
 
     def _encode(self, frames):
         check_frames(frames, self.config.in_channels, self.config.height, self.config.width)
-        h, _ = self.encoder(frames.to(self.dtype).flatten(0, 1))
-        return h.float().unflatten(0, frames.shape[:2])[..., None, None] * self.config.scaling_factor
+        h, _ = self.encoder(rearrange(frames.to(self.dtype), "b t ... -> (b t) ..."))
+        return rearrange(h.float(), "(b t) d -> b t d 1 1", t=frames.shape[1]) * self.config.scaling_factor
 
     def _decode(self, latents):
         """``decode`` before the clamp, which would stop the gradient of a linear output."""
         check_latents(latents, self.config.embedding_dim, 1, 1)
-        h = (latents / self.config.scaling_factor).to(self.dtype).flatten(0, 1).flatten(1)
-        return self.decoder(h).float().unflatten(0, latents.shape[:2])
+        h = rearrange((latents / self.config.scaling_factor).to(self.dtype), "b t d 1 1 -> (b t) d")
+        return rearrange(self.decoder(h).float(), "(b t) ... -> b t ...", t=latents.shape[1])
 
 
 class DCGANAutoencoder(VectorAutoencoder):

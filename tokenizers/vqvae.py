@@ -4,15 +4,19 @@ from itertools import pairwise
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import nn
 
 from latentcast.layers.convolutions import ResidualBlock
+from latentcast.shapes import Codes, Frames, Latents
 from latentcast.sizes import check_stride
 
 from .base import (
     FrameTokenizer,
+    LatentSpec,
     ReconstructionOutput,
     TokenizerOutput,
+    Weights,
     check_codes,
     check_frames,
     check_latents,
@@ -77,62 +81,62 @@ class ConvolutionalVQ(FrameTokenizer):
         self.to(memory_format=self.memory_format)
 
     @property
-    def codebook_sizes(self):
-        """Codes in each codebook, a list."""
+    def codebook_sizes(self) -> list[int]:
+        """Codes in each codebook."""
         raise NotImplementedError
 
     @property
-    def latent_spec(self):
+    def latent_spec(self) -> LatentSpec:
         config = self.config
         grid = config.height // config.stride, config.width // config.stride
         return self.spec_of(config.embedding_dim, *grid, self.codebook_sizes)
 
-    def encode(self, frames):
-        """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput. Never changes the codebooks, in training mode neither."""
+    def encode(self, frames: Frames) -> TokenizerOutput:
+        """As FrameTokenizer's. Never changes the codebooks, in training mode neither."""
         codes = self.quantizer.nearest(self._features(frames))
         return TokenizerOutput(latents=self.codes_to_latents(codes), codes=codes)
 
-    def decode(self, latents):
-        """(B, T, D, h, w) -> (B, T, C, H, W) fp32 in [-1, 1]. Never quantises."""
+    def decode(self, latents: Latents) -> Frames:
+        """Latents to frames, fp32 in [-1, 1]. Never quantises."""
         return self._decode(latents).clamp(-1, 1)
 
-    def codes_to_latents(self, codes):
-        """(B, T, h, w, n_codebooks) int64 -> (B, T, D, h, w) fp32."""
+    def codes_to_latents(self, codes: Codes) -> Latents:
+        """The code vectors, scaled, fp32."""
         spec = self.latent_spec
         check_codes(codes, spec["codebook_sizes"], (spec["height"], spec["width"]))
         return self._to_latents(self.quantizer.lookup(codes))
 
-    def latents_to_codes(self, latents):
-        """(B, T, D, h, w) -> (B, T, h, w, n_codebooks) int64, the nearest code of every part."""
+    def latents_to_codes(self, latents: Latents) -> Codes:
+        """The nearest code of every part, int64."""
         spec = self.latent_spec
         check_latents(latents, spec["channels"], spec["height"], spec["width"])
         return self.quantizer.nearest(latents.float().movedim(2, -1) / self.config.scaling_factor)
 
-    def weights_to_latents(self, weights):
-        """A (B, T, h, w, K) distribution a codebook -> (B, T, D, h, w) fp32; see ``FrameTokenizer``."""
+    def weights_to_latents(self, weights: Weights) -> Latents:
+        """The code vectors' weighted mean, scaled, fp32; see ``FrameTokenizer``."""
         spec = self.latent_spec
         check_weights(weights, spec["codebook_sizes"], (spec["height"], spec["width"]))
         return self._to_latents(self.quantizer.mix(weights))
 
-    def decoder_parameters(self):
-        """The parameters that ``decode`` alone uses, a list."""
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """The parameters that ``decode`` alone uses."""
         return list(self.decoder.parameters())
 
-    def settle(self, settled):
+    def settle(self, settled: bool) -> None:
         for module in self.quantizer.modules():
             if isinstance(module, EMACodebook):
                 module.revives = not settled
 
-    def forward(self, frames):
+    def forward(self, frames: Frames) -> ReconstructionOutput:
         """Reconstruct, and in training mode update the codebooks.
 
         The loss is eq. 1 with means for the norms: mse(frames, D(z_q)) + commitment_weight * mse(z_e, sg[z_q]);
         ``reconstruction_loss`` and ``lpips_weight`` change its first term.
 
         Args:
-            frames: (B, T, C, H, W) in [-1, 1].
+            frames: in [-1, 1].
         Returns:
-            ReconstructionOutput; ``logs`` has ``reconstruction_loss``, ``lpips`` where it is weighted,
+            ``logs`` has ``reconstruction_loss``, ``lpips`` where it is weighted,
             ``commitment_loss`` (unweighted) and ``perplexity`` (of this batch's codes, mean over the codebooks).
         """
         config = self.config
@@ -155,15 +159,16 @@ class ConvolutionalVQ(FrameTokenizer):
     def _features(self, frames):
         """Encoder output with the channels last: (B, T, C, H, W) -> (B, T, h, w, D)."""
         check_frames(frames, self.config.in_channels, self.config.height, self.config.width)
-        features = self.encoder(frames.to(self.dtype).flatten(0, 1)).unflatten(0, frames.shape[:2])
-        return features.movedim(2, -1)
+        features = self.encoder(rearrange(frames.to(self.dtype), "b t ... -> (b t) ..."))
+        return rearrange(features, "(b t) d h w -> b t h w d", t=frames.shape[1])
 
     def _decode(self, latents):
         """``decode`` before the clamp, which would stop the gradient of a linear output."""
         spec = self.latent_spec
         check_latents(latents, spec["channels"], spec["height"], spec["width"])
         features = (latents / self.config.scaling_factor).to(self.dtype)
-        frames = self.decoder(features.flatten(0, 1)).unflatten(0, latents.shape[:2]).float()
+        frames = self.decoder(rearrange(features, "b t ... -> (b t) ...")).float()
+        frames = rearrange(frames, "(b t) ... -> b t ...", t=latents.shape[1])
         return frames.tanh() if self.config.output_activation == "tanh" else frames
 
     def _to_latents(self, vectors):
@@ -228,7 +233,7 @@ class VQVAE(ConvolutionalVQ):
         output_activation: str = "tanh",
         padding_mode: str = "zeros",
         scaling_factor: float = 1.0,
-    ):
+    ) -> None:
         super().__init__()
         self._build_networks()
         self.quantizer = SlicedQuantizer(
@@ -243,5 +248,5 @@ class VQVAE(ConvolutionalVQ):
         )
 
     @property
-    def codebook_sizes(self):
+    def codebook_sizes(self) -> list[int]:
         return [self.config.codebook_size] * self.config.n_codebooks

@@ -2,12 +2,14 @@
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from latentcast.config import check_counts
-from latentcast.tokenizers.base import check_latents
+from latentcast.shapes import Latents
+from latentcast.tokenizers.base import LatentSpec, check_latents
 
-from .base import Prior, PriorOutput, no_progress
+from .base import Prior, PriorOutput, Progress, no_progress
 
 
 class MyPrior(Prior):
@@ -22,7 +24,7 @@ class MyPrior(Prior):
     deterministic = True  # it draws nothing; leave this line out for a prior that does
 
     @register_to_config
-    def __init__(self, latent_spec: dict, dim: int = 64):
+    def __init__(self, latent_spec: LatentSpec, dim: int = 64) -> None:
         super().__init__()
         check_counts(dim=dim)
         channels = latent_spec["channels"]
@@ -30,28 +32,31 @@ class MyPrior(Prior):
             nn.Conv2d(channels, dim, 3, padding=1), nn.SiLU(), nn.Conv2d(dim, channels, 3, padding=1)
         )
 
-    def forward(self, clip, n_context):
-        """Training loss of predicting ``clip[:, n_context:]``, each frame from the true one before.
-
-        Args:
-            clip: (B, T, D, h, w).
-        Returns:
-            PriorOutput; ``logs`` has ``mse``.
-        """
+    def forward(self, clip: Latents, n_context: int) -> PriorOutput:
+        """Training loss of predicting ``clip[:, n_context:]``, each frame from the true one before; ``logs`` has
+        ``mse``."""
         self._check(clip, n_context, clip.shape[1])
         predicted, target = self._next(clip[:, n_context - 1 : -1]), clip[:, n_context:]
         loss = (predicted - target).square().mean()
         return PriorOutput(loss=loss, logs={"mse": loss.detach()})
 
     @torch.no_grad()
-    def sample(self, context, n_frames, *, num_samples=1, generator=None, progress=None):
-        """Continue latents (B, n_context, D, h, w) -> (B, num_samples, n_frames, D, h, w).
+    def sample(
+        self,
+        context: Latents,
+        n_frames: int,
+        *,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        progress: Progress | None = None,
+    ) -> Float[Tensor, "B {num_samples} {n_frames} D h w"]:
+        """Continue latents.
 
         Args:
             context: at least one frame. n_frames: how many to predict, any number.
             num_samples: futures for each context.
-            generator: a ``torch.Generator``, of what a prior draws: ``torch.randn(..., generator=generator)``.
-            progress: a callable like ``tqdm``; counts frames.
+            generator: of what a prior draws: ``torch.randn(..., generator=generator)``.
+            progress: counts frames.
         """
         check_counts(n_frames=n_frames, num_samples=num_samples)
         self._check(context, context.shape[1], context.shape[1] + n_frames)
@@ -65,7 +70,7 @@ class MyPrior(Prior):
         return future.expand(-1, num_samples, *future.shape[2:]).contiguous().to(context.dtype)
 
     def _next(self, frames):
-        """(B, T, D, h, w) -> each frame's successor, the same shape."""
+        """Each frame's successor."""
         change = self.network(frames.to(self.dtype).flatten(0, 1)).unflatten(0, frames.shape[:2])
         return frames + change
 

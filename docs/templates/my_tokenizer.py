@@ -3,9 +3,10 @@
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from latentcast.shapes import Frames, Latents
 from latentcast.sizes import check_stride
 
-from .base import FrameTokenizer, ReconstructionOutput, TokenizerOutput, check_frames, check_latents
+from .base import FrameTokenizer, LatentSpec, ReconstructionOutput, TokenizerOutput, check_frames, check_latents
 from .losses import check_reconstruction_options, reconstruction_loss
 
 
@@ -32,7 +33,7 @@ class MyTokenizer(FrameTokenizer):
         reconstruction_loss: str = "l2",
         lpips_weight: float = 0.0,
         scaling_factor: float = 1.0,
-    ):
+    ) -> None:
         super().__init__()
         check_reconstruction_options(reconstruction_loss, lpips_weight)
         check_stride(height, width, patch, "the patch")
@@ -42,22 +43,22 @@ class MyTokenizer(FrameTokenizer):
         )
 
     @property
-    def latent_spec(self):
+    def latent_spec(self) -> LatentSpec:
         config = self.config
         return self.spec_of(config.latent_channels, config.height // config.patch, config.width // config.patch)
 
-    def encode(self, frames):
-        """(B, T, C, H, W) in [-1, 1] -> TokenizerOutput."""
+    def encode(self, frames: Frames) -> TokenizerOutput:
+        """Frames, in [-1, 1], to latents."""
         check_frames(frames, self.config.in_channels, self.config.height, self.config.width)
         latents = self.encoder(frames.to(self.dtype).flatten(0, 1)).unflatten(0, frames.shape[:2]).float()
         return TokenizerOutput(latents=latents * self.config.scaling_factor)
 
-    def decode(self, latents):
-        """(B, T, D, h, w) -> (B, T, C, H, W) fp32 in [-1, 1]."""
+    def decode(self, latents: Latents) -> Frames:
+        """Latents to frames, fp32 in [-1, 1]."""
         return self._decode(latents).clamp(-1, 1)
 
-    def forward(self, frames):
-        """(B, T, C, H, W) in [-1, 1] -> ReconstructionOutput."""
+    def forward(self, frames: Frames) -> ReconstructionOutput:
+        """Reconstruct frames, in [-1, 1]."""
         reconstruction = self._decode(self.encode(frames).latents)
         options = (self.config.reconstruction_loss, self.config.lpips_weight)
         loss, logs = reconstruction_loss(reconstruction, frames, *options)

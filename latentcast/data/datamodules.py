@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import logging
+from collections.abc import Callable
 
 import pytorch_lightning as pl
 import torch
@@ -10,8 +11,8 @@ from torch.utils.data import DistributedSampler
 
 from ..command import named
 from ..sizes import is_whole
-from ..urls import Url, folder_at
-from .base import EmptySplitError
+from ..urls import Place, Url, folder_at
+from .base import EmptySplitError, VideoDataset
 from .loading import Loader, end_workers, open_loader
 from .store.latent_cache import LatentCacheDataset
 
@@ -231,11 +232,19 @@ class VideoDataModule(_ClipDataModule):
         EmptySplitError: nothing in the train split. An empty val split is logged and leaves out validation.
     """
 
-    def __init__(self, dataset, batch_size, num_workers=0, seed=0, read_timeout=0, shuffle_buffer=None):
+    def __init__(
+        self,
+        dataset: Callable[..., VideoDataset],
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        read_timeout: float = 0,
+        shuffle_buffer: int | None = None,
+    ) -> None:
         super().__init__(batch_size, num_workers, seed, read_timeout, shuffle_buffer)
         self.dataset = dataset
 
-    def open_split(self, split):
+    def open_split(self, split: str) -> VideoDataset | None:
         try:
             return self.dataset(split=split)
         except EmptySplitError as error:
@@ -260,27 +269,27 @@ class LatentDataModule(_ClipDataModule):
 
     def __init__(
         self,
-        cache_root,
-        clip_length,
-        batch_size,
-        stride=1,
-        num_workers=0,
-        seed=0,
-        sample_posterior=True,
-        expect=None,
-        read_timeout=0,
-        has_val=True,
-        shuffle_buffer=None,
-    ):
+        cache_root: Place,
+        clip_length: int,
+        batch_size: int,
+        stride: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+        sample_posterior: bool = True,
+        expect: dict | None = None,
+        read_timeout: float = 0,
+        has_val: bool = True,
+        shuffle_buffer: int | None = None,
+    ) -> None:
         super().__init__(batch_size, num_workers, seed, read_timeout, shuffle_buffer)
         self.cache_root, self.clip_length, self.stride = folder_at(cache_root), clip_length, stride
         self.sample_posterior, self.expect, self.has_val = sample_posterior, expect or {}, has_val
 
-    def describe(self):
+    def describe(self) -> dict:
         manifest = self.train_set.manifest
         return {"tokenizer": manifest["tokenizer"], "data": manifest["data"]}
 
-    def open_split(self, split):
+    def open_split(self, split: str) -> LatentCacheDataset | None:
         folder = self.cache_root / split
         if split == "val" and not folder.is_dir():
             if self.has_val:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker, util
 
 import torch
@@ -30,7 +31,7 @@ class Loader(DataLoader):
 
     waited = 0.0
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator:
         batches = super().__iter__()
         while True:
             began = time.perf_counter()
@@ -55,7 +56,9 @@ class Loader(DataLoader):
             yield batch
 
 
-def open_loader(dataset, kind=Loader, num_workers=0, read_timeout=0, **kwargs):
+def open_loader(
+    dataset: Dataset, kind: type[Loader] = Loader, num_workers: int = 0, read_timeout: float = 0, **kwargs: object
+) -> Loader:
     """A loader over ``dataset``, which must pickle where there are workers.
 
     They start from a server that has imported torch and run nothing: a fork of a process with OpenMP threads may hang
@@ -86,12 +89,12 @@ def open_loader(dataset, kind=Loader, num_workers=0, read_timeout=0, **kwargs):
     return kind(watched, **workers, **kwargs)
 
 
-def waits_for():
+def waits_for() -> object:
     """What this process waits for while it asks a loader for a batch, a new object each time; else None."""
     return _waiting[-1] if _waiting else None
 
 
-def end_workers():
+def end_workers() -> None:
     """End the workers of all loaders at once, whatever they do."""
     pids = {int(pid) for notes in _workers for pid in notes[:, 0]}
     for process in multiprocessing.active_children():
@@ -108,14 +111,14 @@ def _waiting_for(dataset):
         _waiting.pop()
 
 
-def modules_of(dataset):
+def modules_of(dataset: Dataset) -> Iterator[str]:
     """The modules of a data set's class and of those that it wraps."""
     while dataset is not None:
         yield type(dataset).__module__
         dataset = getattr(dataset, "dataset", None)
 
 
-def worker_context(*modules):
+def worker_context(*modules: str) -> multiprocessing.context.BaseContext:
     """How to start processes that work for this one: from a server, where there can be one, that has these modules.
 
     The server imports them once, when it starts. Its processes inherit that SIGINT and SIGTERM are blocked; ``kill``
@@ -141,7 +144,7 @@ def _start_worker(worker):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def end_with_parent():
+def end_with_parent() -> None:
     """Wait for the end of the process that started this one, and end as well."""
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -2,22 +2,25 @@
 
 import math
 import os
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 import latentcast
 from latentcast.config import is_whole
-from latentcast.data.base import match_conditions
+from latentcast.data.base import VideoDataset, match_conditions
 from latentcast.metrics.frechet import MIN_EXTRAPOLATED
+from latentcast.pipelines.video_prediction import VideoPredictionPipeline
+from latentcast.priors.base import Prior
 from latentcast.sizes import as_size, sides
 
-from .protocol import UNDRAWN
+from .protocol import UNDRAWN, Protocol
 
 RECONSTRUCTION, DETERMINISTIC = "reconstruction", "deterministic"  # baselines that the pipeline gives
 
 
-def choose_clips(dataset, protocol):
+def choose_clips(dataset: VideoDataset, protocol: Protocol) -> list[int]:
     """Numbers of the clips that a protocol measures, spread over the split.
 
     Raises:
@@ -32,7 +35,7 @@ def choose_clips(dataset, protocol):
     return [i * n_there // n_asked for i in range(n_asked)]
 
 
-def fitting_futures(device, dataset, protocol):
+def fitting_futures(device: torch.device, dataset: VideoDataset, protocol: Protocol) -> int:
     """How many futures to draw at once on a device: on a GPU 512, or half, a quarter ... of it (see Evaluation); on a
     CPU, which gains nothing from more, 64, or fewer where they could take an eighth of the machine's memory."""
     if torch.device(device).type == "cuda":
@@ -46,7 +49,7 @@ def fitting_futures(device, dataset, protocol):
     return futures
 
 
-def check_fit(pipe, dataset, protocol):
+def check_fit(pipe: VideoPredictionPipeline, dataset: VideoDataset, protocol: Protocol) -> None:
     """Refuse a pipeline, a data set and a protocol that do not belong together, naming both sides."""
     expect, prior, rate = partial(_expect, protocol), pipe.prior, protocol.fps_multiplier
     kind, spec = type(prior).__name__, prior.config.latent_spec
@@ -89,12 +92,14 @@ def _expect(protocol, holds, message):
         raise ValueError(f"protocol {protocol.name}: {message}")
 
 
-def has_likelihood(prior):
+def has_likelihood(prior: Prior) -> bool:
     """Whether a prior's class has its own ``log_prob``."""
     return type(prior).log_prob is not latentcast.Prior.log_prob
 
 
-def impossible(pipe, protocol, baselines):
+def impossible(
+    pipe: VideoPredictionPipeline, protocol: Protocol, baselines: Sequence[str]
+) -> dict[tuple[str, str], str]:
     """What is asked for and cannot be had of a pipeline: ("metric" or "baseline", name) -> the reason."""
     prior, kind, found = pipe.prior, type(pipe.prior).__name__, {}
     if RECONSTRUCTION in baselines and pipe.tokenizer is None:
@@ -108,7 +113,7 @@ def impossible(pipe, protocol, baselines):
     return found
 
 
-def check_crps_map(chosen, clips, protocol):
+def check_crps_map(chosen: dict | None, clips: Sequence[int], protocol: Protocol) -> None:
     """Refuse an ``Evaluation.crps_map`` that is not of one of the clips and predicted frames."""
     if chosen is None:
         return

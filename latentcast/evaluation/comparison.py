@@ -17,7 +17,7 @@ SETTINGS = {  # what changes a metric on the same frames
 }
 
 
-def differences(first, second):
+def differences(first: dict, second: dict) -> dict[str, tuple]:
     """All that keeps two results from being compared: field -> (value in the first, value in the second)."""
     sides = [_compared(result) for result in (first, second)]
     fields = dict.fromkeys(field for side in sides for field in side)
@@ -28,12 +28,12 @@ def differences(first, second):
     return found
 
 
-def describe_differences(found):
+def describe_differences(found: dict[str, tuple]) -> str:
     """``differences`` as text: "n_context 5 and 2; seed 0 and 1"."""
     return "; ".join(f"{field} {_short(one)} and {_short(other)}" for field, (one, other) in found.items())
 
 
-def paired(first, second):
+def paired(first: dict, second: dict) -> dict[str, dict]:
     """metric -> ``paired_bootstrap`` of second minus first, of the metrics whose clips and settings are the same.
 
     FVD has no value for a clip, and so no pairs; nor have clips of one video alone an interval.

@@ -6,19 +6,24 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils.data import default_collate
 
 import latentcast
 from latentcast.config import is_whole
+from latentcast.data.base import VideoDataset
 from latentcast.distributed import barrier, rank_and_world, rank_zero_first
 from latentcast.metrics import FVD, BestOfN, bits_per_dim, mse
 from latentcast.metrics.baselines import BASELINES
 from latentcast.metrics.statistics import ClipValues
 from latentcast.modeling import eval_mode, fingerprint
+from latentcast.pipelines.video_prediction import VideoPredictionPipeline
 from latentcast.priors.base import as_keyword
 from latentcast.progress import Bar
 from latentcast.shares import Share, turn
@@ -65,14 +70,14 @@ class Evaluation:
         ValueError: pipeline, data and protocol do not belong together; names both sides.
     """
 
-    pipe: object
-    dataset: object
+    pipe: VideoPredictionPipeline
+    dataset: VideoDataset
     protocol: Protocol
     folder: Path
     label: str = "model"
     sampler: dict | None = None
     futures: int | None = None
-    baselines: tuple = ("copy_last_frame", "mean_context", RECONSTRUCTION, DETERMINISTIC)
+    baselines: Sequence[str] = ("copy_last_frame", "mean_context", RECONSTRUCTION, DETERMINISTIC)
     crps_map: dict | None = None
     conditions: str = "own"
     weights: str | None = None
@@ -114,7 +119,7 @@ class Evaluation:
         self.lpips = self.scorer.lpips
 
     @functools.cached_property
-    def identity(self):
+    def identity(self) -> dict:
         """JSON-able: two evaluations with equal identities give equal results."""
         data = without_other_splits(self.dataset.describe(), self.protocol.split)
         digest = hashlib.sha256(json.dumps([data, self.clips], sort_keys=True).encode()).hexdigest()
@@ -146,7 +151,7 @@ class Evaluation:
         }
         return json.loads(json.dumps(identity))
 
-    def run(self, share=None):
+    def run(self, share: Share | None = None) -> int:
         """Measure every group that is not measured yet, or a ``latentcast.shares.Share`` of them; -> the number of
         clips that this process did."""
         rank, world_size = rank_and_world()
@@ -167,11 +172,11 @@ class Evaluation:
         barrier()
         return n_clips
 
-    def pending(self):
+    def pending(self) -> list[int]:
         """Groups that nobody has measured yet."""
         return [group for group in range(len(self.groups)) if not self.parts.path(group).is_file()]
 
-    def measure(self, group):
+    def measure(self, group: int) -> dict[tuple[str, str], Tensor]:
         """What is known of a group of clips: (who, metric), ("maps", who) and ("shown", name) -> tensor."""
         while True:
             try:
@@ -187,7 +192,7 @@ class Evaluation:
                 "out of memory: going on with %d futures at once, as evaluation.futures=%d would", *[self._at_once] * 2
             )
         return {
-            key: (sum if key[0] == MAPS else torch.cat)([part[key] for part in parts if key in part])
+            key: (_sum if key[0] == MAPS else torch.cat)([part[key] for part in parts if key in part])
             for key in dict.fromkeys(key for part in parts for key in part)
         }
 
@@ -289,7 +294,7 @@ class Evaluation:
                 found[MAPS, who] = maps[clips.index(chosen["clip"]), chosen["frame"] - 1].mean(0).double()
         return found
 
-    def finish(self):
+    def finish(self) -> dict | None:
         """Join the parts -> dict of ``identity``, ``metrics`` and ``baselines`` with values; on rank 0 alone."""
         values = {}
         for group, clips in enumerate(self.groups):
@@ -330,15 +335,15 @@ class Evaluation:
             }
         return {name: summary[name] for name in METRICS if name in summary and name in self.metrics}
 
-    def crps_maps(self):
-        """who -> (H, W) mean CRPS over clips, frames and channels, or of ``crps_map``; {} if crps is not measured."""
+    def crps_maps(self) -> dict[str, Float[Tensor, "H W"]]:
+        """Mean CRPS over clips, frames and channels, or of ``crps_map``, by whose; {} if crps is not measured."""
         maps = {}
         for group in range(len(self.groups)):
             for (_, who), tensor in self.parts.read(group, MAPS).items():
                 maps[who] = maps.get(who, 0) + tensor
         return maps
 
-    def clip_errors(self):
+    def clip_errors(self) -> dict[int, float]:
         """clip -> mean squared error of its best sample"""
         errors = {}
         for group, clips in enumerate(self.groups):
@@ -346,8 +351,10 @@ class Evaluation:
             errors |= dict(zip(clips, scores.mean(-1).amin(1).tolist()))
         return errors
 
-    def shown(self, clip):
-        """Of one of ``clips``: context and future (T, C, H, W), and the name -> future of shown samples."""
+    def shown(
+        self, clip: int
+    ) -> tuple[Float[Tensor, "T C H W"], Float[Tensor, "F C H W"], dict[str, Float[Tensor, "F C H W"]]]:
+        """Of one of ``clips``: context and future, and the shown samples' futures by name."""
         group = next(g for g, clips in enumerate(self.groups) if clip in clips)
         place, part = self.groups[group].index(clip), self.parts.read(group, SHOWN)
         context, future = self.protocol.divide(self.dataset[clip]["frames"])
@@ -357,3 +364,7 @@ class Evaluation:
 
 def _seed(seed, random):
     return int.from_bytes(hashlib.sha256(f"{seed} {random}".encode()).digest()[:8], "big") >> 1
+
+
+def _sum(tensors):
+    return functools.reduce(torch.add, tensors)

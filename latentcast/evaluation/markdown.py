@@ -6,7 +6,7 @@ from .comparison import describe_differences
 from .results import UNWRITTEN, mean_of_samples, measured
 
 
-def table(results, unlike):
+def table(results: dict[str, dict], unlike: dict[str, dict]) -> str:
     """Markdown: a column for each result and the first one's baselines, a row for each metric.
 
     Args:
@@ -26,7 +26,7 @@ def table(results, unlike):
     return "\n".join(lines)
 
 
-def difference_table(results, found):
+def difference_table(results: dict[str, dict], found: dict[str, dict]) -> str:
     """Markdown of paired differences: label -> metric -> ``paired_bootstrap``."""
     first = next(iter(results))
     intro = f"Differences from {first} over the same clips, 95 % interval and p by paired bootstrap over videos:"
@@ -34,7 +34,7 @@ def difference_table(results, found):
     return "\n".join([intro, "", *_grid(["", *found], rows)])
 
 
-def difference(found):
+def difference(found: dict) -> str:
     """One of ``paired`` as text."""
     if found is None:
         return "–"
@@ -42,7 +42,7 @@ def difference(found):
     return f"{found['difference']:+.4g} [{low:.4g}, {high:.4g}], p {found['p_value']:.2g}"
 
 
-def published_table(results, rows):
+def published_table(results: dict[str, dict], rows: list[dict]) -> str:
     """Markdown of results of one data set and ``published_beside`` the first of them; ``results``: label -> result.
 
     Of several samples ours are given in the way of the papers: the best where one of them chose it, the mean where one
@@ -78,14 +78,14 @@ def published_table(results, rows):
     return "\n".join([intro, "", *_grid(heads, body)])
 
 
-def extrapolated_fvd(named):
+def extrapolated_fvd(named: dict[str, dict]) -> str:
     """A line with the FVDs of infinitely many videos, empty if there are none; ``named``: label -> metric -> entry."""
     fvds = {label: found.get("fvd", {}).get("debiased") for label, found in named.items()}
     values = ", ".join(f"{label} {fvd:.4g}" for label, fvd in fvds.items() if fvd is not None)
     return f"fvd, extrapolated to infinitely many videos: {values}." if values else ""
 
 
-def cell(entry):
+def cell(entry: dict) -> str:
     """A mean and its interval, to four significant digits."""
     if entry is None:
         return "–"

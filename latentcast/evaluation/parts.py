@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from latentcast.data.store.shards import difference_of
 from latentcast.files import read_json, replacing, write_json
@@ -15,14 +16,15 @@ from latentcast.files import read_json, replacing, write_json
 logger = logging.getLogger("latentcast")
 
 
-def key_to_text(key):
+def key_to_text(key: tuple[str, str]) -> str:
     """("model", "mse") -> "model.mse", as a tensor is called in a file."""
     return ".".join(key)
 
 
-def text_to_key(text):
+def text_to_key(text: str) -> tuple[str, str]:
     """``key_to_text`` undone."""
-    return tuple(text.split(".", 1))
+    who, _, what = text.partition(".")
+    return who, what
 
 
 @dataclass
@@ -31,10 +33,10 @@ class Parts:
 
     folder: Path
 
-    def path(self, group):
+    def path(self, group: int) -> Path:
         return self.folder / "parts" / f"group-{group:05d}.safetensors"
 
-    def prepare(self, identity, shared=False):
+    def prepare(self, identity: dict, shared: bool = False) -> None:
         """Keep parts of this very evaluation, clear those of another; where others add to them, ValueError names what
         differs instead."""
         plan = self.folder / "parts" / "plan.json"
@@ -52,13 +54,13 @@ class Parts:
         plan.parent.mkdir(parents=True)
         write_json(plan, identity)
 
-    def write(self, group, found, seconds):
+    def write(self, group: int, found: dict[tuple[str, str], Tensor], seconds: float) -> None:
         """Keep what was measured of a group, key -> tensor, and how long it took."""
         with replacing(self.path(group)) as temporary:
             tensors = {key_to_text(key): tensor for key, tensor in found.items()}
             save_file(tensors, temporary, metadata={"seconds": str(seconds)})
 
-    def read(self, group, *whos):
+    def read(self, group: int, *whos: str) -> dict[tuple[str, str], Tensor]:
         """key -> tensor of a group, those of ``whos``."""
         path = self.path(group)
         try:
@@ -68,7 +70,7 @@ class Parts:
         except (OSError, SafetensorError) as error:
             raise OSError(f"{path}: cannot be read ({error}); delete it and evaluate again, the rest is kept") from None
 
-    def seconds(self):
+    def seconds(self) -> float:
         """What measuring all groups took, by whichever processes and in however many runs."""
         total = 0.0
         for path in self.path(0).parent.glob("group-*.safetensors"):
@@ -76,7 +78,7 @@ class Parts:
                 total += float(file.metadata()["seconds"])
         return total
 
-    def clear(self):
+    def clear(self) -> None:
         """Delete the parts, and the folder if nothing else is in it."""
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
         with contextlib.suppress(OSError):

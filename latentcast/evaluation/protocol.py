@@ -2,7 +2,9 @@
 
 from typing import Annotated, Literal
 
+from jaxtyping import Shaped
 from pydantic import Field, Strict, ValidationError, model_validator
+from torch import Tensor
 
 from latentcast.data.base import SPLITS
 from latentcast.metrics.frame import PSNR_FORMS, WINDOWS
@@ -91,7 +93,7 @@ class Protocol(Schema, extra="forbid"):
     fvd_samples: Count = 1
     fvd_debiased: bool = False
 
-    def __init__(self, **fields):
+    def __init__(self, **fields: object) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as error:
@@ -123,25 +125,27 @@ class Protocol(Schema, extra="forbid"):
             raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
 
     @property
-    def n_frames(self):
+    def n_frames(self) -> int:
         """Frames a clip needs."""
         return self._given.stop + self.n_predicted
 
-    def divide(self, frames):
-        """(..., n_frames, C, H, W) -> context (..., n_context, C, H, W), future (..., n_predicted, C, H, W)"""
+    def divide(
+        self, frames: Shaped[Tensor, "*clips n_frames C H W"]
+    ) -> tuple[Shaped[Tensor, "*clips n_context C H W"], Shaped[Tensor, "*clips n_predicted C H W"]]:
+        """Context and future."""
         return frames[..., self._given, :, :, :], frames[..., self._given.stop :, :, :, :]
 
     @property
     def _given(self):
         return slice(0, (self.n_context - 1) * self.fps_multiplier + 1, self.fps_multiplier)
 
-    def describe(self):
+    def describe(self) -> dict:
         """JSON-able: every field that two comparable results share."""
         described = self.model_dump()
         return {name: described[name] for name in sorted(described) if name not in ("name", "source")}
 
 
-def without_other_splits(described, split):
+def without_other_splits(described: dict, split: str) -> dict:
     """What ``VideoDataset.describe`` gave, without the options of a prepared set that shape other splits.
 
     A set prepared with more training videos has the same test clips, and ``sha256`` says so.

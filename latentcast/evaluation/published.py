@@ -51,7 +51,7 @@ class Published(Schema):
     tables: list[Table]
 
 
-def read_published(path):
+def read_published(path: str | Path) -> list[dict]:
     """The published figures -> list of rows, one a method and table.
 
     A row has ``method``, ``paper``, ``place`` (the table), ``data``, ``preset`` (a protocol's name or None),
@@ -87,7 +87,7 @@ def read_published(path):
     return rows
 
 
-def published_beside(rows, result):
+def published_beside(rows: list[dict], result: dict) -> list[dict]:
     """Rows of the result's data that share a metric with it, each with ``differs``: field -> (theirs, ours).
 
     Those with the fewest differences come first.

@@ -1,9 +1,13 @@
 """What an evaluation leaves: figures as JSON, a table, plots, and sheets and videos of the best and worst clips."""
 
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from latentcast.data.video.writer import write_image, write_video
 from latentcast.figures import ablation, crps_maps, curves
@@ -12,6 +16,7 @@ from latentcast.figures.sheets import LEGEND, frame_names, labelled_sheet, label
 from latentcast.files import replacing, write_json, write_text
 from latentcast.sizes import size_text
 
+from .evaluator import Evaluation
 from .markdown import cell, extrapolated_fvd
 from .results import mean_of_samples, measured
 
@@ -20,7 +25,7 @@ N_COLUMNS = 10  # frames of each on a picture
 MAPS = "crps_maps.safetensors"
 
 
-def write_report(evaluation, results, folder):
+def write_report(evaluation: Evaluation, results: dict, folder: str | Path) -> dict[str, str]:
     """Write ``folder/NAME.json``, ``NAME.md`` and the folder ``NAME/`` of pictures; -> name -> path.
 
     Args:
@@ -48,7 +53,9 @@ def write_report(evaluation, results, folder):
     return {key: str(path) for key, path in files.items()}
 
 
-def write_curves(metrics, predictors, models, folder):
+def write_curves(
+    metrics: Sequence[str], predictors: dict[str, dict], models: dict[str, dict], folder: Path
+) -> dict[str, Path]:
     """Curves over frames of predictors, and of models, which are some of them, over numbers of samples -> name -> path.
 
     ``predictors`` and ``models``: label -> metric -> entry.
@@ -66,7 +73,7 @@ def write_curves(metrics, predictors, models, folder):
     return files
 
 
-def maps_title(results):
+def maps_title(results: dict) -> str:
     """Of which clips and frames the maps of CRPS are."""
     chosen = results["settings"]["crps_map"]
     if chosen is None:
@@ -74,7 +81,7 @@ def maps_title(results):
     return f"clip {chosen['clip']}, predicted frame {chosen['frame']}"
 
 
-def read_maps(path):
+def read_maps(path: str | Path) -> tuple[dict[str, Float[Tensor, "H W"]], str]:
     """The maps of CRPS that belong to a result -> (who -> (H, W), their title); ({}, "") where it has none.
 
     Args:
@@ -90,7 +97,7 @@ def read_maps(path):
         raise OSError(f"{path}: cannot be read ({error})") from None
 
 
-def shown_clips(evaluation):
+def shown_clips(evaluation: Evaluation) -> dict[str, list[int]]:
     """ "best", "worst" and "random" -> clips, by the mean squared error of a clip's best sample."""
     errors = evaluation.clip_errors()
     ordered = sorted(errors, key=errors.get)
@@ -98,7 +105,7 @@ def shown_clips(evaluation):
     return {"best": ordered[:N_SHOWN], "worst": ordered[::-1][:N_SHOWN], "random": drawn}
 
 
-def write_sheet(evaluation, stem, clips, sample):
+def write_sheet(evaluation: Evaluation, stem: Path, clips: Sequence[int], sample: str) -> dict[str, Path]:
     """``stem``.png: a row of truth above one of prediction for each clip; ``stem``.mp4: truths above predictions."""
     rows, cells = [], {"truth": [], "prediction": []}
     for clip in clips:
@@ -121,7 +128,7 @@ def write_sheet(evaluation, stem, clips, sample):
     return files
 
 
-def table(evaluation, results):
+def table(evaluation: Evaluation, results: dict) -> str:
     """The figures as Markdown."""
     protocol, data, model = results["protocol"], results["data"], results["model"]
     rows = {model["name"]: results["metrics"]} | results["baselines"]

@@ -1,5 +1,6 @@
 """Results of tools/evaluate.py: their schema, and what is taken out of them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +86,7 @@ class Result(Schema):
     baselines: dict[Text, dict[Text, Entry]]
 
 
-def read_result(path):
+def read_result(path: str | Path) -> dict:
     """What tools/evaluate.py wrote, checked.
 
     Raises:
@@ -97,12 +98,12 @@ def read_result(path):
     return check(path, Result, read_json(path))
 
 
-def measured(found):
+def measured(found: Iterable[dict]) -> list[str]:
     """The metrics that any of ``found``, dicts of metrics, has, in their usual order."""
     found = list(found)
     return [metric for metric in METRICS if any(metric in metrics for metrics in found)]
 
 
-def mean_of_samples(metrics):
+def mean_of_samples(metrics: dict[str, dict]) -> dict[str, dict]:
     """metric -> entry of the mean of all samples, where several were drawn and the metric takes the best of them."""
     return {name: entry["mean_of_samples"] for name, entry in metrics.items() if entry.get("n_samples", 1) > 1}

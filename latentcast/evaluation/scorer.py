@@ -2,15 +2,21 @@
 
 import collections
 from functools import partial
+from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from latentcast.metrics import FVD, I3D, LPIPS, BestOfN, crps, mse, psnr, ssim
 from latentcast.metrics.ensemble import mean_of_pairs
 from latentcast.metrics.frame import round_to_levels
 from latentcast.metrics.weights import find_weights
+from latentcast.shapes import Frames, Futures
 
-from .protocol import BEST_OF
+from .protocol import BEST_OF, Protocol
+
+Truth = tuple[Frames, list[Tensor] | None]  # true frames, and of the network of LPIPS their features
 
 
 class Scorer:
@@ -23,7 +29,7 @@ class Scorer:
         frame_metrics: of each sample, name -> metric; mse always, for it chooses the clips that are shown.
     """
 
-    def __init__(self, protocol, weights, device):
+    def __init__(self, protocol: Protocol, weights: str | Path | None, device: torch.device | str) -> None:
         self.protocol, self.lpips, self.fvd = protocol, None, None
         if {"lpips", "ilpips"} & {*protocol.metrics}:
             self.lpips = LPIPS(protocol.lpips, weights).to(device)
@@ -34,23 +40,25 @@ class Scorer:
         self.frame_metrics = {name: metrics[name] for name in BEST_OF if name in ("mse", *protocol.metrics)}
 
     @property
-    def fingerprints(self):
+    def fingerprints(self) -> dict[str, str | None]:
         """Of the networks, None for those that are not there."""
         return {name: network and network.fingerprint for name, network in (("fvd", self.fvd), ("lpips", self.lpips))}
 
-    def seen(self, frames):
+    def seen(self, frames: Frames | Futures) -> Frames | Futures:
         """Frames as the metrics see them."""
         return round_to_levels(frames) if self.protocol.rounded else frames
 
-    def truth(self, target):
+    def truth(self, target: Frames) -> Truth:
         """What ``score`` compares with: the true frames, and of the network of LPIPS their features or None."""
         return target, self.lpips.features(target) if "lpips" in self.frame_metrics else None
 
-    def score(self, samples, context, truth, pairs):
-        """Figures of futures (B, S, T, C, H, W) -> name -> tensor of B clips; of crps (B, T, C, H, W), of fvd features.
+    def score(
+        self, samples: Futures, context: Float[Tensor, "B n_context C H W"], truth: Truth, pairs: bool
+    ) -> dict[str, Float[Tensor, "B ..."]]:
+        """Figures of futures by name; of crps (B, T, C, H, W), of fvd features.
 
         Args:
-            context: (B, T, C, H, W), shown before them.
+            context: shown before them.
             truth: see there.
             pairs: whether the samples are compared with each other, for ilpips.
         """
@@ -66,7 +74,9 @@ class Scorer:
             found["fvd"] = self.video_features(context[:, None].expand(-1, shown.shape[1], -1, -1, -1, -1), shown)
         return found
 
-    def video_features(self, context, future):
+    def video_features(
+        self, context: Float[Tensor, "B n_context C H W"], future: Frames | Futures
+    ) -> Float[Tensor, "B ..."]:
         """What FVD keeps of videos."""
         return self.fvd.features(torch.cat([context, future], -4) if self.protocol.fvd_context else future)
 

@@ -8,15 +8,18 @@ on the disk.
 import json
 import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from latentcast import inspection
 from latentcast.cli import UserError
 from latentcast.config import instantiate, load_config, load_pipeline_config
-from latentcast.data.base import EmptySplitError, ShownClips
+from latentcast.data.base import EmptySplitError, ShownClips, VideoDataset
 from latentcast.data.store.latent_cache import LatentCacheDataset
 from latentcast.data.video.folder import (
     list_videos,
@@ -28,12 +31,14 @@ from latentcast.data.video.folder import (
 )
 from latentcast.data.video.reader import DEFAULT_RATE, VideoError, probe
 from latentcast.data.video.writer import write_drawing
+from latentcast.figures import Drawing
 from latentcast.files import read_json, told, write_json
 from latentcast.inspection import ROLLOUT, Subject, count_codes
 from latentcast.modeling import load_model
 from latentcast.pipelines.base import VideoPipeline
 from latentcast.saved import CONFIG, INDEX, STAGES, pipeline_folder
 from latentcast.targets import nearest
+from latentcast.tokenizers.base import LatentSpec
 from latentcast.training.metrics_file import read_metrics
 from latentcast.zoo import EXAMPLES, read_examples
 
@@ -64,21 +69,21 @@ class Place:
     tokenizer: Path | None = None
 
     @property
-    def home(self):
+    def home(self) -> Path:
         return self.run or (self.folder if self.folder.is_dir() else Path())
 
     @property
-    def output(self):
+    def output(self) -> Path:
         """Where its figures go."""
         return self.home / "figures"
 
     @property
-    def name(self):
+    def name(self) -> str:
         """What to call it: as its run or folder is called, or on the hub."""
         return self.home.resolve().name if self.folder.is_dir() else str(self.folder)
 
 
-def find_place(target):
+def find_place(target: str | Path) -> Place:
     """The Place of a run's folder, that of a pipeline or of a tokenizer, or a pipeline's ``OWNER/NAME``.
 
     Raises:
@@ -98,20 +103,20 @@ def find_place(target):
 
 
 def open_subject(
-    target,
+    target: str | Path,
     *,
-    overrides=(),
-    sampler=None,
-    device="cpu",
-    dtype=torch.float32,
-    n_clips=4,
-    n_frames=None,
-    n_context=None,
-    num_samples=4,
-    seed=0,
-    videos=None,
-    data=None,
-):
+    overrides: Sequence[str] = (),
+    sampler: dict | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    n_clips: int = 4,
+    n_frames: int | None = None,
+    n_context: int | None = None,
+    num_samples: int = 4,
+    seed: int = 0,
+    videos: str | Path | None = None,
+    data: str | None = None,
+) -> tuple[Subject, Place]:
     """A Subject of what lies in a folder.
 
     Args:
@@ -188,7 +193,12 @@ class Written:
     failed: dict = field(default_factory=dict)
 
 
-def write_figures(subject, folder, names=None, drawn=None):
+def write_figures(
+    subject: Subject,
+    folder: str | Path,
+    names: Sequence[str] | None = None,
+    drawn: Callable[[str, Drawing], object] | None = None,
+) -> Written:
     """Draw figures, all that the subject has or the named ones, into ``folder``; what one fails for costs no other.
 
     ``folder/figures.json`` has them by name: ``files`` ("png", "mp4" -> name), ``caption`` and ``numbers``; those of
@@ -223,7 +233,7 @@ def write_figures(subject, folder, names=None, drawn=None):
     return written
 
 
-def read_figures(folder):
+def read_figures(folder: str | Path) -> dict[str, dict]:
     """What ``folder/figures.json`` has by name, of figures whose files are there; {} where it is missing or damaged."""
     folder = Path(folder)
     try:
@@ -242,23 +252,37 @@ class Source:
         trained_on: whether the clips are of the train split.
     """
 
-    def __init__(self, what, n_frames, dataset=None, fixed=None, trained_on=False):
+    def __init__(
+        self,
+        what: str,
+        n_frames: int | None,
+        dataset: VideoDataset | None = None,
+        fixed: ShownClips | None = None,
+        trained_on: bool = False,
+    ) -> None:
         self.what, self.n_frames, self.dataset, self.fixed, self.trained_on = what, n_frames, dataset, fixed, trained_on
 
-    def clips(self, n_clips, n_frames):
+    def clips(self, n_clips: int, n_frames: int | None) -> ShownClips:
         """ShownClips of that many frames, or of as many as there are."""
         if self.fixed is None and n_frames == self.dataset.clip_length:
             return ShownClips.of(self.dataset, n_clips, self.trained_on)
         return self.longer(n_clips, n_frames)
 
-    def longer(self, n_clips, n_frames):
+    def longer(self, n_clips: int, n_frames: int) -> ShownClips:
         """The same, from the beginnings of the videos."""
         if self.fixed is None:
             return ShownClips.beginnings(self.dataset, n_clips, n_frames, self.trained_on)
         return replace(self.fixed, frames=self.fixed.frames[:n_clips, :n_frames], videos=self.fixed.videos[:n_clips])
 
 
-def find_source(place, overrides, data, pipe, n_context, n_frames):
+def find_source(
+    place: Place,
+    overrides: Sequence[str],
+    data: str | None,
+    pipe: VideoPipeline | None,
+    n_context: int | None,
+    n_frames: int | None,
+) -> Source:
     """Where the clips come from: a data set that is named, that of the run, or the pipeline's examples."""
     folder = place.pipeline or place.tokenizer
     if data is not None:
@@ -293,7 +317,9 @@ def find_source(place, overrides, data, pipe, n_context, n_frames):
     return Source(what, dataset.clip_length, dataset, trained_on=split == "train")
 
 
-def read_videos(path, spec, n_clips, n_frames, fps=None, crop="center"):
+def read_videos(
+    path: str | Path, spec: LatentSpec, n_clips: int, n_frames: int, fps: float | None = None, crop: str = "center"
+) -> ShownClips:
     """The first frames of a video, or of videos below a folder -> ShownClips, of as many as all have.
 
     Args:
@@ -329,7 +355,7 @@ def read_videos(path, spec, n_clips, n_frames, fps=None, crop="center"):
     return ShownClips(torch.stack([frames[:shortest] for frames in found.values()]), rate, list(found))
 
 
-def cached_counts(run, spec):
+def cached_counts(run: Path | None, spec: LatentSpec) -> list[Int[Tensor, " _"]] | None:
     """How often each code occurs in a run's latents cache, of up to ``MOST_COUNTED`` frames; None without one."""
     for split in ("train", "val", "test") if run else ():
         root = run / "latents" / split
@@ -352,13 +378,13 @@ def cached_counts(run, spec):
     return None
 
 
-def read_histories(run):
+def read_histories(run: Path | None) -> dict[str, list]:
     """stage -> rows (step, name, value) of the run's metrics; {} without a run."""
     paths = {stage: run / "metrics" / f"{stage}.csv" for stage in STAGES} if run else {}
     return {stage: read_metrics(path) for stage, path in paths.items() if path.is_file()}
 
 
-def read_results(run):
+def read_results(run: Path | None) -> tuple[dict | None, tuple[dict, str] | None]:
     """The run's newest evaluation with curves, and its maps of CRPS with their title; None for what is not there."""
     paths = (run / "metrics").glob("*.json") if run else ()
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):

@@ -1,15 +1,17 @@
 """Tables and softmaxes that spend fewer numbers on rare codes (Latent Video Transformer, appendix A)."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 SHRINK = 4  # each cluster has codes so much narrower than the one before: Baevski and Auli 2019, section 3
 
 
-def cluster_bounds(size, cutoffs=None):
+def cluster_bounds(size: int, cutoffs: Sequence[int] | None = None) -> list[int]:
     """[0, c_1, ..., K]: the codes, most frequent first, up to each of which a cluster goes.
 
     Args:
@@ -40,7 +42,7 @@ class AdaptiveTable(nn.Module):
         bounds: of ``cluster_bounds``. dim: of the vectors. std: of their numbers at the start.
     """
 
-    def __init__(self, bounds, dim, std=1.0):
+    def __init__(self, bounds: Sequence[int], dim: int, std: float = 1.0) -> None:
         super().__init__()
         clusters = _sizes_and_widths(bounds, dim)
         self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size, width in clusters)
@@ -50,13 +52,13 @@ class AdaptiveTable(nn.Module):
             nn.init.normal_(projection.weight, std=embedding.embedding_dim**-0.5)
         self.register_buffer("rank", torch.arange(bounds[-1]))
 
-    def forward(self):
+    def forward(self) -> Float[Tensor, "K dim"]:
         ordered = [project(part.weight) for part, project in zip(self.embeddings, self.projections)]
         return torch.cat(ordered)[self.rank]
 
 
 class AdaptiveSoftmax(nn.Module):
-    """Adaptive softmax (Grave et al. 2017): (..., in_channels) -> log-probabilities (..., K), their own logits.
+    """Adaptive softmax (Grave et al. 2017): features -> log-probabilities of K codes, their own logits.
 
     The first cluster and one entry for each other share a softmax; a code of another cluster has its entry's
     probability times that within the cluster.
@@ -64,13 +66,20 @@ class AdaptiveSoftmax(nn.Module):
     Args:
         in_channels: of the features.
         bounds: of ``cluster_bounds``.
-        table: an AdaptiveTable with the same bounds, whose vectors are the codes' output weights too ("tied emb"); not
-            registered here, it belongs to the input.
+        table: with the same bounds; its vectors are the codes' output weights too ("tied emb"). Not registered here, it
+            belongs to the input.
         dim: with a table, the width of its rows.
         tie_projections: take its projections, too ("tied emb/proj").
     """
 
-    def __init__(self, in_channels, bounds, table=None, dim=None, tie_projections=False):
+    def __init__(
+        self,
+        in_channels: int,
+        bounds: Sequence[int],
+        table: AdaptiveTable | None = None,
+        dim: int | None = None,
+        tie_projections: bool = False,
+    ) -> None:
         super().__init__()
         self.bounds, self._table, self.tie_projections = bounds, [table], tie_projections
         n_tails = len(bounds) - 2
@@ -87,7 +96,7 @@ class AdaptiveSoftmax(nn.Module):
         widths = [dim] if tie_projections else [part.embedding_dim for part in table.embeddings]
         self.reduce = nn.ModuleList(nn.Linear(in_channels, width, bias=False) for width in widths)
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, "*rows in_channels"]) -> Float[Tensor, "*rows K"]:
         head, tails = self._logits(x)
         head = head.float().log_softmax(-1)
         first = self.bounds[1]
@@ -113,18 +122,18 @@ class AdaptiveSoftmax(nn.Module):
 
 
 class TiedSoftmax(nn.Module):
-    """Logits by the codes' input vectors: (..., in_channels) -> (..., K).
+    """Logits by the codes' input vectors.
 
     Args:
         in_channels: of the features.
-        embedding: nn.Embedding of all codes; not registered here, it belongs to the input. rows: slice of its rows.
+        embedding: of all codes; not registered here, it belongs to the input. rows: of it, those that count.
     """
 
-    def __init__(self, in_channels, embedding, rows):
+    def __init__(self, in_channels: int, embedding: nn.Embedding, rows: slice) -> None:
         super().__init__()
         self._embedding, self.rows = [embedding], rows
         self.reduce = nn.Linear(in_channels, embedding.embedding_dim)
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, "*rows in_channels"]) -> Float[Tensor, "*rows K"]:
         embedding = self._embedding[0]
         return F.linear(self.reduce(x), embedding.weight[self.rows]) * embedding.embedding_dim**-0.5

@@ -4,10 +4,13 @@ Both kinds have ``joined``, how many maps the decoder takes beside its own, and 
 computed of the observed frame alone, once for all the frames that are predicted from it.
 """
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from .attention import attention
 
@@ -15,18 +18,18 @@ VALUES = {"paper": "decoder", "encoder_value": "encoder"}  # form of the aligner
 
 
 class Memory(NamedTuple):
-    """The observed frame's features (N, C, H, W), and where they are needed its keys and values (N, H * W, C)."""
+    """The observed frame's features, and where they are needed its keys and values."""
 
-    features: torch.Tensor
-    key: torch.Tensor | None = None
-    value: torch.Tensor | None = None
+    features: Float[Tensor, "N C H W"]
+    key: Float[Tensor, "N H*W C"] | None = None
+    value: Float[Tensor, "N H*W C"] | None = None
 
-    def map(self, function):
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Memory":
         """Apply ``function`` to each of the tensors."""
         return Memory(*(None if tensor is None else function(tensor) for tensor in self))
 
     @staticmethod
-    def cat(parts):
+    def cat(parts: Iterable["Memory"]) -> "Memory":
         """Memories of some frames each -> one of all of them."""
         return Memory(*(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts)))
 
@@ -36,16 +39,16 @@ class SkipConnection(nn.Module):
 
     joined = 1
 
-    def memory(self, encoded):
-        """The encoder's features (N, C, H, W) -> Memory."""
+    def memory(self, encoded: Float[Tensor, "N C H W"]) -> Memory:
+        """Of the encoder's features."""
         return Memory(encoded)
 
-    def forward(self, decoded, memory):
-        """decoded (N, C, H, W), memory of as many frames -> (N, (1 + joined) C, H, W)."""
+    def forward(self, decoded: Float[Tensor, "N C H W"], memory: Memory) -> Float[Tensor, "N joined H W"]:
+        """Both of as many frames -> (1 + joined) C maps."""
         return torch.cat([decoded, memory.features, *self.aligned(decoded, memory)], 1)
 
-    def aligned(self, decoded, memory):
-        """What is joined beside the features themselves: a list of (N, C, H, W)."""
+    def aligned(self, decoded: Float[Tensor, "N C H W"], memory: Memory) -> list[Float[Tensor, "N C H W"]]:
+        """What is joined beside the features themselves."""
         return []
 
 
@@ -70,7 +73,7 @@ class FeatureAligner(SkipConnection):
 
     joined = 2
 
-    def __init__(self, channels, form="paper"):
+    def __init__(self, channels: int, form: str = "paper") -> None:
         super().__init__()
         if form not in VALUES:
             raise ValueError(f"aligner: expected one of {', '.join(VALUES)}, found {form!r}")
@@ -79,20 +82,20 @@ class FeatureAligner(SkipConnection):
         self.to_key = nn.Linear(channels, channels, bias=False)
         self.to_value = nn.Linear(channels, channels, bias=False)
 
-    def memory(self, encoded):
+    def memory(self, encoded: Float[Tensor, "N C H W"]) -> Memory:
         positions = to_positions(encoded)
         value = self.to_value(positions) if self.value_source == "encoder" else None
         return Memory(encoded, self.to_key(positions), value)
 
-    def aligned(self, decoded, memory):
+    def aligned(self, decoded: Float[Tensor, "N C H W"], memory: Memory) -> list[Float[Tensor, "N C H W"]]:
         """[Z]."""
         positions = to_positions(decoded)
         value = self.to_value(positions) if memory.value is None else memory.value
         query, key, value = (x[:, None] for x in (self.to_query(positions), memory.key, value))
         aligned = attention(query, key, value, scale=1.0)[:, 0]
-        return [aligned.unflatten(1, decoded.shape[2:]).movedim(-1, 1)]
+        return [rearrange(aligned, "n (h w) c -> n c h w", w=decoded.shape[3])]
 
 
-def to_positions(features):
-    """(N, C, H, W) -> (N, H * W, C)."""
-    return features.flatten(2).transpose(1, 2)
+def to_positions(features: Float[Tensor, "N C H W"]) -> Float[Tensor, "N H*W C"]:
+    """Maps -> rows of a vector a position, in raster order."""
+    return rearrange(features, "n c h w -> n (h w) c")

@@ -13,10 +13,13 @@ share (PixArt's adaLN-single, Chen et al. 2023).
 Shape letters: B clips, t clean frames, s target frames, P positions of a frame in raster order, d width, m heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from latentcast.config import check_counts
 
@@ -26,12 +29,12 @@ from .positions import rotate, rotation_table
 
 @dataclass
 class Past:
-    """Keys and values of clean frames, of which ``n_seen`` have been; of each block (B, m, frames * P, e) twice."""
+    """Keys and values of clean frames, of which ``n_seen`` have been; of each block both."""
 
     n_seen: int = 0
-    blocks: list = field(default_factory=list)
+    blocks: list[list[Float[Tensor, "B m kept e"]]] = field(default_factory=list)
 
-    def repeat_interleave(self, n):
+    def repeat_interleave(self, n: int) -> "Past":
         """The same past for ``n`` neighbouring rows each."""
         return Past(self.n_seen, [[x.repeat_interleave(n, 0) for x in pair] for pair in self.blocks])
 
@@ -40,14 +43,14 @@ class Past:
 class Stream:
     """Frames on their way through the blocks.
 
-    x: (B, s, P, d). first: index of the first frame. vectors: (B, s, 6, d), what the frames' vectors add to shift,
-    scale and gate of each half of a block. rotation: (2, s * P, e).
+    first: index of the first frame. vectors: what the frames' vectors, or one of all, add to shift, scale and gate of
+    each half of a block. rotation: see ``rotation_table``.
     """
 
-    x: torch.Tensor
+    x: Float[Tensor, "B s P d"]
     first: int
-    vectors: torch.Tensor
-    rotation: torch.Tensor
+    vectors: Float[Tensor, "B _ 6 d"]
+    rotation: Float[Tensor, "2 s*P e"]
 
 
 class BlockCausalTransformer(nn.Module):
@@ -63,7 +66,9 @@ class BlockCausalTransformer(nn.Module):
         ValueError: a size that is no whole number of at least 1, or heads of an odd width.
     """
 
-    def __init__(self, dim, n_layers, n_heads, head_dim, grid, window, expansion=4):
+    def __init__(
+        self, dim: int, n_layers: int, n_heads: int, head_dim: int, grid: Sequence[int], window: int, expansion: int = 4
+    ) -> None:
         super().__init__()
         check_counts(dim=dim, n_layers=n_layers, n_heads=n_heads, head_dim=head_dim, window=window, expansion=expansion)
         if head_dim % 2:
@@ -75,44 +80,51 @@ class BlockCausalTransformer(nn.Module):
         nn.init.zeros_(self.modulate[1].bias)
         self.norm = nn.RMSNorm(dim)
 
-    def forward(self, clean, target, clean_vectors, target_vectors):
-        """Features of the last s frames of a clip, each seen with the clean frames before it.
+    def forward(
+        self,
+        clean: Float[Tensor, "B t P d"],
+        target: Float[Tensor, "B s P d"],
+        clean_vectors: Float[Tensor, " B #t d"],
+        target_vectors: Float[Tensor, " B #s d"],
+    ) -> Float[Tensor, "B s P d"]:
+        """Normalised features of the last s frames of a clip, each seen with the clean frames before it.
 
         Args:
-            clean: (B, t, P, d), all frames but the last, which nothing sees. target: (B, s, P, d), the last s of the
-                t + 1 frames.
-            clean_vectors, target_vectors: (B, t, d) and (B, s, d).
-        Returns:
-            (B, s, P, d), normalised.
+            clean: all frames but the last, which nothing sees. target: the last s of the t + 1 frames.
+            clean_vectors, target_vectors: of their frames.
         """
-        return self._run(Past(), clean, target, clean_vectors, target_vectors)[0]
+        return self.norm(self._run(Past(), clean, target, clean_vectors, target_vectors)[0].x)
 
-    def remember(self, past, clean, vectors):
-        """``past`` with the clean frames (B, t, P, d) that come next, and their vectors (B, t, d) -> Past, in which no
-        more is left than what the next frame sees."""
+    def remember(self, past: Past, clean: Float[Tensor, "B t P d"], vectors: Float[Tensor, " B #t d"]) -> Past:
+        """``past`` with the clean frames that come next, and their vectors; no more is left in it than what the next
+        frame sees."""
         past = self._run(past, clean, None, vectors, None)[1]
         n_kept = (self.window - 1) * clean.shape[2]
         past.blocks = [[x[:, :, max(x.shape[2] - n_kept, 0) :] for x in pair] for pair in past.blocks]
         return past
 
-    def predict(self, past, target, vectors):
-        """As ``forward``, of the frame (B, 1, P, d) that comes after ``past``, and its vector (B, 1, d)."""
-        return self._run(past, None, target, None, vectors)[0]
+    def predict(
+        self, past: Past, target: Float[Tensor, "B 1 P d"], vectors: Float[Tensor, "B 1 d"]
+    ) -> Float[Tensor, "B 1 P d"]:
+        """As ``forward``, of the frame that comes after ``past``, and its vector."""
+        return self.norm(self._run(past, None, target, None, vectors)[0].x)
 
     def _run(self, past, clean, target, clean_vectors, target_vectors):
+        """Frames of both streams, or of one, through all blocks -> the Stream of the targets, or None, and the Past."""
         n_positions = (target if clean is None else clean).shape[2]
         n_seen = past.n_seen + (0 if clean is None else clean.shape[1])
         clean, target = self._stream(clean, clean_vectors, n_seen), self._stream(target, target_vectors, n_seen + 1)
         blocks = []
         for index, block in enumerate(self.blocks):
             keys, values = past.blocks[index] if past.blocks else (None, None)
+            query = None
             if clean is not None:
                 query, key, value = block.project(clean)
                 keys = key if keys is None else torch.cat([keys, key], 2)
                 values = value if values is None else torch.cat([values, value], 2)
             pair = [keys, values]
             blocks.append(pair)
-            if clean is not None and index + 1 < len(self.blocks):  # of the last block there are looked at keys alone
+            if query is not None and index + 1 < len(self.blocks):  # of the last block there are looked at keys alone
                 attended = [
                     attention(q, *self._seen(pair, frame, frame + 1, n_seen, n_positions))
                     for frame, q in enumerate(query.split(n_positions, 2), clean.first)
@@ -124,7 +136,7 @@ class BlockCausalTransformer(nn.Module):
                     seen = self._seen(pair, frame, frame, n_seen, n_positions)
                     attended.append(attention(q, *(torch.cat(both, 2) for both in zip(seen, own))))
                 block.finish(target, attended)
-        return None if target is None else self.norm(target.x), Past(n_seen, blocks)
+        return target, Past(n_seen, blocks)
 
     def _seen(self, pair, frame, stop, n_seen, n_positions):
         """Of keys and values of the last clean frames before ``n_seen``, those of the ones before ``stop`` that
@@ -147,7 +159,7 @@ class BlockCausalTransformer(nn.Module):
 class Block(nn.Module):
     """Attention and a feed-forward network, each after a norm that the frame's vector shifts and scales."""
 
-    def __init__(self, dim, n_heads, head_dim, expansion, n_layers):
+    def __init__(self, dim: int, n_heads: int, head_dim: int, expansion: int, n_layers: int) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.norms = nn.ModuleList(nn.RMSNorm(dim, elementwise_affine=False) for _ in range(2))
@@ -161,18 +173,20 @@ class Block(nn.Module):
         # Shift, scale and gate of either half, to which the vector adds; at first every gate is open.
         self.modulation = nn.Parameter(torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])[:, None].repeat(1, dim))
 
-    def project(self, stream):
-        """-> queries, keys and values, (B, m, s * P, e) each."""
+    def project(
+        self, stream: Stream
+    ) -> tuple[Float[Tensor, "B m sP e"], Float[Tensor, "B m sP e"], Float[Tensor, "B m sP e"]]:
+        """-> queries, keys and values."""
         shift, scale = self._modulation(stream, 0, 1)
         y = self.norms[0](stream.x) * (1 + scale) + shift
-        q, k, v = self.to_qkv(y.flatten(1, 2)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = rearrange(self.to_qkv(y), "b s p (three m e) -> three b m (s p) e", three=3, m=self.n_heads)
         return rotate(q, *stream.rotation), rotate(k, *stream.rotation), v
 
-    def finish(self, stream, attended):
-        """Move the stream past this block, by what each of its frames attended to, (B, m, P, e)."""
-        attended = torch.stack(attended, 1).transpose(2, 3).flatten(3)  # (B, s, P, m e)
+    def finish(self, stream: Stream, attended: list[Float[Tensor, "B m P e"]]) -> None:
+        """Move the stream past this block, by what each of its frames attended to."""
+        joined = rearrange(torch.stack(attended, 1), "b s m p e -> b s p (m e)")
         gate, shift, scale, feed_gate = self._modulation(stream, 2, 3, 4, 5)
-        x = stream.x + gate * self.to_out(attended)
+        x = stream.x + gate * self.to_out(joined)
         stream.x = x + feed_gate * self.feed_forward(self.norms[1](x) * (1 + scale) + shift)
 
     def _modulation(self, stream, *parts):

@@ -1,10 +1,12 @@
 """Causal self-attention over (t, h, w) within windows, with rotary positions and a key/value cache."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from einops import rearrange
-from torch import nn
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from ..sizes import nearest_divisors
 from .attention import attention
@@ -30,7 +32,9 @@ class CausalWindowAttention(nn.Module):
         ValueError: sizes that do not fit.
     """
 
-    def __init__(self, dim, n_heads, head_dim, grid, window, over_time=True):
+    def __init__(
+        self, dim: int, n_heads: int, head_dim: int, grid: Sequence[int], window: Sequence[int], over_time: bool = True
+    ) -> None:
         super().__init__()
         if any(size < 1 or whole % size for size, whole in zip(window, grid[1:])):
             frame, nearest = tuple(grid[1:]), nearest_divisors(grid[1:], window)
@@ -69,35 +73,43 @@ class CausalWindowAttention(nn.Module):
         sizes = {"b": b, "f": 1 if self.over_time else frames, "a": rows // height, "h": height, "w": width}
         return rearrange(x, "(b f a c) m (t h w) e -> b (f t) (a h) (c w) (m e)", **sizes)
 
-    def forward(self, x, cache=None):
-        """x + attention: (B, t, h, w, dim) -> the same. Keys and values are kept in ``cache``, if one is given."""
+    def forward(
+        self, x: Float[Tensor, "B t h w dim"], cache: Float[Tensor, "Mm 2 slots e"] | None = None
+    ) -> Float[Tensor, "B t h w dim"]:
+        """x + attention. Keys and values are kept in ``cache``, if one is given."""
         n = math.prod(x.shape[1:4])
         qkv = self.to_qkv(self.norm(x)).unflatten(-1, (self.n_heads, 3, -1))
         cos, sin = self.rotation[:n].to(qkv.dtype).view(*x.shape[1:4], 1, 2, 1, -1).unbind(-3)
         q, k = rotate(qkv[..., :2, :], cos, sin).unbind(-2)
         v = qkv[..., 2, :]
         if cache is not None and self.over_time:  # no later frame looks at the others
-            pair = torch.stack([k, v], -2).flatten(1, 3).movedim(1, 3)  # (B, heads, 2, n, e)
-            pair = pair.repeat_interleave(len(cache) // (len(x) * self.n_heads), 0).flatten(0, 1)
+            n_samples = len(cache) // (len(x) * self.n_heads)
+            pair = repeat([k, v], "two b t h w m e -> (b s m) two (t h w) e", s=n_samples)
             cache.index_copy_(2, self.slots[:n], pair.to(cache.dtype))
         out = attention(*(self._to_windows(part) for part in (q, k, v)), is_causal=True)
         return x + self.to_out(self._from_windows(out, x.shape[:4]))
 
-    def new_cache(self, n_rows, dtype, device):
-        """Keys and values of M rows, nothing in them yet: (M * heads, 2, slots, head_dim)."""
+    def new_cache(self, n_rows: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "Mm 2 slots e"]:
+        """Keys and values of M rows of m heads, nothing in them yet."""
         shape = (n_rows * self.n_heads, 2, self.n_slots, self.rotation.shape[-1])
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    def span(self, index):
+    def span(self, index: int) -> tuple[int, int]:
         """The slots, from start to stop, that the position with this raster index sees."""
         slot = int(self.slots[index])
         return slot // self.window_length * self.window_length, slot + 1
 
-    def step(self, x, cache, position, span=None):
-        """One position alone: x (M, dim) -> the same, attending to earlier ones in the cache.
+    def step(
+        self,
+        x: Float[Tensor, "M dim"],
+        cache: Float[Tensor, "Mm 2 slots e"],
+        position: Int[Tensor, "1"],
+        span: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "M dim"]:
+        """One position alone, attending to earlier ones in the cache.
 
         Args:
-            position: (1,) int64, its raster index.
+            position: its raster index.
             span: ``span(index)``, which saves time; None: no value travels to the host, as CUDA graphs require.
         """
         slot = self.slots.index_select(0, position)
@@ -105,6 +117,7 @@ class CausalWindowAttention(nn.Module):
         cos, sin = self.step_rotation.index_select(0, position)[0].to(qkv.dtype).unbind(0)
         qkv = rotate(qkv, cos, sin).to(cache.dtype)
         cache.index_copy_(2, slot, qkv[:, 1:, None])
+        slots = None
         if span is not None:
             seen = cache[:, :, span[0] : span[1]]
         else:
@@ -114,6 +127,6 @@ class CausalWindowAttention(nn.Module):
         keys, values = seen.unbind(1)
         query = qkv[:, :1] * qkv.shape[-1] ** -0.5
         logits = query @ keys.transpose(1, 2)  # for a single query faster than the fused kernel
-        if span is None:
+        if slots is not None:
             logits = logits.masked_fill(slots > slot, -torch.inf)
         return x + self.to_out((logits.softmax(-1) @ values).view(len(x), -1))

@@ -1,12 +1,15 @@
 """What a prior is told beside the frames: actions, labels, states; embedded here, for all priors alike."""
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
 
 from latentcast.config import one_line
+from latentcast.shapes import Conditions
 
 LEAST_SPREAD = 1e-6  # of a number that conditions hold: one that never changes says nothing
 
@@ -27,7 +30,7 @@ class ConditionEmbedding(nn.Module):
         ValueError: a declaration that lacks something, or a share out of [0, 1).
     """
 
-    def __init__(self, conditions, dim, dropout=0.1):
+    def __init__(self, conditions: Mapping[str, Mapping], dim: int, dropout: float = 0.1) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
             raise ValueError(f"condition_dropout: expected at least 0 and below 1, found {one_line(dropout)}")
@@ -47,12 +50,11 @@ class ConditionEmbedding(nn.Module):
                 raise ValueError(f"conditions: {name}: expected n_values of whole numbers, found {one_line(spec)}")
             self.networks.append(network)
 
-    def forward(self, conditions, batch, n_frames):
-        """-> (batch, n_frames, dim).
+    def forward(self, conditions: Conditions | None, batch: int, n_frames: int) -> Float[Tensor, "batch n_frames dim"]:
+        """A vector for each frame.
 
         Args:
-            conditions: name -> tensor, (batch, n_frames, *shape) of conditions per frame and (batch, *shape) of those
-                per video; a batch of 1 stands for all. None: nothing is told.
+            conditions: a batch of 1 stands for all. None: nothing is told.
         Raises:
             ValueError: see ``check_conditions``.
         """
@@ -72,8 +74,8 @@ class ConditionEmbedding(nn.Module):
         return total
 
     @torch.no_grad()
-    def measure(self, clips):
-        """Told before training what the numbers are like: an iterable over some clips' conditions, name -> tensor."""
+    def measure(self, clips: Iterable[Mapping[str, Tensor]]) -> None:
+        """Told before training what the numbers are like, by some clips' conditions."""
         clips = list(clips)
         for (name, spec), network in zip(self.declared.items(), self.networks):
             if isinstance(network, Numbers) and clips:
@@ -81,46 +83,48 @@ class ConditionEmbedding(nn.Module):
 
 
 class WholeNumbers(nn.Module):
-    """(..., size) of 0 .. n_values - 1 -> (..., dim): the sum of a vector for each."""
+    """Whole numbers from 0 to n_values - 1 -> the sum of a vector for each."""
 
-    def __init__(self, size, n_values, dim):
+    def __init__(self, size: int, n_values: int, dim: int) -> None:
         super().__init__()
         self.table = nn.Embedding(size * n_values, dim)
         nn.init.normal_(self.table.weight, std=size**-0.5)
         self.register_buffer("first_row", torch.arange(size) * n_values, persistent=False)
 
-    def forward(self, x):
+    def forward(self, x: Shaped[Tensor, "*rows size"]) -> Float[Tensor, "*rows dim"]:
         return self.table(x.long() + self.first_row).sum(-2)
 
 
 class Numbers(nn.Module):
-    """(..., size) -> (..., dim) by two linear layers."""
+    """Numbers -> a vector, by two linear layers."""
 
-    def __init__(self, size, dim):
+    def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.hidden, self.out = nn.Linear(size, dim), nn.Linear(dim, dim)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("spread", torch.ones(size))
 
-    def forward(self, x):
+    def forward(self, x: Shaped[Tensor, "*rows size"]) -> Float[Tensor, "*rows dim"]:
         x = (x.to(self.mean.dtype) - self.mean) / self.spread
         return self.out(F.silu(self.hidden(x)))
 
-    def measure(self, values):
-        """Take mean and standard deviation of (N, size)."""
+    def measure(self, values: Shaped[Tensor, "N size"]) -> None:
+        """Take mean and standard deviation of each number."""
         spread = values.float().std(0, correction=0)
         self.mean.copy_(values.float().mean(0))
         self.spread.copy_(torch.where(spread > LEAST_SPREAD, spread, torch.ones_like(spread)))
 
 
-def check_conditions(conditions, declared, batch, n_frames):
-    """Refuse conditions that are not what was declared -> name -> tensor.
+def check_conditions(
+    conditions: Conditions, declared: Mapping[str, Mapping], batch: int, n_frames: int
+) -> dict[str, Tensor]:
+    """Refuse conditions that are not what was declared -> the same as tensors.
 
     Values on a GPU are taken as they are: looking at them would wait for it, and training's are the data set's own. So
     are those of a compiled graph, which looking would break.
 
     Args:
-        conditions: name -> tensor, or numbers. declared: as for ConditionEmbedding. batch, n_frames: see there.
+        conditions, batch, n_frames: see ConditionEmbedding. declared: its ``conditions``.
     Raises:
         ValueError: an unknown name or one that lacks, another shape, or values out of their range.
     """

@@ -2,11 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 
 class ConvGRUCell(nn.Module):
-    """A GRU whose matrix products are convolutions (Ballas et al. 2016): (N, C, H, W) and its state -> the next state.
+    """A GRU whose matrix products are convolutions (Ballas et al. 2016): maps and its state -> the next state.
 
     With update gate z, reset gate r and candidate c: ``h' = (1 - z) h + z c``, where ``c = tanh(W x + U (r h))``.
 
@@ -16,7 +17,7 @@ class ConvGRUCell(nn.Module):
         kernel_size: odd side of the kernels.
     """
 
-    def __init__(self, in_channels, hidden_channels, kernel_size=3):
+    def __init__(self, in_channels: int, hidden_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
         if kernel_size % 2 != 1:
             raise ValueError(f"kernel_size: expected an odd number, found {kernel_size}")
@@ -25,14 +26,16 @@ class ConvGRUCell(nn.Module):
         self.gates = nn.Conv2d(both, 2 * hidden_channels, kernel_size, padding=kernel_size // 2)
         self.candidate = nn.Conv2d(both, hidden_channels, kernel_size, padding=kernel_size // 2)
 
-    def forward(self, x, state=None, n_steps=1):
+    def forward(
+        self, x: Float[Tensor, "sN C H W"], state: Float[Tensor, "N hidden H W"] | None = None, n_steps: int = 1
+    ) -> Float[Tensor, "sN hidden H W"]:
         """One step or several, whose inputs are convolved at once.
 
         Args:
-            x: (n_steps * N, C, H, W), time before batch.
-            state: (N, hidden_channels, H, W), or None for zeros.
+            x: of ``n_steps`` times, time before batch.
+            state: None for zeros.
         Returns:
-            the state after each step, (n_steps * N, hidden_channels, H, W).
+            the state after each step.
         """
         # A convolution of both is one over the input plus one over the state: W x + U h.
         layers, n = (self.gates, self.candidate), x.shape[1]

@@ -5,6 +5,8 @@ at 128x128, and one over the 4x4 map that is left. Other than published, frames 
 where SVG has a sigmoid, and convolutions before a BatchNorm have no bias, which it would cancel.
 """
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from .multilevel import (
@@ -19,7 +21,7 @@ from .multilevel import (
 
 
 class DCGANEncoder(MultilevelEncoder):
-    """Frames (N, C, H, W) -> the vector h, (N, dim) in [-1, 1], and the features of each level, H/2 x W/2 to 4 x 4.
+    """Frames -> the vector h, in [-1, 1], and the features of each level, H/2 x W/2 to 4 x 4.
 
     Args:
         in_channels: C.
@@ -28,7 +30,9 @@ class DCGANEncoder(MultilevelEncoder):
         hidden_channels: channels of the finest level.
     """
 
-    def __init__(self, in_channels=3, height=64, width=64, dim=128, hidden_channels=64):
+    def __init__(
+        self, in_channels: int = 3, height: int = 64, width: int = 64, dim: int = 128, hidden_channels: int = 64
+    ) -> None:
         channels, grid = level_widths(height, width, hidden_channels)
         levels = []
         for n_in, n_out in zip([in_channels, *channels], channels):
@@ -38,7 +42,7 @@ class DCGANEncoder(MultilevelEncoder):
 
 
 class DCGANDecoder(MultilevelDecoder):
-    """The vector h (N, dim) -> frames (N, C, H, W): the encoder's mirror image.
+    """The vector h -> frames: the encoder's mirror image.
 
     Args:
         in_channels, height, width, dim, hidden_channels: as in the encoder.
@@ -48,8 +52,15 @@ class DCGANDecoder(MultilevelDecoder):
     """
 
     def __init__(
-        self, in_channels=3, height=64, width=64, dim=128, hidden_channels=64, joined=0, output_activation="tanh"
-    ):
+        self,
+        in_channels: int = 3,
+        height: int = 64,
+        width: int = 64,
+        dim: int = 128,
+        hidden_channels: int = 64,
+        joined: int | Sequence[int] = 0,
+        output_activation: str = "tanh",
+    ) -> None:
         channels, grid = level_widths(height, width, hidden_channels)
         joined = joined_maps(joined, len(channels))
         finest, *others = [n * (1 + extra) for n, extra in zip(channels, joined)]

@@ -1,5 +1,6 @@
 """Small networks with features at several levels, as SVG's are, for latents of any size instead of frames."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import nn
@@ -16,10 +17,10 @@ from .multilevel import (
 
 
 class LatentEncoder(MultilevelEncoder):
-    """Latents (N, D, h, w) -> the vector, (N, dim) in [-1, 1], and the features of each level, h x w and coarser.
+    """Latents -> the vector, in [-1, 1], and the features of each level, h x w and coarser.
 
-    The first level keeps the size; the sides are then halved as long as they are even and at least 8. Vectors
-    (N, D, 1, 1) have one level.
+    The first level keeps the size; the sides are then halved as long as they are even and at least 8. Latents of a
+    single position have one level.
 
     Args:
         in_channels: D.
@@ -28,7 +29,7 @@ class LatentEncoder(MultilevelEncoder):
         hidden_channels: channels of the finest level.
     """
 
-    def __init__(self, in_channels, height, width, dim=128, hidden_channels=64):
+    def __init__(self, in_channels: int, height: int, width: int, dim: int = 128, hidden_channels: int = 64) -> None:
         n = n_halvings(height, width)
         channels = doubled_widths(n + 1, hidden_channels)
         levels = [nn.Sequential(*normalized(same_size(in_channels, channels[0], height, width, bias=False)))]
@@ -40,14 +41,22 @@ class LatentEncoder(MultilevelEncoder):
 
 
 class LatentDecoder(MultilevelDecoder):
-    """The vector (N, dim) -> latents (N, D, h, w), unbounded: the encoder's mirror image.
+    """The vector -> latents, unbounded: the encoder's mirror image.
 
     Args:
         in_channels, height, width, dim, hidden_channels: as in the encoder.
         joined: maps that each level takes beside its own, as in ``DCGANDecoder``.
     """
 
-    def __init__(self, in_channels, height, width, dim=128, hidden_channels=64, joined=0):
+    def __init__(
+        self,
+        in_channels: int,
+        height: int,
+        width: int,
+        dim: int = 128,
+        hidden_channels: int = 64,
+        joined: int | Sequence[int] = 0,
+    ) -> None:
         n = n_halvings(height, width)
         channels = doubled_widths(n + 1, hidden_channels)
         joined = joined_maps(joined, len(channels))
@@ -61,7 +70,7 @@ class LatentDecoder(MultilevelDecoder):
         super().__init__(levels, nn.Sequential(*normalized(first)), level_shapes(channels, height, width), joined)
 
 
-def same_size(n_in, n_out, height, width, bias=True):
+def same_size(n_in: int, n_out: int, height: int, width: int, bias: bool = True) -> nn.Conv2d:
     """A 3x3 convolution; along an axis of length 1, where all neighbours are padding, the kernel has length 1."""
     kernel = tuple(1 if size == 1 else 3 for size in (height, width))
     return nn.Conv2d(n_in, n_out, kernel, padding=tuple(k // 2 for k in kernel), bias=bias)

@@ -5,11 +5,16 @@ solvers, the adjoint, and the divergence of a controlled equation.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 import torchsde
-from torch import nn
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from latentcast.shapes import Scalar
 
 # The solvers of torchsde that diagonal noise can use without an area for each pair of its components.
 SOLVERS = {
@@ -19,9 +24,13 @@ SOLVERS = {
 EXPLODED = 1e6  # |m| beyond which a solution has left every use
 ON_GRID = 1e-4  # of a step: times that the rounding of float32 leaves so near to a grid point are taken to be there
 
+Seeds = Sequence[tuple[int, ...]]  # of whole numbers of at least 0, one for each row
+Control = Callable[[Tensor, float], Tensor]  # (m, time) -> u, like m
+Told = Callable[[int], Tensor]  # k -> what the drift is told of the time from k - 1 to k, k from 1 on
+
 
 class NeuralSDE(nn.Module):
-    """dm = mu(m) dt + sigma(m) dW on maps m (N, C, h, w), with noise of its own for every number (diagonal).
+    """dm = mu(m) dt + sigma(m) dW on maps m, with noise of its own for every number (diagonal).
 
     The solver steps on the grid 0, dt, 2 dt, ... whatever times are asked for, and the solution between two grid points
     is the straight line. So the value at a time never depends on the other times, and seeded paths (see ``forward``)
@@ -39,7 +48,15 @@ class NeuralSDE(nn.Module):
         ValueError: an option that is not known or does not fit the others.
     """
 
-    def __init__(self, drift, diffusion=None, sde_type="stratonovich", solver="euler_heun", dt=0.1, adjoint=False):
+    def __init__(
+        self,
+        drift: nn.Module,
+        diffusion: nn.Module | None = None,
+        sde_type: str = "stratonovich",
+        solver: str = "euler_heun",
+        dt: float = 0.1,
+        adjoint: bool = False,
+    ) -> None:
         super().__init__()
         if sde_type not in SOLVERS:
             raise ValueError(f"sde_type: expected one of {', '.join(SOLVERS)}, found {sde_type!r}")
@@ -53,21 +70,27 @@ class NeuralSDE(nn.Module):
         self.sde_type, self.solver, self.dt, self.adjoint = sde_type, solver, dt, adjoint
         self.gradient_checkpointing = False  # as diffusers' blocks; set by enable_gradient_checkpointing
 
-    def forward(self, start, times, seeds=None, control=None, told=None):
+    def forward(
+        self,
+        start: Float[Tensor, "N C h w"],
+        times: Float[Tensor, "N P"] | Int[Tensor, "N P"],
+        seeds: Seeds | None = None,
+        control: Control | None = None,
+        told: Told | None = None,
+    ) -> Float[Tensor, "N P C h w"] | tuple[Float[Tensor, "N P C h w"], Float[Tensor, " N"]]:
         """Integrate from time 0.
 
         Args:
-            start: m at time 0, (N, C, h, w).
-            times: (N, P) positive, in any order.
-            seeds: N tuples of whole numbers of at least 0, each of which names a Brownian path that goes on for ever
-                (never solved by the adjoint); None draws a path for each row from torch's generator.
-            control: function (m, time) -> u (N, C, h, w), added to the drift: the posterior of a latent SDE (Li et al.
-                2020, section 5). Takes a diffusion that is nowhere 0; never solved by the adjoint.
-            told: function k -> what the drift is told of the time from k - 1 to k, a tensor (N, ...), k from 1 on. It
-                holds for the steps that begin there.
+            start: m at time 0.
+            times: positive, in any order.
+            seeds: each names a Brownian path that goes on for ever (never solved by the adjoint); None draws a path for
+                each row from torch's generator.
+            control: added to the drift: the posterior of a latent SDE (Li et al. 2020, section 5). Takes a diffusion
+                that is nowhere 0; never solved by the adjoint.
+            told: holds for the steps that begin in that time.
         Returns:
-            m at the times, (N, P, C, h, w), at least float32. With a control also the KL divergence of the controlled
-            paths up to the last time from those without, 1/2 int |u / sigma|^2 dt along each path, (N,) in nats.
+            m at the times, at least float32. With a control also the KL divergence of the controlled paths up to the
+            last time from those without, 1/2 int |u / sigma|^2 dt along each path, in nats.
         Raises:
             FloatingPointError: the solution exploded or is not a number.
         """
@@ -80,9 +103,11 @@ class NeuralSDE(nn.Module):
             states[torch.searchsorted(grid, index).to(start.device, non_blocking=True), rows] for index in (low, high)
         )
         states = path.between(below, above, position - low)
-        return states if control is None else (states, path.kl)
+        return states if path.kl is None else (states, path.kl)
 
-    def on_grid(self, times):
+    def on_grid(
+        self, times: Float[Tensor, "*times"] | Int[Tensor, "*times"]
+    ) -> tuple[Float[Tensor, "*times"], Int[Tensor, "*times"], Int[Tensor, "*times"]]:
         """Times in units of the solver's step, so that grid points are whole numbers, which nothing rounds: where they
         lie, and the grid points below and above."""
         position = times.double() / self.dt
@@ -99,13 +124,20 @@ class Path:
         last: the grid point where a path without seeds ends.
     """
 
-    def __init__(self, model, start, seeds=None, control=None, told=None, last=None):
-        channels, height, width = start.shape[1:]
+    def __init__(
+        self,
+        model: NeuralSDE,
+        start: Float[Tensor, "N C h w"],
+        seeds: Seeds | None = None,
+        control: Control | None = None,
+        told: Told | None = None,
+        last: int | None = None,
+    ) -> None:
         self.model, self.control, self.told = model, control, told
-        self.shape = (height, width, channels)  # channels last, which convolutions like; torchsde wants rows
+        self.sizes = dict(zip("hw", start.shape[2:]))
         self.dtype, self.device = start.dtype, start.device
-        self.y = start.to(torch.promote_types(start.dtype, torch.float32)).movedim(1, -1).flatten(1)
-        self.position, self.kl = 0, None if control is None else 0
+        self.y = as_rows(start.to(torch.promote_types(start.dtype, torch.float32)))
+        self.position, self.kl = 0, None if control is None else self.y.new_zeros(len(start))
         self.extra = None  # what some solvers keep beside the state
         self.adjoint = model.adjoint and seeds is None and control is None and torch.is_grad_enabled()
         if model.diffusion is None:
@@ -120,17 +152,16 @@ class Path:
         else:
             self.brownian = SeededBrownian(seeds, like, area)
 
-    def at(self, time):
-        """m at a time after those that it was followed to -> (N, C, h, w)."""
+    def at(self, time: float) -> Float[Tensor, "N C h w"]:
+        """m at a time after those that it was followed to."""
         position, low, high = self.model.on_grid(torch.tensor(time))
         grid = torch.stack([torch.tensor(self.position), low, high]).unique()
         states = self.follow(grid)
         below, above = (states[torch.searchsorted(grid, index)][:, None] for index in (low, high))
         return self.between(below, above, (position - low).view(1, 1))[:, 0]
 
-    def follow(self, grid):
-        """States at the whole numbers in ``grid`` (K,), increasing, the first of them where it is by now -> (K, N,
-        h w C)."""
+    def follow(self, grid: Int[Tensor, " K"]) -> Float[Tensor, "K N hwC"]:
+        """States at the whole numbers in ``grid``, increasing, the first of them where it is by now."""
         states, last = [self.y[None]], int(grid[-1])
         while self.position < last:
             end, told = last, None
@@ -146,10 +177,12 @@ class Path:
         self._check(states.detach(), grid)
         return states
 
-    def between(self, below, above, weight):
-        """States (N, P, h w C) so far between two others, (N or 1, P) from 0 to 1 -> maps (N, P, C, h, w)."""
+    def between(
+        self, below: Float[Tensor, "N P hwC"], above: Float[Tensor, "N P hwC"], weight: Float[Tensor, "_ P"]
+    ) -> Float[Tensor, "N P C h w"]:
+        """States so far between two others, by weights from 0 to 1 (of N rows, or of all) -> maps."""
         weight = weight.to(self.device, below.dtype, non_blocking=True)[..., None]
-        return torch.lerp(below, above, weight).unflatten(2, self.shape).movedim(-1, 2)
+        return rearrange(torch.lerp(below, above, weight), "n p (h w c) -> n p c h w", **self.sizes)
 
     def _solve(self, stops, told):
         """The solution at later whole numbers (K, N, h w C), all of them steps with the same drift."""
@@ -219,7 +252,7 @@ class _Equation(nn.Module):
     def __init__(self, path, told):
         super().__init__()
         self.control, self.told = path.control, [] if told is None else [told]
-        self.model, self.shape, self.dtype, self.sde_type = path.model, path.shape, path.dtype, path.model.sde_type
+        self.model, self.sizes, self.dtype, self.sde_type = path.model, path.sizes, path.dtype, path.model.sde_type
         # The adjoint calls drift and diffusion in the backward pass, which runs outside of autocast.
         device_type = path.device.type
         self.autocast = {
@@ -242,14 +275,19 @@ class _Equation(nn.Module):
         return math.sqrt(self.model.dt) * self._evaluate(self.model.diffusion, y)
 
     def _evaluate(self, network, y, *told):
-        maps = y.unflatten(1, self.shape).movedim(-1, 1).to(self.dtype)
+        maps = rearrange(y, "n (h w c) -> n c h w", **self.sizes).to(self.dtype)
         told = [tensor.to(self.dtype) for tensor in told]
         with torch.autocast(**self.autocast):
             if self.model.gradient_checkpointing and torch.is_grad_enabled():
                 out = self.model._gradient_checkpointing_func(network, maps, *told)
             else:
                 out = network(maps, *told)
-        return out.movedim(1, -1).flatten(1).to(y.dtype)
+        return as_rows(out).to(y.dtype)
+
+
+def as_rows(maps: Float[Tensor, "N C h w"]) -> Float[Tensor, "N h*w*C"]:
+    """What torchsde wants, with channels last, which convolutions like."""
+    return rearrange(maps, "n c h w -> n (h w c)")
 
 
 class SeededBrownian(torchsde.BaseBrownian):
@@ -259,21 +297,23 @@ class SeededBrownian(torchsde.BaseBrownian):
     be asked for step after step, as solvers do. Drawn on the CPU, so that every device sees the same.
 
     Args:
-        seeds: tuples of whole numbers of at least 0, one for each row.
-        like: (N, d), for sizes, dtype and device.
+        seeds: of the rows.
+        like: for sizes, dtype and device.
         levy_area_approximation: as in BrownianInterval, "none" or "space-time"; so there is never an A to return.
     """
 
     BLOCK = 64
 
-    def __init__(self, seeds, like, levy_area_approximation):
+    def __init__(self, seeds: Seeds, like: Float[Tensor, "N d"], levy_area_approximation: str) -> None:
         super().__init__()
         if len(seeds) != len(like):
             raise ValueError(f"seeds: expected {len(like)}, one for each row, found {len(seeds)}")
         self.seeds, self._like, self._area = seeds, like.detach(), levy_area_approximation
         self._block, self._intervals = None, []
 
-    def __call__(self, ta, tb=None, return_U=False, return_A=False):
+    def __call__(
+        self, ta: float | Scalar, tb: float | Scalar | None = None, return_U: bool = False, return_A: bool = False
+    ) -> Float[Tensor, "N d"] | tuple[Float[Tensor, "N d"], ...]:
         block = int(ta) // self.BLOCK
         if block != self._block:
             start, size = block * self.BLOCK, (1, self._like.shape[1])
@@ -301,17 +341,17 @@ class SeededBrownian(torchsde.BaseBrownian):
         return f"{type(self).__name__}({len(self.seeds)} paths)"
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self._like.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self._like.device
 
     @property
-    def shape(self):
+    def shape(self) -> torch.Size:
         return self._like.shape
 
     @property
-    def levy_area_approximation(self):
+    def levy_area_approximation(self) -> str:
         return self._area

@@ -1,13 +1,15 @@
 """Position encodings over a (t, h, w) grid: fixed sinusoids, rotations and learned relative biases."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 
-def sinusoidal_positions_3d(grid, dim):
-    """Sinusoids of the three coordinates, concatenated: (t * h * w, dim), in raster order.
+def sinusoidal_positions_3d(grid: Sequence[int], dim: int) -> Float[Tensor, "N dim"]:
+    """Sinusoids of the three coordinates, concatenated, of the N = t h w positions in raster order.
 
     Each axis gets ``dim // 6`` frequencies from 1 down to 1/10,000; the remainder of ``dim`` stays zero.
     """
@@ -19,13 +21,17 @@ def sinusoidal_positions_3d(grid, dim):
     return nn.functional.pad(encoding, (0, dim - encoding.shape[1]))
 
 
-def rotate(x, cos, sin):
-    """Rotate pairs of channels (..., e) by cosines and signed sines of ``rotation_table``."""
+def rotate(
+    x: Float[Tensor, "*rows e"], cos: Float[Tensor, "*#rows e"], sin: Float[Tensor, "*#rows e"]
+) -> Float[Tensor, "*rows e"]:
+    """Rotate pairs of channels by cosines and signed sines of ``rotation_table``."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def rotation_table(grid, head_dim, longest=100.0, start=0, device=None):
-    """Cosines and signed sines of the rotation at every position of ``grid``, in raster order: (N, 2, head_dim).
+def rotation_table(
+    grid: Sequence[int], head_dim: int, longest: float = 100.0, start: int = 0, device: torch.device | str | None = None
+) -> Float[Tensor, "N 2 e"]:
+    """Cosines and signed sines of the rotation at every position of ``grid``, in raster order.
 
     Channels j and j + head_dim / 2 are a pair; pair j turns with axis j mod 3, at frequencies from 1 down to
     1 / ``longest`` radians a position. A rotated vector is ``x * cos + x.roll(head_dim // 2, -1) * sin``. The first
@@ -49,15 +55,15 @@ class RelativeBias3D(nn.Module):
     ``scale`` multiplies the tables: under Adam it multiplies their learning rate, which lets short runs form sharp
     attention.
 
-    ``forward()`` returns (n_heads, N, N) with N = t * h * w: entry [m, q, k] is added to the logit of query q, key k.
+    ``forward()`` is of the N = t h w positions: entry [m, q, k] is added to the logit of query q, key k in head m.
     """
 
-    def __init__(self, grid, n_heads, scale=1.0):
+    def __init__(self, grid: Sequence[int], n_heads: int, scale: float = 1.0) -> None:
         super().__init__()
         self.grid, self.scale = tuple(grid), scale
         self.tables = nn.ParameterList(nn.Parameter(torch.zeros(n_heads, 2 * size - 1)) for size in self.grid)
 
-    def forward(self):
+    def forward(self) -> Float[Tensor, "heads N N"]:
         bias = 0
         for axis, (size, table) in enumerate(zip(self.grid, self.tables)):
             index = torch.arange(size, device=table.device)

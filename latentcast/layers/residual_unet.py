@@ -1,8 +1,11 @@
 """Building blocks of residual video diffusion's three networks (Yang et al. 2022, appendix A, Figures 5 and 6)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from .conv_gru import ConvGRUCell
 
@@ -11,7 +14,7 @@ SLOPE = 0.2  # of LeakyReLU
 
 
 class ResBlock(nn.Module):
-    """Twice convolution, group normalisation and LeakyReLU, plus a shortcut: (N, in, H, W) -> (N, out, H, W).
+    """Twice convolution, group normalisation and LeakyReLU, plus a shortcut.
 
     Args:
         in_channels, out_channels: widths; out_channels is a multiple of 8.
@@ -21,7 +24,9 @@ class ResBlock(nn.Module):
             result can be kept while the input changes (``condition``).
     """
 
-    def __init__(self, in_channels, out_channels, time_dim=None, context_channels=None):
+    def __init__(
+        self, in_channels: int, out_channels: int, time_dim: int | None = None, context_channels: int | None = None
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm1 = nn.GroupNorm(NORM_GROUPS, out_channels)
@@ -35,12 +40,19 @@ class ResBlock(nn.Module):
             self.context_conv = nn.Conv2d(context_channels, out_channels, 3, padding=1, bias=False)
             self.context_shortcut = nn.Conv2d(context_channels, out_channels, 1, bias=False)
 
-    def condition(self, context):
-        """What the context adds to the first convolution and to the shortcut: a pair of (N, out, H, W)."""
+    def condition(
+        self, context: Float[Tensor, "N context H W"]
+    ) -> tuple[Float[Tensor, "N out H W"], Float[Tensor, "N out H W"]]:
+        """What the context adds to the first convolution and to the shortcut."""
         return self.context_conv(context), self.context_shortcut(context)
 
-    def forward(self, x, time=None, condition=None):
-        """x (N, in, H, W), time (N, time_dim), condition: of the method of that name -> (N, out, H, W)."""
+    def forward(
+        self,
+        x: Float[Tensor, "N C H W"],
+        time: Float[Tensor, "N time"] | None = None,
+        condition: tuple[Float[Tensor, "N out H W"], Float[Tensor, "N out H W"]] | None = None,
+    ) -> Float[Tensor, "N out H W"]:
+        """``condition``: of the method of that name."""
         h, shortcut = self.conv1(x), self.shortcut(x)
         if condition is not None:
             h, shortcut = h + condition[0], shortcut + condition[1]
@@ -50,13 +62,13 @@ class ResBlock(nn.Module):
         return F.leaky_relu(self.norm2(self.conv2(h)), SLOPE) + shortcut
 
 
-def halve(channels):
-    """(N, C, H, W) -> (N, C, H / 2, W / 2): a strided convolution."""
+def halve(channels: int) -> nn.Conv2d:
+    """H x W -> H / 2 x W / 2: a strided convolution."""
     return nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
 
-def double(channels):
-    """(N, C, H, W) -> (N, C, 2 H, 2 W): a transposed convolution."""
+def double(channels: int) -> nn.ConvTranspose2d:
+    """H x W -> 2 H x 2 W: a transposed convolution."""
     return nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
 
 
@@ -65,7 +77,7 @@ class LevelNetwork(nn.Module):
 
     gradient_checkpointing = False
 
-    def run(self, level, *args):
+    def run(self, level: nn.Module, *args: Tensor | tuple | int | None) -> Tensor | tuple:
         """level(*args), its activations recomputed in the backward pass where checkpointing is on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(level, *args)
@@ -79,14 +91,20 @@ class RecurrentLevel(nn.Module):
     the ResBlock, its normalisation would take away again what is the same everywhere.
     """
 
-    def __init__(self, in_channels, out_channels, last, told_dim=None):
+    def __init__(self, in_channels: int, out_channels: int, last: bool, told_dim: int | None = None) -> None:
         super().__init__()
         self.block = ResBlock(in_channels, out_channels)
         self.gru = ConvGRUCell(out_channels, out_channels)
         self.down = None if last else halve(out_channels)
         self.told = None if told_dim is None else nn.Linear(told_dim, out_channels)
 
-    def forward(self, x, n_frames, state, vectors=None):
+    def forward(
+        self,
+        x: Float[Tensor, "TN C H W"],
+        n_frames: int,
+        state: Float[Tensor, "N width H W"] | None,
+        vectors: Float[Tensor, "TN told"] | None = None,
+    ) -> tuple[Float[Tensor, "TN width H W"], Float[Tensor, "TN width _ _"] | None]:
         x = self.block(x)
         if vectors is not None:
             x = x + self.told(vectors)[..., None, None]
@@ -103,23 +121,29 @@ class RecurrentEncoder(LevelNetwork):
         told_dim: numbers in the vectors that come with the frames; None: none do.
     """
 
-    def __init__(self, in_channels, widths, told_dim=None):
+    def __init__(self, in_channels: int, widths: Sequence[int], told_dim: int | None = None) -> None:
         super().__init__()
         inputs, last = [in_channels, *widths[:-1]], len(widths) - 1
         self.levels = nn.ModuleList(
             RecurrentLevel(a, b, i == last, told_dim) for i, (a, b) in enumerate(zip(inputs, widths))
         )
 
-    def forward(self, frames, n_frames=1, states=None, vectors=None):
+    def forward(
+        self,
+        frames: Float[Tensor, "TN C H W"],
+        n_frames: int = 1,
+        states: Sequence[Float[Tensor, "N _ _ _"]] | None = None,
+        vectors: Float[Tensor, "TN told"] | None = None,
+    ) -> list[Float[Tensor, "TN _ _ _"]]:
         """Read frames of which the first ``len(frames) / n_frames`` are those of the first time, and so on.
 
         Args:
-            frames: (n_frames * N, C, H, W), time before batch.
-            n_frames: number of times.
-            states: what the encoder holds, of each level (N, width, h, w); None: nothing yet.
-            vectors: (n_frames * N, told_dim), what is told with each frame; None: nothing.
+            frames: T * N of them, time before batch.
+            n_frames: T, the number of times.
+            states: what the encoder holds, of each level; None: nothing yet.
+            vectors: what is told with each frame; None: nothing.
         Returns:
-            list over the levels of (n_frames * N, width, h, w), time before batch.
+            of each level its states after each frame, time before batch.
         """
         held, x = [], frames
         for level, state in zip(self.levels, states or [None] * len(self.levels)):

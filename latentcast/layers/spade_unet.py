@@ -1,15 +1,19 @@
 """A diffusion U-Net whose every ResNet block is conditioned on a feature map by SPADE, as in STDiff."""
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
-from torch import nn
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
 
 from ..sizes import nearest_multiples, size_text
+
+Maps = tuple[Float[Tensor, "N _ _ _"], Float[Tensor, "N _ _ _"]]  # scale 1 + gamma and shift beta of a block
 
 
 class Spade(nn.Module):
@@ -21,20 +25,21 @@ class Spade(nn.Module):
         condition_channels: channels of the condition; the convolutions' width is the mean of both.
     """
 
-    def __init__(self, channels, condition_channels):
+    def __init__(self, channels: int, condition_channels: int) -> None:
         super().__init__()
         hidden = (channels + condition_channels) // 2
         self.shared = nn.Conv2d(condition_channels, hidden, 3, padding=1)
         self.to_maps = nn.Conv2d(hidden, 2 * channels, 3, padding=1)
 
-    def maps(self, condition, size):
-        """Condition (N, condition_channels, h, w) -> scale 1 + gamma and shift beta, (N, C, *size) each."""
+    def maps(self, condition: Float[Tensor, "N condition h w"], size: Sequence[int]) -> Maps:
+        """What a condition says at that size."""
         condition = F.interpolate(condition, size, mode="nearest")
         gamma, beta = self.to_maps(self.shared(condition).relu()).chunk(2, 1)
         return 1 + gamma, beta
 
-    def forward(self, x, scale, shift):
-        """(N, C, H, W) -> the same shape."""
+    def forward(
+        self, x: Float[Tensor, "N C H W"], scale: Float[Tensor, "N C H W"], shift: Float[Tensor, "N C H W"]
+    ) -> Float[Tensor, "N C H W"]:
         # One group a channel is instance normalisation; unlike F.instance_norm it keeps channels_last.
         return torch.addcmul(shift, F.group_norm(x, x.shape[1]), scale)
 
@@ -42,13 +47,13 @@ class Spade(nn.Module):
 class Conditions(NamedTuple):
     """What the U-Net hands to its ResNet blocks, in the place of diffusers' time embedding.
 
-    time: (N, width) embedding of the diffusion time, activated. feature: (N, C, h, w) condition. maps: the scales and
-    shifts of all blocks when they are known already, else None.
+    time: embedding of the diffusion time, activated. feature: the condition. maps: of all blocks when they are known
+    already, else None.
     """
 
-    time: torch.Tensor
-    feature: torch.Tensor
-    maps: list | None
+    time: Float[Tensor, "N width"]
+    feature: Float[Tensor, "N C h w"]
+    maps: list[Maps] | None
 
 
 class SpadeResnetBlock(nn.Module):
@@ -64,13 +69,12 @@ class SpadeResnetBlock(nn.Module):
         index: which of ``Conditions.maps`` are this block's.
     """
 
-    def __init__(self, resnet, condition_channels, level, index):
+    def __init__(self, resnet: nn.Module, condition_channels: int, level: int, index: int) -> None:
         super().__init__()
         self.resnet, self.level, self.index = resnet, level, index
         self.spade = Spade(resnet.out_channels, condition_channels)
 
-    def forward(self, x, conditions):
-        """(N, C, H, W), Conditions -> (N, C', H, W)."""
+    def forward(self, x: Float[Tensor, "N C H W"], conditions: Conditions) -> Float[Tensor, "N out H W"]:
         time, feature, maps = conditions
         resnet = self.resnet
         h = resnet.conv1(resnet.nonlinearity(resnet.norm1(x)))
@@ -100,17 +104,17 @@ class SpadeUNet(nn.Module):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        condition_channels,
-        size,
-        block_channels,
-        n_blocks=2,
-        attention_from=1,
-        head_dim=128,
-        norm_groups=32,
-        n_heads=None,
-    ):
+        in_channels: int,
+        out_channels: int,
+        condition_channels: int,
+        size: Sequence[int],
+        block_channels: Sequence[int],
+        n_blocks: int = 2,
+        attention_from: int = 1,
+        head_dim: int = 128,
+        norm_groups: int = 32,
+        n_heads: int | None = None,
+    ) -> None:
         super().__init__()
         n_levels = len(block_channels)
         check_size(size, n_levels)
@@ -146,8 +150,8 @@ class SpadeUNet(nn.Module):
                 SpadeResnetBlock(resnet, condition_channels, level, next(count)) for resnet in block.resnets
             )
 
-    def maps(self, feature):
-        """Scales and shifts of every block for a condition (N, condition_channels, h, w).
+    def maps(self, feature: Float[Tensor, "N condition h w"]) -> list[Maps]:
+        """Those of every block for a condition.
 
         They depend on nothing else, so one call serves all denoising steps, with the same bits.
         """
@@ -158,18 +162,22 @@ class SpadeUNet(nn.Module):
     def _blocks(self):
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 
-    def forward(self, x, t, feature, maps=None, told=None):
+    def forward(
+        self,
+        x: Float[Tensor, "N in H W"],
+        t: Shaped[Tensor, " N"],
+        feature: Float[Tensor, "N C h w"],
+        maps: list[Maps] | None = None,
+        told: Float[Tensor, "N time"] | None = None,
+    ) -> Float[Tensor, "N out H W"]:
         """Predict.
 
         Args:
-            x: (N, in_channels, H, W).
-            t: (N,) diffusion times.
-            feature: (N, condition_channels, h, w), the condition.
+            t: diffusion times.
+            feature: the condition.
             maps: ``self.maps(feature)``, or None to compute each where it is used, which training does: gradient
                 checkpointing then keeps none of them.
-            told: (N, time_channels), added to the embedding of the time; None: nothing.
-        Returns:
-            (N, out_channels, H, W).
+            told: added to the embedding of the time; None: nothing.
         """
         unet = self.unet
         time = unet.time_embedding(unet.time_proj(t).to(x.dtype))
@@ -190,7 +198,7 @@ class SpadeUNet(nn.Module):
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
 
 
-def check_size(size, n_levels):
+def check_size(size: Sequence[int], n_levels: int) -> None:
     """Refuse (H, W) that the levels cannot halve, or whose last level has a single position to normalise over."""
     height, width = size
     factor = 2 ** (n_levels - 1)

@@ -6,6 +6,7 @@ The convolutions of VGG16 (Simonyan and Zisserman 2015) with BatchNorm: 2, 2, 3 
 would cancel.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import nn
@@ -22,7 +23,7 @@ from .multilevel import (
 
 
 class VGGEncoder(MultilevelEncoder):
-    """Frames (N, C, H, W) -> the vector h, (N, dim) in [-1, 1], and the features of each level, H x W to 8 x 8.
+    """Frames -> the vector h, in [-1, 1], and the features of each level, H x W to 8 x 8.
 
     Args:
         in_channels: C.
@@ -31,7 +32,9 @@ class VGGEncoder(MultilevelEncoder):
         hidden_channels: channels of the finest level.
     """
 
-    def __init__(self, in_channels=3, height=64, width=64, dim=128, hidden_channels=64):
+    def __init__(
+        self, in_channels: int = 3, height: int = 64, width: int = 64, dim: int = 128, hidden_channels: int = 64
+    ) -> None:
         channels, grid = level_widths(height, width, hidden_channels)
         levels, n_in = [], in_channels
         for i, n_out in enumerate(channels):
@@ -43,7 +46,7 @@ class VGGEncoder(MultilevelEncoder):
 
 
 class VGGDecoder(MultilevelDecoder):
-    """The vector h (N, dim) -> frames (N, C, H, W): the encoder's mirror image.
+    """The vector h -> frames: the encoder's mirror image.
 
     Args:
         in_channels, height, width, dim, hidden_channels: as in the encoder.
@@ -53,8 +56,15 @@ class VGGDecoder(MultilevelDecoder):
     """
 
     def __init__(
-        self, in_channels=3, height=64, width=64, dim=128, hidden_channels=64, joined=0, output_activation="tanh"
-    ):
+        self,
+        in_channels: int = 3,
+        height: int = 64,
+        width: int = 64,
+        dim: int = 128,
+        hidden_channels: int = 64,
+        joined: int | Sequence[int] = 0,
+        output_activation: str = "tanh",
+    ) -> None:
         channels, grid = level_widths(height, width, hidden_channels)
         joined = joined_maps(joined, len(channels))
         finest, *others = [n * (1 + extra) for n, extra in zip(channels, joined)]
@@ -68,7 +78,7 @@ class VGGDecoder(MultilevelDecoder):
         super().__init__(levels, head, level_shapes(channels, height, width), joined)
 
 
-def block(*widths):
+def block(*widths: int) -> list[nn.Module]:
     """3x3 convolutions from width to width, each with BatchNorm and activation."""
     layers = []
     for n_in, n_out in pairwise(widths):
@@ -76,5 +86,5 @@ def block(*widths):
     return layers
 
 
-def n_convolutions(level):
+def n_convolutions(level: int) -> int:
     return 2 if level < 2 else 3

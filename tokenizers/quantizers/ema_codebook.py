@@ -2,7 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from latentcast.config import check_counts
 
@@ -57,16 +58,16 @@ class EMACodebook(KeepsDtype):
 
     def __init__(
         self,
-        codebook_size,
-        dim,
-        decay=0.99,
-        eps=1e-5,
-        kmeans_iters=10,
-        dead_code_threshold=0.1,
-        n_parents=None,
-        learned=False,
-        init="data",
-    ):
+        codebook_size: int,
+        dim: int,
+        decay: float = 0.99,
+        eps: float = 1e-5,
+        kmeans_iters: int = 10,
+        dead_code_threshold: float = 0.1,
+        n_parents: int | None = None,
+        learned: bool = False,
+        init: str = "data",
+    ) -> None:
         super().__init__()
         check_counts(codebook_size=codebook_size)
         if init not in ("data", "uniform"):
@@ -97,14 +98,13 @@ class EMACodebook(KeepsDtype):
         self.register_buffer("initialized", torch.full(() if n_parents is None else (n_parents,), uniform))
 
     @torch.no_grad()
-    def nearest(self, vectors, parents=None):
+    def nearest(self, vectors: Float[Tensor, "N dim"], parents: Int[Tensor, " N"] | None = None) -> Int[Tensor, " N"]:
         """Number of the nearest code among a parent's K, by Euclidean distance in fp32.
 
         Args:
-            vectors: (N, dim).
-            parents: (N,) int64 in [0, P).
+            parents: int64 in [0, P).
         Returns:
-            (N,) int64 in [0, K).
+            int64 in [0, K).
         """
         with torch.autocast(vectors.device.type, enabled=False):
             if self.n_parents == 1:
@@ -112,20 +112,14 @@ class EMACodebook(KeepsDtype):
             families = self.codebook.unflatten(0, (self.n_parents, self.codebook_size))
             return nearest_of_children(vectors.float(), families, parents)
 
-    def lookup(self, rows):
-        """The code vectors in these rows, which are the codes where there is one parent: (...) int64 -> (..., dim)
-        fp32."""
+    def lookup(self, rows: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows dim"]:
+        """The code vectors in these rows, which are the codes where there is one parent; fp32."""
         return F.embedding(rows, self.codebook)
 
-    def mix(self, weights, parents=None):
-        """Weighted sums of a parent's codes, by which gradients reach the weights.
-
-        Args:
-            weights: (..., K).
-            parents: (...) int64 in [0, P).
-        Returns:
-            (..., dim) fp32.
-        """
+    def mix(
+        self, weights: Float[Tensor, "*rows K"], parents: Int[Tensor, "*rows"] | None = None
+    ) -> Float[Tensor, "*rows dim"]:
+        """Weighted sums of a parent's codes, fp32, by which gradients reach the weights."""
         if self.n_parents == 1:
             return mix_rows(weights, self.codebook)
         # A bag of K rows for each position; gathering them instead would keep K vectors a position for the gradient.
@@ -135,14 +129,16 @@ class EMACodebook(KeepsDtype):
         return sums.unflatten(0, parents.shape)
 
     @torch.no_grad()
-    def initialize(self, vectors, parents=None):
+    def initialize(
+        self, vectors: Float[Tensor, "N dim"], parents: Int[Tensor, " N"] | None = None
+    ) -> Bool[Tensor, " PK"]:
         """Place the codes of those parents that are visited for the first time.
 
         Args:
-            vectors: (N, dim) of this rank's batch; N may differ between ranks.
-            parents: (N,) int64, the parent of each.
+            vectors: of this rank's batch; N may differ between ranks.
+            parents: of each.
         Returns:
-            which codes were placed, (P * K,) bool, the same on every rank.
+            which codes were placed, the same on every rank.
         """
         placed = torch.zeros(len(self.codebook), dtype=torch.bool, device=vectors.device)
         if not self._placed and self._host_asks(placed.device):
@@ -175,15 +171,17 @@ class EMACodebook(KeepsDtype):
             self.codebook[rows] = torch.where(counts[..., None] > 0, means, self.codebook[rows])
 
     @torch.no_grad()
-    def update(self, vectors, codes, parents=None):
+    def update(
+        self, vectors: Float[Tensor, "N dim"], codes: Int[Tensor, " N"], parents: Int[Tensor, " N"] | None = None
+    ) -> Bool[Tensor, " PK"]:
         """One step of the moving averages of the parents visited, then revival of their dead codes.
 
         Args:
-            vectors: (N, dim) of this rank's batch; N may differ between ranks.
-            codes: (N,) int64 in [0, K), the code of each.
-            parents: (N,) int64, the parent of each.
+            vectors: of this rank's batch; N may differ between ranks.
+            codes: of each, in [0, K).
+            parents: of each.
         Returns:
-            which codes were revived, (P * K,) bool, the same on every rank. The host never waits for a GPU to know.
+            which codes were revived, the same on every rank. The host never waits for a GPU to know.
         """
         batch = self._route(vectors, parents, self.initialized)
         self._average(batch, *batch.statistics(codes))
@@ -229,12 +227,9 @@ class EMACodebook(KeepsDtype):
         revived[rows] = dead
 
     @torch.no_grad()
-    def clear(self, parents):
-        """Take the codes of some parents, (P,) bool, back: all are zero until ``initialize`` places them.
-
-        Returns:
-            which codes these are, (P * K,) bool.
-        """
+    def clear(self, parents: Bool[Tensor, " P"]) -> Bool[Tensor, " PK"]:
+        """Take the codes of some parents back -> which codes these are. All are zero until ``initialize`` places
+        them."""
         rows = parents.repeat_interleave(self.codebook_size)
         self.codebook.masked_fill_(rows[:, None], 0)
         self.cluster_size.masked_fill_(rows, 1)
@@ -258,9 +253,9 @@ class EMACodebook(KeepsDtype):
         self._found = False if placing else Later(found)  # of those that are placed now nothing is left
         return placing
 
-    def _load_from_state_dict(self, *args):
+    def _load_from_state_dict(self, *args, **kwargs):
         self._placed, self._found = False, None
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _start_averages(self, rows, sizes, chosen):
         """Start the moving averages of the ``chosen`` codes in ``rows`` as if each had been chosen ``sizes`` times a

@@ -5,6 +5,8 @@ A codebook by itself is the one parent of all vectors.
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from latentcast.distributed import rank_and_world
 from latentcast.metrics.perplexity import histogram
@@ -14,9 +16,9 @@ class RoutedBatch:
     """What a batch brings to the wanted ones of P parents, without vectors that overflowed under fp16.
 
     Args:
-        vectors: (N, dim) of this rank's batch; N may differ between ranks.
-        parents: (N,) int64, the parent of each; None: all have the only one.
-        wanted: (P,) bool, the parents that learn from this batch.
+        vectors: of this rank's batch; N may differ between ranks.
+        parents: of each; None: all have the only one.
+        wanted: the parents that learn from this batch.
         codebook_size: K, codes of a parent.
     Attributes:
         ids: (A,), the wanted parents that some rank visits, or all there are: the only one, and on a GPU.
@@ -26,7 +28,13 @@ class RoutedBatch:
         slots: (N,), for each vector the place of its parent in ids, or A where it does not count.
     """
 
-    def __init__(self, vectors, parents, wanted, codebook_size):
+    def __init__(
+        self,
+        vectors: Float[Tensor, "N dim"],
+        parents: Int[Tensor, " N"] | None,
+        wanted: Bool[Tensor, " P"],
+        codebook_size: int,
+    ) -> None:
         n_parents, self.codebook_size = len(wanted), codebook_size
         if parents is None:
             parents = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
@@ -42,16 +50,16 @@ class RoutedBatch:
         self.visits = visits[self.ids]
         self.seen = self.visits[:, None] > 0
 
-    def statistics(self, codes):
-        """Of each code the number (A, K) and the sum (A, K, dim) of its vectors on all ranks; codes (N,) in [0, K)."""
+    def statistics(self, codes: Int[Tensor, " N"]) -> tuple[Float[Tensor, "A K"], Float[Tensor, "A K dim"]]:
+        """Of each code the number and the sum of its vectors on all ranks; codes in [0, K)."""
         n_slots, K = self.rows.shape
         packed = torch.cat([self.vectors, self.vectors.new_ones(len(self.vectors), 1)], -1)
         sums = packed.new_zeros((n_slots + 1) * K, packed.shape[-1]).index_add_(0, self.slots * K + codes, packed)
         sums = _sum_over_ranks(sums[: n_slots * K]).unflatten(0, (n_slots, K))
         return sums[..., -1], sums[..., :-1]
 
-    def draw(self):
-        """Up to K different vectors of each parent, the same on every rank: (A, K, dim), and their numbers (A,)."""
+    def draw(self) -> tuple[Float[Tensor, "A K dim"], Int[Tensor, " A"]]:
+        """Up to K different vectors of each parent, the same on every rank, and how many they are."""
         vectors, (n_slots, K), device = self.vectors, self.rows.shape, self.vectors.device
         order = torch.randperm(len(vectors), device=device)
         order = order[self.slots[order].argsort(stable=True)]  # shuffled within each parent
@@ -80,13 +88,13 @@ def _sum_over_ranks(tensor):
 class Later:
     """A bool that a GPU finds out and the host reads when it is long there; other work goes on meanwhile."""
 
-    def __init__(self, found):
+    def __init__(self, found: Bool[Tensor, ""]) -> None:
         self.found, self.there = found.to("cpu", non_blocking=True), torch.cuda.Event()
         self.there.record()
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         self.there.synchronize()
         return bool(self.found)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> None:
         """Nothing is known of a copy."""

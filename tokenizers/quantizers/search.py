@@ -1,6 +1,8 @@
 """The nearest of many code vectors, in bounded memory."""
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 # What a search works on at once, which bounds its memory: a CPU should stay in its cache and not start its threads too
 # often, a GPU wants few and large kernels. Distances (of at least LEAST vectors), and numbers of code vectors gathered
@@ -9,8 +11,8 @@ SEARCHED_CPU, SEARCHED_GPU, LEAST = 2**20, 2**24, 256
 GATHERED_CPU, GATHERED_GPU = 2**17, 2**25
 
 
-def nearest_of_all(vectors, codes):
-    """Number of the nearest of codes (K, dim) by Euclidean distance: (N, dim) fp32 -> (N,) int64."""
+def nearest_of_all(vectors: Float[Tensor, "N dim"], codes: Float[Tensor, "K dim"]) -> Int[Tensor, " N"]:
+    """Number of the nearest code of each vector (fp32) by Euclidean distance, int64."""
     # |x - e|^2 = |x|^2 - 2 x.e + |e|^2. Distances are taken from the codebook's mean, because the expansion cancels
     # badly far from the origin.
     center = codes.mean(0)
@@ -24,9 +26,10 @@ def nearest_of_all(vectors, codes):
     return found
 
 
-def nearest_of_children(vectors, families, parents):
-    """Number of the nearest of each vector's parent's codes, of families (P, K, dim): vectors (N, dim) fp32, parents
-    (N,) int64 -> (N,) int64 in [0, K)."""
+def nearest_of_children(
+    vectors: Float[Tensor, "N dim"], families: Float[Tensor, "P K dim"], parents: Int[Tensor, " N"]
+) -> Int[Tensor, " N"]:
+    """Number of the nearest of each vector's (fp32) parent's codes, which are a family: int64 in [0, K)."""
     rows = families.flatten(1)  # selecting long rows is several times as fast as indexing the three axes
     chunk = max(1, _at_once(rows.device, GATHERED_CPU, GATHERED_GPU) // rows.shape[1])
     found = []

@@ -1,13 +1,16 @@
 """Sliced vector quantisation: the channels are split, each part has a codebook of its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from latentcast.metrics.perplexity import histogram, perplexity
+from latentcast.shapes import Scalar
 
 from .ema_codebook import EMACodebook
 
@@ -16,16 +19,16 @@ from .ema_codebook import EMACodebook
 class QuantizerOutput(BaseOutput):
     """What a quantizer's ``forward`` returns.
 
-    latents: (..., D) fp32, exactly the code vectors; their gradient goes straight through to the input.
-    codes: (..., n_codebooks) int64.
-    commitment_loss: scalar, mean over all elements of (input - sg[code vector])^2.
-    perplexity: (n_codebooks,) of this batch's codes.
+    latents: fp32, exactly the code vectors; their gradient goes straight through to the input.
+    codes: int64.
+    commitment_loss: mean over all elements of (input - sg[code vector])^2.
+    perplexity: of this batch's codes.
     """
 
-    latents: torch.Tensor
-    codes: torch.Tensor
-    commitment_loss: torch.Tensor
-    perplexity: torch.Tensor
+    latents: Float[Tensor, "*rows D"]
+    codes: Int[Tensor, "*rows n"]
+    commitment_loss: Scalar
+    perplexity: Float[Tensor, " n"]
 
 
 class SlicedQuantizer(nn.Module):
@@ -41,7 +44,9 @@ class SlicedQuantizer(nn.Module):
         **codebook: further arguments of ``EMACodebook``.
     """
 
-    def __init__(self, dim, n_codebooks=1, codebook_size=512, **codebook):
+    def __init__(
+        self, dim: int, n_codebooks: int = 1, codebook_size: int = 512, **codebook: float | str | bool
+    ) -> None:
         super().__init__()
         if n_codebooks < 1 or dim % n_codebooks:
             raise ValueError(f"n_codebooks: expected a divisor of the {dim} channels, found {n_codebooks}")
@@ -50,23 +55,23 @@ class SlicedQuantizer(nn.Module):
             EMACodebook(codebook_size, dim // n_codebooks, **codebook) for _ in range(n_codebooks)
         )
 
-    def nearest(self, vectors):
-        """(..., D) -> codes (..., n_codebooks) int64."""
+    def nearest(self, vectors: Float[Tensor, "*rows D"]) -> Int[Tensor, "*rows n"]:
+        """The nearest code of each part, int64."""
         codes = torch.stack([codebook.nearest(part) for codebook, part in self._parts(vectors)], dim=-1)
         return codes.unflatten(0, vectors.shape[:-1])
 
-    def lookup(self, codes):
-        """(..., n_codebooks) int64 -> code vectors (..., D) fp32."""
+    def lookup(self, codes: Int[Tensor, "*rows n"]) -> Float[Tensor, "*rows D"]:
+        """The code vectors, fp32."""
         first = torch.arange(len(self.codebooks), device=codes.device) * self.codebook_size
         table = torch.cat([codebook.codebook for codebook in self.codebooks])
         return F.embedding(codes + first, table).flatten(-2)
 
-    def mix(self, weights):
-        """``lookup`` of distributions: a (..., codebook_size) a codebook -> their mean code vectors (..., D) fp32."""
+    def mix(self, weights: Sequence[Float[Tensor, "*rows K"]]) -> Float[Tensor, "*rows D"]:
+        """``lookup`` of distributions, one a codebook: their mean code vectors, fp32."""
         return torch.cat([codebook.mix(w) for codebook, w in zip(self.codebooks, weights)], dim=-1)
 
-    def forward(self, vectors):
-        """Quantise (..., D) -> QuantizerOutput."""
+    def forward(self, vectors: Float[Tensor, "*rows D"]) -> QuantizerOutput:
+        """Quantise."""
         vectors = vectors.float()
         if self.training:
             for codebook, part in self._parts(vectors.detach()):

@@ -1,16 +1,19 @@
 """Quantizers without a table of code vectors, from vector-quantize-pytorch: no code can die, nothing is searched."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers.utils import BaseOutput
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import FSQ, LFQ
 
 from latentcast.distributed import rank_and_world
 from latentcast.metrics.perplexity import histogram, perplexity
+from latentcast.shapes import Scalar
 
 from ..base import mix_rows
 from .ema_codebook import KeepsDtype
@@ -22,52 +25,52 @@ MOST_CODES = 2**24
 class LookupFreeOutput(BaseOutput):
     """What ``forward`` returns.
 
-    latents: (..., D) fp32, exactly the code vectors; their gradient goes straight through the rounding.
-    codes: (..., n_codebooks) int64.
-    loss: scalar, what the quantizer adds to the reconstruction's loss.
-    perplexity: (n_codebooks,) of this batch's codes.
+    latents: fp32, exactly the code vectors; their gradient goes straight through the rounding.
+    codes: int64.
+    loss: what the quantizer adds to the reconstruction's.
+    perplexity: of this batch's codes.
     """
 
-    latents: torch.Tensor
-    codes: torch.Tensor
-    loss: torch.Tensor
-    perplexity: torch.Tensor
+    latents: Float[Tensor, "*rows D"]
+    codes: Int[Tensor, "*rows n"]
+    loss: Scalar
+    perplexity: Float[Tensor, " n"]
 
 
 class _LookupFreeQuantizer(nn.Module):
     """Around ``library``, a module of vector-quantize-pytorch: any leading axes, and fp32 under any autocast."""
 
-    def __init__(self, library):
+    def __init__(self, library: FSQ | LFQ) -> None:
         super().__init__()
         self.library = library
 
     @property
-    def dim(self):
+    def dim(self) -> int:
         """D, of all codebooks together."""
-        return self.library.dim
+        return int(self.library.dim)
 
     @property
-    def codebook_sizes(self):
-        return [self.library.codebook_size] * self.library.num_codebooks
+    def codebook_sizes(self) -> list[int]:
+        return [int(self.library.codebook_size)] * self.library.num_codebooks
 
-    def nearest(self, vectors):
-        """Encoder outputs (..., D) -> codes (..., n_codebooks) int64."""
+    def nearest(self, vectors: Float[Tensor, "*rows D"]) -> Int[Tensor, "*rows n"]:
+        """The codes of encoder outputs, int64."""
         return self._run(vectors.detach())[1]
 
-    def lookup(self, codes):
-        """(..., n_codebooks) int64 -> code vectors (..., D) fp32."""
+    def lookup(self, codes: Int[Tensor, "*rows n"]) -> Float[Tensor, "*rows D"]:
+        """The code vectors, fp32."""
         vectors = self.library.indices_to_codes(codes.flatten(0, -2)[None])
         return vectors[0].float().unflatten(0, codes.shape[:-1])
 
-    def mix(self, weights):
-        """``lookup`` of distributions: a (..., K) a codebook -> their mean code vectors (..., D) fp32."""
+    def mix(self, weights: Sequence[Float[Tensor, "*rows K"]]) -> Float[Tensor, "*rows D"]:
+        """``lookup`` of distributions, one a codebook: their mean code vectors, fp32."""
         n = len(weights)
         codes = torch.arange(self.library.codebook_size, device=weights[0].device)
         tables = self.lookup(codes[:, None].expand(-1, n)).chunk(n, dim=-1)
         return torch.cat([mix_rows(w, table) for w, table in zip(weights, tables)], dim=-1)
 
-    def forward(self, vectors):
-        """Quantise encoder outputs (..., D) -> LookupFreeOutput."""
+    def forward(self, vectors: Float[Tensor, "*rows D"]) -> LookupFreeOutput:
+        """Quantise encoder outputs."""
         latents, codes, loss = self._run(vectors)
         histograms = [histogram(c, n) for c, n in zip(codes.flatten(0, -2).T, self.codebook_sizes)]
         return LookupFreeOutput(latents=latents, codes=codes, loss=loss, perplexity=perplexity(torch.stack(histograms)))
@@ -97,7 +100,7 @@ class FiniteScalarQuantizer(_LookupFreeQuantizer):
             all vectors alike, can saturate tanh everywhere: one code is left, and no gradient.
     """
 
-    def __init__(self, levels, n_codebooks=1, batch_norm=False):
+    def __init__(self, levels: Sequence[int], n_codebooks: int = 1, batch_norm: bool = False) -> None:
         if not levels or not 3 <= min(levels) <= max(levels) <= 1000:  # of more the library rounds beyond the last
             raise ValueError(f"levels: expected 3 to 1000 values for every channel, found {list(levels)}")
         if math.prod(levels) > MOST_CODES:
@@ -107,13 +110,13 @@ class FiniteScalarQuantizer(_LookupFreeQuantizer):
         super().__init__(FSQ(list(levels), num_codebooks=n_codebooks, keep_num_codebooks_dim=True))
         self.norm = _BatchNorm(self.dim, affine=False) if batch_norm else None
 
-    def nearest(self, vectors):
+    def nearest(self, vectors: Float[Tensor, "*rows D"]) -> Int[Tensor, "*rows n"]:
         return super().nearest(self._normalised(vectors.detach(), training=False))
 
-    def forward(self, vectors):
+    def forward(self, vectors: Float[Tensor, "*rows D"]) -> LookupFreeOutput:
         return super().forward(self._normalised(vectors, self.training))
 
-    def nearest_level(self, vectors):
+    def nearest_level(self, vectors: Float[Tensor, "*rows D"]) -> Int[Tensor, "*rows n"]:
         """Like ``nearest``, of vectors in the space of the code vectors, which tanh must not squash again."""
         levels = self.library._levels
         half = levels // 2
@@ -143,7 +146,14 @@ class LookupFreeQuantizer(_LookupFreeQuantizer):
         n_codebooks: parts that the channels are split into; each has 2^(D / n_codebooks) codes.
     """
 
-    def __init__(self, dim, n_codebooks=1, entropy_weight=0.1, diversity_gamma=1.0, commitment_weight=0.25):
+    def __init__(
+        self,
+        dim: int,
+        n_codebooks: int = 1,
+        entropy_weight: float = 0.1,
+        diversity_gamma: float = 1.0,
+        commitment_weight: float = 0.25,
+    ) -> None:
         if n_codebooks < 1 or dim % n_codebooks:
             raise ValueError(f"n_codebooks: expected a divisor of the {dim} channels, found {n_codebooks}")
         library = LFQ(

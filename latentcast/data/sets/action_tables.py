@@ -6,11 +6,14 @@ import importlib.util
 import logging
 import math
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Shaped
+from torch import Tensor
 
 from latentcast.config import check_counts, one_line
 
@@ -26,7 +29,7 @@ MOST_ROWS = 10_000_000  # of a parquet file, in which zeros take no room: 92 hou
 WHOLE = re.compile(r"[+-]?\d{1,18}")
 
 
-def led_to(actions, n_frames):
+def led_to(actions: Shaped[Tensor, "_ ..."], n_frames: int) -> Shaped[Tensor, "{n_frames} ..."]:
     """Actions, row t of which leads on from frame t -> (n_frames, ...), row t of which led to frame t, the first 0."""
     return torch.cat([actions.new_zeros(1, *actions.shape[1:]), actions])[:n_frames]
 
@@ -52,7 +55,18 @@ class ActionTables:
         ValueError: options that make no sense, or pyarrow is missing; one line.
     """
 
-    def __init__(self, source, names, pattern, stride=1, *, rows=ROWS[0], columns=None, dtype=None, values=None):
+    def __init__(
+        self,
+        source: str | Path,
+        names: Iterable[str],
+        pattern: str,
+        stride: int = 1,
+        *,
+        rows: str = ROWS[0],
+        columns: Sequence[str] | None = None,
+        dtype: str | None = None,
+        values: int | None = None,
+    ) -> None:
         self.source, self.names, self.pattern, self.stride = source, names, str(pattern), stride
         self.rows, self.columns = rows, [columns] if isinstance(columns, str) else columns
         self.dtype, self.values = dtype, values
@@ -79,7 +93,7 @@ class ActionTables:
                 raise ValueError(f"action_values: expected whole numbers beside it, found action_dtype={dtype}")
 
     @functools.cached_property
-    def condition(self):
+    def condition(self) -> dict:
         """What the condition ``action`` is (see VideoDataset). The first time all tables are read.
 
         Raises:
@@ -88,7 +102,7 @@ class ActionTables:
         spec = {"shape": row if self.stride == 1 else [self.stride, *row], "dtype": dtype, "per": "frame"}
         return spec | ({"n_values": self.values or largest + 1} if dtype == "int64" else {})
 
-    def read(self, name):
+    def read(self, name: str) -> "Table":
         """The table of a video -> Table; raises VideoError, one line that names the file."""
         path, actions = self._read(name)
         row, dtype, _, first = self._found
@@ -101,7 +115,7 @@ class ActionTables:
                 raise VideoError(f"{path}: expected whole numbers from 0 to {n_values - 1}, found {wrong[0]:g}")
         return Table(path, actions, self.rows, self.stride)
 
-    def describe(self):
+    def describe(self) -> dict:
         """JSON-able."""
         return {"tables": self.pattern, "rows": self.rows, "columns": self.columns}
 
@@ -147,7 +161,7 @@ class Table:
     rows: str
     stride: int
 
-    def along(self, pieces, conditions):
+    def along(self, pieces: Iterable[Tensor], conditions: dict[str, Tensor]) -> Iterator[Tensor]:
         """Pieces of all frames of the video -> those of every ``stride``-th frame; ``conditions`` has ``action`` when
         the last has passed. Raises VideoError for a table that is too short or too long."""
         n_frames = 0
@@ -170,7 +184,7 @@ class Table:
         conditions["action"] = led
 
 
-def read_actions(path, columns=None):
+def read_actions(path: str | Path, columns: Sequence[str] | None = None) -> Shaped[Tensor, "T ..."]:
     """The rows of a table.
 
     Args:

@@ -3,7 +3,8 @@
 import functools
 import hashlib
 import re
-from pathlib import PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -50,7 +51,14 @@ class BAIR(Benchmark):
     conditions = {name: {"shape": [n], "dtype": "float32", "per": "frame"} for name, (_, n) in STATES.items()}  # noqa: RUF012
     shard_videos = 256
 
-    def __init__(self, source=None, protocol=None, *, view="aux1", frame_size=SIZE):
+    def __init__(
+        self,
+        source: str | Path | None = None,
+        protocol: str | None = None,
+        *,
+        view: str = "aux1",
+        frame_size: int | Sequence[int] = SIZE,
+    ) -> None:
         super().__init__(source, protocol)
         if view not in VIEWS:
             raise ValueError(f"view: expected one of {', '.join(VIEWS)}, found {view!r}")
@@ -59,16 +67,16 @@ class BAIR(Benchmark):
         self.view = view
         self.provenance = {"fps": "nominal: none is published"}
 
-    def videos(self):
+    def videos(self) -> dict[str, list[str]]:
         return {
             split: [f"{stem}/{i:03d}" for stem in files for i in range(_n_records(stem))]
             for split, files in self._files.items()
         }
 
-    def expected_counts(self):
+    def expected_counts(self) -> dict[str, int]:
         return {"train": 43264, "test": 256}
 
-    def read(self, split, name):
+    def read(self, split: str, name: str) -> Clip:
         stem, _, number = name.rpartition("/")
         file, number = self._files[split][stem], int(number)
         offsets = _offsets(file)
@@ -88,7 +96,7 @@ class BAIR(Benchmark):
         conditions["action"] = led_to(conditions["action"], N_FRAMES)
         return Clip([torch.stack(frames)], conditions, hashlib.sha256(data).hexdigest())
 
-    def describe(self):
+    def describe(self) -> dict:
         return {"protocol": self.protocol, "view": self.view, "frame_size": self.frame_size}
 
     @functools.cached_property

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ..base import Clip
+
 
 class Benchmark:
     """Base class of the data sets. An instance pickles: worker processes read through it.
@@ -34,7 +36,7 @@ class Benchmark:
     conditions: dict = {}  # noqa: RUF012
     shard_videos = 64
 
-    def __init__(self, source=None, protocol=None):
+    def __init__(self, source: str | Path | None = None, protocol: str | None = None) -> None:
         self.source = None if source is None else Path(source)
         self.protocol = self.protocols[0] if protocol is None else protocol
         if self.protocol not in self.protocols:
@@ -48,7 +50,7 @@ class Benchmark:
             raise ValueError(f"--source: {self.name} is made without one, found {self.source}")
         self.provenance = {}
 
-    def videos(self):
+    def videos(self) -> dict[str, list[str]]:
         """split ("train", "val", "test") -> list of the names of its videos, in a stable order.
 
         A name is unique within its split and is all that ``read`` is given. Names that a list (a csv, say) promises
@@ -59,24 +61,24 @@ class Benchmark:
         """
         raise NotImplementedError
 
-    def more(self, split, n_videos, n_frames):
+    def more(self, split: str, n_videos: int, n_frames: int) -> list[str]:
         """Names of further videos for a split whose ``n_videos``, ``n_frames`` frames in all, stand; [] where it is
         complete. For sets whose length shows when they are made; must follow from the arguments."""
         return []
 
-    def expected_counts(self):
+    def expected_counts(self) -> dict[str, int]:
         """split -> number of videos that the published set has under this protocol, or {} where there is no such."""
         return {}
 
-    def generated(self):
+    def generated(self) -> dict[str, dict]:
         """split -> keyword arguments of the class that makes its videos as they are asked for, instead of files."""
         return {}
 
-    def files(self):
+    def files(self) -> dict[str, Path]:
         """name below the prepared set -> path of a file of the source that is copied there unchanged."""
         return {}
 
-    def read(self, split, name):
+    def read(self, split: str, name: str) -> Clip:
         """One video -> Clip.
 
         Raises:
@@ -84,10 +86,10 @@ class Benchmark:
         """
         raise NotImplementedError
 
-    def describe(self):
+    def describe(self) -> dict:
         """JSON-able: the protocol's name and every option that shapes the frames."""
         raise NotImplementedError
 
-    def figures(self, root):
+    def figures(self, root: Path) -> dict:
         """What the tool's last line says beside the counts, measured on the finished set at ``root``."""
         return {}

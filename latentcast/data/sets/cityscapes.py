@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from ...files import file_sha256
 from ...sizes import as_size
@@ -45,20 +47,27 @@ class Cityscapes(Benchmark):
     name = "cityscapes"
     fps = 17.0
 
-    def __init__(self, source=None, protocol=None, *, frame_size=128, crop="center"):
+    def __init__(
+        self,
+        source: str | Path | None = None,
+        protocol: str | None = None,
+        *,
+        frame_size: int | Sequence[int] = 128,
+        crop: str = "center",
+    ) -> None:
         super().__init__(source, protocol)
         self.frame_size, self.crop = as_size(frame_size), check_crop(crop)
         self.root = self.source / FOLDER if (self.source / FOLDER).is_dir() else self.source
 
-    def videos(self):
+    def videos(self) -> dict[str, list[str]]:
         if not any((self.root / split).is_dir() for split in SPLITS):
             raise FileNotFoundError(f"{self.source}: expected {FOLDER}/{{train,val,test}}/CITY, found no such folder")
         return {split: self._sequences(self.root / split, CITIES[split].split()) for split in SPLITS}
 
-    def expected_counts(self):
+    def expected_counts(self) -> dict[str, int]:
         return {"train": 2975, "val": 500, "test": 1525}
 
-    def read(self, split, name):
+    def read(self, split: str, name: str) -> Clip:
         start, first = name[:-6], int(name[-6:])
         paths = [self.root / split / f"{start}{first + i:06d}{SUFFIX}" for i in range(N_FRAMES)]
         missing = [path for path in paths if not path.is_file()]
@@ -69,7 +78,7 @@ class Cityscapes(Benchmark):
             )
         return Clip(read_pictures(paths, self.frame_size, crop=self.crop), sha256=file_sha256(*paths))
 
-    def describe(self):
+    def describe(self) -> dict:
         described = {"protocol": self.protocol, "frame_size": self.frame_size, "resample": "bilinear"}
         return described | unusual_fit(self)
 

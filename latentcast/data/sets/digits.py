@@ -8,14 +8,17 @@ import struct
 import urllib.error
 import urllib.request
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import UInt8
+from torch import Tensor
 
 from ...copies import local_copy
 from ...files import replacing, user_cache
-from ...urls import folder_at
+from ...urls import Place, Url, folder_at
 from ..base import SPLITS
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -28,7 +31,7 @@ MNIST_VAL = 5000  # digits at the end of MNIST's training file that form the val
 IDX_IMAGES = 0x803  # magic number of an IDX file: unsigned bytes (08) in three dimensions (03)
 
 
-def sklearn_digits(split, size):
+def sklearn_digits(split: str, size: int) -> UInt8[Tensor, "N {size} {size}"]:
     """scikit-learn's 1,797 8x8 digits: (N, size, size) uint8, bilinear with the contrast raised.
 
     A tenth of them each is val and test.
@@ -50,7 +53,9 @@ def _sklearn_images():
     return torch.from_numpy(load_digits().images).float()[:, None] / 16
 
 
-def mnist_digits(split, size, folder=None, url=MNIST_URL):
+def mnist_digits(
+    split: str, size: int, folder: Place | None = None, url: str = MNIST_URL
+) -> UInt8[Tensor, "N {size} {size}"]:
     """MNIST's digits: (N, size, size) uint8, bilinear with antialiasing where ``size`` is not 28.
 
     Test is the t10k file; val is the last 5,000 images of the training file, train the other 55,000.
@@ -74,7 +79,7 @@ def mnist_digits(split, size, folder=None, url=MNIST_URL):
     return images
 
 
-def mnist_file(name, folder):
+def mnist_file(name: str, folder: Place) -> Path | Url:
     """Path of ``name`` or ``name.gz`` in ``folder``.
 
     Raises:

@@ -8,7 +8,9 @@ silent the choices are ours, and ``Flow.provenance`` writes them down.
 import logging
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -92,20 +94,20 @@ class Flow(Benchmark):
 
     def __init__(
         self,
-        source=None,
-        protocol=None,
+        source: str | Path | None = None,
+        protocol: str | None = None,
         *,
-        frame_size=128,
-        ticks=128,
-        seed=0,
-        normalisation="minmax",
-        n_runs=None,
-        train_frames=None,
-        test_frames=None,
-        reynolds=(100, 200),
-        device="cpu",
-        compile=None,
-    ):
+        frame_size: int = 128,
+        ticks: int = 128,
+        seed: int = 0,
+        normalisation: str = "minmax",
+        n_runs: int | None = None,
+        train_frames: int | None = None,
+        test_frames: int | None = None,
+        reynolds: Sequence[float] = (100, 200),
+        device: str = "cpu",
+        compile: bool | None = None,
+    ) -> None:
         super().__init__(source, protocol)
         self._stream = stream = STREAMS[self.protocol]
         self.frame_size, self.ticks, self.seed, self.normalisation = frame_size, ticks, seed, normalisation
@@ -170,14 +172,14 @@ class Flow(Benchmark):
         nudge = random.Random(f"flow {self.seed} {index}").uniform(-0.1, 0.1) * self._stream.diameter
         return reynolds, (self._stream.cells - 1) / 2 + nudge
 
-    def videos(self):
+    def videos(self) -> dict[str, list[str]]:
         names = [f"run{i}" for i in range(self.n_runs)]
         return {"train": names, "test": names}
 
-    def expected_counts(self):
+    def expected_counts(self) -> dict[str, int]:
         return {split: self.n_runs for split in self._lengths}
 
-    def read(self, split, name):
+    def read(self, split: str, name: str) -> Clip:
         return Clip(frames=self._frames(split, int(name.removeprefix("run")), self._lengths[split]))
 
     def _frames(self, split, run, n_frames, piece=16):
@@ -221,12 +223,12 @@ class Flow(Benchmark):
         pooled = F.avg_pool2d(vorticity[None], self._stream.cells // self.frame_size)
         return (((pooled / self._bound + 1) / 2).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
-    def describe(self):
+    def describe(self) -> dict:
         lengths = {f"{split}_frames": n for split, n in self._lengths.items()}
         options = ("protocol", "frame_size", "ticks", "seed", "normalisation", "n_runs")
         return {name: getattr(self, name) for name in options} | lengths | {"reynolds": list(self.reynolds)}
 
-    def figures(self, root=None):
+    def figures(self, root: Path | None = None) -> dict:
         """Strouhal number by the lift in one more run of the set's stream, and how fast that ran.
 
         It is at Reynolds 100 and without inflow noise, which would blur the peak; all else is as in the set. The value

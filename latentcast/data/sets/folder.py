@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -62,25 +64,25 @@ class Folder(Benchmark):
 
     def __init__(
         self,
-        source=None,
-        protocol=None,
+        source: str | Path | None = None,
+        protocol: str | None = None,
         *,
-        frame_size=64,
-        channels=3,
-        frame_stride=1,
-        fps=None,
-        image_fps=10.0,
-        val_fraction=0.05,
-        test_fraction=0.05,
-        seed=0,
-        square_pixels=False,
-        actions=None,
-        action_rows=None,
-        action_columns=None,
-        action_dtype=None,
-        action_values=None,
-        crop="center",
-    ):
+        frame_size: int | Sequence[int] = 64,
+        channels: int = 3,
+        frame_stride: int = 1,
+        fps: float | None = None,
+        image_fps: float = 10.0,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        seed: int = 0,
+        square_pixels: bool = False,
+        actions: str | None = None,
+        action_rows: str | None = None,
+        action_columns: str | Sequence[str] | None = None,
+        action_dtype: str | None = None,
+        action_values: int | None = None,
+        crop: str = "center",
+    ) -> None:
         super().__init__(source, protocol)
         check_whole(frame_stride=frame_stride)
         check_options(channels, frame_stride, fps, val_fraction, test_fraction)
@@ -109,7 +111,7 @@ class Folder(Benchmark):
                 "videos by a hash of their names"
             )
 
-    def videos(self):
+    def videos(self) -> dict[str, list]:
         if self.protocol == "hash":
             chosen = splits_of(self._names, self.val_fraction, self.test_fraction, self.seed)
         else:
@@ -138,12 +140,12 @@ class Folder(Benchmark):
         return self.frame_stride, self.asked_fps
 
     @property
-    def fps(self):
+    def fps(self) -> float:
         """Frames per second of the set."""
         stride, fps = self._sampling
         return float(fps or neat_rate(next(iter(self._rates.values()), self.image_fps) / stride))
 
-    def read(self, split, name):
+    def read(self, split: str, name: str) -> Clip:
         path, conditions, table = self.source / name, {}, None
         sampling = self._sampling
         if self.tables is not None:
@@ -165,7 +167,7 @@ class Folder(Benchmark):
             frames = (luma(piece).round().to(torch.uint8) for piece in frames)
         return Clip(frames, conditions, file_sha256(*files))
 
-    def describe(self):
+    def describe(self) -> dict:
         split = unusual_fit(self)
         if self.protocol == "hash":
             split |= {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction, "seed": self.seed}
@@ -192,7 +194,7 @@ class Folder(Benchmark):
         return names
 
     @property
-    def conditions(self):
+    def conditions(self) -> dict[str, dict]:
         """Those of ``--actions``."""
         return {} if self.tables is None else {"action": self.tables.condition}
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,25 +75,25 @@ class Gym(Benchmark):
 
     def __init__(
         self,
-        source=None,
-        protocol=None,
+        source: str | Path | None = None,
+        protocol: str | None = None,
         *,
-        env,
-        frames,
-        policy=RANDOM,
-        repeat=1,
-        frame_size=64,
-        channels=3,
-        crop="center",
-        region=None,
-        frame_skip=4,
-        max_frames=500,
-        env_options=None,
-        fps=None,
-        val_fraction=0.05,
-        test_fraction=0.05,
-        seed=0,
-    ):
+        env: str,
+        frames: int | Sequence[int] | dict | str,
+        policy: str = RANDOM,
+        repeat: int = 1,
+        frame_size: int | Sequence[int] = 64,
+        channels: int = 3,
+        crop: str = "center",
+        region: str | Sequence[int] | None = None,
+        frame_skip: int = 4,
+        max_frames: int = 500,
+        env_options: str | dict | None = None,
+        fps: float | None = None,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        seed: int = 0,
+    ) -> None:
         super().__init__(source, protocol)
         check_counts(frames=frames, repeat=repeat, frame_skip=frame_skip, max_frames=max_frames)
         check_options(channels, 1, None, val_fraction, test_fraction)
@@ -129,24 +130,24 @@ class Gym(Benchmark):
         }
         self.provenance = self._provenance(spec, package)
 
-    def videos(self):
+    def videos(self) -> dict[str, list[str]]:
         return {split: self._names(0, -(-n // self.max_frames)) for split, n in self._n_frames.items()}
 
-    def more(self, split, n_videos, n_frames):
+    def more(self, split: str, n_videos: int, n_frames: int) -> list[str]:
         left = self._n_frames[split] - n_frames
         if left <= 0:
             return []
         # As many as are missing by their mean length, at most twice what there is: the first ones say little.
         return self._names(n_videos, min(-(-left * n_videos // n_frames), n_videos))
 
-    def read(self, split, name):
+    def read(self, split: str, name: str) -> Clip:
         conditions = {}
         frames = fit_pieces(self._play(split, name, conditions), self.frame_size, crop=self.crop)
         if self.channels == 1:
             frames = (luma(piece).round().to(torch.uint8) for piece in frames)
         return Clip(frames, conditions)
 
-    def describe(self):
+    def describe(self) -> dict:
         policy = self.policy if self.policy == RANDOM else f"{self._file.name}:{self._function}"
         return {
             "protocol": self.protocol,
@@ -166,7 +167,7 @@ class Gym(Benchmark):
             "resample": "bilinear",
         } | unusual_fit(self)
 
-    def figures(self, root):
+    def figures(self, root: Path) -> dict:
         notes = [note for split in SPLITS if (root / split).is_dir() for note in _notes(root / split)]
         return {"frames": sum(facts["n_frames"] for note in notes for facts in note["videos"].values())}
 

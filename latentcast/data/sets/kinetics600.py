@@ -4,6 +4,8 @@ import csv
 import functools
 import hashlib
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -50,7 +52,16 @@ class Kinetics600(Benchmark):
     conditions = {"label": {"shape": [], "dtype": "int64", "per": "video", "n_values": N_CLASSES}}  # noqa: RUF012
     shard_videos = 128
 
-    def __init__(self, source=None, protocol=None, *, fps=25.0, max_frames=None, frame_size=64, crop="center"):
+    def __init__(
+        self,
+        source: str | Path | None = None,
+        protocol: str | None = None,
+        *,
+        fps: float | None = 25.0,
+        max_frames: int | None = None,
+        frame_size: int | Sequence[int] = 64,
+        crop: str = "center",
+    ) -> None:
         super().__init__(source, protocol)
         check_whole(max_frames=1 if max_frames is None else max_frames)
         check_rate(fps=Kinetics600.fps if fps is None else fps)
@@ -68,7 +79,7 @@ class Kinetics600(Benchmark):
         if fps is None:
             self.provenance["fps"] = "nominal: every video has its own rate"
 
-    def videos(self):
+    def videos(self) -> dict[str, list[str]]:
         splits = {}
         for split, path in self.lists.items():
             names = [name for _, _, name in self._rows(split)]
@@ -77,10 +88,10 @@ class Kinetics600(Benchmark):
                 logger.warning("%s: %d rows repeat an earlier one", path, len(names) - len(splits[split]))
         return splits
 
-    def expected_counts(self):
+    def expected_counts(self) -> dict[str, int]:
         return {split: len({name for _, _, name in self._rows(split)}) for split in self.lists}
 
-    def read(self, split, name):
+    def read(self, split: str, name: str) -> Clip:
         path = self.source / split / f"{name}.mp4"
         if not path.is_file():
             found = "no such file" if path.parent.is_dir() else "no such class folder"
@@ -92,7 +103,7 @@ class Kinetics600(Benchmark):
             frames = _first(frames, self.max_frames)
         return Clip(frames, {"label": torch.tensor(label)}, file_sha256(path))
 
-    def describe(self):
+    def describe(self) -> dict:
         return {
             "protocol": self.protocol,
             "frame_size": self.frame_size,

@@ -1,5 +1,8 @@
 """KITTI: drives through a city and its surroundings, recorded from a car, one PNG a frame."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from ...files import file_sha256
 from ...sizes import as_size
 from ..base import SPLITS, Clip, unusual_fit
@@ -68,23 +71,31 @@ class KITTI(Benchmark):
     fps = 10.0
     shard_videos = 4  # drives are long
 
-    def __init__(self, source=None, protocol=None, *, camera="image_02", frame_size=128, crop="center"):
+    def __init__(
+        self,
+        source: str | Path | None = None,
+        protocol: str | None = None,
+        *,
+        camera: str = "image_02",
+        frame_size: int | Sequence[int] = 128,
+        crop: str = "center",
+    ) -> None:
         super().__init__(source, protocol)
         if camera not in CAMERAS:
             raise ValueError(f"camera: expected one of {', '.join(CAMERAS)}, found {camera!r}")
         self.camera, self.frame_size, self.crop = camera, as_size(frame_size), check_crop(crop)
 
-    def videos(self):
+    def videos(self) -> dict[str, list[str]]:
         drives = self._drives()
         if not any((self.source / name).is_dir() for names in drives.values() for name in names):
             example = drives["train"][0]
             raise FileNotFoundError(f"{self.source}: expected drives like {example}/{self.camera}/data, found none")
         return drives
 
-    def expected_counts(self):
+    def expected_counts(self) -> dict[str, int]:
         return {split: len(names) for split, names in self._drives().items()}
 
-    def read(self, split, name):
+    def read(self, split: str, name: str) -> Clip:
         folder = self.source / name / self.camera / "data"
         if not folder.is_dir():
             raise VideoError(f"{folder}: no such folder; the {split} split of {self.protocol!r} has this drive")
@@ -99,7 +110,7 @@ class KITTI(Benchmark):
             )
         return Clip(read_pictures(paths, self.frame_size, crop=self.crop), sha256=file_sha256(*paths))
 
-    def describe(self):
+    def describe(self) -> dict:
         return {
             "protocol": self.protocol,
             "camera": self.camera,

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -85,7 +86,16 @@ class KTH(Benchmark):
     fps = 25.0
     conditions = {"label": {"shape": [], "dtype": "int64", "per": "video", "n_values": len(CLASSES)}}  # noqa: RUF012
 
-    def __init__(self, source=None, protocol=None, *, resize=None, frame_size=64, crop=None, sequences=None):
+    def __init__(
+        self,
+        source: str | Path | None = None,
+        protocol: str | None = None,
+        *,
+        resize: str | None = None,
+        frame_size: int | Sequence[int] = 64,
+        crop: str | None = None,
+        sequences: str | Path | None = None,
+    ) -> None:
         super().__init__(source, protocol)
         self.persons, default = PROTOCOLS[self.protocol]
         if resize is not None and resize not in RESIZES:
@@ -101,7 +111,7 @@ class KTH(Benchmark):
             )
         self.provenance = {"classes": list(CLASSES), "sequences_sha256": file_sha256(self.sequences)}
 
-    def videos(self):
+    def videos(self) -> dict[str, list[str]]:
         missing = [name for name in CLASSES if not (self.source / name).is_dir()]
         if missing:
             zipped = [f"{name}.zip" for name in missing if (self.source / f"{name}.zip").is_file()]
@@ -120,10 +130,10 @@ class KTH(Benchmark):
             for split, persons in self.persons.items()
         }
 
-    def expected_counts(self):
+    def expected_counts(self) -> dict[str, int]:
         return {split: sum(N_SEQUENCES[p] for p in persons) for split, persons in self.persons.items()}
 
-    def read(self, split, name):
+    def read(self, split: str, name: str) -> Clip:
         stem, action, first, last = NAME.fullmatch(name).groups()
         first, last = int(first), int(last)
         path = self.source / action / f"{stem}_uncomp.avi"
@@ -139,7 +149,7 @@ class KTH(Benchmark):
         label = torch.tensor(CLASSES.index(action))
         return Clip([self._prepare(frames)], {"label": label}, _sha256(path))
 
-    def describe(self):
+    def describe(self) -> dict:
         resize = {crop: resize for resize, crop in RESIZES.items()}.get(self.crop)
         fit = {"crop": self.crop} if resize is None else {"resize": resize}
         return {"protocol": self.protocol} | fit | {"frame_size": self.frame_size}
@@ -153,7 +163,7 @@ class KTH(Benchmark):
         return grey.round().clamp(0, 255).to(torch.uint8)
 
 
-def read_sequences(path):
+def read_sequences(path: str | Path) -> dict[str, tuple[int, list[tuple[int, int]]]]:
     """The published list -> name of a file without "_uncomp.avi" -> (person, [(first, last frame), ...]).
 
     Frames are counted from 1, ends included. Ranges may overlap and need not ascend: in the published list some do not.

@@ -9,6 +9,8 @@ import logging
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 logger = logging.getLogger("latentcast")
 
@@ -46,7 +48,15 @@ class LatticeBoltzmann:
         ValueError: a parameter outside the range in which the method holds.
     """
 
-    def __init__(self, solid, viscosity, inflow=None, force=0.0, device="cpu", compile=False):
+    def __init__(
+        self,
+        solid: Bool[Tensor, "H W"],
+        viscosity: float,
+        inflow: float | None = None,
+        force: float = 0.0,
+        device: str | torch.device = "cpu",
+        compile: bool = False,
+    ) -> None:
         if solid.ndim != 2 or solid.dtype != torch.bool:
             raise ValueError(f"solid: expected (H, W) bool, found {tuple(solid.shape)} {solid.dtype}")
         relaxation_time = 0.5 + 3 * viscosity
@@ -107,8 +117,8 @@ class LatticeBoltzmann:
     def _run_update(self, update, source):
         update(self._sources[source], self._targets[1 - source], self._fluid_span, self._rate, self._force)
 
-    def start(self, velocity):
-        """Set the fluid to ``velocity`` (2, H, W), in equilibrium at density 1, and count ticks from 0."""
+    def start(self, velocity: Float[Tensor, "2 H W"]) -> None:
+        """Set the fluid to ``velocity``, in equilibrium at density 1, and count ticks from 0."""
         self.tick = 0
         velocity = F.pad(velocity.to(self._fluid) * self._fluid[1:-1, 1:-1], (1, 1, 1, 1), "replicate")
         self._buffers[0].copy_(_equilibrium(velocity).flatten(1))
@@ -116,7 +126,7 @@ class LatticeBoltzmann:
         self._fill_ghosts(0, entering, follow=None)
 
     @torch.no_grad()
-    def advance(self, ticks, inflow=None):
+    def advance(self, ticks: int, inflow: Float[Tensor, "{ticks} 2 H"] | None = None) -> None:
         """Move on by ``ticks``.
 
         Args:
@@ -157,25 +167,25 @@ class LatticeBoltzmann:
         """(9, H, W), after collision."""
         return self._buffers[self.tick % 2].view(9, *self._fluid.shape)[:, 1:-1, 1:-1]
 
-    def density(self):
-        """(H, W) minus 1, so that small changes keep their digits; 0 in solids."""
+    def density(self) -> Float[Tensor, "H W"]:
+        """Minus 1, so that small changes keep their digits; 0 in solids."""
         return self._populations().sum(0) * self._fluid[1:-1, 1:-1]
 
-    def velocity(self):
-        """(2, H, W), along x and y, cells a tick; 0 in solids."""
+    def velocity(self) -> Float[Tensor, "2 H W"]:
+        """Along x and y, cells a tick; 0 in solids."""
         f = self._populations()
         momentum = torch.stack(_momentum(f))
         # A force enters by collisions; half of it belongs to the coming half tick.
         momentum[0] -= self._force / 2
         return momentum / (1 + self.density()) * self._fluid[1:-1, 1:-1]
 
-    def vorticity(self):
-        """(H, W): dv/dx - du/dy by central differences, one-sided at the left and right edges, per tick."""
+    def vorticity(self) -> Float[Tensor, "H W"]:
+        """dv/dx - du/dy by central differences, one-sided at the left and right edges, per tick."""
         u, v = self.velocity()
         return torch.gradient(v, dim=1)[0] - (u.roll(-1, 0) - u.roll(1, 0)) / 2
 
-    def force_on_solids(self):
-        """(2,): momentum along x and y that the fluid hands to all solids in the coming tick; drag and lift."""
+    def force_on_solids(self) -> Float[Tensor, "2"]:
+        """Momentum along x and y that the fluid hands to all solids in the coming tick; drag and lift."""
         bounced = self._buffers[self.tick % 2].view(-1)[self._bouncing]
         return 2 * (self._directions * bounced).sum(1)
 
@@ -218,13 +228,13 @@ def _stream_and_collide(sources, targets, fluid, rate, force):
         targets[8 - i].copy_(fluid * (keep * sources[8 - i] + share * (even - odd)))
 
 
-def disc(height, width, x, y, diameter):
-    """(height, width) bool: cells whose centres lie in the disc around (x, y), in cells from the first one's centre."""
+def disc(height: int, width: int, x: float, y: float, diameter: float) -> Bool[Tensor, "{height} {width}"]:
+    """Cells whose centres lie in the disc around (x, y), in cells from the first one's centre."""
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     return (columns - x) ** 2 + (rows - y) ** 2 < diameter**2 / 4
 
 
-def dominant_frequency(signal, interval):
+def dominant_frequency(signal: Float[Tensor, " N"], interval: float) -> float:
     """Frequency of the largest peak in the spectrum of a (N,) signal sampled every ``interval``.
 
     Mean removed, Hann window, padded 16-fold, peak refined by a parabola; good to a hundredth of 1 / (N * interval)
@@ -239,12 +249,12 @@ def dominant_frequency(signal, interval):
     return (k + shift) / (n * interval)
 
 
-def strouhal_number(lift, interval, diameter, speed):
+def strouhal_number(lift: Float[Tensor, " N"], interval: float, diameter: float, speed: float) -> float:
     """frequency * diameter / speed, from the lift on a body sampled every ``interval`` ticks."""
     return dominant_frequency(lift, interval) * diameter / speed
 
 
-def williamson_strouhal(reynolds):
+def williamson_strouhal(reynolds: float) -> float:
     """Strouhal number of a circular cylinder in an unbounded stream, while vortices leave it in parallel.
 
     A fit to measurements at Reynolds numbers of 49 to 178 (Williamson, Physics of Fluids 31, 1988)."""

@@ -1,9 +1,13 @@
 """Handwritten digits that move over a black square and bounce off its edges, made as they are asked for."""
 
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from ...config import check_counts
 from ...sizes import as_square
@@ -55,26 +59,26 @@ class MovingDigits(VideoDataset):
 
     def __init__(
         self,
-        split,
-        clip_length,
-        size=64,
-        channels=1,
-        n_digits=1,
-        digit_size=None,
-        motion="lattice",
-        speeds=None,
-        lattice=None,
-        max_speed=None,
-        source="sklearn",
-        mnist_dir=None,
-        mnist_url=MNIST_URL,
-        n_videos=2000,
-        n_heldout_videos=256,
-        video_length=16,
-        frame_stride=1,
-        seed=0,
-        fresh=False,
-    ):
+        split: str,
+        clip_length: int,
+        size: int = 64,
+        channels: int = 1,
+        n_digits: int = 1,
+        digit_size: int | None = None,
+        motion: str = "lattice",
+        speeds: Sequence[int] | None = None,
+        lattice: int | None = None,
+        max_speed: int | None = None,
+        source: str = "sklearn",
+        mnist_dir: str | Path | None = None,
+        mnist_url: str = MNIST_URL,
+        n_videos: int = 2000,
+        n_heldout_videos: int = 256,
+        video_length: int = 16,
+        frame_stride: int = 1,
+        seed: int = 0,
+        fresh: bool = False,
+    ) -> None:
         check_split(split)
         if motion not in MOTIONS:
             raise ValueError(f"motion: expected one of {', '.join(MOTIONS)}, found {motion!r}")
@@ -130,14 +134,14 @@ class MovingDigits(VideoDataset):
             self._digits = mnist_digits(split, digit_size, mnist_dir, mnist_url)
 
     @property
-    def videos(self):
+    def videos(self) -> list[VideoEntry]:
         """list of VideoEntry."""
         return [VideoEntry(f"{self.split}-{i:06d}", self.n_frames, self.fps) for i in range(self.n_videos)]
 
-    def read_video(self, index, start, stop):
+    def read_video(self, index: int, start: int, stop: int) -> Float[Tensor, "{stop}-{start} C H W"]:
         return self.draw(index, start, stop).float() / 255 * 2 - 1
 
-    def draw(self, index, start, stop):
+    def draw(self, index: int, start: int, stop: int) -> UInt8[Tensor, "{stop}-{start} C H W"]:
         """Frames ``start:stop`` of video ``index`` before they are scaled to [-1, 1]: (stop - start, C, size, size)
         uint8."""
         frames = np.zeros((stop - start, self.size, self.size), np.int32)
@@ -148,7 +152,7 @@ class MovingDigits(VideoDataset):
         frames = torch.from_numpy(np.minimum(frames, 255).astype(np.uint8))
         return frames[:, None].repeat(1, self.channels, 1, 1)
 
-    def trajectories(self, index, start, stop):
+    def trajectories(self, index: int, start: int, stop: int) -> list[tuple]:
         """For each digit of video ``index``: its number among the split's digits, and a list of the row and column of
         its upper left corner in frames ``start:stop``."""
         if not 0 <= start < stop <= self.n_frames:
@@ -171,7 +175,7 @@ class MovingDigits(VideoDataset):
             trajectories.append((digit, places))
         return trajectories
 
-    def describe(self):
+    def describe(self) -> dict:
         names = ("split", "size", "channels", "n_digits", "digit_size", "motion", "speeds", "lattice", "max_speed")
         names += ("source", "n_videos", "video_length", "frame_stride", "seed")
         return {"type": "MovingDigits"} | {name: getattr(self, name) for name in names}

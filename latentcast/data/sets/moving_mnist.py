@@ -1,6 +1,10 @@
 """Moving MNIST and Stochastic Moving MNIST (SM-MNIST), made from MNIST's IDX files."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from latentcast.config import check_counts
+from latentcast.copies import local_copy
 from latentcast.sizes import as_square
 
 from ..base import Clip
@@ -40,19 +44,19 @@ class MovingMNIST(Benchmark):
 
     def __init__(
         self,
-        source=None,
-        protocol=None,
+        source: str | Path | None = None,
+        protocol: str | None = None,
         *,
-        n_digits=2,
-        length=None,
-        n_train=60000,
-        n_val=256,
-        n_test=None,
-        seed=0,
-        frame_size=64,
-        digit_size=32,
-        max_speed=MAX_SPEED,
-    ):
+        n_digits: int = 2,
+        length: int | None = None,
+        n_train: int = 60000,
+        n_val: int = 256,
+        n_test: int | None = None,
+        seed: int = 0,
+        frame_size: int | Sequence[int] = 64,
+        digit_size: int = 32,
+        max_speed: int = MAX_SPEED,
+    ) -> None:
         super().__init__(source, protocol)
         self.options = {
             "n_digits": n_digits,
@@ -73,24 +77,24 @@ class MovingMNIST(Benchmark):
         self._videos = {split: self._generator(split) for split in ("val", "test")}
         self.provenance = {"mnist_md5": {name: md5 for name, (_, md5) in MNIST_FILES.items()}}
 
-    def videos(self):
+    def videos(self) -> dict[str, list[str]]:
         return {split: [entry.name for entry in made.videos] for split, made in self._videos.items()}
 
-    def expected_counts(self):
+    def expected_counts(self) -> dict[str, int]:
         return {split: self.options[f"n_{split}"] for split in self._videos}
 
-    def generated(self):
+    def generated(self) -> dict[str, dict]:
         return {"train": self._arguments() | {"n_videos": self.options["n_train"]}}
 
-    def files(self):
+    def files(self) -> dict[str, Path]:
         path = mnist_file(TRAIN_FILE, self.source)
-        return {f"mnist/{path.name}": path}
+        return {f"mnist/{path.name}": local_copy(path)}
 
-    def read(self, split, name):
+    def read(self, split: str, name: str) -> Clip:
         index = int(name.rpartition("-")[2])
         return Clip([self._videos[split].draw(index, 0, self.options["length"])])
 
-    def describe(self):
+    def describe(self) -> dict:
         return {"protocol": self.protocol, "motion": self.motion} | self.options
 
     def _generator(self, split):

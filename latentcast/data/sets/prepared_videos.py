@@ -1,9 +1,11 @@
 """Open a prepared set, whether its videos are stored or made as they are asked for."""
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
-from ...urls import GIGABYTES, folder_at
-from ..base import check_flip, check_split
+from ...urls import GIGABYTES, Place, folder_at
+from ..base import VideoDataset, check_flip, check_split
 from ..store.prepared import PreparedVideos, check_size, read_set_manifest
 from .moving_digits import MovingDigits
 
@@ -11,21 +13,21 @@ logger = logging.getLogger("latentcast")
 
 
 def prepared_videos(
-    root,
-    split,
-    clip_length,
-    size=None,
-    channels=None,
+    root: Place,
+    split: str,
+    clip_length: int,
+    size: int | Sequence[int] | None = None,
+    channels: int | None = None,
     *,
-    name=None,
-    frame_stride=1,
-    seed=0,
-    fresh=False,
-    flip=None,
-    actions=False,
-    cache_dir=None,
-    cache_gigabytes=GIGABYTES,
-):
+    name: str | None = None,
+    frame_stride: int = 1,
+    seed: int = 0,
+    fresh: bool = False,
+    flip: str | None = None,
+    actions: bool = False,
+    cache_dir: str | Path | None = None,
+    cache_gigabytes: float = GIGABYTES,
+) -> VideoDataset:
     """A split of a prepared set as a VideoDataset: PreparedVideos, or MovingDigits where the set makes its videos.
 
     Args:

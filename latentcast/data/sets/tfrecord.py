@@ -8,6 +8,7 @@ import functools
 import os
 import struct
 import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class RecordFile:
     def __str__(self):
         return str(self.path) if self.member is None else f"{self.path}: {self.member}"
 
-    def offsets(self):
+    def offsets(self) -> list[int]:
         """Where the records begin, bytes from the file's start, found without reading their data.
 
         Damaged framing ends the list: its last entry is then the record at which ``read`` fails, for what lies behind
@@ -56,7 +57,7 @@ class RecordFile:
                     break
         return offsets
 
-    def read(self, offset):
+    def read(self, offset: int) -> bytes:
         """The data of the record at ``offset`` -> bytes.
 
         Raises:
@@ -101,13 +102,13 @@ class RecordFile:
             )
 
 
-def masked_crc(data):
+def masked_crc(data: bytes) -> int:
     """The masked CRC-32C of bytes, an int below 2**32."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def tar_members(path):
+def tar_members(path: str | Path) -> dict[str, RecordFile]:
     """The files in an uncompressed tar -> name -> RecordFile. Only the headers are read.
 
     Raises:
@@ -132,7 +133,7 @@ def tar_members(path):
     return members
 
 
-def parse_example(data, where):
+def parse_example(data: bytes, where: str) -> Mapping[str, object]:
     """A serialized ``tensorflow.Example`` -> its features, name -> message.
 
     Args:
@@ -147,7 +148,7 @@ def parse_example(data, where):
         raise VideoError(f"{where}: expected a tensorflow.Example, found {len(data)} bytes that are none") from None
 
 
-def feature_values(features, name, kind, where):
+def feature_values(features: Mapping[str, object], name: str, kind: str, where: str) -> Sequence:
     """The values of one feature of ``parse_example`` -> sequence.
 
     Args:

@@ -8,15 +8,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from latentcast.command import named
 from latentcast.distributed import barrier, default_device, rank_and_world, rank_zero_first
 from latentcast.files import locked
 from latentcast.progress import Bar
-from latentcast.shares import turn
-from latentcast.urls import Url, folder_at
+from latentcast.shares import Share, turn
+from latentcast.urls import Place, Url, folder_at
 
+from ..base import VideoDataset
 from ..loading import open_loader
 from ..video.reader import VideoError, is_away
 from .latent_cache import LatentCacheWriter, read_manifest
@@ -28,20 +30,20 @@ CPU_CHUNK = 16  # frames at once through a network on a CPU: what fits in its ca
 
 @torch.no_grad()
 def encode_dataset(
-    dataset,
-    tokenizer,
-    root,
+    dataset: VideoDataset,
+    tokenizer: nn.Module,
+    root: Place,
     *,
-    store="auto",
-    dtype="float32",
-    batch_frames=256,
-    shard_videos=None,
-    num_workers=0,
-    read_timeout=0,
-    overwrite=False,
-    device=None,
-    share=None,
-):
+    store: str = "auto",
+    dtype: str = "float32",
+    batch_frames: int = 256,
+    shard_videos: int | None = None,
+    num_workers: int = 0,
+    read_timeout: float = 0,
+    overwrite: bool = False,
+    device: torch.device | str | None = None,
+    share: Share | None = None,
+) -> dict:
     """Encode every video of a VideoDataset into the cache at ``root``; continues what an earlier run left there.
 
     Reading (``num_workers`` processes), encoding and writing (a thread) overlap. A batch is ``batch_frames`` frames of

@@ -5,18 +5,21 @@ One folder of shards (see shards.py) holds one split; its manifest says who made
 
 import json
 import random
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Shaped
 from pydantic import model_validator
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...command import named
 from ...config import is_whole
 from ...layers.gaussian import sample_moments
 from ...schemas import Count, LatentSpec, Number, Text
-from ...urls import folder_at
-from ..base import FITTING, ClipWindows, check_split
+from ...urls import Place, folder_at
+from ..base import FITTING, ClipWindows, VideoEntry, check_split
 from . import shards
 
 
@@ -82,21 +85,21 @@ class LatentCacheWriter(shards.ShardWriter):
 
     def __init__(
         self,
-        root,
-        latent_spec,
-        fingerprint,
+        root: Place,
+        latent_spec: dict,
+        fingerprint: str,
         *,
-        videos,
-        data,
-        fps,
-        conditions=None,
-        store="auto",
-        dtype="float32",
-        shard_videos=MOST_VIDEOS,
-        overwrite=False,
-        rank=0,
-        world_size=1,
-    ):
+        videos: Sequence[VideoEntry],
+        data: dict,
+        fps: float,
+        conditions: dict[str, dict] | None = None,
+        store: str = "auto",
+        dtype: str = "float32",
+        shard_videos: int = MOST_VIDEOS,
+        overwrite: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         store, dtype, frame_shape = _layout(latent_spec, store, dtype)
         if shard_videos is None:
             standing = None if overwrite else shards.standing_job(folder_at(root), KIND)
@@ -118,11 +121,11 @@ class LatentCacheWriter(shards.ShardWriter):
         }
         super().__init__(root, KIND, job, overwrite=overwrite, rank=rank, world_size=world_size)
 
-    def n_frames(self, shards):
+    def n_frames(self, shards: Sequence[int]) -> int:
         """Frames in the given shards."""
         return sum(self.job["videos"][v]["n_frames"] for s in shards for v in self.shard_videos(s))
 
-    def n_bytes(self, shards):
+    def n_bytes(self, shards: Sequence[int]) -> int:
         """Bytes that the frames of the given shards take on disk."""
         frame_bytes = torch.Size(self.job["frame_shape"]).numel() * _itemsize(self.job["dtype"])
         return self.n_frames(shards) * frame_bytes
@@ -151,7 +154,15 @@ class LatentCacheDataset(Dataset):
 
     epoch = 0
 
-    def __init__(self, root, clip_length, stride=1, split="train", seed=0, sample_posterior=True):
+    def __init__(
+        self,
+        root: Place,
+        clip_length: int,
+        stride: int = 1,
+        split: str = "train",
+        seed: int = 0,
+        sample_posterior: bool = True,
+    ) -> None:
         check_split(split)
         for name, value in (("clip_length", clip_length), ("stride", stride)):
             if value < 1:
@@ -163,12 +174,12 @@ class LatentCacheDataset(Dataset):
         self._windows = ClipWindows([video.n_frames for video in self.videos], clip_length, split, seed)
 
     @property
-    def spec(self):
+    def spec(self) -> dict:
         """The tokenizer's ``latent_spec``."""
         return self.manifest["latent_spec"]
 
     @property
-    def space(self):
+    def space(self) -> str:
         """What the items hold, "codes" or "latents", in the terms of ``Prior.accepts``."""
         return "codes" if self.manifest["store"] == "codes" else "latents"
 
@@ -178,21 +189,23 @@ class LatentCacheDataset(Dataset):
         return torch.int64 if self.space == "codes" else torch.float32
 
     @property
-    def fps(self):
+    def fps(self) -> float:
         """Frames per second of the clips."""
         return self.manifest["fps"] / self.stride
 
     @property
-    def conditions(self):
+    def conditions(self) -> dict[str, dict]:
         """Of the data set that was encoded; see VideoDataset."""
         return self.manifest["conditions"]
 
     @property
-    def videos(self):
+    def videos(self) -> list[VideoEntry]:
         """list of VideoEntry: those long enough for a clip, at this stride."""
         return self._reader.videos
 
-    def expect(self, tokenizer_fingerprint=None, latent_spec=None, data=None):
+    def expect(
+        self, tokenizer_fingerprint: str | None = None, latent_spec: dict | None = None, data: dict | None = None
+    ) -> "LatentCacheDataset":
         """Refuse a cache that was not made as the caller needs it; returns the data set.
 
         Args:
@@ -219,19 +232,19 @@ class LatentCacheDataset(Dataset):
             )
         return self
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         """Move to another set of random windows, and of draws from posteriors."""
         self.epoch = epoch
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._windows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict:
         batch = self.fill(self.new_batch(1), [index])
         conditions = {name: values[0] for name, values in batch["conditions"].items()}
         return {self.space: batch[self.space][0].to(self._dtype), "conditions": conditions}
 
-    def new_batch(self, n_items):
+    def new_batch(self, n_items: int) -> dict:
         """Memory for a batch, of which ``fill`` makes one: what items hold, each (n_items, ...); codes in the small
         unsigned type that they are stored in."""
         shape, dtype = self.manifest["frame_shape"], self._dtype
@@ -245,7 +258,7 @@ class LatentCacheDataset(Dataset):
             conditions[name] = torch.empty(n_items, *n_frames, *spec["shape"], dtype=shards.DTYPES[spec["dtype"]][0])
         return {self.space: torch.empty(n_items, self.clip_length, *shape, dtype=dtype), "conditions": conditions}
 
-    def fill(self, batch, indices):
+    def fill(self, batch: dict, indices: Sequence[int]) -> dict:
         """Read items into the rows of a batch, each once and to its end before the next index is asked for; -> the
         batch."""
         clips, conditions, store = batch[self.space], batch["conditions"], self.manifest["store"]
@@ -267,19 +280,19 @@ class LatentCacheDataset(Dataset):
                     conditions[name][row] = value
         return batch
 
-    def item_name(self, index):
+    def item_name(self, index: int) -> str:
         """What ``dataset[index]`` reads, for messages."""
         video, start, stop = self._windows.place(index, self.epoch)
         return f"{self.root}: {self.videos[video].name}, frames {start} to {stop - 1}"
 
-    def read_video(self, index, start=0, stop=None):
+    def read_video(self, index: int, start: int = 0, stop: int | None = None) -> Shaped[Tensor, "T _ _ _"]:
         """Frames ``start:stop`` of video ``index`` -> (stop - start, ...), int64 codes or float32 latents (the means
         where the cache stores posteriors)."""
         if self.manifest["store"] == "posterior":
             return self.read_posterior(index, start, stop).chunk(2, dim=1)[0].contiguous()
         return self._reader.frames(index, start, stop).to(self._dtype, copy=True)
 
-    def read_posterior(self, index, start=0, stop=None):
+    def read_posterior(self, index: int, start: int = 0, stop: int | None = None) -> Float[Tensor, "T moments h w"]:
         """Mean and log-variance of the same frames, stacked along the channels -> (stop - start, 2 D, h, w) float32.
 
         Raises:
@@ -289,34 +302,34 @@ class LatentCacheDataset(Dataset):
             raise ValueError(f"latents cache {self.root}: expected posteriors, found {self.manifest['store']}")
         return self._reader.frames(index, start, stop).to(torch.float32, copy=True)
 
-    def read_conditions(self, index, start=0, stop=None):
+    def read_conditions(self, index: int, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
         """Conditions of the same frames; see VideoDataset."""
         return self._reader.conditions(index, start, stop)
 
-    def shard_clips(self):
+    def shard_clips(self) -> list[tuple[int, int, int, int]]:
         """Which clips lie in which shard; see ClipReader."""
         return self._reader.shard_clips(self._windows)
 
-    def prefetch(self, shards):
+    def prefetch(self, shards: Iterable[int]) -> None:
         """Fetch local copies of whole shards ahead; see ShardReader."""
         self._reader.prefetch(shards)
 
-    def verify(self):
+    def verify(self) -> int:
         """Compare every shard with its checksum; see ``verify_cache``."""
         return verify_cache(self.root)
 
 
-def read_manifest(root):
+def read_manifest(root: Place) -> dict:
     """The manifest of a finished cache; raises as ``shards.read_manifest`` does."""
     return shards.read_manifest(root, KIND)
 
 
-def verify_cache(root):
+def verify_cache(root: Place) -> int:
     """Compare every shard of a finished cache with its checksum; returns the number of shards, raises ValueError."""
     return shards.verify(root, KIND)
 
 
-def choose_store(store, prior, tokenizer, root, overwrite=False):
+def choose_store(store: str, prior: object, tokenizer: object, root: Place, overwrite: bool = False) -> str:
     """What a cache in ``root`` is to store for a prior -> "codes", "latents" or "posterior".
 
     Args:

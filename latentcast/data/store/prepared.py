@@ -12,11 +12,15 @@ import logging
 import shutil
 import signal
 import threading
+from collections.abc import Iterable, Sequence
 from multiprocessing import connection
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from ...command import named
 from ...figures.sheets import labelled_sheet, scale_for
@@ -25,8 +29,8 @@ from ...progress import Bar
 from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
 from ...shares import Share, turn
 from ...sizes import as_size, as_square, sides
-from ...urls import GIGABYTES, folder_at
-from ..base import FITTING, SPLITS, Clip, EmptySplitError, VideoDataset, check_split
+from ...urls import GIGABYTES, Place, folder_at
+from ..base import FITTING, SPLITS, Clip, EmptySplitError, VideoDataset, VideoEntry, check_split
 from ..loading import end_with_parent, worker_context
 from ..video.folder import luma
 from ..video.reader import VideoAwayError, VideoError, check_crop, is_away
@@ -106,7 +110,9 @@ class IncompleteError(ValueError):
     """The source does not hold all that the published set should; what it holds is written and kept."""
 
 
-def prepare(benchmark, output, *, workers=0, partial=False, share=None):
+def prepare(
+    benchmark: object, output: Place, *, workers: int = 0, partial: bool = False, share: Share | None = None
+) -> dict:
     """Prepare a data set; continues what an earlier run left in ``output``.
 
     Args:
@@ -465,18 +471,18 @@ class PreparedVideos(VideoDataset):
 
     def __init__(
         self,
-        root,
-        split,
-        clip_length,
-        size=None,
-        channels=None,
+        root: Place,
+        split: str,
+        clip_length: int,
+        size: int | Sequence[int] | None = None,
+        channels: int | None = None,
         *,
-        name=None,
-        frame_stride=1,
-        seed=0,
-        cache_dir=None,
-        cache_gigabytes=GIGABYTES,
-    ):
+        name: str | None = None,
+        frame_stride: int = 1,
+        seed: int = 0,
+        cache_dir: str | Path | None = None,
+        cache_gigabytes: float = GIGABYTES,
+    ) -> None:
         check_split(split)
         for argument, value in (("clip_length", clip_length), ("frame_stride", frame_stride)):
             if value < 1:
@@ -500,29 +506,29 @@ class PreparedVideos(VideoDataset):
         self._reader = shards.ClipReader(self.root / split, stored, clip_length, frame_stride, f"{root}: {split}")
 
     @property
-    def videos(self):
+    def videos(self) -> list[VideoEntry]:
         """list of VideoEntry; ``n_frames`` and ``fps`` after the stride."""
         return self._reader.videos
 
-    def read_video(self, index, start, stop):
+    def read_video(self, index: int, start: int, stop: int) -> Float[Tensor, "{stop}-{start} C H W"]:
         frames = self._reader.frames(index, start, stop).to(torch.float32, copy=True)
         if self.channels < self.stored_channels:
             frames = luma(frames)
         frames = frames.div_(127.5).sub_(1).clamp_(-1, 1)
         return frames.repeat(1, self.channels // frames.shape[1], 1, 1)
 
-    def read_conditions(self, index, start, stop):
+    def read_conditions(self, index: int, start: int, stop: int) -> dict[str, Tensor]:
         return self._reader.conditions(index, start, stop)
 
-    def shard_clips(self):
+    def shard_clips(self) -> list[tuple[int, int, int, int]]:
         """Which clips lie in which shard; see ClipReader."""
         return self._reader.shard_clips(self._windows)
 
-    def prefetch(self, shards):
+    def prefetch(self, shards: Iterable[int]) -> None:
         """Fetch local copies of whole shards ahead; see ShardReader."""
         self._reader.prefetch(shards)
 
-    def describe(self):
+    def describe(self) -> dict:
         return {
             "type": "PreparedVideos",
             "name": self.manifest["name"],
@@ -535,7 +541,7 @@ class PreparedVideos(VideoDataset):
         }
 
 
-def read_set_manifest(root, name=None):
+def read_set_manifest(root: Place, name: str | None = None) -> dict:
     """The manifest of a finished set.
 
     Raises:
@@ -555,7 +561,7 @@ def read_set_manifest(root, name=None):
     return manifest
 
 
-def check_split_of(root, manifest, stored):
+def check_split_of(root: Place, manifest: dict, stored: dict) -> None:
     """Refuse a split whose frames or conditions are not what the set's manifest says."""
     size, frames = manifest["frame_size"], stored["frame_shape"]
     if frames != [manifest["channels"], *size] or stored["conditions"] != manifest["conditions"]:
@@ -566,13 +572,13 @@ def check_split_of(root, manifest, stored):
         )
 
 
-def crop_of(protocol):
+def crop_of(protocol: dict) -> str:
     """How the videos of a set were brought to its shape, by its description: of CROPS."""
     crop = "none" if protocol.get("resize") == "squeeze" else protocol.get("crop")  # KTH's own word
     return FITTING["crop"] if crop is None else check_crop(crop)
 
 
-def check_size(root, manifest, size):
+def check_size(root: Place, manifest: dict, size: int | Sequence[int] | None) -> None:
     found = as_size(manifest["frame_size"])
     if size is not None and as_size(size, "size") != found:
         found, asked = (str(value).replace(" ", "") for value in (found, as_size(size)))  # as on the command line

@@ -19,12 +19,17 @@ import os
 import queue
 import struct
 import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from jaxtyping import Shaped
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ...command import named
 from ...copies import local_copy
@@ -41,7 +46,7 @@ from ...files import (
     writing,
 )
 from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, short
-from ...urls import Url, folder_at, unlink_all
+from ...urls import Place, Url, folder_at, unlink_all
 from ..base import EmptySplitError, VideoEntry
 
 logger = logging.getLogger("latentcast")
@@ -136,7 +141,7 @@ class Kind:
     replace: str
 
     @property
-    def tool(self):
+    def tool(self) -> str:
         """What texts call the tool."""
         return named(self.made_by)
 
@@ -162,7 +167,17 @@ class ShardWriter:
         ValueError: another job made what stands in ``root`` (both sides are named).
     """
 
-    def __init__(self, root, kind, job, *, overwrite=False, growing=False, rank=0, world_size=1):
+    def __init__(
+        self,
+        root: Place,
+        kind: Kind,
+        job: dict,
+        *,
+        overwrite: bool = False,
+        growing: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.root, self.kind = folder_at(root), kind
         self.rank, self.world_size, self.growing = rank, world_size, growing
         self._again = set()
@@ -174,45 +189,45 @@ class ShardWriter:
             self._prepare(overwrite)
 
     @property
-    def n_shards(self):
+    def n_shards(self) -> int:
         return -(-len(self.job["videos"]) // self.job["shard_videos"])
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         """The manifest stands: nothing is left to do."""
         return _stands(self.root / MANIFEST)
 
-    def shard_videos(self, shard):
+    def shard_videos(self, shard: int) -> range:
         """The indices of the videos that shard number ``shard`` holds."""
         size = self.job["shard_videos"]
         return range(shard * size, min((shard + 1) * size, len(self.job["videos"])))
 
-    def pending(self, every_rank=False):
+    def pending(self, every_rank: bool = False) -> list[int]:
         """Numbers of the shards still to be written: this rank's, or those of all ranks."""
         if self.finished:
             return []
         shards = [s for s in range(self.n_shards) if every_rank or s % self.world_size == self.rank]
         return [s for s, note in zip(shards, self._notes(shards)) if s in self._again or note is None]
 
-    def open_shard(self, shard):
+    def open_shard(self, shard: int) -> "ShardFile":
         """A ShardFile that takes the videos of one shard; use it in a ``with`` block."""
         entries = {v: self.job["videos"][v].get("n_frames") for v in self.shard_videos(shard)}
         standing = self._notes([shard])[0] if shard in self._again else None
         layout = (self.job["frame_shape"], self.job["dtype"], self.job["conditions"])
         return ShardFile(self.root, shard, entries, *layout, keep=standing["videos"] if standing else ())
 
-    def notes(self):
+    def notes(self) -> list[dict | None]:
         """What is known of each shard: file, bytes, sha256, videos and skipped; None for one that is not written."""
         if self.finished:
             return load_manifest(self.root, self.kind)["shards"]
         return self._notes(range(self.n_shards))
 
-    def away(self):
+    def away(self) -> dict[int, list[int]]:
         """Shard -> its videos that were left out for what may have passed since: see ``ShardFile.skip``."""
         notes = enumerate(self.notes())
         return {shard: note["away"] for shard, note in notes if note and note.get("away")}
 
-    def redo(self, shards, keep=False):
+    def redo(self, shards: Iterable[int], keep: bool = False) -> None:
         """Make these shards pending again, in a finished folder too.
 
         With ``keep`` they stand until others take their place, which must hold all of their videos."""
@@ -227,7 +242,7 @@ class ShardWriter:
         unlink_all(_note_path(self.root, shard) for shard in shards)
         unlink_all(self.root / _shard_name(shard) for shard in shards)
 
-    def extend(self, videos):
+    def extend(self, videos: Sequence) -> None:
         """Add videos to a folder that is not finished; a last shard that has room for some is written anew."""
         last, room = divmod(len(self.job["videos"]), self.job["shard_videos"])
         if room:
@@ -235,7 +250,7 @@ class ShardWriter:
         self.job["videos"] += videos
         write_json(self.root / PLAN, self.job)
 
-    def finish(self):
+    def finish(self) -> None:
         """Write the manifest, once every shard stands."""
         notes = self.notes()
         missing = [_shard_name(s) for s, note in enumerate(notes) if note is None]
@@ -332,7 +347,7 @@ def _read_notes(root, paths):
     return [parse_json(path, texts[path]) if texts.get(path, "").endswith("\n}\n") else None for path in paths]
 
 
-def standing_job(root, kind):
+def standing_job(root: Place, kind: Kind) -> dict | None:
     """The job that a folder's manifest or plan names, as a dict; None where neither is. Raises as ``read_manifest``,
     except that one of another format is returned as it is."""
     if _stands(root / MANIFEST):
@@ -353,7 +368,16 @@ class ShardFile:
     those in the shard that stands.
     """
 
-    def __init__(self, root, shard, entries, frame_shape, dtype, conditions, keep=()):
+    def __init__(
+        self,
+        root: Path | Url,
+        shard: int,
+        entries: Mapping[int, object],
+        frame_shape: Sequence[int],
+        dtype: str,
+        conditions: dict[str, dict],
+        keep: Collection[int] = (),
+    ) -> None:
         self.path, self.note_path = root / _shard_name(shard), _note_path(root, shard)
         self.temporary = temporary_path(self.path)
         self.entries, self.frame_shape = entries, tuple(frame_shape)
@@ -373,7 +397,7 @@ class ShardFile:
         self.start = self.file.seek(8 + self.header_bytes)
         return self
 
-    def append(self, video, frames):
+    def append(self, video: int, frames: Shaped[Tensor, "t ..."]) -> None:
         """Write the next frames of a video, a tensor of shape (t, *frame_shape). Videos come one after another."""
         if self.skipped.get(video) is not None:
             return
@@ -386,12 +410,12 @@ class ShardFile:
         with writing(self.path, KEPT):
             self.file.write(_raw(frames.to(self.dtype)))
 
-    def describe(self, video, conditions, **facts):
+    def describe(self, video: int, conditions: Mapping[str, Tensor], **facts: object) -> None:
         """Keep a video's conditions, name -> tensor, and JSON-able facts for the manifest."""
         self.conditions[video] = conditions
         self.facts[video] = facts
 
-    def skip(self, video, reason, away=False):
+    def skip(self, video: int, reason: str, away: bool = False) -> None:
         """Leave a video out, also one whose first frames were written already.
 
         ``away``: for what says nothing of it (no permission, a share not mounted), so that a later run tries again."""
@@ -478,35 +502,35 @@ class ShardReader:
 
     Files open in the process that reads them, so a reader pickles and works under spawn."""
 
-    def __init__(self, root, manifest):
+    def __init__(self, root: Place, manifest: dict) -> None:
         self.root, self.manifest = folder_at(root), manifest
         self._ahead = None  # shards to be fetched
         self.facts = {int(v): facts for note in manifest["shards"] for v, facts in note["videos"].items()}
         self._open = collections.OrderedDict()  # shard -> (its file, key -> tensor that was asked for, path)
 
     @property
-    def videos(self):
+    def videos(self) -> list[int]:
         """Indices of the videos that were not skipped."""
         return list(self.facts)
 
-    def length(self, video):
+    def length(self, video: int) -> int:
         """Frames of a video."""
         return self.facts[video]["n_frames"]
 
-    def file_name(self, video):
+    def file_name(self, video: int) -> str:
         """The shard that holds a video."""
         return self.manifest["shards"][self.shard_of(video)]["file"]
 
-    def frames(self, video, start, stop, stride=1):
+    def frames(self, video: int, start: int, stop: int, stride: int = 1) -> Shaped[Tensor, "T ..."]:
         """Frames ``start:stop:stride`` -> a view of the mapped file: to be copied, into another type say, before it is
         changed, kept or sent to another process."""
         return self._tensor(video)[start:stop:stride]
 
-    def array(self, video, start, stop, stride=1):
+    def array(self, video: int, start: int, stop: int, stride: int = 1) -> Shaped[np.ndarray, "T ..."]:
         """The same as an array, where NumPy has the type; costs a fifth of that."""
         return self._tensor(video, as_array=True)[start:stop:stride]
 
-    def conditions(self, video, start, stop, stride=1):
+    def conditions(self, video: int, start: int, stop: int, stride: int = 1) -> dict[str, Tensor]:
         """name -> tensor: frames ``start:stop:stride`` of conditions per frame, the whole of others."""
         found = {}
         for name, spec in self.manifest["conditions"].items():
@@ -621,7 +645,7 @@ class ClipReader:
         EmptySplitError: no video is long enough.
     """
 
-    def __init__(self, root, manifest, clip_length, stride, name):
+    def __init__(self, root: Place, manifest: dict, clip_length: int, stride: int, name: str) -> None:
         self._reader, self._stride = ShardReader(root, manifest), stride
         lengths = {v: (self._reader.length(v) - 1) // stride + 1 for v in self._reader.videos}
         self._numbers = [v for v, n in lengths.items() if n >= clip_length]
@@ -638,15 +662,15 @@ class ClipReader:
             VideoEntry(known[v]["name"], lengths[v], known[v].get("fps", fps) / stride) for v in self._numbers
         ]
 
-    def frames(self, index, start=0, stop=None):
+    def frames(self, index: int, start: int = 0, stop: int | None = None) -> Shaped[Tensor, "T ..."]:
         """Frames ``start:stop`` of video ``index`` -> (stop - start, *frame_shape), as ShardReader gives them."""
         return self._reader.frames(*self._place(index, start, stop))
 
-    def array(self, index, start=0, stop=None):
+    def array(self, index: int, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "T ..."]:
         """The same as an array; see ShardReader."""
         return self._reader.array(*self._place(index, start, stop))
 
-    def conditions(self, index, start=0, stop=None):
+    def conditions(self, index: int, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
         """Conditions of the same frames; see VideoDataset."""
         return self._reader.conditions(*self._place(index, start, stop))
 
@@ -675,7 +699,7 @@ class ClipReader:
         return self._numbers[index], start * self._stride, (stop - 1) * self._stride + 1, self._stride
 
 
-def read_manifest(root, kind):
+def read_manifest(root: Place, kind: Kind) -> dict:
     """The manifest of a finished folder, after a check that every shard has its full size.
 
     Raises:
@@ -693,7 +717,7 @@ def read_manifest(root, kind):
     return manifest
 
 
-def load_manifest(root, kind):
+def load_manifest(root: Place, kind: Kind) -> dict:
     """The manifest of a finished folder, whether or not its shards stand; raises ValueError as ``read_manifest``."""
     path = folder_at(root) / MANIFEST
     manifest = read_json(path, MANIFEST_MB)
@@ -726,7 +750,7 @@ def _check_note(where, job, shard, note):
         )
 
 
-def verify(root, kind):
+def verify(root: Place, kind: Kind) -> int:
     """Compare every shard of a finished folder with its checksum; returns the number of shards.
 
     Raises:
@@ -738,7 +762,7 @@ def verify(root, kind):
     return len(notes)
 
 
-def damage(root, notes):
+def damage(root: Place, notes: Iterable[dict]) -> Iterator[str]:
     """Yield a line for each shard that is missing, or differs in size or checksum from its note."""
     root = folder_at(root)
     for note, error in zip(notes, _size_errors(root, notes)):
@@ -749,7 +773,7 @@ def damage(root, notes):
             yield error
 
 
-def difference_of(found, asked):
+def difference_of(found: Mapping, asked: Mapping) -> str:
     """The first entries that differ, with both sides, as one line; empty when there are none."""
     lines = itertools.islice(_differences(found, asked, ""), 3)
     return "; ".join("made with {} {}, asked for {}".format(*map(one_line, line)) for line in lines)

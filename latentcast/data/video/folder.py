@@ -10,13 +10,16 @@ import statistics
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from jaxtyping import Float, Shaped, UInt8
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from ...command import named
 from ...files import read_json, replacing, shortened, told, user_cache
@@ -105,22 +108,22 @@ class VideoFolder(VideoDataset):
 
     def __init__(
         self,
-        root,
-        split,
-        clip_length,
-        size,
-        channels=3,
-        frame_stride=1,
-        fps=None,
-        val_fraction=0.05,
-        test_fraction=0.05,
-        seed=0,
-        index_dir=None,
-        backend="auto",
-        flip=None,
-        square_pixels=False,
-        crop="center",
-    ):
+        root: str | Path,
+        split: str,
+        clip_length: int,
+        size: int | Sequence[int],
+        channels: int = 3,
+        frame_stride: int = 1,
+        fps: float | None = None,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        seed: int = 0,
+        index_dir: str | Path | None = None,
+        backend: str = "auto",
+        flip: str | None = None,
+        square_pixels: bool = False,
+        crop: str = "center",
+    ) -> None:
         check_split(split)
         self.flip = check_flip(flip)
         check_whole(clip_length=clip_length, frame_stride=frame_stride)
@@ -149,11 +152,11 @@ class VideoFolder(VideoDataset):
         self.fps = neat_rate(statistics.median(entry.fps for entry in self._videos))
 
     @property
-    def videos(self):
-        """list of VideoEntry, sorted by path; ``n_frames`` and ``fps`` after stride or resampling."""
+    def videos(self) -> list[VideoEntry]:
+        """Sorted by path; ``n_frames`` and ``fps`` after stride or resampling."""
         return self._videos
 
-    def read_video(self, index, start, stop):
+    def read_video(self, index: int, start: int, stop: int) -> Float[Tensor, "{stop}-{start} C H W"]:
         entry, part = self._videos[index], self._files[index]
         if not 0 <= start < stop <= entry.n_frames:
             raise ValueError(f"{part.name}: expected 0 <= start < stop <= {entry.n_frames}, found {start}:{stop}")
@@ -163,7 +166,7 @@ class VideoFolder(VideoDataset):
         fit = {"square_pixels": self.square_pixels, "crop": self.crop}
         return load_frames(path, places, self.size, self.channels, self.backend, part.whole, **fit)
 
-    def describe(self):
+    def describe(self) -> dict:
         files = [[part.name, part.size, part.info.n_frames] for part in self._files]
         return {
             "type": "VideoFolder",
@@ -330,19 +333,21 @@ def _split_folders(root):
     return folders if len(folders) > 1 else []  # train alone sets nothing apart
 
 
-def check_whole(**values):
+def check_whole(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected at least 1, found {value!r}")
 
 
-def check_rate(**values):
+def check_rate(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"{name}: expected a rate above 0, found {value!r}")
 
 
-def check_options(channels, frame_stride, fps, val_fraction, test_fraction):
+def check_options(
+    channels: int, frame_stride: int, fps: float | None, val_fraction: float, test_fraction: float
+) -> None:
     """Refuse options of a folder of videos that make no sense together."""
     if channels not in (1, 3):
         raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), found {channels}")
@@ -354,7 +359,7 @@ def check_options(channels, frame_stride, fps, val_fraction, test_fraction):
         raise ValueError(f"val_fraction, test_fraction: not shares of one whole: {val_fraction}, {test_fraction}")
 
 
-def splits_of(names, val, test, seed=0):
+def splits_of(names: Iterable[str], val: float, test: float, seed: int = 0) -> dict[str, str]:
     """Video -> its split, from a hash of its name, so that adding videos moves no other; ``val``, ``test``: shares.
 
     Of three videos or more, a split with a share has one at least: where the hash gives it none it borrows one of
@@ -375,12 +380,14 @@ def splits_of(names, val, test, seed=0):
     return splits
 
 
-def luma(frames):
-    """(..., 3, H, W) RGB -> (..., 1, H, W) grey, float, in the range of the frames (BT.601)."""
+def luma(frames: Shaped[Tensor, "*frames 3 H W"]) -> Float[Tensor, "*frames 1 H W"]:
+    """RGB to grey, in the range of the frames (BT.601)."""
     return (frames.float() * torch.tensor(LUMA).view(3, 1, 1)).sum(-3, keepdim=True)
 
 
-def rate_for_all(rates, source, option="fps", level=logging.WARNING):
+def rate_for_all(
+    rates: Mapping[str, float], source: str | Path, option: str = "fps", level: int = logging.WARNING
+) -> float | None:
     """The one frame rate for videos of different ones: that of most, and of several such the lowest, as frames are then
     left out rather than repeated. None where they agree.
 
@@ -406,12 +413,12 @@ def rate_for_all(rates, source, option="fps", level=logging.WARNING):
     return chosen
 
 
-def nearest_stride(info, fps):
+def nearest_stride(info: VideoInfo, fps: float | None) -> int:
     """Every how many-th frame of a file comes nearest to a rate; None: every frame."""
     return max(1, round(info.fps / fps)) if fps else 1
 
 
-def sampled_rate(info, frame_stride=1, fps=None):
+def sampled_rate(info: VideoInfo, frame_stride: int = 1, fps: float | None = None) -> tuple[int, float]:
     """(frames, frames per second) that a file gives at a stride, or resampled to a rate."""
     if fps is None:
         return (info.n_frames - 1) // frame_stride + 1, neat_rate(info.fps / frame_stride)
@@ -419,7 +426,9 @@ def sampled_rate(info, frame_stride=1, fps=None):
     return int(last * fps + 1e-6) + 1, fps
 
 
-def sampled_places(info, frames, frame_stride=1, fps=None):
+def sampled_places(
+    info: VideoInfo, frames: Sequence[int], frame_stride: int = 1, fps: float | None = None
+) -> list[int]:
     """Numbers of frames at that stride or rate -> numbers of the file's frames."""
     if fps is None:
         return [i * frame_stride for i in frames]
@@ -430,14 +439,25 @@ def sampled_places(info, frames, frame_stride=1, fps=None):
     return (times[None] - asked[:, None]).abs().argmin(1).tolist()
 
 
-def load_frames(path, places, size, channels=3, backend="auto", info=None, square_pixels=False, crop="center"):
+def load_frames(
+    path: str | Path,
+    places: Sequence[int],
+    size: int | Sequence[int] | None,
+    channels: int = 3,
+    backend: str = "auto",
+    info: VideoInfo | None = None,
+    square_pixels: bool = False,
+    crop: str = "center",
+) -> Float[Tensor, "T C H W"]:
     """The file's frames numbered ``places`` -> (len(places), channels, *size) in [-1, 1].
 
     Arguments: see ``read_clip``."""
     return to_model(read_clip(path, places, size, backend, info, square_pixels=square_pixels, crop=crop), channels)
 
 
-def read_places(path, places, size, channels=3, crop="center"):
+def read_places(
+    path: str | Path, places: Sequence[int], size: int | Sequence[int] | None, channels: int = 3, crop: str = "center"
+) -> Float[Tensor, "T C H W"]:
     """``load_frames`` that decodes from the start, so that damage is named, which reading single frames conceals."""
     kept, n_decoded, wanted = {}, 0, set(places)
     for frame in itertools.islice(iter_clip(path, size, chunk=1, crop=crop), max(places) + 1):
@@ -449,7 +469,7 @@ def read_places(path, places, size, channels=3, crop="center"):
     return to_model(torch.cat([kept[place] for place in places]), channels)
 
 
-def to_model(frames, channels=3):
+def to_model(frames: UInt8[Tensor, "T 3 H W"], channels: int = 3) -> Float[Tensor, "T {channels} H W"]:
     """(T, 3, H, W) uint8 -> (T, channels, H, W) in [-1, 1]; a ValueError for channels that a video has not."""
     if channels not in (1, 3):
         raise ValueError(f"channels: a video has 1 (grey) or 3 (RGB), found {channels} asked for")
@@ -457,7 +477,7 @@ def to_model(frames, channels=3):
     return (frames / 127.5 - 1).clamp_(-1, 1)
 
 
-def build_index(root, index_dir=None):
+def build_index(root: str | Path, index_dir: str | Path | None = None) -> dict[str, dict]:
     """What every video file under ``root`` holds, from the index on disk, brought up to date.
 
     Returns:
@@ -467,7 +487,7 @@ def build_index(root, index_dir=None):
     return update_index(root, index_dir)[0]
 
 
-def update_index(root, index_dir=None):
+def update_index(root: str | Path, index_dir: str | Path | None = None) -> tuple[dict[str, dict], bool]:
     """``build_index``, and whether there were files to look at."""
     root = Path(root)
     if not root.is_dir():
@@ -516,7 +536,7 @@ def _examine(path):
         return {"error": f"{type(error).__name__}: {error}", "away": True}
 
 
-def no_videos(root):
+def no_videos(root: str | Path) -> str:
     """The error about a folder without video files; where it has pictures, it says what makes videos of them."""
     n_pictures = sum(name.lower().endswith(PICTURE_SUFFIXES) for _, names in _walk(Path(root)) for name in names)
     hint = f"; expected any of {', '.join(SUFFIXES)}"
@@ -528,7 +548,7 @@ def no_videos(root):
     return f"{root}: no video files here{hint}"
 
 
-def list_videos(root, is_sequence=None):
+def list_videos(root: str | Path, is_sequence: Callable[[list[str]], bool] | None = None) -> list[Path]:
     """What training and all tools take for the videos below a folder.
 
     These are files with one of ``SUFFIXES``, in any case, in folders down from ``root``. Links are followed; a folder
@@ -593,7 +613,7 @@ def _walk(root):
             folders += [folder / name for name in reversed(inner) if name.lower() not in SYSTEM_FOLDERS]
 
 
-def visible(folder):
+def visible(folder: str | Path) -> tuple[list[str], list[str]]:
     """Names of the folders and of the other entries in a folder, links followed, without the hidden ones; sorted."""
     folders, names = [], []
     with os.scandir(folder) as entries:

@@ -1,8 +1,12 @@
 """Around a prediction: from a video file to the frames that are given, and from futures to what is shown of them."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from ...figures.sheets import (
     BORDER,
@@ -26,21 +30,24 @@ SHEET_VIDEOS, SHEET_FUTURES, SHEET_FRAMES = 16, 8, 32  # most on the contact she
 SHEET_PIXELS = 1 << 26  # another video must not make it larger
 
 
+Rows = Sequence[tuple[str, UInt8[Tensor, "T 3 H W"]]]  # names and frames, side by side
+
+
 def read_context(
-    path,
-    spec,
-    n_context,
-    n_frames,
-    multiplier=1,
+    path: str | Path,
+    spec: dict,
+    n_context: int,
+    n_frames: int,
+    multiplier: float = 1,
     *,
-    start=0,
-    fps=None,
-    frame_stride=None,
-    image_fps=None,
-    trained_fps=None,
-    most=None,
-    crop="center",
-):
+    start: int = 0,
+    fps: float | None = None,
+    frame_stride: int | None = None,
+    image_fps: float | None = None,
+    trained_fps: float | None = None,
+    most: int | None = None,
+    crop: str = "center",
+) -> tuple:
     """The frames of a video that a prediction is given, and those that it predicts, where the video is long enough.
 
     Args:
@@ -89,7 +96,9 @@ def _check_decoded(path, n_frames, most):
         raise VideoError(f"{path}: expected at most {most} frames to be read, found {n_frames}")
 
 
-def held(context, truth, n_frames, multiplier):
+def held(
+    context: Float[Tensor, "T C H W"], truth: Float[Tensor, "_ C H W"] | None, n_frames: int, multiplier: float
+) -> tuple[Float[Tensor, "_ C H W"], Float[Tensor, "_ C H W"] | None]:
     """Context and truth at ``multiplier`` times their rate, each frame staying until the next -> the same two."""
     last = len(context) - 1
     frames = context if truth is None else torch.cat([context, truth])
@@ -99,7 +108,7 @@ def held(context, truth, n_frames, multiplier):
     return given, None if truth is None else frames[places[-n_frames:]]
 
 
-def layout(n, height, width):
+def layout(n: int, height: int, width: int) -> tuple[int, int]:
     """(scale, columns) for ``n`` videos of ``height`` x ``width`` pixels: one row where they are few, nearly a square
     where many, and less enlarged where that would be too wide."""
     scale, columns = _enlarged(height, width), n if n <= ROW else math.ceil(math.sqrt(n))
@@ -113,7 +122,7 @@ def _enlarged(height, width):
     return max(1, round(SMALLEST / (max(height, width) - 2 * BORDER)))
 
 
-def labelled_futures(rows, n_frames, fps, scale, columns):
+def labelled_futures(rows: Rows, n_frames: int, fps: float, scale: int, columns: int) -> UInt8[Tensor, "T 3 _ _"]:
     """One video of a truth and its futures side by side, named, under a title that counts frames and seconds.
 
     Args:
@@ -138,11 +147,11 @@ class Sheet:
         n_videos, n_left_out: how many it shows, and for how many there was no room.
     """
 
-    def __init__(self, path, height, width):
+    def __init__(self, path: str | Path, height: int, width: int) -> None:
         self.path, self.size, self.scale = path, (height, width), max(1, _enlarged(height, width) // 2)
         self.rows, self.n_videos, self.n_left_out, self.outputs = [], 0, 0, []
 
-    def add(self, video, rows, n_context):
+    def add(self, video: str, rows: Rows, n_context: int) -> None:
         """Show a video, where there is room.
 
         Args:

@@ -3,10 +3,14 @@
 import contextlib
 import re
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from .folder import PICTURE_SUFFIXES, visible
 from .reader import CHUNK, MOST_PIXELS, VideoAwayError, VideoError, fit_pieces, is_away
@@ -15,7 +19,7 @@ NUMBER = re.compile(r"(\d+)(?:[_-]\d+x\d+)?$")  # in a name without suffix; a si
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's with 8 bits a channel or fewer
 
 
-def frame_number(name):
+def frame_number(name: str) -> int | None:
     """The number at the end of a picture's name, before the suffix and a size ("007_64x64.png" is 7, as SVG names KTH's
     frames); None if it is no picture or has no number."""
     stem, dot, suffix = name.rpartition(".")
@@ -23,12 +27,12 @@ def frame_number(name):
     return int(digits[1]) if digits and dot + suffix.lower() in PICTURE_SUFFIXES else None
 
 
-def is_sequence(names):
+def is_sequence(names: Iterable[str]) -> bool:
     """Whether a folder with files of these names is a video: two numbered pictures at least (one is a cover)."""
     return sum(frame_number(name) is not None for name in names) > 1
 
 
-def numbered_pictures(folder):
+def numbered_pictures(folder: str | Path) -> list[Path]:
     """The numbered pictures of a folder as paths in the order of their numbers, which must be evenly spaced.
 
     Raises:
@@ -59,7 +63,13 @@ def numbered_pictures(folder):
     return [found[number] for number in numbers]
 
 
-def read_pictures(paths, size=None, resample="bilinear", chunk=CHUNK, crop="center"):
+def read_pictures(
+    paths: Sequence[str | Path],
+    size: int | Sequence[int] | None = None,
+    resample: str = "bilinear",
+    chunk: int = CHUNK,
+    crop: str = "center",
+) -> Iterator[UInt8[Tensor, "_ 3 H W"]]:
     """Read pictures of one video, all of one size, in pieces, as ``iter_clip`` does for video files.
 
     Args:

@@ -16,6 +16,7 @@ import struct
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, dropwhile, islice, pairwise
@@ -27,7 +28,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.stream import Disposition
+from jaxtyping import UInt8
 from PIL import Image
+from torch import Tensor
 
 from ...sizes import sides
 
@@ -72,7 +75,7 @@ class VideoAwayError(VideoError):
     """A file that cannot be read at the moment (gone, no permission, no free file descriptor); says nothing of it."""
 
 
-def is_away(error):
+def is_away(error: BaseException) -> bool:
     """Whether an error, VideoError or not, says nothing of the file that was read: it may be fine at the next try."""
     of_the_system = isinstance(error, OSError) and not isinstance(error, VideoError)
     known = isinstance(error, (VideoAwayError, MemoryError))
@@ -138,17 +141,17 @@ class VideoInfo:
     fps: float
     height: int
     width: int
-    times: tuple | None = None
-    cuts: tuple = ()
+    times: Sequence[float] | None = None
+    cuts: Sequence[int] = ()
     reader: str = "pyav"
-    keys: tuple = ()
+    keys: Sequence = ()
     stream: int = 0
     late: bool = False
     orientation: int = 0
     pixel_aspect: float = 1.0
 
 
-def probe(path, backend="auto"):
+def probe(path: str | Path, backend: str = "auto") -> VideoInfo:
     """Count, time and measure the frames of a video by decoding all of them -> VideoInfo.
 
     ``auto`` and ``pyav`` decode. ``packets`` says the same of a sound file after decoding its first frame alone, but
@@ -161,8 +164,15 @@ def probe(path, backend="auto"):
 
 
 def read_clip(
-    path, indices, size=None, backend="auto", info=None, resample="bilinear", square_pixels=False, crop="center"
-):
+    path: str | Path,
+    indices: Sequence[int],
+    size: int | Sequence[int] | None = None,
+    backend: str = "auto",
+    info: VideoInfo | None = None,
+    resample: str = "bilinear",
+    square_pixels: bool = False,
+    crop: str = "center",
+) -> UInt8[Tensor, "T 3 H W"]:
     """Read single frames of a video.
 
     Args:
@@ -207,15 +217,15 @@ def read_clip(
 
 
 def iter_clip(
-    path,
-    size=None,
-    frame_stride=1,
-    fps=None,
-    resample="bilinear",
-    chunk=CHUNK,
-    square_pixels=False,
-    crop="center",
-):
+    path: str | Path,
+    size: int | Sequence[int] | None = None,
+    frame_stride: int = 1,
+    fps: float | None = None,
+    resample: str = "bilinear",
+    chunk: int = CHUNK,
+    square_pixels: bool = False,
+    crop: str = "center",
+) -> Iterator[UInt8[Tensor, "_ 3 H W"]]:
     """Decode a video once, from its start to its end, without knowing or holding its length.
 
     The frames are those that ``read_clip`` gives through PyAV. Damage is an error as in ``probe``, which may come after
@@ -248,18 +258,18 @@ def iter_clip(
         yield from fit_pieces(shown, size, resample, chunk, found.pixel_aspect if square_pixels else 1, crop)
 
 
-def neat_rate(rate):
+def neat_rate(rate: float) -> float:
     """A frame rate without the last digits that measuring and dividing leave: 25 for 24.999999999999996."""
     neat = float(Fraction(rate).limit_denominator(1001))
     return neat if abs(neat - rate) < 1e-7 * rate else round(rate, 9)
 
 
-def too_slow(rate, fps):
+def too_slow(rate: float, fps: float) -> bool:
     """Whether a video of that rate is a series of stills to who asks for ``fps`` frames a second."""
     return rate * GAP < 1 and fps > 2 * rate
 
 
-def look(path):
+def look(path: str | Path) -> Look:
     """What a file's packets and its first frame say -> Look. It is kept for the last files looked at.
 
     Raises:
@@ -285,7 +295,9 @@ class Fit(NamedTuple):
     around: tuple = (0, 0, 0, 0)
 
 
-def fit_of(height, width, size, crop="center", pixel_aspect=1.0):
+def fit_of(
+    height: int, width: int, size: int | Sequence[int] | None, crop: str = "center", pixel_aspect: float = 1.0
+) -> Fit:
     """The Fit of pictures of ``height`` x ``width`` pixels to a size; arguments: see ``fit_frames``."""
     rows, columns = sides(size)
     aspect = columns / rows
@@ -302,14 +314,20 @@ def fit_of(height, width, size, crop="center", pixel_aspect=1.0):
     return Fit((height - kept[0]) // 2, (width - kept[1]) // 2, *kept, (rows, columns))
 
 
-def check_crop(crop):
+def check_crop(crop: str) -> str:
     """``crop`` itself, one of CROPS."""
     if crop not in CROPS:
         raise ValueError(f"crop: expected one of {', '.join(CROPS)}, found {crop!r}")
     return crop
 
 
-def fit_frames(frames, size=None, resample="bilinear", pixel_aspect=1.0, crop="center"):
+def fit_frames(
+    frames: UInt8[np.ndarray, "n H W 3"],
+    size: int | Sequence[int] | None = None,
+    resample: str = "bilinear",
+    pixel_aspect: float = 1.0,
+    crop: str = "center",
+) -> UInt8[Tensor, "n 3 _ _"]:
     """Bring pictures to a size, with antialiasing.
 
     Args:
@@ -333,15 +351,22 @@ def fit_frames(frames, size=None, resample="bilinear", pixel_aspect=1.0, crop="c
     elif pixel_aspect != 1:
         target = (height, round(width * pixel_aspect)) if pixel_aspect > 1 else (round(height / pixel_aspect), width)
     if frames.shape[1:3] != target and resample == "lanczos":
-        pictures = [Image.fromarray(frame).resize(target[::-1], Image.Resampling.LANCZOS) for frame in frames]
-        frames = np.stack([np.asarray(picture) for picture in pictures])
-    frames = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-    if frames.shape[2:] != target:
-        frames = F.interpolate(frames, size=target, mode="bilinear", antialias=True)
-    return F.pad(frames, around) if any(around) else frames
+        resized = [Image.fromarray(frame).resize(target[::-1], Image.Resampling.LANCZOS) for frame in frames]
+        frames = np.stack([np.asarray(picture) for picture in resized])
+    pictures = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    if pictures.shape[2:] != target:
+        pictures = F.interpolate(pictures, size=target, mode="bilinear", antialias=True)
+    return F.pad(pictures, around) if any(around) else pictures
 
 
-def fit_pieces(frames, size=None, resample="bilinear", chunk=CHUNK, pixel_aspect=1.0, crop="center"):
+def fit_pieces(
+    frames: Iterable[UInt8[np.ndarray, "H W 3"]],
+    size: int | Sequence[int] | None = None,
+    resample: str = "bilinear",
+    chunk: int = CHUNK,
+    pixel_aspect: float = 1.0,
+    crop: str = "center",
+) -> Iterator[UInt8[Tensor, "_ 3 H W"]]:
     """Iterator of (H, W, 3) uint8 arrays -> iterator of (<= chunk, 3, *size) tensors; see ``fit_frames``."""
     while piece := [fit_frames(frame[None], size, resample, pixel_aspect, crop) for frame in islice(frames, chunk)]:
         yield torch.cat(piece).contiguous()
@@ -917,7 +942,7 @@ def _existing(path):
     return Path(path)
 
 
-def file_url(path):
+def file_url(path: str | Path) -> str:
     """What FFmpeg takes for this file and nothing else, whatever its name: "http:x.mp4" and "-" are files too."""
     return f"file:{os.path.abspath(path)}"
 

@@ -5,14 +5,20 @@ import logging
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 import torch
+from jaxtyping import Shaped, UInt8
 from PIL import Image
+from torch import Tensor
 
 from ...files import replacing
 from ...urls import folder_at
+
+if TYPE_CHECKING:  # a video needs no figures
+    from latentcast.figures import Drawing
 
 logger = logging.getLogger("latentcast")
 
@@ -24,7 +30,7 @@ HOLD = 1.0  # seconds for which its last picture stays longer
 LONGEST = 65535  # hundredths of a second for which a GIF can show one picture
 
 
-def write_both(stem, frames, fps):
+def write_both(stem: str | Path, frames: Shaped[Tensor, "T C H W"], fps: float) -> list[Path]:
     """Write ``stem``.mp4 at its own rate, and ``stem``.gif so that it can be watched as it loops: at ``GIF_RATE`` at
     most, with a rest at its end -> [path, path]. Arguments and errors: see ``write_video``."""
     stem = Path(stem)
@@ -34,7 +40,7 @@ def write_both(stem, frames, fps):
     return files
 
 
-def write_drawing(stem, drawing, gif=False):
+def write_drawing(stem: str | Path, drawing: "Drawing", gif: bool = False) -> dict[str, Path]:
     """Write a figure's picture as ``stem``.png and its frames, where it has any, as ``stem``.mp4 -> suffix -> path.
 
     Args:
@@ -52,7 +58,7 @@ def write_drawing(stem, drawing, gif=False):
     return files
 
 
-def write_video(path, frames, fps, hold=0.0):
+def write_video(path: str | Path, frames: Shaped[Tensor, "T C H W"], fps: float, hold: float = 0.0) -> None:
     """Write a video whose kind follows from the suffix.
 
     ``.mp4`` is h264 in yuv420p, which every browser plays; odd heights and widths gain one pixel that repeats the edge.
@@ -83,7 +89,7 @@ def write_video(path, frames, fps, hold=0.0):
         VIDEO_WRITERS[path.suffix.lower()](temporary, frames, written, hold)
 
 
-def check_video(path, height, width):
+def check_video(path: str | Path, height: int, width: int) -> None:
     """Refuse frames that are larger, in pixels, than ``write_video`` can write them to ``path``, with a ValueError."""
     longest = SIDES[Path(path).suffix.lower()]
     if max(height, width) > longest or height * width > LARGEST:
@@ -93,7 +99,7 @@ def check_video(path, height, width):
         )
 
 
-def write_image(path, frame):
+def write_image(path: str | Path, frame: Shaped[Tensor, "C H W"]) -> None:
     """Write one frame (C, H, W), float in [-1, 1] or uint8, grey or RGB, as PNG; raises as ``write_video`` does."""
     path = folder_at(path)
     if path.suffix.lower() != ".png":
@@ -103,7 +109,7 @@ def write_image(path, frame):
         Image.fromarray(frame).save(temporary, format="PNG")
 
 
-def to_uint8(frames, n_dims):
+def to_uint8(frames: Shaped[Tensor, "*frames C H W"], n_dims: int) -> UInt8[np.ndarray, "*frames H W 3"]:
     """(..., C, H, W) float in [-1, 1] or uint8, C = 1 or 3 -> (..., H, W, 3) uint8 array."""
     frames = torch.as_tensor(frames).detach().cpu()
     if frames.ndim != n_dims or frames.shape[-3] not in (1, 3) or 0 in frames.shape:

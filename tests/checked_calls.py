@@ -1,0 +1,40 @@
+"""While tests run, every annotated call is checked: jaxtyping's import hook, and beartype.
+
+What a function refuses in its own words it goes on refusing so: arguments are looked at when it has returned, with what
+it returns. A wrong shape then fails a test where a function took it without a word.
+
+Holds for all that is imported after this. ``JAXTYPING_DISABLE=1`` runs tests without.
+"""
+
+import sys
+from typing import Any
+
+from beartype import BeartypeConf, beartype
+from jaxtyping import config, install_import_hook
+
+PACKAGES = ("data", "evaluation", "layers", "metrics", "pipelines", "priors", "tokenizers")
+
+_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for type checkers
+
+
+def check_what_returned(stand_in):
+    """The type checker of the hook, which hands it two stand-ins for each function: one is called before it with its
+    arguments, and returns Any; the other is called after it with what it returned as well, and looks at both."""
+    if stand_in.__annotations__.get("return") is Any:
+        return lambda *args, **kwargs: None
+    return _beartype(stand_in)
+
+
+def stop(monkeypatch):
+    """Of all that is imported by now. torch.compile traces functions that are told not to check, and no constructors
+    of dataclasses that have ever been told to."""
+    monkeypatch.setattr(config, "jaxtyping_disable", True)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("latentcast."):
+            for found in list(vars(module).values()):
+                constructor = vars(found).get("__init__") if hasattr(found, "__dataclass_fields__") else None
+                if hasattr(constructor, "__wrapped__"):
+                    monkeypatch.setattr(found, "__init__", constructor.__wrapped__)
+
+
+install_import_hook([f"latentcast.{name}" for name in PACKAGES], f"{__name__}.check_what_returned")
