@@ -219,7 +219,7 @@ class Url:
                 time.sleep(pause)
 
 
-Place = str | Path | Url  # what names a folder
+Place = str | int | Path | Url  # what names a folder; one called 2024 is a number to YAML
 
 
 def unlink_all(paths):

@@ -226,7 +226,7 @@ class ClipWindows:
         return video, start, start + self.clip_length
 
 
-def unusual_fit(dataset: VideoDataset) -> dict:
+def unusual_fit(dataset: object) -> dict:
     """What of FITTING is not as usual with a data set, for its description."""
     found = {name: getattr(dataset, name, usual) for name, usual in FITTING.items()}
     return {name: value for name, value in found.items() if value != FITTING[name]}

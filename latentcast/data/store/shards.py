@@ -376,7 +376,7 @@ class ShardFile:
         frame_shape: Sequence[int],
         dtype: str,
         conditions: dict[str, dict],
-        keep: Collection[int] = (),
+        keep: Collection = (),
     ) -> None:
         self.path, self.note_path = root / _shard_name(shard), _note_path(root, shard)
         self.temporary = temporary_path(self.path)

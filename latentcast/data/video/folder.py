@@ -548,7 +548,7 @@ def no_videos(root: str | Path) -> str:
     return f"{root}: no video files here{hint}"
 
 
-def list_videos(root: str | Path, is_sequence: Callable[[list[str]], bool] | None = None) -> list[Path]:
+def list_videos(root: str | Path, is_sequence: Callable[[list[str]], bool] | None = None) -> list[str]:
     """What training and all tools take for the videos below a folder.
 
     These are files with one of ``SUFFIXES``, in any case, in folders down from ``root``. Links are followed; a folder
