@@ -258,7 +258,7 @@ class LatentCacheDataset(Dataset):
             conditions[name] = torch.empty(n_items, *n_frames, *spec["shape"], dtype=shards.DTYPES[spec["dtype"]][0])
         return {self.space: torch.empty(n_items, self.clip_length, *shape, dtype=dtype), "conditions": conditions}
 
-    def fill(self, batch: dict, indices: Sequence[int]) -> dict:
+    def fill(self, batch: dict, indices: Iterable[int]) -> dict:
         """Read items into the rows of a batch, each once and to its end before the next index is asked for; -> the
         batch."""
         clips, conditions, store = batch[self.space], batch["conditions"], self.manifest["store"]
