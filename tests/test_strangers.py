@@ -27,7 +27,7 @@ from latentcast.data.sets.tfrecord import tar_members
 from latentcast.data.store.encoding import encode_dataset
 from latentcast.data.video.folder import INDEX_NAME
 from latentcast.data.video.pictures import read_pictures
-from latentcast.data.video.reader import MOST_PIXELS, iter_clip, probe
+from latentcast.data.video.reader import MOST_PIXELS, VideoError, is_away, iter_clip, probe
 from latentcast.evaluation.published import PUBLISHED, read_published
 from latentcast.reporting.folder import read_run
 from latentcast.reporting.page import write_page
@@ -334,6 +334,13 @@ def test_a_video_of_more_samples_than_bytes(tmp_path):
     refused(lambda: probe(path), path, f"states more samples than its {path.stat().st_size} bytes hold")
     write(2_000, 4)
     refused(lambda: probe(path, "packets"), path, "has more packets than its bytes hold")
+    path.write_bytes(boxes(whole, {b"stts": struct.pack(">IIII", 0, 1, 2**31 + 12, 512)}))
+    info = probe(path)  # these decode, but decord would end the process
+    assert (info.n_frames, info.reader) == (4, "pyav")
+    path.write_bytes(boxes(whole, {b"stsz": struct.pack(">III4I", 0, 0, 4, 2**31 - 1, 9, 9, 9)}))
+    with pytest.raises(VideoError) as caught:  # of which FFmpeg says that there is no memory
+        probe(path)
+    assert not is_away(caught.value)
     path.write_bytes(b"\0\0\0\1free" + b"\xff" * 8 + whole)  # a box of exabytes
     refused(lambda: probe(path), path)
     path.write_bytes(boxes(whole, {}))

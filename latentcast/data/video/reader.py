@@ -685,6 +685,8 @@ class _Scan:
     def __init__(self, container, stream, packets):
         self.format, self.index, self.base = container.format.name, stream.index, float(stream.time_base)
         self.alone = len(container.streams.video) == 1
+        # Decord makes room for as many frames as are stated, and ends the process where there is none.
+        self.counted = 0 <= stream.frames <= 2 * len(packets) + FEW_PACKETS
         self.codec, reorders = stream.codec_context.name, stream.codec_context.has_b_frames
         aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
         self.aspect = float(aspect) if 1 / 16 < aspect < 16 else 1.0
@@ -728,7 +730,8 @@ class _Scan:
         if even or rate >= MAX_RATE:
             even, rate = True, self.stated
         starts = () if even else _starts(packets, self.format in BY_TIME)
-        plain = self.format in TABLED and self.codec in DECORD and self.alone and not (self.late or even or orientation)
+        known = self.format in TABLED and self.codec in DECORD and self.alone and self.counted
+        plain = known and not (self.late or even or orientation)
         return Look(
             stream=self.index,
             late=self.late,
