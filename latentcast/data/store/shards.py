@@ -47,7 +47,7 @@ from ...files import (
 )
 from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, short
 from ...urls import Place, Url, folder_at, unlink_all
-from ..base import EmptySplitError, VideoEntry
+from ..base import ClipWindows, EmptySplitError, VideoEntry
 
 logger = logging.getLogger("latentcast")
 
@@ -602,11 +602,11 @@ class ShardReader:
         note = self.manifest["shards"][shard]
         return local_copy(self.root / note["file"], note["bytes"], note["sha256"])
 
-    def shard_of(self, video):
+    def shard_of(self, video: int) -> int:
         """The number of the shard that holds a video."""
         return video // self.manifest["shard_videos"]
 
-    def prefetch(self, shards):
+    def prefetch(self, shards: Iterable[int]) -> None:
         """Fetch local copies of whole shards, in this order, while the process does other things; those that were asked
         for before are no more. Nothing to do for those of a local folder."""
         if not isinstance(self.root, Url):
@@ -674,7 +674,7 @@ class ClipReader:
         """Conditions of the same frames; see VideoDataset."""
         return self._reader.conditions(*self._place(index, start, stop))
 
-    def shard_clips(self, windows):
+    def shard_clips(self, windows: ClipWindows) -> list[tuple[int, int, int, int]]:
         """Which clips lie in which shard -> (shard, first clip, its end, bytes of the shard), of ClipWindows over the
         videos."""
         notes, found = self._reader.manifest["shards"], []
@@ -685,7 +685,7 @@ class ClipReader:
             found.append((shard, start, stop, notes[shard]["bytes"]))
         return found
 
-    def prefetch(self, shards):
+    def prefetch(self, shards: Iterable[int]) -> None:
         """See ShardReader."""
         self._reader.prefetch(shards)
 
