@@ -35,7 +35,7 @@ def choose_clips(dataset: VideoDataset, protocol: Protocol) -> list[int]:
     return [i * n_there // n_asked for i in range(n_asked)]
 
 
-def fitting_futures(device: torch.device, dataset: VideoDataset, protocol: Protocol) -> int:
+def fitting_futures(device: torch.device | str, dataset: VideoDataset, protocol: Protocol) -> int:
     """How many futures to draw at once on a device: on a GPU 512, or half, a quarter ... of it (see Evaluation); on a
     CPU, which gains nothing from more, 64, or fewer where they could take an eighth of the machine's memory."""
     if torch.device(device).type == "cuda":

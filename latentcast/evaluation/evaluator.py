@@ -80,7 +80,7 @@ class Evaluation:
     baselines: Sequence[str] = ("copy_last_frame", "mean_context", RECONSTRUCTION, DETERMINISTIC)
     crps_map: dict | None = None
     conditions: str = "own"
-    weights: str | None = None
+    weights: str | Path | None = None
 
     def __post_init__(self):
         if not isinstance(self.sampler, (dict, type(None))):

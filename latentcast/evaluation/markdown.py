@@ -85,7 +85,7 @@ def extrapolated_fvd(named: dict[str, dict]) -> str:
     return f"fvd, extrapolated to infinitely many videos: {values}." if values else ""
 
 
-def cell(entry: dict) -> str:
+def cell(entry: dict | None) -> str:
     """A mean and its interval, to four significant digits."""
     if entry is None:
         return "–"

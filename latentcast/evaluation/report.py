@@ -1,7 +1,7 @@
 """What an evaluation leaves: figures as JSON, a table, plots, and sheets and videos of the best and worst clips."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jaxtyping import Float
@@ -54,7 +54,7 @@ def write_report(evaluation: Evaluation, results: dict, folder: str | Path) -> d
 
 
 def write_curves(
-    metrics: Sequence[str], predictors: dict[str, dict], models: dict[str, dict], folder: Path
+    metrics: Iterable[str], predictors: dict[str, dict], models: dict[str, dict], folder: Path
 ) -> dict[str, Path]:
     """Curves over frames of predictors, and of models, which are some of them, over numbers of samples -> name -> path.
 

@@ -95,7 +95,7 @@ class LatentCacheWriter(shards.ShardWriter):
         conditions: dict[str, dict] | None = None,
         store: str = "auto",
         dtype: str = "float32",
-        shard_videos: int = MOST_VIDEOS,
+        shard_videos: int | None = MOST_VIDEOS,
         overwrite: bool = False,
         rank: int = 0,
         world_size: int = 1,

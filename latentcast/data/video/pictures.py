@@ -64,7 +64,7 @@ def numbered_pictures(folder: str | Path) -> list[Path]:
 
 
 def read_pictures(
-    paths: Sequence[str | Path],
+    paths: Iterable[str | Path],
     size: int | Sequence[int] | None = None,
     resample: str = "bilinear",
     chunk: int = CHUNK,

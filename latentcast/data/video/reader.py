@@ -322,12 +322,12 @@ def check_crop(crop: str) -> str:
 
 
 def fit_frames(
-    frames: UInt8[np.ndarray, "n H W 3"],
+    frames: UInt8[np.ndarray, "n H W C"],
     size: int | Sequence[int] | None = None,
     resample: str = "bilinear",
     pixel_aspect: float = 1.0,
     crop: str = "center",
-) -> UInt8[Tensor, "n 3 _ _"]:
+) -> UInt8[Tensor, "n C _ _"]:
     """Bring pictures to a size, with antialiasing.
 
     Args:
