@@ -24,7 +24,7 @@ ROOM = "room"  # the lock of who counts
 COPY = re.compile(r"[0-9a-f]{64}(\.\w+)?")  # other files in the folder are not ours
 
 
-def local_copy(path, n_bytes=None, sha256=None):
+def local_copy(path: Path | Url, n_bytes: int | None = None, sha256: str | None = None) -> Path:
     """A local file with what stands at ``path``: the file itself where that is a Path.
 
     Args:

@@ -28,7 +28,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _chance = random.Random()  # its own: training's random numbers must not depend on a store's failures
 
 
-def folder_at(location, cache_dir=None, cache_gigabytes=GIGABYTES):
+def folder_at(
+    location: "Place", cache_dir: str | Path | None = None, cache_gigabytes: float = GIGABYTES
+) -> "Path | Url":
     """A folder as a Path, or where ``location`` is a URL as a Url.
 
     Args:
@@ -217,7 +219,7 @@ class Url:
                 time.sleep(pause)
 
 
-Location = str | Path | Url | int  # what ``folder_at`` takes; a folder called 2024 is a number to YAML
+Place = str | int | Path | Url  # what names a folder; one called 2024 is a number to YAML
 
 
 def unlink_all(paths):

@@ -1,4 +1,4 @@
-"""While tests run, every annotated call is checked: jaxtyping's import hook, and beartype.
+"""While tests run, calls of the models' rooms are checked: jaxtyping's import hook, and beartype.
 
 What a function refuses in its own words it goes on refusing so: arguments are looked at when it has returned, with what
 it returns. A wrong shape then fails a test where a function took it without a word.
@@ -12,7 +12,7 @@ from typing import Any
 from beartype import BeartypeConf, beartype
 from jaxtyping import config, install_import_hook, jaxtyped
 
-PACKAGES = ("data", "evaluation", "layers", "metrics", "pipelines", "priors", "tokenizers")
+PACKAGES = ("layers", "metrics", "pipelines", "priors", "tokenizers")
 
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for type checkers
 

@@ -16,7 +16,7 @@ from tiny_experiment import ROOT, typed
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
-PROGRAMS = ("latentcast", "python", "python3", "pip", "make", "ruff", "ray", "cp", "mkdir")  # that blocks may call
+PROGRAMS = ("latentcast", "python", "python3", "pip", "make", "ruff", "pyright", "ray", "cp", "mkdir")  # of blocks
 LAUNCHERS = ("srun", "torchrun")  # of a script, whose call is what counts
 OF_A_CLUSTER = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1"}
 RECORD = "\n".join(

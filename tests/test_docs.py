@@ -19,6 +19,7 @@ NOT_RUN = {
     ("README.md", "python3 -m venv"): "of an installation",
     ("README.md", "pip"): "of an installation",
     ("README.md", "ruff"): "of make lint",
+    ("README.md", "pyright"): "of make lint",
     ("README.md", "python -m pytest"): "runs this",
     ("README.md", "python tools/quickstart.py"): "four processes; its tools run on the experiment in the fixture below",
     ("README.md", "python tools/figures.py"): "the same in docs/figures.md",

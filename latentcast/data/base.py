@@ -205,7 +205,7 @@ class ClipWindows:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def spans(self) -> Iterator[tuple[int, int]]:
+    def spans(self) -> Iterable[tuple[int, int]]:
         """Of each video its first clip, and the end of its clips."""
         return itertools.pairwise([0, *self._ends])
 

@@ -6,7 +6,7 @@ import tempfile
 
 from ..files import file_sha256, told
 from ..progress import Bar
-from ..urls import Location, Url, folder_at
+from ..urls import Place, Url, folder_at
 from .base import SPLITS
 from .sets.prepared_videos import prepared_videos
 from .store import prepared, shards
@@ -15,7 +15,7 @@ from .video.folder import build_index
 logger = logging.getLogger("latentcast")
 
 
-def check_folder(root: Location, clip_length: int = 1) -> dict:
+def check_folder(root: Place, clip_length: int = 1) -> dict:
     """Verify a prepared set, or any folder of videos: every file is read.
 
     Args:
@@ -42,7 +42,7 @@ def check_folder(root: Location, clip_length: int = 1) -> dict:
     return figures
 
 
-def check_set(root: Location, clip_length: int = 1) -> dict:
+def check_set(root: Place, clip_length: int = 1) -> dict:
     """``check_folder`` of a prepared set: checksums, counts, lengths and equal videos within and across splits."""
     manifest = prepared.read_set_manifest(root)
     problems, counts, seen, n_frames = [], {}, {}, 0
@@ -87,7 +87,7 @@ def _digest(reader, video, piece=256):
     return digest.digest()
 
 
-def check_videos(root: Location, clip_length: int = 1) -> dict:
+def check_videos(root: Place, clip_length: int = 1) -> dict:
     """``check_folder`` of video files: each is decoded; equal files are found by their bytes."""
     problems, seen, usable, n_frames = [], {}, 0, 0
     with tempfile.TemporaryDirectory() as folder:  # an index kept from earlier would hide damage since

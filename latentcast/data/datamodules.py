@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler
 
 from ..command import named
 from ..sizes import is_whole
-from ..urls import Location, Url, folder_at
+from ..urls import Place, Url, folder_at
 from .base import EmptySplitError, VideoDataset
 from .loading import Loader, end_workers, open_loader
 from .store.latent_cache import LatentCacheDataset
@@ -269,7 +269,7 @@ class LatentDataModule(_ClipDataModule):
 
     def __init__(
         self,
-        cache_root: Location,
+        cache_root: Place,
         clip_length: int,
         batch_size: int,
         stride: int = 1,

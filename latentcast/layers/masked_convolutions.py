@@ -113,7 +113,7 @@ class AxisCausalConv3d(nn.Module):
             y = F.linear(y, self.conv.weight[:, :, 0, 0], self.conv.bias)
         else:
             maps = self.conv(rearrange(y, "b t h w c -> (b t) c h w"))
-            y = rearrange(maps, "(b t) c h w -> b t h w c", t=y.shape[1])
+            y = rearrange(maps, "(b t) c h w -> b t h w c", b=y.shape[0], t=y.shape[1])  # t may be 0
         return y, x.narrow(self.dim, length, reach)
 
     def split_weight(self) -> tuple[Float[Tensor, "taps_in out"], Float[Tensor, "conditions out"]]:

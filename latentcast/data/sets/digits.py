@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...copies import local_copy
 from ...files import replacing, user_cache
-from ...urls import Location, Url, folder_at
+from ...urls import Place, Url, folder_at
 from ..base import SPLITS
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -54,7 +54,7 @@ def _sklearn_images():
 
 
 def mnist_digits(
-    split: str, size: int, folder: Location | None = None, url: str = MNIST_URL
+    split: str, size: int, folder: Place | None = None, url: str = MNIST_URL
 ) -> UInt8[Tensor, "N {size} {size}"]:
     """MNIST's digits: (N, size, size) uint8, bilinear with antialiasing where ``size`` is not 28.
 
@@ -79,7 +79,7 @@ def mnist_digits(
     return images
 
 
-def mnist_file(name: str, folder: Location) -> Path | Url:
+def mnist_file(name: str, folder: Place) -> Path | Url:
     """Path of ``name`` or ``name.gz`` in ``folder``.
 
     Raises:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from latentcast.config import check_counts
+from latentcast.copies import local_copy
 from latentcast.sizes import as_square
 
 from ...urls import Location
@@ -87,7 +88,7 @@ class MovingMNIST(Benchmark):
 
     def files(self) -> dict:
         path = mnist_file(TRAIN_FILE, self.source)
-        return {f"mnist/{path.name}": path}
+        return {f"mnist/{path.name}": local_copy(path)}
 
     def read(self, split: str, name: str) -> Clip:
         index = int(name.rpartition("-")[2])

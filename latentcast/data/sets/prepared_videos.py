@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...urls import GIGABYTES, Location, folder_at
+from ...urls import GIGABYTES, Place, folder_at
 from ..base import VideoDataset, check_flip, check_split
 from ..store.prepared import PreparedVideos, check_size, read_set_manifest
 from .moving_digits import MovingDigits
@@ -13,7 +13,7 @@ logger = logging.getLogger("latentcast")
 
 
 def prepared_videos(
-    root: Location,
+    root: Place,
     split: str,
     clip_length: int,
     size: int | Sequence[int] | None = None,

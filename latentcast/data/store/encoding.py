@@ -16,7 +16,7 @@ from latentcast.distributed import barrier, default_device, rank_and_world, rank
 from latentcast.files import locked
 from latentcast.progress import Bar
 from latentcast.shares import Share, turn
-from latentcast.urls import Url, folder_at
+from latentcast.urls import Place, Url, folder_at
 
 from ...urls import Location
 from ..base import VideoDataset
@@ -33,7 +33,7 @@ CPU_CHUNK = 16  # frames at once through a network on a CPU: what fits in its ca
 def encode_dataset(
     dataset: VideoDataset,
     tokenizer: nn.Module,
-    root: Location,
+    root: Place,
     *,
     store: str = "auto",
     dtype: str = "float32",

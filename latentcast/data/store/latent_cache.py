@@ -18,7 +18,7 @@ from ...command import named
 from ...config import is_whole
 from ...layers.gaussian import sample_moments
 from ...schemas import Count, LatentSpec, Number, Text
-from ...urls import Location, folder_at
+from ...urls import Place, folder_at
 from ..base import FITTING, ClipWindows, VideoEntry, check_split
 from . import shards
 
@@ -85,7 +85,7 @@ class LatentCacheWriter(shards.ShardWriter):
 
     def __init__(
         self,
-        root: Location,
+        root: Place,
         latent_spec: dict,
         fingerprint: str,
         *,
@@ -156,7 +156,7 @@ class LatentCacheDataset(Dataset):
 
     def __init__(
         self,
-        root: Location,
+        root: Place,
         clip_length: int,
         stride: int = 1,
         split: str = "train",
@@ -306,7 +306,7 @@ class LatentCacheDataset(Dataset):
         """Conditions of the same frames; see VideoDataset."""
         return self._reader.conditions(index, start, stop)
 
-    def shard_clips(self) -> list[tuple]:
+    def shard_clips(self) -> list[tuple[int, int, int, int]]:
         """Which clips lie in which shard; see ClipReader."""
         return self._reader.shard_clips(self._windows)
 
@@ -319,17 +319,17 @@ class LatentCacheDataset(Dataset):
         return verify_cache(self.root)
 
 
-def read_manifest(root: Location) -> dict:
+def read_manifest(root: Place) -> dict:
     """The manifest of a finished cache; raises as ``shards.read_manifest`` does."""
     return shards.read_manifest(root, KIND)
 
 
-def verify_cache(root: Location) -> int:
+def verify_cache(root: Place) -> int:
     """Compare every shard of a finished cache with its checksum; returns the number of shards, raises ValueError."""
     return shards.verify(root, KIND)
 
 
-def choose_store(store: str, prior: object, tokenizer: object, root: Location, overwrite: bool = False) -> str:
+def choose_store(store: str, prior: object, tokenizer: object, root: Place, overwrite: bool = False) -> str:
     """What a cache in ``root`` is to store for a prior -> "codes", "latents" or "posterior".
 
     Args:

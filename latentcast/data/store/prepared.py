@@ -29,7 +29,7 @@ from ...progress import Bar
 from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
 from ...shares import Share, turn
 from ...sizes import as_size, as_square, sides
-from ...urls import GIGABYTES, Location, folder_at
+from ...urls import GIGABYTES, Place, folder_at
 from ..base import FITTING, SPLITS, Clip, EmptySplitError, VideoDataset, VideoEntry, check_split
 from ..loading import end_with_parent, worker_context
 from ..video.folder import luma
@@ -111,7 +111,7 @@ class IncompleteError(ValueError):
 
 
 def prepare(
-    benchmark: object, output: Location, *, workers: int = 0, partial: bool = False, share: Share | None = None
+    benchmark: object, output: Place, *, workers: int = 0, partial: bool = False, share: Share | None = None
 ) -> dict:
     """Prepare a data set; continues what an earlier run left in ``output``.
 
@@ -471,7 +471,7 @@ class PreparedVideos(VideoDataset):
 
     def __init__(
         self,
-        root: Location,
+        root: Place,
         split: str,
         clip_length: int,
         size: int | Sequence[int] | None = None,
@@ -520,7 +520,7 @@ class PreparedVideos(VideoDataset):
     def read_conditions(self, index: int, start: int, stop: int) -> dict[str, Tensor]:
         return self._reader.conditions(index, start, stop)
 
-    def shard_clips(self) -> list[tuple]:
+    def shard_clips(self) -> list[tuple[int, int, int, int]]:
         """Which clips lie in which shard; see ClipReader."""
         return self._reader.shard_clips(self._windows)
 
@@ -541,7 +541,7 @@ class PreparedVideos(VideoDataset):
         }
 
 
-def read_set_manifest(root: Location, name: str | None = None) -> dict:
+def read_set_manifest(root: Place, name: str | None = None) -> dict:
     """The manifest of a finished set.
 
     Raises:
@@ -561,7 +561,7 @@ def read_set_manifest(root: Location, name: str | None = None) -> dict:
     return manifest
 
 
-def check_split_of(root: Location, manifest: dict, stored: dict) -> None:
+def check_split_of(root: Place, manifest: dict, stored: dict) -> None:
     """Refuse a split whose frames or conditions are not what the set's manifest says."""
     size, frames = manifest["frame_size"], stored["frame_shape"]
     if frames != [manifest["channels"], *size] or stored["conditions"] != manifest["conditions"]:
@@ -578,7 +578,7 @@ def crop_of(protocol: dict) -> str:
     return FITTING["crop"] if crop is None else check_crop(crop)
 
 
-def check_size(root: Location, manifest: dict, size: int | Sequence[int] | None) -> None:
+def check_size(root: Place, manifest: dict, size: int | Sequence[int] | None) -> None:
     found = as_size(manifest["frame_size"])
     if size is not None and as_size(size, "size") != found:
         found, asked = (str(value).replace(" ", "") for value in (found, as_size(size)))  # as on the command line

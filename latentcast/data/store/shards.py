@@ -46,7 +46,7 @@ from ...files import (
     writing,
 )
 from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, one_line, short
-from ...urls import Location, Url, folder_at, unlink_all
+from ...urls import Place, Url, folder_at, unlink_all
 from ..base import ClipWindows, EmptySplitError, VideoEntry
 
 logger = logging.getLogger("latentcast")
@@ -169,7 +169,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        root: Location,
+        root: Place,
         kind: Kind,
         job: dict,
         *,
@@ -347,7 +347,7 @@ def _read_notes(root, paths):
     return [parse_json(path, texts[path]) if texts.get(path, "").endswith("\n}\n") else None for path in paths]
 
 
-def standing_job(root: Location, kind: Kind) -> dict | None:
+def standing_job(root: Place, kind: Kind) -> dict | None:
     """The job that a folder's manifest or plan names, as a dict; None where neither is. Raises as ``read_manifest``,
     except that one of another format is returned as it is."""
     if _stands(root / MANIFEST):
@@ -370,7 +370,7 @@ class ShardFile:
 
     def __init__(
         self,
-        root: Path,
+        root: Path | Url,
         shard: int,
         entries: Mapping[int, object],
         frame_shape: Sequence[int],
@@ -502,7 +502,7 @@ class ShardReader:
 
     Files open in the process that reads them, so a reader pickles and works under spawn."""
 
-    def __init__(self, root: Location, manifest: dict) -> None:
+    def __init__(self, root: Place, manifest: dict) -> None:
         self.root, self.manifest = folder_at(root), manifest
         self._ahead = None  # shards to be fetched
         self.facts = {int(v): facts for note in manifest["shards"] for v, facts in note["videos"].items()}
@@ -645,7 +645,7 @@ class ClipReader:
         EmptySplitError: no video is long enough.
     """
 
-    def __init__(self, root: Location, manifest: dict, clip_length: int, stride: int, name: str) -> None:
+    def __init__(self, root: Place, manifest: dict, clip_length: int, stride: int, name: str) -> None:
         self._reader, self._stride = ShardReader(root, manifest), stride
         lengths = {v: (self._reader.length(v) - 1) // stride + 1 for v in self._reader.videos}
         self._numbers = [v for v, n in lengths.items() if n >= clip_length]
@@ -674,7 +674,7 @@ class ClipReader:
         """Conditions of the same frames; see VideoDataset."""
         return self._reader.conditions(*self._place(index, start, stop))
 
-    def shard_clips(self, windows: ClipWindows) -> list[tuple]:
+    def shard_clips(self, windows: ClipWindows) -> list[tuple[int, int, int, int]]:
         """Which clips lie in which shard -> (shard, first clip, its end, bytes of the shard), of ClipWindows over the
         videos."""
         notes, found = self._reader.manifest["shards"], []
@@ -699,7 +699,7 @@ class ClipReader:
         return self._numbers[index], start * self._stride, (stop - 1) * self._stride + 1, self._stride
 
 
-def read_manifest(root: Location, kind: Kind) -> dict:
+def read_manifest(root: Place, kind: Kind) -> dict:
     """The manifest of a finished folder, after a check that every shard has its full size.
 
     Raises:
@@ -717,7 +717,7 @@ def read_manifest(root: Location, kind: Kind) -> dict:
     return manifest
 
 
-def load_manifest(root: Location, kind: Kind) -> dict:
+def load_manifest(root: Place, kind: Kind) -> dict:
     """The manifest of a finished folder, whether or not its shards stand; raises ValueError as ``read_manifest``."""
     path = folder_at(root) / MANIFEST
     manifest = read_json(path, MANIFEST_MB)
@@ -750,7 +750,7 @@ def _check_note(where, job, shard, note):
         )
 
 
-def verify(root: Location, kind: Kind) -> int:
+def verify(root: Place, kind: Kind) -> int:
     """Compare every shard of a finished folder with its checksum; returns the number of shards.
 
     Raises:
@@ -762,7 +762,7 @@ def verify(root: Location, kind: Kind) -> int:
     return len(notes)
 
 
-def damage(root: Location, notes: Iterable[dict]) -> Iterator[str]:
+def damage(root: Place, notes: Iterable[dict]) -> Iterator[str]:
     """Yield a line for each shard that is missing, or differs in size or checksum from its note."""
     root = folder_at(root)
     for note, error in zip(notes, _size_errors(root, notes)):
