@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentcast.config import check_counts, one_line
 
-from ...urls import Location
+from ...urls import Place
 from ..video.reader import VideoAwayError, VideoError, is_away
 
 logger = logging.getLogger("latentcast")
@@ -58,7 +58,7 @@ class ActionTables:
 
     def __init__(
         self,
-        source: Location,
+        source: Place,
         names: Iterable[str],
         pattern: str,
         stride: int = 1,
@@ -185,7 +185,7 @@ class Table:
         conditions["action"] = led
 
 
-def read_actions(path: Location, columns: Sequence[str] | None = None) -> Shaped[Tensor, "T ..."]:
+def read_actions(path: Place, columns: Sequence[str] | None = None) -> Shaped[Tensor, "T ..."]:
     """The rows of a table.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...sizes import as_size
-from ...urls import Location
+from ...urls import Place
 from ..base import Clip
 from ..video.reader import VideoError
 from .action_tables import led_to
@@ -54,7 +54,7 @@ class BAIR(Benchmark):
 
     def __init__(
         self,
-        source: Location | None = None,
+        source: Place | None = None,
         protocol: str | None = None,
         *,
         view: str = "aux1",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ...urls import Location
+from ...urls import Place
 from ..base import Clip
 
 
@@ -37,7 +37,7 @@ class Benchmark:
     conditions: dict = {}  # noqa: RUF012
     shard_videos = 64
 
-    def __init__(self, source: Location | None = None, protocol: str | None = None) -> None:
+    def __init__(self, source: Place | None = None, protocol: str | None = None) -> None:
         self.source = None if source is None else Path(source)
         self.protocol = self.protocols[0] if protocol is None else protocol
         if self.protocol not in self.protocols:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ...files import file_sha256
 from ...sizes import as_size
-from ...urls import Location
+from ...urls import Place
 from ..base import SPLITS, Clip, unusual_fit
 from ..video.pictures import read_pictures
 from ..video.reader import VideoError, check_crop
@@ -49,7 +49,7 @@ class Cityscapes(Benchmark):
 
     def __init__(
         self,
-        source: Location | None = None,
+        source: Place | None = None,
         protocol: str | None = None,
         *,
         frame_size: int | Sequence[int] = 128,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ...urls import Location
+from ...urls import Place
 from ..base import Clip
 from ..video.reader import VideoError
 from .base import Benchmark
@@ -95,7 +95,7 @@ class Flow(Benchmark):
 
     def __init__(
         self,
-        source: Location | None = None,
+        source: Place | None = None,
         protocol: str | None = None,
         *,
         frame_size: int = 128,

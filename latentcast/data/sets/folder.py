@@ -9,7 +9,7 @@ import torch
 
 from ...files import file_sha256
 from ...sizes import as_size
-from ...urls import Location
+from ...urls import Place
 from ..base import SPLITS, Clip, unusual_fit
 from ..video.folder import (
     SUFFIXES,
@@ -64,7 +64,7 @@ class Folder(Benchmark):
 
     def __init__(
         self,
-        source: Location | None = None,
+        source: Place | None = None,
         protocol: str | None = None,
         *,
         frame_size: int | Sequence[int] = 64,

@@ -17,7 +17,7 @@ from latentcast.config import check_counts, is_whole, one_line
 
 from ...files import file_sha256, read_json
 from ...sizes import as_size
-from ...urls import Location
+from ...urls import Place
 from ..base import SPLITS, Clip, unusual_fit
 from ..video.folder import check_options, check_rate, luma
 from ..video.reader import VideoError, check_crop, fit_pieces
@@ -76,7 +76,7 @@ class Gym(Benchmark):
 
     def __init__(
         self,
-        source: Location | None = None,
+        source: Place | None = None,
         protocol: str | None = None,
         *,
         env: str,

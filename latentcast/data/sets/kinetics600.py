@@ -10,7 +10,7 @@ import torch
 
 from ...files import file_sha256
 from ...sizes import as_size
-from ...urls import Location
+from ...urls import Place
 from ..base import SPLITS, Clip, unusual_fit
 from ..video.folder import check_rate, check_whole
 from ..video.reader import VideoError, check_crop, iter_clip
@@ -54,7 +54,7 @@ class Kinetics600(Benchmark):
 
     def __init__(
         self,
-        source: Location | None = None,
+        source: Place | None = None,
         protocol: str | None = None,
         *,
         fps: float | None = 25.0,

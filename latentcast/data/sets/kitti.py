@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ...files import file_sha256
 from ...sizes import as_size
-from ...urls import Location
+from ...urls import Place
 from ..base import SPLITS, Clip, unusual_fit
 from ..video.pictures import frame_number, numbered_pictures, read_pictures
 from ..video.reader import VideoError, check_crop
@@ -73,7 +73,7 @@ class KITTI(Benchmark):
 
     def __init__(
         self,
-        source: Location | None = None,
+        source: Place | None = None,
         protocol: str | None = None,
         *,
         camera: str = "image_02",

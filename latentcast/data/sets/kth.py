@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ...files import file_sha256
 from ...sizes import as_size
-from ...urls import Location
+from ...urls import Place
 from ..base import Clip
 from ..video.folder import luma
 from ..video.reader import VideoError, check_crop, fit_of, probe, read_clip
@@ -89,13 +89,13 @@ class KTH(Benchmark):
 
     def __init__(
         self,
-        source: Location | None = None,
+        source: Place | None = None,
         protocol: str | None = None,
         *,
         resize: str | None = None,
         frame_size: int | Sequence[int] = 64,
         crop: str | None = None,
-        sequences: Location | None = None,
+        sequences: Place | None = None,
     ) -> None:
         super().__init__(source, protocol)
         self.persons, default = PROTOCOLS[self.protocol]
@@ -164,7 +164,7 @@ class KTH(Benchmark):
         return grey.round().clamp(0, 255).to(torch.uint8)
 
 
-def read_sequences(path: Location) -> dict[str, tuple[int, list[tuple[int, int]]]]:
+def read_sequences(path: Place) -> dict[str, tuple[int, list[tuple[int, int]]]]:
     """The published list -> name of a file without "_uncomp.avi" -> (person, [(first, last frame), ...]).
 
     Frames are counted from 1, ends included. Ranges may overlap and need not ascend: in the published list some do not.

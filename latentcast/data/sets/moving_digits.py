@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...config import check_counts
 from ...sizes import as_square
-from ...urls import Location
+from ...urls import Place
 from ..base import VideoDataset, VideoEntry, check_split
 from ..store.prepared import MAX_SPEED, MOTIONS
 from .digits import MNIST_URL, mnist_digits, sklearn_digits
@@ -70,7 +70,7 @@ class MovingDigits(VideoDataset):
         lattice: int | None = None,
         max_speed: int | None = None,
         source: str = "sklearn",
-        mnist_dir: Location | None = None,
+        mnist_dir: Place | None = None,
         mnist_url: str = MNIST_URL,
         n_videos: int = 2000,
         n_heldout_videos: int = 256,

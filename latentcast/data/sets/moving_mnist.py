@@ -6,7 +6,7 @@ from latentcast.config import check_counts
 from latentcast.copies import local_copy
 from latentcast.sizes import as_square
 
-from ...urls import Location
+from ...urls import Place
 from ..base import Clip
 from .base import Benchmark
 from .digits import MNIST_FILES, mnist_file
@@ -44,7 +44,7 @@ class MovingMNIST(Benchmark):
 
     def __init__(
         self,
-        source: Location | None = None,
+        source: Place | None = None,
         protocol: str | None = None,
         *,
         n_digits: int = 2,

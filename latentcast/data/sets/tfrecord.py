@@ -16,7 +16,7 @@ import google_crc32c
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from ...urls import Location
+from ...urls import Place
 from ..video.reader import VideoError
 
 HEADER, FOOTER = 12, 4  # bytes before and after a record's data
@@ -109,7 +109,7 @@ def masked_crc(data: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def tar_members(path: Location) -> dict[str, RecordFile]:
+def tar_members(path: Place) -> dict[str, RecordFile]:
     """The files in an uncompressed tar -> name -> RecordFile. Only the headers are read.
 
     Raises:

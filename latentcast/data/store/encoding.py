@@ -18,7 +18,6 @@ from latentcast.progress import Bar
 from latentcast.shares import Share, turn
 from latentcast.urls import Place, Url, folder_at
 
-from ...urls import Location
 from ..base import VideoDataset
 from ..loading import open_loader
 from ..video.reader import VideoError, is_away

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...files import replacing
-from ...urls import Location, folder_at
+from ...urls import Place, folder_at
 
 if TYPE_CHECKING:  # a video needs no figures
     from latentcast.figures import Drawing
@@ -58,7 +58,7 @@ def write_drawing(stem: str | Path, drawing: "Drawing", gif: bool = False) -> di
     return files
 
 
-def write_video(path: Location, frames: Shaped[Tensor, "T C H W"], fps: float, hold: float = 0.0) -> None:
+def write_video(path: Place, frames: Shaped[Tensor, "T C H W"], fps: float, hold: float = 0.0) -> None:
     """Write a video whose kind follows from the suffix.
 
     ``.mp4`` is h264 in yuv420p, which every browser plays; odd heights and widths gain one pixel that repeats the edge.
@@ -89,7 +89,7 @@ def write_video(path: Location, frames: Shaped[Tensor, "T C H W"], fps: float, h
         VIDEO_WRITERS[path.suffix.lower()](temporary, frames, written, hold)
 
 
-def check_video(path: Location, height: int, width: int) -> None:
+def check_video(path: Place, height: int, width: int) -> None:
     """Refuse frames that are larger, in pixels, than ``write_video`` can write them to ``path``, with a ValueError."""
     longest = SIDES[Path(path).suffix.lower()]
     if max(height, width) > longest or height * width > LARGEST:
@@ -99,7 +99,7 @@ def check_video(path: Location, height: int, width: int) -> None:
         )
 
 
-def write_image(path: Location, frame: Shaped[Tensor, "C H W"]) -> None:
+def write_image(path: Place, frame: Shaped[Tensor, "C H W"]) -> None:
     """Write one frame (C, H, W), float in [-1, 1] or uint8, grey or RGB, as PNG; raises as ``write_video`` does."""
     path = folder_at(path)
     if path.suffix.lower() != ".png":
