@@ -130,7 +130,7 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
         features: Float[Tensor, "*frames P d"],
         vectors: Float[Tensor, "*frames d"],
         noisy: Float[Tensor, "*frames C H W"],
-        s: Float[Tensor, "*frames 1 1 1"],
+        s: Float[Tensor, "*frames 1 1 1"] | Float[Tensor, ""],
     ) -> Float[Tensor, "*frames C H W"]:
         """Features of frames, their vectors, the frames x_s and s -> their velocity, at least fp32."""
         shift, scale = self.modulate(vectors)[..., None, :].chunk(2, -1)

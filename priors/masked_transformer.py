@@ -329,7 +329,7 @@ class MaskedTransformer(BlockCausalPrior):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        canvas: Codes | str | None = None,
+        canvas: Int[Tensor, "#B k h w n"] | str | None = None,
         doubt: float = 0.1,
         revise: int = 0,
         told_corruption: float = 0.0,

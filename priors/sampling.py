@@ -39,7 +39,7 @@ def check_guidance(scale: float, prior: Prior) -> bool:
     check_numbers(**GUIDANCE["guidance_scale"], guidance_scale=scale)
     if scale != 1 and prior.conditioner is None:
         raise ValueError(f"guidance_scale: expected 1 for a {type(prior).__name__} without conditions, found {scale}")
-    return scale != 1
+    return bool(scale != 1)
 
 
 def guided(output: Float[Tensor, "MM ..."], scale: float) -> Float[Tensor, "MM//2 ..."]:

@@ -309,8 +309,9 @@ def test_patches_are_of_neighbours_and_come_back(patch):
     tokens = prior.embed(x)
     theirs = torch.nn.functional.unfold(x.flatten(0, 1), (p, q), stride=(p, q)).transpose(1, 2)
     torch.testing.assert_close(tokens, theirs.unflatten(0, (2, 3)))
-    prior.to_patch, vectors = torch.nn.Identity(), torch.zeros(2, 3, 8)
-    prior.modulate = torch.nn.Sequential(torch.nn.Linear(8, 2 * tokens.shape[-1]))
+    d = tokens.shape[-1]
+    prior.to_patch, vectors = torch.nn.Identity(), torch.zeros(2, 3, d)
+    prior.modulate = torch.nn.Sequential(torch.nn.Linear(d, 2 * d))
     torch.nn.init.zeros_(prior.modulate[0].weight), torch.nn.init.zeros_(prior.modulate[0].bias)
     velocity = prior.velocity(tokens, vectors, torch.zeros_like(x), torch.ones(()))
     torch.testing.assert_close(velocity, -x)  # of what the network says is the frame, at s = 1
