@@ -116,9 +116,9 @@ def turn(folder, what):
 def by_ray(main, args, on_gpus=True):
     """Run a tool's ``main`` by Ray: its shares in Ray's workers, then what completes them here -> its result.
 
-    Ray decides where and when they run, and runs again those whose worker is lost. A cluster that this machine belongs
-    to, or that RAY_ADDRESS names, is used, and left as it is; else Ray is started here, and ended. All machines see the
-    same files, by the same paths, and have latentcast installed.
+    Ray decides where and when they run, and runs again those whose worker is lost. A cluster that RAY_ADDRESS names
+    ("auto": that of this machine) is used, and left as it is; else Ray is started here, for this tool alone, and ended.
+    All machines see the same files, by the same paths, and have latentcast installed.
 
     Args:
         main: of the tool, as its file defines it.
@@ -139,11 +139,10 @@ def by_ray(main, args, on_gpus=True):
         import ray
     except ImportError:
         raise UserError("--engine ray: Ray is not installed; pip install 'latentcast[ray]'") from None
-    quiet = {"include_dashboard": False, "logging_level": logging.WARNING, "configure_logging": False}
-    try:
-        ray.init("auto", logging_level=logging.WARNING, configure_logging=False)
-    except ConnectionError:
-        ray.init("local", **quiet)
+    # "auto" unasked would find a Ray that another tool has started here, and will end.
+    address = os.environ.get("RAY_ADDRESS")
+    own = {} if address else {"include_dashboard": False}
+    ray.init(address or "local", logging_level=logging.WARNING, configure_logging=False, **own)
     try:
         resources = ray.cluster_resources()
         gpus, cores = int(on_gpus and resources.get("GPU", 0)), int(resources.get("CPU", 1))

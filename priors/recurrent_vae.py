@@ -278,7 +278,7 @@ class RecurrentVAE(ContinuousPrior):
         generator: torch.Generator | None = None,
         progress: Progress | None = None,
         conditions: Conditions | None = None,
-        z_groups: Mapping[int, Numbers] | None = None,
+        z_groups: Mapping[int | str, Numbers] | None = None,
         sample_batch: int = 128,
         batch_statistics: bool = False,
     ) -> Float[Tensor, "B {num_samples} {n_frames} C H W"]:
@@ -326,7 +326,7 @@ class RecurrentVAE(ContinuousPrior):
         *,
         num_samples: int,
         generator: torch.Generator | None,
-        z_groups: Mapping[int, Numbers] | None,
+        z_groups: Mapping[int | str, Numbers] | None,
         sample_batch: int,
         batch_statistics: bool,
     ) -> Iterator[Float[Tensor, "B {num_samples} C H W"]]:

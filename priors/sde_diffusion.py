@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from latentcast.config import MisfitError, check_counts, is_whole, one_line
@@ -45,7 +45,7 @@ AT_ONCE = 16  # frames whose motion is solved together; that of more is solved a
 LONGEST = 10_000  # frame intervals that may be left out between frames that are asked for, and the most in one interval
 
 
-Times = Float[Tensor, " F"] | Float[Tensor, "B F"] | Sequence  # in frame intervals after the last context frame
+Times = Shaped[Tensor, " F"] | Shaped[Tensor, "B F"] | Sequence  # in frame intervals after the last context frame
 Seed = int | list[int] | tuple[int, ...]  # a whole number of at least 0, or one for each context
 
 

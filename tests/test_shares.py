@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import signal
 import time
@@ -9,12 +10,18 @@ import time
 import psutil
 import pytest
 from noise_benchmark import Noise
-from tiny_experiment import call_tool, start_tool, write_experiment
+from test_pipeline import transformer
+from tiny_experiment import TOOLS, Started, call_tool, finished, start_tool, write_experiment
+from video_files import counter_frames, encode
 
+from latentcast import PixelTokenizer, VideoPredictionPipeline
 from latentcast.cli import UserError
 from latentcast.data.store.prepared import prepare
 from latentcast.shares import Share, share_of
 
+PROTOCOL = ["protocol=one_digit", "protocol.n_clips=4", "protocol.n_context=2", "protocol.n_predicted=2"]
+PROTOCOL += ["protocol.frame_size=16", "protocol.n_samples=2", "protocol.best_of=[1]", "evaluation.futures=2"]
+PROTOCOL += ["protocol.metrics=[mse,psnr]", "data.n_heldout_videos=8", "data.digit_size=12", "data.video_length=6"]
 SPLITS = "cache.shard_videos=2", "cache.batch_frames=8", "cache.splits=[train,val]"
 
 
@@ -103,3 +110,28 @@ def test_ray_encodes_what_one_process_does_though_a_worker_is_killed(encoded, tm
     _, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     assert contents(tmp_path / "run/latents") == encoded
+
+
+def test_ray_prepares_and_evaluates_what_one_process_does(tmp_path):
+    pytest.importorskip("ray", reason="the extra latentcast[ray] is not installed")
+    source = tmp_path / "videos"
+    for i, split in enumerate(("train", "train", "test")):
+        encode(source / split / f"{i}.mp4", counter_frames(6, first=20 * i))
+    pipe = VideoPredictionPipeline(transformer(PixelTokenizer(1, 16, 16, levels=4).latent_spec), n_context=2)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    prepared = ["folder", "--source", source, "frame_size=16", "channels=1"]
+    evaluated = ["--pipeline", tmp_path / "pipeline", "--data", "moving_digits", *PROTOCOL]
+    results = []
+    for name, how in (("here", []), ("ray", ["--engine", "ray", "--ray-shares", "2"])):
+        made = tmp_path / name
+        tools = [
+            Started(TOOLS / "prepare_dataset.py", *prepared, "--output", made / "set", *how, cwd=tmp_path),
+            Started(TOOLS / "evaluate.py", *evaluated, f"run_dir={made}", *how, cwd=tmp_path),
+        ]
+        for tool in tools:
+            status, _, err = finished(tool)
+            assert status == 0, err
+        (result,) = made.glob("metrics/*.json")
+        results.append(json.loads(result.read_text()))
+    assert contents(tmp_path / "ray/set") == contents(tmp_path / "here/set")
+    assert results[0]["clips"] == results[1]["clips"] and results[0]["metrics"] == results[1]["metrics"]

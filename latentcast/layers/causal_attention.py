@@ -89,7 +89,7 @@ class CausalWindowAttention(nn.Module):
         out = attention(*(self._to_windows(part) for part in (q, k, v)), is_causal=True)
         return x + self.to_out(self._from_windows(out, x.shape[:4]))
 
-    def new_cache(self, n_rows: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "Mm 2 slots e"]:
+    def new_cache(self, n_rows: int, dtype: torch.dtype, device: torch.device | str) -> Float[Tensor, "Mm 2 slots e"]:
         """Keys and values of M rows of m heads, nothing in them yet."""
         shape = (n_rows * self.n_heads, 2, self.n_slots, self.rotation.shape[-1])
         return torch.zeros(shape, dtype=dtype, device=device)
