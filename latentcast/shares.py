@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def by_ray(main, args, on_gpus=True):
         args: its arguments.
         on_gpus: a share takes a GPU, where the cluster has some.
     Raises:
-        UserError: no Ray here, or options that do not go together.
+        UserError: no Ray, here or at RAY_ADDRESS, or options that do not go together.
         OSError: a share was lost again and again.
         Exception: what a share raised.
     """
@@ -142,7 +143,11 @@ def by_ray(main, args, on_gpus=True):
     # "auto" unasked would find a Ray that another tool has started here, and will end.
     address = os.environ.get("RAY_ADDRESS")
     own = {} if address else {"include_dashboard": False}
-    ray.init(address or "local", logging_level=logging.WARNING, configure_logging=False, **own)
+    _check_reached(address)
+    try:
+        ray.init(address or "local", logging_level=logging.WARNING, configure_logging=False, **own)
+    except ConnectionError:
+        raise UserError(f"RAY_ADDRESS={address}: no Ray answers there") from None
     try:
         resources = ray.cluster_resources()
         gpus, cores = int(on_gpus and resources.get("GPU", 0)), int(resources.get("CPU", 1))
@@ -162,6 +167,16 @@ def by_ray(main, args, on_gpus=True):
     finally:
         ray.shutdown()
     return main(argparse.Namespace(**vars(args) | {"engine": "here"}))
+
+
+def _check_reached(address):
+    """Ray itself asks an address that nobody answers at for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"RAY_ADDRESS={address}: no Ray answers there ({error})") from None
 
 
 def _run_share(place, index, count):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from noise_benchmark import Noise
 from test_pipeline import transformer
-from tiny_experiment import TOOLS, Started, call_tool, finished, start_tool, write_experiment
+from tiny_experiment import TOOLS, Started, call_tool, finished, free_port, start_tool, write_experiment
 from video_files import counter_frames, encode
 
 from latentcast import PixelTokenizer, VideoPredictionPipeline
@@ -110,6 +110,16 @@ def test_ray_encodes_what_one_process_does_though_a_worker_is_killed(encoded, tm
     _, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     assert contents(tmp_path / "run/latents") == encoded
+
+
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:{port}", "ray://127.0.0.1:{port}", "127.0.0.1:99999"])
+def test_a_cluster_that_is_not_there_is_named(tmp_path, command, monkeypatch, address):
+    pytest.importorskip("ray", reason="the extra latentcast[ray] is not installed")
+    address = address.format(port=free_port())
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    status, _, err = command("encode_dataset", write_experiment(tmp_path), "--engine", "ray")
+    assert status == 1 and err.splitlines()[-1].startswith(f"error: RAY_ADDRESS={address}: no Ray answers there")
 
 
 def test_ray_prepares_and_evaluates_what_one_process_does(tmp_path):
