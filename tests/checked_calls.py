@@ -16,7 +16,7 @@ from beartype import BeartypeConf, BeartypeHintOverrides, beartype
 from beartype.vale import Is
 from jaxtyping import config, install_import_hook, jaxtyped
 
-PACKAGES = ("layers", "metrics", "pipelines", "priors", "tokenizers")
+PACKAGES = ("data", "evaluation", "layers", "metrics", "pipelines", "priors", "tokenizers")
 
 # As in the functions' own words: NumPy's numbers are numbers, an int is a float, and 2.0 is a whole number.
 _whole = Integral | Annotated[float, Is[lambda number: number.is_integer()]]

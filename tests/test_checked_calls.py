@@ -13,8 +13,7 @@ from latentcast.layers import gaussian
 from latentcast.layers.masked_convolutions import shifted
 from latentcast.tokenizers.base import check_frames
 
-ANNOTATED = (*PACKAGES, "data", "evaluation")
-ROOMS = [next(folder for folder in (ROOT / "latentcast" / name, ROOT / name) if folder.is_dir()) for name in ANNOTATED]
+ROOMS = [next(folder for folder in (ROOT / "latentcast" / name, ROOT / name) if folder.is_dir()) for name in PACKAGES]
 MOMENTS = torch.zeros(1, 3, 2, 2)  # of one number and a half
 
 

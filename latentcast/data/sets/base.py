@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ...urls import Place
+from ...urls import Place, Url
 from ..base import Clip
 
 
@@ -91,6 +91,6 @@ class Benchmark:
         """JSON-able: the protocol's name and every option that shapes the frames."""
         raise NotImplementedError
 
-    def figures(self, root: Path) -> dict:
+    def figures(self, root: Path | Url) -> dict:
         """What the tool's last line says beside the counts, measured on the finished set at ``root``."""
         return {}

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ...urls import Place
+from ...urls import Place, Url
 from ..base import Clip
 from ..video.reader import VideoError
 from .base import Benchmark
@@ -229,7 +229,7 @@ class Flow(Benchmark):
         options = ("protocol", "frame_size", "ticks", "seed", "normalisation", "n_runs")
         return {name: getattr(self, name) for name in options} | lengths | {"reynolds": list(self.reynolds)}
 
-    def figures(self, root: Path | None = None) -> dict:
+    def figures(self, root: Path | Url | None = None) -> dict:
         """Strouhal number by the lift in one more run of the set's stream, and how fast that ran.
 
         It is at Reynolds 100 and without inflow noise, which would blur the peak; all else is as in the set. The value

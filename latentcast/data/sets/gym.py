@@ -17,7 +17,7 @@ from latentcast.config import check_counts, is_whole, one_line
 
 from ...files import file_sha256, read_json
 from ...sizes import as_size
-from ...urls import Place
+from ...urls import Place, Url
 from ..base import SPLITS, Clip, unusual_fit
 from ..video.folder import check_options, check_rate, luma
 from ..video.reader import VideoError, check_crop, fit_pieces
@@ -168,7 +168,7 @@ class Gym(Benchmark):
             "resample": "bilinear",
         } | unusual_fit(self)
 
-    def figures(self, root: Path) -> dict:
+    def figures(self, root: Path | Url) -> dict:
         notes = [note for split in SPLITS if (root / split).is_dir() for note in _notes(root / split)]
         return {"frames": sum(facts["n_frames"] for note in notes for facts in note["videos"].values())}
 
