@@ -133,7 +133,7 @@ class Trainer:
                 self._note(stage, max_steps=self._steps_within(stage, budget), cpu_seconds=0.0)
             self._train(stage)
             if stage == "tokenizer":
-                self._tool("encode_dataset", [])
+                self._encode()
             self._note(stage, done=True)
         self._evaluate()
         self._keep()
@@ -170,12 +170,16 @@ class Trainer:
         say(f"{self.run.name}: {stage}: {step:.3f} CPU seconds a step, {fit} steps in {budget:.0f}")
         return fit
 
+    def _encode(self):
+        """Fill the latents cache; a cost beyond the budget, for runs without one draw their clips anew for ever."""
+        self._note("latents", cpu_seconds=round(self._tool("encode_dataset", []), 1))
+
     def _take_tokenizer(self):
         """Encode by the tokenizer that another run ended with, as it is kept."""
         cost = self.kept.parent / self.run.tokenizer_of / COST
         if not cost.is_file():
             raise SystemExit(f"{self.run.name}: tokenizer_of: {self.run.tokenizer_of} is not finished yet")
-        self._tool("encode_dataset", [])
+        self._encode()
         self._note("tokenizer", **read_json(cost)["tokenizer"])
 
     def _evaluate(self):
