@@ -246,6 +246,7 @@ class SliceDecoder(nn.Module):
         n_layers: int,
         block: Callable[[], Block],
         clusters: list[list[int]] | None = None,
+        fit_kernel: bool = False,
     ) -> None:
         super().__init__()
         self.grid = tuple(grid)
@@ -255,7 +256,8 @@ class SliceDecoder(nn.Module):
             nn.init.normal_(self.embed_codes.weight, std=std)
         else:
             self.embed_codes = nn.ModuleList(AdaptiveTable(bounds, embed_dim, std) for bounds in clusters)
-        self.conv = CausalConv3d(embed_dim, dim, (3, 3, 3), mask="A")
+        kernel = tuple(1 if fit_kernel and size == 1 else 3 for size in grid)
+        self.conv = CausalConv3d(embed_dim, dim, kernel, mask="A")
         self.from_memory = nn.Linear(dim, dim)
         self.blocks = nn.ModuleList(block() for _ in range(n_layers))
         n = math.prod(self.grid)
@@ -391,6 +393,8 @@ class VideoTransformer(Prior):
             projections as well. Adaptive forms spend fewer numbers on rare codes, which ``prepare`` looks for.
         cutoffs: how many of a codebook's most frequent codes each cluster of the adaptive forms goes up to; None: 43 %
             of them, the paper's 218 of 512, and the rest.
+        fit_kernel: the decoder's convolution is as wide as a slice: without the taps along axes on which a slice is one
+            position long, which see no code (of single frames, 23 of its 27; the paper's parameter counts have them).
         weight_init: "default", or "published": the published code's distributions, Xavier's uniform one for what it
             computes by convolutions and linear layers, N(0, 1) for embeddings.
         conditions, condition_dropout: see Prior; added to what encoder and decoder hold of each position.
@@ -419,6 +423,7 @@ class VideoTransformer(Prior):
         decoder_output: str = "softmax",
         tied: str = "none",
         cutoffs: Sequence[int] | None = None,
+        fit_kernel: bool = False,
         weight_init: str = "default",
         conditions: dict[str, dict] | None = None,
         condition_dropout: float = 0.1,
@@ -474,7 +479,7 @@ class VideoTransformer(Prior):
         if cutoffs is not None and "adaptive" not in forms:
             raise ValueError(f"cutoffs: expected None without an adaptive input or output, found {list(cutoffs)}")
         clusters = [cluster_bounds(size, cutoffs) for size in sizes] if "adaptive" in forms else None
-        self.decoder = SliceDecoder(*shared, clusters if decoder_input == "adaptive" else None)
+        self.decoder = SliceDecoder(*shared, clusters if decoder_input == "adaptive" else None, fit_kernel)
         logits, tables = None, self.decoder.embed_codes
         if decoder_output == "adaptive":
             logits = [

@@ -447,6 +447,20 @@ def test_cuda_graphs_are_recorded_on_the_models_device():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("subscale, kernel", [((4, 1, 1), (1, 3, 3)), ((1, 2, 4), (3, 3, 1)), ((2, 2, 2), (3, 3, 3))])
+def test_the_taps_that_a_fitted_kernel_lacks_see_no_code(subscale, kernel):
+    full, fitted = tiny(subscale), tiny(subscale, fit_kernel=True)
+    assert fitted.decoder.conv.kernel_size == kernel
+    weights = full.state_dict()
+    centre = [slice(1, 2) if size == 1 else slice(None) for size in kernel]
+    weights["decoder.conv.weight"] = weights["decoder.conv.weight"][(..., *centre)]
+    fitted.load_state_dict(weights)
+    clip = random_codes()
+    torch.testing.assert_close(full.bits_per_code(clip, 1), fitted.bits_per_code(clip, 1))
+    sampled = [model.sample(clip[:, :1], 3, generator=torch.Generator().manual_seed(0)) for model in (full, fitted)]
+    assert torch.equal(*sampled)
+
+
 def test_encoder_positions_and_relative_scale_change_what_they_name():
     clip = random_codes()
     plain = tiny().bits_per_code(clip, 1)
