@@ -27,7 +27,7 @@ from torch.utils.data import default_collate
 
 from latentcast import LatentCacheWriter, PriorModule, TokenizerModule, VideoDataModule, instantiate, load_config
 from latentcast.config import to_container
-from latentcast.data.base import VideoEntry
+from latentcast.data.base import VideoDataset, VideoEntry
 from latentcast.data.datamodules import LatentDataModule
 from latentcast.sizes import sides
 from latentcast.training.run import TrainingRun
@@ -51,10 +51,10 @@ SIDES = {
 }
 
 
-class MadeClips(torch.utils.data.Dataset):
+class MadeClips(VideoDataset):
     """Random clips in the space that a model accepts, as a data set with one split."""
 
-    fps = 10.0
+    fps, videos = 10.0, ()
 
     def __init__(self, shape, sizes=(), n=64, split="train"):
         frames = torch.rand(n, *shape) * 2 - 1
@@ -62,9 +62,6 @@ class MadeClips(torch.utils.data.Dataset):
             frames = torch.stack([torch.randint(size, (n, *shape)) for size in sizes], -1)
         self.name, self.clips = "codes" if sizes else "frames", frames
         self.videos = [VideoEntry(f"made_{i}", shape[0], self.fps) for i in range(n)]
-
-    def set_epoch(self, epoch):
-        """Every epoch is the same."""
 
     def describe(self):
         return {}

@@ -78,7 +78,7 @@ class VideoPredictionPipeline(VideoPipeline):
         tokenizer: FrameTokenizer | None = None,
         scheduler: diffusers.SchedulerMixin | None = None,
         n_context: int | None = None,
-        fps: float | None = None,
+        fps: int | float | None = None,  # diffusers, which compares types with these, takes no int for a float
         crop: str = "center",
     ) -> None:
         super().__init__()

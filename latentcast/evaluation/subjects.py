@@ -268,7 +268,7 @@ class Source:
             return ShownClips.of(self.dataset, n_clips, self.trained_on)
         return self.longer(n_clips, n_frames)
 
-    def longer(self, n_clips: int, n_frames: int) -> ShownClips:
+    def longer(self, n_clips: int, n_frames: int | None) -> ShownClips:
         """The same, from the beginnings of the videos."""
         if self.fixed is None:
             return ShownClips.beginnings(self.dataset, n_clips, n_frames, self.trained_on)
