@@ -178,7 +178,8 @@ def test_list_has_every_config_with_what_its_first_line_says(called, site, tmp_p
     assert re.search(r"^  quickstart +One moving handwritten digit", out, re.MULTILINE) and "vqvae" not in out.split()
 
 
-def test_config_prints_what_the_tools_compose(called, tmp_path):
+def test_config_prints_what_the_tools_compose(called, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what a run in ./runs was trained with would count
     for stage in ("tokenizer", "prior"):
         overrides = ["prior.n_layers=4", "train_prior.batch_size=3"]
         out, _ = called("config", "quickstart", *overrides, "--stage", stage)
