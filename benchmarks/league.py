@@ -115,6 +115,7 @@ class Trainer:
     def __init__(self, run, root, overrides, kept, zoo):
         self.run, self.root, self.folder, self.overrides = run, root, root / run.name, overrides
         self.kept, self.zoo = kept / run.name, zoo
+        self.command = f"python benchmarks/league.py --only {run.name}"  # of what is kept, without this machine's paths
         self.state_file = self.folder / "league.json"
         self.state = read_json(self.state_file) if self.state_file.is_file() else {}
 
@@ -193,7 +194,7 @@ class Trainer:
     def _keep(self):
         """Copy what the tables show, its result last, and export the pipeline."""
         run, metrics = self.run, self.folder / "metrics"
-        result = read_json(metrics / f"{run.table}.json")
+        result = read_json(metrics / f"{run.table}.json") | {"command": self.command}
         self.kept.mkdir(parents=True, exist_ok=True)
         for kind in PICTURES:
             if (picture := metrics / run.table / f"{kind}.png").is_file():
@@ -209,7 +210,7 @@ class Trainer:
         test = instantiate(config.data)(split="test", clip_length=protocol["n_context"] + protocol["n_predicted"])
         clips = torch.stack([test[i]["frames"] for i in range(N_EXAMPLES)])
         folder = self.zoo / run.zoo_name()
-        facts = {"title": f"{run.label}.", "command": f"python benchmarks/league.py --only {run.name}"}
+        facts = {"title": f"{run.label}.", "command": self.command}
         pipe = VideoPipeline.from_pretrained(self.folder / "pipeline")
         pipe.register_to_config(n_context=protocol["n_context"])  # it may have been trained with fewer
         found = export(pipe, folder, clips, {run.table: result}, licence=run.licence, **facts)

@@ -27,6 +27,7 @@ def export(pipe, folder, clips, results, *, title, command, licence):
         the examples' PSNR, dB: see ``example_psnr``.
     """
     folder = Path(folder)
+    pipe.register_to_config(_name_or_path=folder.name)  # not where it lay on this machine
     pipe.to(torch.float16).save_pretrained(folder)
     uint8 = ((clips + 1) * 127.5).round().to(torch.uint8)
     with replacing(folder / EXAMPLES) as temporary:

@@ -40,6 +40,7 @@ def test_an_exported_pipeline_gives_its_cards_figure_again(exported):
     card = (folder / "README.md").read_text()
     for line in ("license: mit", "# tiny", f"example clips: {found:.2f} dB", "| psnr | 15.8 | 15.6 to 16 |"):
         assert line in card
+    assert json.loads((folder / "model_index.json").read_text())["_name_or_path"] == "tiny"
     assert "| lpips, mean of samples | 0.125 |  |" in card and "python tools/train_prior.py tiny" in card
     weights = next((folder / "prior").glob("*.safetensors")).stat().st_size
     assert weights < 2.5 * sum(p.numel() for p in pipe.prior.parameters()) + 20_000  # two bytes each
@@ -70,5 +71,9 @@ def test_the_zoos_cards_are_true(folder):
 
 
 def test_the_zoo_is_small():
-    sizes = [sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in ZOO]
-    assert max(sizes, default=0) <= 4_200_000 and sum(sizes) <= 30_000_000  # of weights 4 MB; the examples stand beside
+    def size(folder, pattern):
+        return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
+
+    for folder in ZOO:
+        assert size(folder, "diffusion_pytorch_model.safetensors") <= 4 * 2**20, folder
+    assert size(ROOT / "zoo", "*") <= 30_000_000
