@@ -1,5 +1,6 @@
 """Handwritten digits that move over a black square and bounce off its edges, made as they are asked for."""
 
+import functools
 import random
 from collections.abc import Sequence
 
@@ -133,9 +134,8 @@ class MovingDigits(VideoDataset):
         else:
             self._digits = mnist_digits(split, digit_size, mnist_dir, mnist_url)
 
-    @property
+    @functools.cached_property
     def videos(self) -> list[VideoEntry]:
-        """list of VideoEntry."""
         return [VideoEntry(f"{self.split}-{i:06d}", self.n_frames, self.fps) for i in range(self.n_videos)]
 
     def read_video(self, index: int, start: int, stop: int) -> Float[Tensor, "{stop}-{start} C H W"]:

@@ -207,13 +207,12 @@ class _Reader(Dataset):
 
     def __init__(self, dataset, batches):
         self.dataset, self.batches = dataset, batches
-        self.videos = dataset.videos  # once: a data set may make the list anew each time it is asked
 
     def __len__(self):
         return len(self.batches)
 
     def item_name(self, index):
-        return ", ".join(self.videos[video].name for video, _, _ in self.batches[index][1])
+        return ", ".join(self.dataset.videos[video].name for video, _, _ in self.batches[index][1])
 
     def __getitem__(self, index):
         """-> frames (N, C, H, W) of the readable segments, None if there are none; {video: (reason, may pass)} of the
@@ -229,7 +228,7 @@ class _Reader(Dataset):
                 unreadable[video] = str(error), is_away(error)
             else:
                 if start == 0:
-                    conditions[video] = self.dataset.read_conditions(video, 0, self.videos[video].n_frames)
+                    conditions[video] = self.dataset.read_conditions(video, 0, self.dataset.videos[video].n_frames)
         return torch.cat(frames) if frames else None, unreadable, conditions
 
 
