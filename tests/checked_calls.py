@@ -33,8 +33,8 @@ def check_what_returned(stand_in):
         return checked
 
     @functools.wraps(checked)
-    def constructor(self, *args, **kwargs):  # a dataclass holds what it is given until it is asked to check that
-        return None if is_dataclass(self) else checked(self, *args, **kwargs)
+    def constructor(self, *args, **kwargs):  # options hold what they are given until they are asked to check that
+        return None if is_dataclass(self) and hasattr(self, "check") else checked(self, *args, **kwargs)
 
     return constructor
 
