@@ -394,7 +394,7 @@ class VideoTransformer(Prior):
         cutoffs: how many of a codebook's most frequent codes each cluster of the adaptive forms goes up to; None: 43 %
             of them, the paper's 218 of 512, and the rest.
         fit_kernel: the decoder's convolution is as wide as a slice: without the taps along axes on which a slice is one
-            position long, which see no code (of single frames, 23 of its 27; the paper's parameter counts have them).
+            position long, which see no code (of single frames, 18 of its 27; the paper's parameter counts have them).
         weight_init: "default", or "published": the published code's distributions, Xavier's uniform one for what it
             computes by convolutions and linear layers, N(0, 1) for embeddings.
         conditions, condition_dropout: see Prior; added to what encoder and decoder hold of each position.

@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 from noise_benchmark import Noise
+from test_evaluate import TINY
 from test_pipeline import transformer
 from tiny_experiment import TOOLS, Started, call_tool, finished, free_port, start_tool, write_experiment
 from video_files import counter_frames, encode
@@ -19,9 +20,6 @@ from latentcast.cli import UserError
 from latentcast.data.store.prepared import prepare
 from latentcast.shares import Share, share_of
 
-PROTOCOL = ["protocol=one_digit", "protocol.n_clips=4", "protocol.n_context=2", "protocol.n_predicted=2"]
-PROTOCOL += ["protocol.frame_size=16", "protocol.n_samples=2", "protocol.best_of=[1]", "evaluation.futures=2"]
-PROTOCOL += ["protocol.metrics=[mse,psnr]", "data.n_heldout_videos=8", "data.digit_size=12", "data.video_length=6"]
 SPLITS = "cache.shard_videos=2", "cache.batch_frames=8", "cache.splits=[train,val]"
 
 
@@ -131,7 +129,8 @@ def test_ray_prepares_and_evaluates_what_one_process_does(tmp_path):
     pipe = VideoPredictionPipeline(transformer(PixelTokenizer(1, 16, 16, levels=4).latent_spec), n_context=2)
     pipe.save_pretrained(tmp_path / "pipeline")
     prepared = ["folder", "--source", source, "frame_size=16", "channels=1"]
-    evaluated = ["--pipeline", tmp_path / "pipeline", "--data", "moving_digits", *PROTOCOL]
+    evaluated = ["--pipeline", tmp_path / "pipeline", "--data", "moving_digits", "data.n_heldout_videos=8"]
+    evaluated += ["data.digit_size=12", *TINY]
     results = []
     for name, how in (("here", []), ("ray", ["--engine", "ray", "--ray-shares", "2"])):
         made = tmp_path / name
