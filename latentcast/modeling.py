@@ -133,7 +133,7 @@ def _fitting(folder, cls):
             with safe_open(path, framework="pt") as file:
                 most += 10 * len(file.keys())  # some are registered twice, or not saved
         except SafetensorError as error:
-            raise OSError(f"{path}: not a readable safetensors file ({error})") from None
+            raise OSError(f"{path}: not a readable safetensors file ({one_line(error, 200)})") from None
     n_registered = n_bytes = 0
 
     def count(module, name, tensor):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from .schemas import short
 
@@ -30,6 +30,7 @@ def as_size(size, name="frame_size"):
     return height if height == width else [height, width]
 
 
+Side = Annotated[int, Field(ge=1, le=LONGEST)]  # in files; see schemas.py
 Size = Annotated[Any, AfterValidator(lambda found: as_size(found, ""))]  # in files; see schemas.py
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from .files import replacing, write_json, write_text
 from .metrics import psnr
+from .schemas import one_line
 
 EXAMPLES = "examples.safetensors"
 N_EXAMPLES = 8
@@ -49,7 +50,7 @@ def read_examples(folder):
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("clips").float() / 127.5 - 1
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path}: expected example clips ({error})") from None
+        raise OSError(f"{path}: expected example clips ({one_line(error, 200)})") from None
 
 
 def example_psnr(pipe, clips):

@@ -152,6 +152,14 @@ def test_manifests_of_prepared_sets(tmp_path, name):
     fuzz(tmp_path / "set" / name, use, 60, tmp_path / "set")
 
 
+def test_a_set_of_frames_too_large_is_named(tmp_path):
+    prepare(NoiseSet(), tmp_path / "set")
+    path = tmp_path / "set/manifest.json"
+    path.write_text(json.dumps(read_json(path) | {"frame_size": [387044, 15]}))
+    with pytest.raises(ValueError, match=rf"^{path}: frame_size\[0\]: expected at most 65536, found 387044"):
+        prepared_videos(tmp_path / "set", "train", 2)
+
+
 def test_results(tmp_path):
     good, path, rows = make_result(), tmp_path / "result.json", read_published(PUBLISHED)[:20]
     path.write_text(json.dumps(good))
@@ -313,10 +321,11 @@ U8, HUGE = {"dtype": "U8"}, struct.pack("<Q", 400 * 10**6)
         hostile(a=U8 | {"shape": [64], "data_offsets": [-64, 0]}),
         hostile(a=U8 | {"shape": [64], "data_offsets": [0, 64]}, b=U8 | {"shape": [32], "data_offsets": [32, 64]}),
         hostile(a=U8 | {"shape": [10**9], "data_offsets": [0, 10**9]}),
+        hostile(a={"dtype": "a\nb", "shape": [64], "data_offsets": [0, 64]}),
         HUGE + b"{" + b" " * 80,
         b"",
     ],
-    ids=["shape", "negative", "overlap", "beyond", "header", "empty"],
+    ids=["shape", "negative", "overlap", "beyond", "dtype", "header", "empty"],
 )
 def test_hostile_safetensors_are_one_line(cache, pipeline, tmp_path, content):
     def refused(use):

@@ -117,7 +117,7 @@ EXACT = ["trainer.max_steps=9", "lr_scheduler.name=cosine", "lr_scheduler.num_wa
 @pytest.mark.parametrize(
     "stage, extra, number",
     [
-        ("tokenizer", ["trainer.accumulate_grad_batches=2", "batch_size=4", "num_workers=1"], signal.SIGTERM),
+        ("tokenizer", ["trainer.accumulate_grad_batches=2", "batch_size=4", "num_workers=2"], signal.SIGTERM),
         ("tokenizer", [*REVIVAL, "tokenizer.n_codebooks=2", "tokenizer.codebook_size=24"], signal.SIGTERM),
         ("tokenizer", ["tokenizer=hr_vqvae", *REVIVAL, *SMALL_HR_VQVAE], signal.SIGTERM),
         ("prior", PIXEL_PRIOR, signal.SIGINT),

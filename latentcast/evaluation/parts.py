@@ -12,6 +12,7 @@ from torch import Tensor
 
 from latentcast.data.store.shards import difference_of
 from latentcast.files import read_json, replacing, write_json
+from latentcast.schemas import one_line
 
 logger = logging.getLogger("latentcast")
 
@@ -68,7 +69,8 @@ class Parts:
                 keys = {text_to_key(text): text for text in file.keys()}
                 return {key: file.get_tensor(text) for key, text in keys.items() if key[0] in whos}
         except (OSError, SafetensorError) as error:
-            raise OSError(f"{path}: cannot be read ({error}); delete it and evaluate again, the rest is kept") from None
+            why = one_line(error, 200)
+            raise OSError(f"{path}: cannot be read ({why}); delete it and evaluate again, the rest is kept") from None
 
     def seconds(self) -> float:
         """What measuring all groups took, by whichever processes and in however many runs."""

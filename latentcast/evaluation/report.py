@@ -14,6 +14,7 @@ from latentcast.figures import ablation, crps_maps, curves
 from latentcast.figures.charts import HEADINGS
 from latentcast.figures.sheets import LEGEND, frame_names, labelled_sheet, labelled_videos, picked, rows_of, scale_for
 from latentcast.files import replacing, write_json, write_text
+from latentcast.schemas import one_line
 from latentcast.sizes import size_text
 
 from .evaluator import Evaluation
@@ -94,7 +95,7 @@ def read_maps(path: str | Path) -> tuple[dict[str, Float[Tensor, "H W"]], str]:
         with safe_open(path, framework="pt") as file:
             return {who: file.get_tensor(who) for who in file.keys()}, (file.metadata() or {}).get("title", "")
     except SafetensorError as error:
-        raise OSError(f"{path}: cannot be read ({error})") from None
+        raise OSError(f"{path}: cannot be read ({one_line(error, 200)})") from None
 
 
 def shown_clips(evaluation: Evaluation) -> dict[str, list[int]]:

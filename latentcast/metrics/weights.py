@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..command import typed
 from ..files import replacing, update_digest, user_cache
+from ..schemas import one_line
 
 logger = logging.getLogger("latentcast")
 
@@ -97,7 +98,8 @@ def load_weights(name: str, folder: str | Path | None = None) -> dict[str, Tenso
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it and run {typed('fetch_weights')}") from None
+        why = one_line(error, 200)
+        raise ValueError(f"{path}: damaged ({why}); delete it and run {typed('fetch_weights')}") from None
     found, expected = fingerprint(tensors), SOURCES[name].fingerprint
     if found != expected:
         raise ValueError(f"{path}: altered, or not {name}: expected fingerprint {expected}, found {found}")

@@ -11,6 +11,7 @@ from latentcast.command import typed
 from latentcast.evaluation.results import read_result
 from latentcast.files import link_outside, told
 from latentcast.saved import INDEX, STAGES
+from latentcast.schemas import one_line
 from latentcast.training.metrics_file import read_metrics
 from latentcast.training.trackers import summary_of
 from latentcast.yaml_text import read_yaml
@@ -148,7 +149,7 @@ def _count(weights):
         with safe_open(weights, framework="np") as file:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
     except SafetensorError as error:
-        raise OSError(f"{weights}: cannot be read ({error})") from None
+        raise OSError(f"{weights}: cannot be read ({one_line(error, 200)})") from None
 
 
 def _figures(rows):

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from ...command import named
 from ...config import is_whole
 from ...layers.gaussian import sample_moments
-from ...schemas import Count, LatentSpec, Number, Text
+from ...schemas import LatentSpec, Number, Text
+from ...sizes import Side
 from ...urls import Place, folder_at
 from ..base import FITTING, ClipWindows, VideoEntry, check_split
 from . import shards
@@ -29,7 +30,7 @@ class CacheJob(shards.Job):
     tokenizer: Text
     latent_spec: LatentSpec
     data: dict
-    frame_size: list[Count]
+    frame_size: list[Side]
     scaling_factor: Number
     store: Literal["codes", "latents", "posterior"]
 

@@ -28,7 +28,7 @@ from ...files import file_sha256, locked, read_json, replacing, told, write_json
 from ...progress import Bar
 from ...schemas import Count, Digest, FileText, Rate, Schema, Text, Whole, check, short
 from ...shares import Share, turn
-from ...sizes import as_size, as_square, sides
+from ...sizes import Side, as_size, as_square, sides
 from ...urls import GIGABYTES, Place, folder_at
 from ..base import FITTING, SPLITS, Clip, EmptySplitError, VideoDataset, VideoEntry, check_split
 from ..loading import end_with_parent, worker_context
@@ -77,7 +77,7 @@ class SetManifest(Schema):
     counts: Annotated[dict[Split, Whole], Field(min_length=1)]
     expected_counts: dict[Split, Whole]
     complete: bool
-    frame_size: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    frame_size: Annotated[list[Side], Field(min_length=2, max_length=2)]
     channels: Count
     fps: Rate
     conditions: dict[Text, shards.Condition]

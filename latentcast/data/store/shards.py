@@ -571,7 +571,9 @@ class ShardReader:
                 self._open[shard] = self._opened(shard)
             except SafetensorError as error:
                 path, advice = self.root / self.file_name(video), "delete it and re-run the tool that wrote it"
-                raise ValueError(f"{path}: not a readable safetensors file ({error}); {advice}") from None
+                raise ValueError(
+                    f"{path}: not a readable safetensors file ({one_line(error, 200)}); {advice}"
+                ) from None
         self._open.move_to_end(shard)
         return self._open[shard]
 
