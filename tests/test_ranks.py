@@ -10,10 +10,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
+from test_joint_training import HR_VQVAE, JOINT
 from tiny_experiment import TOOLS, Started, call_main, finished, free_port, tiny_config, torchrun, write_experiment
 from torch import distributed as dist
 
-from latentcast import PriorModule, TokenizerModule, VideoDataModule, instantiate, load_config
+from latentcast import JointModule, PriorModule, TokenizerModule, VideoDataModule, instantiate, load_config
 from latentcast.config import to_container
 from latentcast.tokenizers.quantizers.routing import RoutedBatch
 from latentcast.training.callbacks import StepSeed
@@ -30,7 +31,12 @@ PIXELS = [
 ]
 # Into the second epoch, with a validation between. With its usual eps AdamW makes steps of the rounding errors in
 # gradients that are zero.
-STEPS = ["trainer.max_steps=5", "optimizer.lr=0.01", "optimizer.eps=1e-4"]
+STEPS = ["trainer.max_steps=5", "optimizer.lr=0.01", "optimizer.eps=1e-4", "checkpoint_every_n_steps=3"]
+STAGES = {
+    "tokenizer": REVIVAL,
+    "prior": PIXELS,
+    "joint": [*HR_VQVAE, *JOINT, "joint_training.bridge=straight_through", "joint_training.weight=10"],
+}
 UNEVEN = ["data.n_videos=23", "data.n_heldout_videos=7", "trainer.max_steps=4", "trainer.limit_val_batches=null"]
 
 
@@ -53,7 +59,11 @@ def train(config, stage, *callbacks):
             module = TokenizerModule(tokenizer, *settings, config=to_container(config))
         else:
             prior = instantiate(config.prior, latent_spec=tokenizer.latent_spec)
-            module = PriorModule(prior, *settings, config.n_context, tokenizer, to_container(config))
+            if stage == "joint":
+                options = {"n_context": config.n_context, **to_container(config.joint_training)}
+                module = JointModule(prior, tokenizer, *settings, **options, config=to_container(config))
+            else:
+                module = PriorModule(prior, *settings, config.n_context, tokenizer, to_container(config))
         losses = Losses()
         figures = run.fit(module, data, [*callbacks, losses])
         return SimpleNamespace(losses=losses.found, state=module.state_dict(), figures=figures)
@@ -108,16 +118,27 @@ class DrawsAsTwo(pl.Callback):
         return drawn[None], torch.tensor([K])
 
 
+def continued(folder, others):
+    """Copy the runs of all stages into ``others``, without their last checkpoint, of step 5; before it was that of
+    step 3."""
+    for stage in STAGES:
+        last = shutil.copytree(folder / stage, others / stage) / f"{stage}_training/last.ckpt"
+        shutil.rmtree(last) if last.is_dir() else last.unlink()
+
+
+DDP = ["trainer.strategy=ddp", "batch_size=4"]
+RUNS = {stage: (stage, [*settings, *STEPS, *DDP]) for stage, settings in STAGES.items()}
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def folder_of_two(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two(folder_of_two):
     """What two ranks found that train one thing after another."""
-    ddp = ["trainer.strategy=ddp", "batch_size=4"]
-    runs = {
-        "tokenizer": ("tokenizer", [*REVIVAL, *STEPS, *ddp]),
-        "prior": ("prior", [*PIXELS, *STEPS, *ddp]),
-        "uneven": ("tokenizer", [*UNEVEN, *ddp]),
-    }
-    return train_together(tmp_path_factory.mktemp("ranks"), runs)
+    return train_together(folder_of_two, RUNS | {"uneven": ("tokenizer", [*UNEVEN, *DDP])})
 
 
 def assert_close_states(found, expected):
@@ -126,19 +147,30 @@ def assert_close_states(found, expected):
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_are_one_process_with_both_batches(two, tmp_path, monkeypatch, stage):
     """Losses, weights (of the moving average) and codebooks, which k-means places and revival draws anew."""
-    config = tiny_config(tmp_path, *(REVIVAL if stage == "tokenizer" else PIXELS), *STEPS, "batch_size=8")
+    config = tiny_config(tmp_path, *STAGES[stage], *STEPS, "batch_size=8")
     draws = [DrawsAsTwo(config.seed, monkeypatch)] if stage == "tokenizer" else []
     alone = train(config, stage, *draws)
-    assert stage == "prior" or draws[0].n_draws > 2  # the start, and revivals
+    assert not draws or draws[0].n_draws > 2  # the start, and revivals
     losses = torch.tensor([rank[stage]["losses"] for rank in two])
     assert losses.shape == (2, 5) and not torch.equal(*losses)
     torch.testing.assert_close(losses.mean(0), torch.tensor(alone.losses), rtol=1e-4, atol=1e-6)
     for rank in two:
         assert_close_states(rank[stage]["state"], alone.state)
         assert rank[stage]["figures"]["val"]["loss"] == pytest.approx(alone.figures["val"]["loss"], rel=1e-4)
+
+
+def test_two_ranks_go_on_as_if_they_had_not_been_stopped(two, folder_of_two, tmp_path):
+    """Bit for bit."""
+    continued(folder_of_two, tmp_path)
+    resumed = train_together(tmp_path, {stage: (stage, [*s, "resume=true"]) for stage, s in RUNS.values()})
+    for found, expected in zip(resumed, two):
+        for stage in STAGES:
+            assert found[stage]["losses"] == expected[stage]["losses"][3:]
+            state = expected[stage]["state"]
+            assert all(torch.equal(tensor, found[stage]["state"][name]) for name, tensor in state.items())
 
 
 def test_uneven_shares_do_not_hang(two):
@@ -167,46 +199,51 @@ def test_a_rank_that_dies_ends_all_and_the_run_resumes(tmp_path):
     assert call_main("train_tokenizer", experiment, *more)["steps"] == step + 1
 
 
-FSDP = ["trainer.strategy=fsdp", *PIXELS, *STEPS, "checkpoint_every_n_steps=3"]
+# Codes that are drawn anew are others with another number of ranks.
+SHARED = {stage: [*STAGES[stage], *STEPS, "trainer.strategy=fsdp"] for stage in STAGES}
+SHARED["tokenizer"].append("tokenizer.dead_code_threshold=0")
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """A prior of two ranks that share its weights, and others that go on with its checkpoint -> (folder, what the
+    """Trainings of two ranks that share the weights, and others that go on with their checkpoints -> (folder, what the
     ranks of the first and of the others found, by their number)."""
-    folder = tmp_path_factory.mktemp("sharded")
-    clips = {1: "batch_size=12", 2: "batch_size=6", 3: "batch_size=4"}
-    found = {2: train_together(folder / "2", {"run": ("prior", [*FSDP, clips[2]])})}
-    for n in (1, 3):
-        training = shutil.copytree(folder / "2/run", folder / f"{n}/run") / "prior_training"
-        shutil.rmtree(training / "last.ckpt")  # of step 5; before it was that of step 3
-        found[n] = train_together(folder / str(n), {"run": ("prior", [*FSDP, clips[n], "resume=true"])}, n)
+    folder, found = tmp_path_factory.mktemp("sharded"), {}
+    for n, more in ((2, []), (1, ["resume=true"]), (3, ["resume=true"])):
+        if more:
+            continued(folder / "2", folder / str(n))
+        runs = {stage: (stage, [*SHARED[stage], f"batch_size={12 // n}", *more]) for stage in STAGES}
+        found[n] = train_together(folder / str(n), runs, n)
     return folder, found
 
 
-def test_ranks_that_share_the_weights_end_where_one_process_does(sharded, tmp_path):
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_that_share_the_weights_end_where_one_process_does(sharded, tmp_path, monkeypatch, stage):
     folder, found = sharded
-    alone = train(tiny_config(tmp_path, *FSDP[1:], "batch_size=12"), "prior")
-    losses = torch.tensor([rank["run"]["losses"] for rank in found[2]])
+    config = tiny_config(tmp_path, *SHARED[stage], "trainer.strategy=auto", "batch_size=12")
+    alone = train(config, stage, *([DrawsAsTwo(config.seed, monkeypatch)] if stage == "tokenizer" else []))
+    losses = torch.tensor([rank[stage]["losses"] for rank in found[2]])
     torch.testing.assert_close(losses.mean(0), torch.tensor(alone.losses), rtol=1e-4, atol=1e-6)
-    assert_close_states(found[2][0]["run"]["state"], alone.state)  # clipped, averaged, put together
-    checkpoint = folder / "2/run/prior_training/last.ckpt"
+    assert_close_states(found[2][0][stage]["state"], alone.state)  # clipped, averaged, put together
+    checkpoint = folder / "2" / stage / f"{stage}_training/last.ckpt"
     assert len(list(checkpoint.glob("*.safetensors"))) == 2 and (checkpoint.parent / "best.ckpt").is_dir()
     weights = [load_file(path) for path in checkpoint.glob("*.safetensors")]
     shared = set(weights[0]) & set(weights[1])
     assert any("exp_avg" in name for name in shared) and any("current_model_state" in name for name in shared)
+    assert stage != "joint" or any("exp_avg" in name and "tokenizer.decoder" in name for name in shared)
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("n", [1, 3])
-def test_sharded_checkpoints_go_on_with_another_number_of_ranks(sharded, n):
+def test_sharded_checkpoints_go_on_with_another_number_of_ranks(sharded, n, stage):
     _, found = sharded
-    losses, before = (torch.tensor([rank["run"]["losses"] for rank in found[k]]).mean(0) for k in (n, 2))
+    losses, before = (torch.tensor([rank[stage]["losses"] for rank in found[k]]).mean(0) for k in (n, 2))
     torch.testing.assert_close(losses, before[3:], rtol=1e-4, atol=1e-6)
-    assert_close_states(found[n][0]["run"]["state"], found[2][0]["run"]["state"])
+    assert_close_states(found[n][0][stage]["state"], found[2][0][stage]["state"])
 
 
 def test_checkpoints_that_cannot_go_on(sharded, tmp_path):
-    run = shutil.copytree(sharded[0] / "2/run", tmp_path / "run") / "prior_training"
+    run = shutil.copytree(sharded[0] / "2/prior", tmp_path / "run") / "prior_training"
     resumed = [*PIXELS, *STEPS, "batch_size=12", "resume=true"]
     with pytest.raises(ValueError, match=r"last.ckpt: expected one file, found the other; keep trainer.strategy=fsdp"):
         train(tiny_config(tmp_path, *resumed), "prior")

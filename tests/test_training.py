@@ -883,7 +883,10 @@ def test_what_resuming_applies_and_what_it_refuses_by_name(tmp_path):
     "overrides, message",
     [
         (["strategy=ddp_spawn", "devices=2"], "trainer.strategy: expected auto, ddp or fsdp, found DDPStrategy by"),
-        (["strategy=fsdp"], "trainer.strategy=fsdp: it trains priors; tokenizers and joint training"),
+        (
+            ["strategy=fsdp", "precision=16-mixed"],
+            "trainer.strategy=fsdp: expected trainer.precision 32-true, bf16-mixed",
+        ),
         (["fast_dev_run=true"], "trainer.fast_dev_run: not with the tools; trainer.max_steps=1"),
         (["barebones=true"], "trainer.barebones: not with the tools; it logs nothing"),
         (["default_root_dir=elsewhere"], "trainer.default_root_dir: not with the tools; run_dir says where"),

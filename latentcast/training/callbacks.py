@@ -25,7 +25,7 @@ from latentcast.metrics.ensemble import ilpips
 
 from .checkpoints import keep_previous
 from .loggers import MediaLogger
-from .sharding import local, shard
+from .sharding import local
 
 logger = logging.getLogger("latentcast")
 
@@ -58,7 +58,7 @@ class WeightAverage(WeightAveraging):
             self._average_model = _Average(pl_module, self.decay, trainer.strategy.root_device)
             if mesh is not None:
                 pl_module._device_mesh = mesh
-                shard(self._average_model.module.model, mesh)
+                pl_module.shard(self._average_model.module, mesh)
 
     def on_validation_epoch_start(self, trainer, pl_module):
         super().on_validation_epoch_start(trainer, pl_module)

@@ -3,6 +3,7 @@
 import json
 import logging
 import warnings
+from typing import ClassVar
 
 import torch
 
@@ -43,6 +44,7 @@ class JointModule(TrainingModule):
     """
 
     stage = "joint"
+    sharded: ClassVar = {"model": (), "tokenizer": ("encode", "codes_to_latents", "weights_to_latents", "decoder_loss")}
 
     def __init__(
         self,

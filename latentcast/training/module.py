@@ -5,6 +5,7 @@ import copy
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -32,6 +33,7 @@ class TrainingModule(pl.LightningModule):
     """
 
     stage = None  # "tokenizer", "prior" or "joint"
+    sharded: ClassVar = {"model": ()}  # what is under ``trainer.strategy=fsdp``: name -> methods that use its weights
 
     def __init__(self, model, optimizer, lr_scheduler=None, config=None):
         super().__init__()
@@ -41,27 +43,39 @@ class TrainingModule(pl.LightningModule):
         self.save_hyperparameters(config or {})
         self._loss = None  # summed over the batches of one optimizer step
         self._batch = None  # the last of them
-        self._whole = []  # of a model that is sharded: the one that it was
+        self._whole = {}  # of what is sharded: name -> what it was
         self._norms = ()  # (parameters, norm of their gradients, as a number) of the step at hand
         self._build_optimizer()  # so that a mistake in the settings shows now
 
     def configure_model(self):
-        """Under ``trainer.strategy=fsdp``, the only one with a mesh: train a copy of the model that is sharded."""
+        """Under ``trainer.strategy=fsdp``, the only one with a mesh: train copies of its parts that are sharded."""
         if self.device_mesh is not None and not self._whole:
-            self._whole = [self.model]  # in a list: not one of the submodules
-            self.model = shard(copy.deepcopy(self.model), self.device_mesh)
+            self._whole = {name: getattr(self, name) for name in self.sharded}
+            for name, part in self._whole.items():
+                setattr(self, name, copy.deepcopy(part))
+            self.shard(self, self.device_mesh)
+
+    @classmethod
+    def shard(cls, module, mesh):
+        """Let each process keep a piece of the weights of a module of this class."""
+        for name, methods in cls.sharded.items():
+            shard(getattr(module, name), mesh, methods)
 
     def whole(self):
-        """The model as it was given, with the weights that it has by now, which the first process has; every process
-        calls it."""
-        if not self._whole:
-            return self.model
-        gather(self.model, self._whole[0])
-        return self._whole[0].train(self.model.training)
+        """The model as it was given, with the weights that it has by now, which the first process has, and with it
+        what else is sharded; every process calls it."""
+        for name, whole in self._whole.items():
+            part = getattr(self, name)
+            gather(part, whole)
+            whole.train(part.training)
+        return self._whole.get("model", self.model)
 
     def make_whole(self):
         """End what ``configure_model`` began."""
-        self.model, self._whole = self.whole(), []
+        self.whole()
+        for name, whole in self._whole.items():
+            setattr(self, name, whole)
+        self._whole = {}
 
     def n_parameters(self, trainable=False):
         """How many numbers it has, or learns."""

@@ -82,7 +82,7 @@ class TrainingRun:
                 raise UserError(f"{group}: the experiment names none; choose one by {group}=NAME")
         check_trainer(config.trainer)
         if is_sharded(config):
-            check_sharded(config, stage)
+            check_sharded(config)
         open_tracker(config, config.run_dir, stage)  # refuses an unknown one
         run = cls(config, stage, prepare_run_dir(config.run_dir))
         with locked(run.run_dir, f"training ({stage})"):

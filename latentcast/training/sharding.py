@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from latentcast.cli import UserError
@@ -115,12 +115,16 @@ def _tensors(checkpoint):
                     yield f"optimizer/{number}/{parameter}/{name}", value
 
 
-def shard(model, mesh):
-    """Let each process of the mesh keep a piece of a model's weights, which its ``forward`` gathers -> the model."""
+def shard(model, mesh, methods=()):
+    """Let each process of the mesh keep a piece of a model's weights, which its ``forward`` gathers, and so do
+    ``methods`` of it, by their names."""
     name = type(model).__name__
+    for parameter in model.parameters():  # of convolutions that hold theirs channels last, which FSDP does not take
+        parameter.data = parameter.data.contiguous()
     fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=True)
     type(model).__name__ = name  # a class of its own, which logs and errors are to call as before
-    return model
+    for method in methods:
+        register_fsdp_forward_method(model, method)
 
 
 def gather(model, whole):
@@ -140,12 +144,10 @@ def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def check_sharded(config, stage):
+def check_sharded(config):
     """Refuse what ``trainer.strategy=fsdp`` cannot do, by name."""
     reason = None
-    if stage != "prior":
-        reason = "it trains priors; tokenizers and joint training take trainer.strategy=ddp"
-    elif config.compile:
+    if config.compile:
         reason = "not with compile"
     elif config.trainer.get("precision", "32-true") not in (*PRECISIONS, "auto"):
         reason = f"expected trainer.precision {', '.join(PRECISIONS)} or auto, found {config.trainer.precision}"
