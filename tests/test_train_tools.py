@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from tiny_experiment import call_tool, run_ranks, start_tool, write_experiment
+from tiny_experiment import TOOLS, Started, call_tool, finished, run_ranks, start_tool, write_experiment
 
 from latentcast import VideoPredictionPipeline, VideoTransformer, load_config, load_model
 from latentcast.cli import UserError
@@ -146,6 +146,34 @@ def test_killed_and_interrupted_runs_can_be_resumed(tmp_path):
     assert steps[0] % 3 == 0 and steps[1] > steps[0] >= 3
     figures = call_tool("train_tokenizer", tmp_path, "resume=true", f"trainer.max_steps={steps[1] + 2}")
     assert figures["steps"] == steps[1] + 2
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_slurms_signal_ends_a_run_at_a_checkpoint_and_queues_its_job_again(tmp_path, again):
+    """As ``srun`` starts it, with a scontrol that writes down what it is told."""
+    told = tmp_path / "told"
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
+    scontrol.chmod(0o755)
+    task = {"SLURM_JOB_ID": 4711, "SLURM_JOB_NAME": "train", "SLURM_NTASKS": 1, "SLURM_NODELIST": "localhost"}
+    task |= dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"), 0)
+    task["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    endless = ["trainer.max_steps=100000", "checkpoint_every_n_steps=1", *(["resume=true"] if again else [])]
+    process = Started(TOOLS / "train_tokenizer.py", write_experiment(tmp_path), *endless, cwd=tmp_path, **task)
+    last = tmp_path / "run/tokenizer_training/last.ckpt"
+    while not last.exists():
+        assert process.poll() is None, process.read()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGUSR1)
+    status, _, err = finished(process)
+    assert status == 130 and "SLURM: the time is nearly up" in err
+    if again:
+        assert told.read_text() == "requeue 4711\n" and "job 4711 is queued again" in err
+    else:
+        assert not told.exists() and "without resume=true the job would start over" in err
+    assert not list((tmp_path / "run").glob("hpc*"))
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert call_tool("train_tokenizer", tmp_path, "resume=true", f"trainer.max_steps={step + 1}")["steps"] == step + 1
 
 
 def test_two_runs_do_not_train_in_one_folder(tmp_path):

@@ -23,6 +23,7 @@ from latentcast.distributed import all_reduced, rank_and_world
 from latentcast.metrics.codebook import CodebookUsage
 from latentcast.metrics.ensemble import ilpips
 
+from . import slurm
 from .checkpoints import keep_previous
 from .loggers import MediaLogger
 from .sharding import local
@@ -228,10 +229,12 @@ class LastCheckpoint(Callback):
 
 @contextlib.contextmanager
 def finishing_steps(trainer):
-    """In the block the first ctrl-C ends ``trainer``'s run after the step at hand, like SIGTERM; the second one at
-    once. A run that waits for data ends at once too: no step is at hand, and the data may never come."""
+    """In the block the first ctrl-C ends ``trainer``'s run after the step at hand, like SIGTERM and SLURM's signal; the
+    second one at once. A run that waits for data ends at once too: no step is at hand, and the data may never come.
+    The block is given the set of those that came of ctrl-C and SLURM's."""
+    asked = set()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
 
     def terminate(signum, frame):
@@ -240,19 +243,24 @@ def finishing_steps(trainer):
             raise SIGTERMException
 
     def interrupt(signum, frame):
-        nonlocal interrupted
-        if interrupted:
+        if signum in asked:
             raise KeyboardInterrupt
-        interrupted = True
+        asked.add(signum)
         logger.warning("interrupted: finishing this step and saving it; press ctrl-C again to stop at once")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    interrupted = False
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, terminate)
+    def end_soon(signum, frame):
+        if signum not in asked:
+            asked.add(signum)
+            logger.warning("SLURM: the time is nearly up; finishing this step and saving it")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: terminate}
+    if slurm.job() and slurm.SIGNAL:
+        handlers[slurm.SIGNAL] = end_soon
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -25,6 +25,7 @@ from latentcast.data.datamodules import VideoDataModule
 from latentcast.files import locked, printable, told, write_text
 from latentcast.yaml_text import dump
 
+from . import slurm
 from .callbacks import (
     LastCheckpoint,
     LogInterval,
@@ -233,8 +234,9 @@ class TrainingRun:
             compile_model(module, datamodule, trainer, config.compile)
         for message in NOT_WORTH_SAYING:
             warnings.filterwarnings("ignore", message=message)
+        asked = set()
         try:
-            with finishing_steps(trainer):
+            with finishing_steps(trainer) as asked:
                 trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
             start()  # where a resumed run had no step left to do
             if average:
@@ -248,6 +250,11 @@ class TrainingRun:
         except SystemExit:  # how Lightning ends a run that was asked to stop
             if trainer.is_global_zero and self.last.exists():
                 logger.info("%s holds step %d; resume=true goes on from there", self.last, trainer.global_step)
+            if trainer.is_global_zero and slurm.SIGNAL in asked:
+                if config.resume:
+                    slurm.requeue()
+                else:
+                    logger.warning("SLURM: without resume=true the job would start over, and is not queued again")
             raise KeyboardInterrupt from None
         finally:
             named = to_container(config.preview.figures)
