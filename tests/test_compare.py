@@ -147,11 +147,12 @@ def test_unlike_results_are_one_line_on_stderr(tmp_path, command):
     assert err.startswith("error: ") and "n_context 5 and 2" in err and "--force" in err
 
 
-def test_forced_columns_are_labelled(tmp_path, capsys):
+def test_forced_columns_are_labelled(tmp_path, capsys, caplog):
     paths = write(tmp_path, "a.json", make_result()), write(tmp_path, "b.json", make_result("B", n_context=2))
     found = compare(*paths, force=True, output=tmp_path / "out")
     assert found["unlike"] == {"B": {"n_context": (5, 2)}}
     assert found["differences"] == {"B": {}}  # other frames
+    assert "no differences: they share no metric that each of several videos has" in caplog.text
     table = (tmp_path / "out/comparison.md").read_text()
     assert "| A | B [1] | copy_last_frame |" in table
     assert "[1] does not compare with A: n_context 5 and 2" in table

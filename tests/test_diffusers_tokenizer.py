@@ -215,6 +215,15 @@ def test_a_trained_one_is_found_by_the_settings_it_was_made_with(tmp_path, by):
 # What cannot be loaded
 
 
+@pytest.mark.parametrize("name", ["diffusers_kl", "diffusers_vq"])
+def test_one_that_is_not_trained_has_no_path(name):
+    config = load_config("quickstart", [f"tokenizer={name}", "tokenizer.path=somewhere"])
+    with pytest.raises(
+        ValueError, match=r"^tokenizer.path, tokenizer.autoencoder: expected one of the two, found both"
+    ):
+        instantiate(config.tokenizer)
+
+
 def test_weights_that_do_not_fill_the_model(tmp_path):
     saved(tmp_path, "AutoencoderKL")
     file = tmp_path / "diffusion_pytorch_model.safetensors"

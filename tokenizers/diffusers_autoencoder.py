@@ -41,8 +41,8 @@ class DiffusersTokenizer(FrameTokenizer):
         path: folder or hub name of a saved autoencoder, whose weights are loaded; ``subfolder`` of it, "vae" in whole
             pipelines. None: an untrained one.
         height, width: H and W of the frames in pixels, multiples of the autoencoder's stride.
-        autoencoder: class and sizes of the autoencoder, as in the ``config.json`` that diffusers writes; when given, no
-            weights are loaded from ``path``. Default: what ``path`` says, else an AutoencoderTiny of default size.
+        autoencoder: class and sizes of an untrained autoencoder, as in the ``config.json`` that diffusers writes; not
+            with ``path``. Default: what ``path`` says, else an AutoencoderTiny of default size.
         in_channels: C of the frames. Default: what the autoencoder says, 3 of an untrained one.
         scaling_factor: latents are ``(z - shift_factor) * scaling_factor``. Default: the autoencoder's own, as is
             ``shift_factor``.
@@ -51,7 +51,7 @@ class DiffusersTokenizer(FrameTokenizer):
         kl_weight: of AutoencoderKL's KL term; see ``KLVAE``.
     Raises:
         OSError: nothing that can be loaded at ``path``.
-        ValueError: another class of model, weights that do not fill it, other channels than asked for or different ones
+        ValueError: both ``path`` and ``autoencoder``, another class of model, weights that do not fill it, other channels than asked for or different ones
             in and out, or a frame size that is not a multiple of the stride.
     """
 
@@ -76,12 +76,17 @@ class DiffusersTokenizer(FrameTokenizer):
         check_counts(height=height, width=width)
         if not isinstance(autoencoder, dict | None):
             raise ValueError(f"autoencoder: expected a class and its sizes, found {one_line(autoencoder)}")
-        if autoencoder is not None or path is None:
+        if autoencoder is not None and path is not None:
+            raise ValueError(
+                f"path, autoencoder: expected one of the two, found both; {path} has its own class and sizes "
+                "(tokenizer=diffusers takes it)"
+            )
+        if path is None:
             channels = {} if in_channels is None else {"in_channels": in_channels, "out_channels": in_channels}
             self.network = _build(channels | (autoencoder or {"_class_name": "AutoencoderTiny"}))
         else:
             self.network = _load(path, subfolder)
-        self._pretrained = autoencoder is None and path is not None
+        self._pretrained = path is not None
         inner = self.network.config
         if inner.in_channels != inner.out_channels:
             raise ValueError(

@@ -49,6 +49,8 @@ def main(args):
     tables = [markdown.table(results, unlike)]
     if any(pairs.values()):
         tables.append(markdown.difference_table(results, pairs))
+    elif others:
+        logger.warning("no differences: they share no metric that each of several videos has under the same settings")
     published = {}
     if args.published:
         rows = read_published(PUBLISHED)
