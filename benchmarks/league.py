@@ -6,7 +6,8 @@
 ``league.yaml`` lists the runs. Each trains in ROOT/NAME: stage one, the latents cache, the prior, then its evaluation;
 what is finished is not done again, and what was stopped or killed goes on. A budget counts the process's CPU time (user
 and system, of one thread), not the time on the clock, so that a busy machine does not shorten it: a short run first
-measures what a step costs, and the number of steps that fit is kept, so that learning rates fall to the end.
+measures what a step costs, and the number of steps that fit is kept, so that learning rates fall to the end. A run that
+is stopped and started again lowers it where steps have cost more than that.
 
 A finished run is kept beside the tables (``docs/results/league/NAME/``: result, cost, pictures), which are written
 from there, and its pipeline in ``zoo/``; ROOT may go. ``--render`` trains none. ``key=value`` go to every tool but
@@ -132,12 +133,24 @@ class Trainer:
             budget = share * self.run.cpu_seconds
             if "max_steps" not in self.state.get(stage, {}):
                 self._note(stage, max_steps=self._steps_within(stage, budget), cpu_seconds=0.0)
+            self._fit_again(stage, budget)
             self._train(stage)
             if stage == "tokenizer":
                 self._encode()
             self._note(stage, done=True)
         self._evaluate()
         self._keep()
+
+    def _fit_again(self, stage, budget):
+        """Fewer steps for a stage that goes on, where they have cost more than was measured: beside other work a core
+        does less in a second."""
+        state, last = self.state[stage], self.folder / f"{stage}_training" / "last.ckpt"
+        if state["cpu_seconds"] and last.is_file():
+            step = torch.load(last, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+            fit = max(step, int(step * budget / state["cpu_seconds"]))
+            if fit < 0.97 * state["max_steps"]:
+                say(f"{self.run.name}: {stage}: {step} steps in {state['cpu_seconds']:.0f}, so {fit} in {budget:.0f}")
+                self._note(stage, max_steps=fit)
 
     def _train(self, stage):
         """Train a stage to its end, counting the CPU time of this and of earlier tries."""

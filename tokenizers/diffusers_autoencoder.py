@@ -51,8 +51,8 @@ class DiffusersTokenizer(FrameTokenizer):
         kl_weight: of AutoencoderKL's KL term; see ``KLVAE``.
     Raises:
         OSError: nothing that can be loaded at ``path``.
-        ValueError: both ``path`` and ``autoencoder``, another class of model, weights that do not fill it, other channels than asked for or different ones
-            in and out, or a frame size that is not a multiple of the stride.
+        ValueError: both ``path`` and ``autoencoder``, another class of model, weights that do not fill it, other
+            channels than asked for or different ones in and out, or a frame size that is not a multiple of the stride.
     """
 
     _keep_in_fp32_modules = ["quantize"]  # noqa: RUF012 - VQModel's codebook
