@@ -3,7 +3,7 @@
     python benchmarks/league.py [--only NAME,NAME] [--workers 1] [--render] [--table FILE] [--root DIR] [--output FILE]
                                 [--zoo DIR] [key=value ...]
 
-``league.yaml`` lists the runs. Each trains in ROOT/NAME: stage one, the latents cache, the prior, then its evaluation;
+``league.yaml`` lists the runs, and what the papers say of them. Each trains in ROOT/NAME: stage one, the latents cache, the prior, then its evaluation;
 what is finished is not done again, and what was stopped or killed goes on. A budget counts the process's CPU time (user
 and system, of one thread), not the time on the clock, so that a busy machine does not shorten it: a short run first
 measures what a step costs, and the number of steps that fit is kept, so that learning rates fall to the end. A run that
@@ -31,6 +31,7 @@ from common import environment, say  # isort: skip  (sets the thread policy befo
 import psutil
 import torch
 import yaml
+from claims import read_claims, section
 
 from latentcast.config import instantiate, load_config
 from latentcast.files import read_json, write_json, write_text
@@ -313,15 +314,19 @@ def stop(jobs):
         time.sleep(0.1)
 
 
-def render(runs, titles, kept, output):
+def render(runs, titles, claims, kept, output):
     """Write ``output`` (Markdown) of all runs that are in the folder ``kept``."""
-    lines = [f"# {output.stem.capitalize()}", "", "Written by `python benchmarks/league.py --render`.", ""]
+    lines, finished = (
+        [f"# {output.stem.capitalize()}", "", "Written by `python benchmarks/league.py --render`.", ""],
+        {},
+    )
     for table, title in titles.items():
         done = [run for run in runs if run.table == table and (kept / run.name / RESULT).is_file()]
         results = {run.name: (run, *(read_json(kept / run.name / file) for file in (RESULT, COST))) for run in done}
+        finished |= {name: result for name, (_, result, _) in results.items()}
         if results:
             lines += [f"## {title}", "", *_table(results), *_pictures(done, kept)]
-    write_text(output, "\n".join(lines))
+    write_text(output, "\n".join(lines + (section(claims, finished) if claims else [])))
 
 
 def _table(results):
@@ -373,7 +378,7 @@ def _pictures(runs, kept):
 
 def main(args):
     runs, titles = read_table(args.table)
-    names = [run.name for run in runs]
+    names, claims = [run.name for run in runs], read_claims(args.table, runs)
     chosen = args.only.split(",") if args.only else names
     unknown = [name for name in chosen if name not in names]
     if unknown:
@@ -390,7 +395,7 @@ def main(args):
             except KeyboardInterrupt:
                 stop(jobs)
                 raise SystemExit("stopped; the same command goes on") from None
-    render(runs, titles, kept, args.output)
+    render(runs, titles, claims, kept, args.output)
     print(json.dumps({"output": str(args.output), "env": environment()}))
 
 

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 import yaml
+from test_compare import make_result
 from tiny_experiment import BENCHMARKS, EXPERIMENT, Started, finished
 
 from latentcast import load_config
@@ -36,6 +37,32 @@ def test_the_shipped_table_composes(league):
                 and source.zoo
                 and not source.joint
             )
+
+
+def test_what_papers_say_beside_what_runs_say(league, benchmark_module, tmp_path):
+    claims = benchmark_module("claims")
+    runs, _ = league.read_table(BENCHMARKS / "league.yaml")
+    shipped = claims.read_claims(BENCHMARKS / "league.yaml", runs)
+    assert {claim.paper for claim in shipped} > {"HAF-SVG", "STDiff", "S-HR-VQVAE"}
+    good, bad = make_result(noise=0.05), make_result(noise=0.1)
+    good["metrics"]["fvd"], bad["metrics"]["fvd"] = ({"mean": value, "ci95": None} for value in (50.0, 60.0))
+    results = {"good": good, "bad": bad, "same": good}
+
+    def told(better, than, metrics=("psnr", "ssim")):
+        claim = claims.Claim("A paper", "it is better", list(better), list(than), list(metrics))
+        return claim.verdict(results)
+
+    verdict, differences = told(["good"], ["bad"])
+    assert verdict == "**confirmed** (1 seed)" and "PSNR +6.0" in differences and "SSIM +" in differences
+    assert told(["bad"], ["good"])[0] == "**refuted** (1 seed)" and told(["same"], ["good"])[0].startswith("**not conf")
+    assert told(["good"], ["bad"], ["fvd"]) == ("**confirmed** (1 seed)", "FVD -10")
+    assert told(["good", "bad"], ["bad", "good"])[0] == "**not confirmed** (2 seeds)"  # the second seed
+    assert told(["good"], ["missing"]) == (claims.OPEN, "")
+    lines = claims.section([claims.Claim("A paper", "a word", why="it is large")], results)
+    assert "| A paper | a word | not decidable here: it is large |  |" in lines
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump({"claims": [{"paper": "A", "says": "B", "better": ["no"]}]}))
+    with pytest.raises(SystemExit, match="claims: B: expected names of runs, found no"):
+        claims.read_claims(tmp_path / "table.yaml", runs)
 
 
 def write_table(folder):
