@@ -3,11 +3,11 @@
     python benchmarks/league.py [--only NAME,NAME] [--workers 1] [--render] [--table FILE] [--root DIR] [--output FILE]
                                 [--zoo DIR] [key=value ...]
 
-``league.yaml`` lists the runs, and what the papers say of them. Each trains in ROOT/NAME: stage one, the latents cache, the prior, then its evaluation;
-what is finished is not done again, and what was stopped or killed goes on. A budget counts the process's CPU time (user
-and system, of one thread), not the time on the clock, so that a busy machine does not shorten it: a short run first
-measures what a step costs, and the number of steps that fit is kept, so that learning rates fall to the end. A run that
-is stopped and started again lowers it where steps have cost more than that.
+``league.yaml`` lists the runs, and what the papers say of them. Each trains in ROOT/NAME: stage one, the latents cache,
+the prior, then its evaluation; what is finished is not done again, and what was stopped or killed goes on. A budget
+counts the process's CPU time (user and system, of one thread), not the time on the clock, so that a busy machine does
+not shorten it: a short run first measures what a step costs, and the number of steps that fit is kept, so that learning
+rates fall to the end. A run that is stopped and started again lowers it where steps have cost more than that.
 
 A finished run is kept beside the tables (``docs/results/league/NAME/``: result, cost, pictures), which are written
 from there, and its pipeline in ``zoo/``; ROOT may go. ``--render`` trains none. ``key=value`` go to every tool but
@@ -316,10 +316,8 @@ def stop(jobs):
 
 def render(runs, titles, claims, kept, output):
     """Write ``output`` (Markdown) of all runs that are in the folder ``kept``."""
-    lines, finished = (
-        [f"# {output.stem.capitalize()}", "", "Written by `python benchmarks/league.py --render`.", ""],
-        {},
-    )
+    lines = [f"# {output.stem.capitalize()}", "", "Written by `python benchmarks/league.py --render`.", ""]
+    finished = {}
     for table, title in titles.items():
         done = [run for run in runs if run.table == table and (kept / run.name / RESULT).is_file()]
         results = {run.name: (run, *(read_json(kept / run.name / file) for file in (RESULT, COST))) for run in done}
