@@ -190,12 +190,21 @@ class Trainer:
         self._note("latents", cpu_seconds=round(self._tool("encode_dataset", []), 1))
 
     def _take_tokenizer(self):
-        """Encode by the tokenizer that another run ended with, as it is kept."""
-        cost = self.kept.parent / self.run.tokenizer_of / COST
-        if not cost.is_file():
-            raise SystemExit(f"{self.run.name}: tokenizer_of: {self.run.tokenizer_of} is not finished yet")
+        """Encode by the tokenizer that another run has trained."""
+        _, cost = self._other_tokenizer()
         self._encode()
-        self._note("tokenizer", **read_json(cost)["tokenizer"])
+        self._note("tokenizer", **cost)
+
+    def _other_tokenizer(self):
+        """-> where the tokenizer of the other run is, in its folder or, where that is gone, as it is kept; its cost."""
+        other = self.run.tokenizer_of
+        state, cost = self.root / other / "league.json", self.kept.parent / other / COST
+        found = read_json(state).get("tokenizer", {}) if state.is_file() else {}
+        if found.get("done"):
+            return self.root / other / "tokenizer", found
+        if cost.is_file():
+            return self.zoo / self.run.zoo_name(other), read_json(cost)["tokenizer"]
+        raise SystemExit(f"{self.run.name}: tokenizer_of: {other} has not trained it yet")
 
     def _evaluate(self):
         run = self.run
@@ -254,7 +263,7 @@ class Trainer:
             quiet.pop()
         arguments = [self.run.experiment, f"run_dir={self.folder}", *self.run.overrides, *self.overrides]
         if self.run.tokenizer_of:
-            arguments.append(f"tokenizer={self.zoo / self.run.zoo_name(self.run.tokenizer_of)}")
+            arguments.append(f"tokenizer={self._other_tokenizer()[0]}")
         return self._run(tool, [*arguments, *quiet, *extra, *limits], count)
 
     def _run(self, tool, arguments, count=None):

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,23 @@ def test_a_budget_becomes_steps_by_what_a_step_costs(league, tmp_path, monkeypat
     fit = trainer._steps_within("prior", run.cpu_seconds)
     assert [tool for tool, _ in limits] == ["train_prior"] * 2 and limits[0][1] < limits[1][1]
     assert fit == (30 - 7 - 0.25 * limits[0][1]) / 0.25  # what the trials' start cost is left out of it
+
+
+def test_a_tokenizer_serves_other_runs_as_soon_as_it_is_trained(league, tmp_path):
+    (run,), _ = league.read_table(write_table(tmp_path))
+    run = replace(run, name="second", tokenizer_of="first", tokenizer=0.2)
+    trainer = league.Trainer(run, tmp_path / "runs", [], tmp_path / "kept", tmp_path / "zoo")
+    state, cost = tmp_path / "runs/first/league.json", tmp_path / "kept/first/cost.json"
+    for path, told in ((state, {"tokenizer": {"cpu_seconds": 1}}), (cost, None)):
+        path.parent.mkdir(parents=True)
+        if told:
+            path.write_text(json.dumps(told))
+    with pytest.raises(SystemExit, match="second: tokenizer_of: first has not trained it yet"):
+        trainer.work()
+    cost.write_text(json.dumps({"tokenizer": {"cpu_seconds": 3}}))
+    assert trainer._other_tokenizer() == (tmp_path / "zoo/digits-first", {"cpu_seconds": 3})
+    state.write_text(json.dumps({"tokenizer": {"cpu_seconds": 2, "done": True}}))
+    assert trainer._other_tokenizer() == (tmp_path / "runs/first/tokenizer", {"cpu_seconds": 2, "done": True})
 
 
 def test_a_run_that_is_stopped_goes_on_and_is_rendered(tmp_path):
