@@ -7,6 +7,7 @@ A slow side that is extrapolated from a measured slice of it is labelled so.
 
 from common import run_parts  # isort: skip  (sets the thread policy before torch loads)
 
+from sampling_dtypes import dtypes
 from sampling_flow import flow
 from sampling_lvt import lvt
 from sampling_masked import masked
@@ -23,6 +24,7 @@ PARTS = {
     "rvd": rvd,
     "masked": masked,
     "flow": flow,
+    "dtypes": dtypes,
 }
 
 if __name__ == "__main__":

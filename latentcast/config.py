@@ -515,6 +515,8 @@ def call(target, arguments, name, partial=False):
     try:
         return target(**arguments)
     except (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+        if "allocate memory" in str(error):
+            raise ConfigError(f"{name}: its sizes ask for more memory than there is") from error
         found = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{name}: cannot be built of its arguments ({short(found)[1:-1]})") from error
 

@@ -428,6 +428,7 @@ def test_instantiate_builds_nested_lists_and_partials():
             "unknown argument 'codebook_siz'; did you mean 'codebook_size'?",
         ),
         ({"_target_": "latentcast.VideoFolder", "root": "x"}, "missing argument 'split'"),
+        ({"_target_": "latentcast.VQVAE", "codebook_size": 10**14}, "its sizes ask for more memory than there is"),
     ],
 )
 def test_what_instantiate_refuses(config, expected):

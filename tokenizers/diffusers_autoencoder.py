@@ -73,7 +73,7 @@ class DiffusersTokenizer(FrameTokenizer):
     ) -> None:
         super().__init__()
         check_reconstruction_options(reconstruction_loss, lpips_weight)
-        check_counts(height=height, width=width)
+        check_counts(height=height, width=width, **({} if in_channels is None else {"in_channels": in_channels}))
         if not isinstance(autoencoder, dict | None):
             raise ValueError(f"autoencoder: expected a class and its sizes, found {one_line(autoencoder)}")
         if autoencoder is not None and path is not None:

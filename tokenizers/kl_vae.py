@@ -5,6 +5,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from einops import rearrange
 
+from latentcast.config import check_counts
 from latentcast.layers.gaussian import kl_to_standard_normal, sample_moments, scale_moments
 from latentcast.shapes import Frames, Latents
 from latentcast.sizes import check_stride
@@ -57,7 +58,9 @@ class KLVAE(FrameTokenizer):
     ) -> None:
         super().__init__()
         check_reconstruction_options(reconstruction_loss, lpips_weight)
-        if norm_groups < 1 or not block_channels or any(channels % norm_groups for channels in block_channels):
+        check_counts(in_channels=in_channels, latent_channels=latent_channels, n_blocks=n_blocks)
+        check_counts(norm_groups=norm_groups)
+        if not block_channels or any(channels < 1 or channels % norm_groups for channels in block_channels):
             raise ValueError(f"block_channels: expected multiples of norm_groups={norm_groups}, found {block_channels}")
         stride = self._stride
         check_stride(height, width, stride)

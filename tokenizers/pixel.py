@@ -3,6 +3,7 @@
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from latentcast.config import check_counts
 from latentcast.shapes import Codes, Frames, Latents
 
 from .base import (
@@ -34,6 +35,7 @@ class PixelTokenizer(FrameTokenizer):
     @register_to_config
     def __init__(self, in_channels: int = 3, height: int = 64, width: int = 64, levels: int | None = 256) -> None:
         super().__init__()
+        check_counts(in_channels=in_channels, height=height, width=width)
         if levels is not None and levels < 2:
             raise ValueError(f"levels: expected at least 2, or None for continuous pixels, found {levels}")
         # A file of weights needs a tensor, and so does ``.device``.

@@ -4,6 +4,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 
+from latentcast.config import check_counts
 from latentcast.layers.dcgan import DCGANDecoder, DCGANEncoder
 from latentcast.layers.vgg import VGGDecoder, VGGEncoder
 from latentcast.modeling import eval_mode
@@ -51,6 +52,7 @@ class VectorAutoencoder(FrameTokenizer):
     ) -> None:
         super().__init__()
         check_reconstruction_options(reconstruction_loss, lpips_weight)
+        check_counts(in_channels=in_channels, embedding_dim=embedding_dim, hidden_channels=hidden_channels)
         sizes = (in_channels, height, width, embedding_dim, hidden_channels)
         self.encoder = self.encoder_class(*sizes)
         self.decoder = self.decoder_class(*sizes, output_activation=output_activation)

@@ -7,6 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import nn
 
+from latentcast.config import check_counts
 from latentcast.layers.convolutions import ResidualBlock
 from latentcast.shapes import Codes, Frames, Latents
 from latentcast.sizes import check_stride
@@ -44,6 +45,9 @@ class ConvolutionalVQ(FrameTokenizer):
         output_activation, padding_mode, stride = config.output_activation, config.padding_mode, config.stride
         hidden_channels, residual_channels = config.hidden_channels, config.residual_channels
         check_reconstruction_options(config.reconstruction_loss, config.lpips_weight)
+        check_counts(in_channels=config.in_channels, residual_channels=residual_channels)
+        check_counts(2, hidden_channels=hidden_channels)  # half of them after the first convolution
+        check_counts(0, n_residual_blocks=config.n_residual_blocks)
         if output_activation not in ("tanh", "linear"):
             raise ValueError(f"output_activation: expected 'tanh' or 'linear', found {output_activation!r}")
         if padding_mode not in ("zeros", "replicate"):
