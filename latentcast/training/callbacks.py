@@ -230,8 +230,11 @@ class LastCheckpoint(Callback):
 @contextlib.contextmanager
 def finishing_steps(trainer):
     """In the block the first ctrl-C ends ``trainer``'s run after the step at hand, like SIGTERM and SLURM's signal; the
-    second one at once. A run that waits for data ends at once too: no step is at hand, and the data may never come.
-    The block is given the set of those that came of ctrl-C and SLURM's."""
+    second ctrl-C at once. A run that waits for data ends at once too: no step is at hand, and the data may never come.
+
+    Yields:
+        the set of the signals, of ctrl-C and of SLURM, that have come by now.
+    """
     asked = set()
     if threading.current_thread() is not threading.main_thread():
         yield asked
