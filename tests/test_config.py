@@ -452,6 +452,14 @@ def test_the_experiments_that_others_rely_on_are_there():
     assert {"quickstart", "lvt_bair", "lvt_kinetics600", "video_folder"} <= set(EXPERIMENTS)
 
 
+@pytest.mark.parametrize("name", [name for group, name in GROUP_FILES if group == "tokenizer"])
+def test_frames_have_channels(name):
+    config = load_config("quickstart", [f"tokenizer={name}", "channels=0"])
+    expected = r"^channels=0 \(as tokenizer.in_channels\): expected a whole number of at least 1, found 0"
+    with pytest.raises(ValueError, match=expected):
+        instantiate(config.tokenizer)
+
+
 @pytest.mark.parametrize("group, name", GROUP_FILES)
 def test_every_group_file_fits_its_class(group, name, tmp_path):
     (tmp_path / "only.yaml").write_text(f"defaults: {{{group}: {name}}}")

@@ -31,12 +31,6 @@ def assert_unchanged(module, before):
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-def test_frames_have_channels(tokenizer):
-    settings = {name: value for name, value in tokenizer.config.items() if not name.startswith("_")}
-    with pytest.raises(ValueError, match=r"^in_channels: expected a whole number of at least 1, found 0"):
-        type(tokenizer)(**settings | {"in_channels": 0})
-
-
 def test_shapes_follow_the_spec(tokenizer, frames):
     spec = json.loads(json.dumps(tokenizer.latent_spec))
     assert spec == tokenizer.latent_spec
