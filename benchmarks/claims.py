@@ -46,7 +46,7 @@ class Claim:
         if all(sign > 0 for sign in signs):
             told = "**confirmed**"
         elif all(sign < 0 for sign in signs):
-            told = "**refuted**"
+            told = "**the opposite**"
         else:
             told = "**not confirmed**"
         seeds = f"{len(self.better)} seed{'s' * (len(self.better) > 1)}"
@@ -94,7 +94,7 @@ def section(claims, results):
         "## What the papers say",
         "",
         "Confirmed: better by each of the metrics named, and by more than its interval (FVD, which has none: better). "
-        "At this size, and for this time of training.",
+        "The opposite: worse by each. At this size, and for this time of training.",
         "",
         *("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)),
         "",
