@@ -347,6 +347,17 @@ def test_a_video_of_more_samples_than_bytes(tmp_path):
     assert probe(path).n_frames == 4
 
 
+def test_a_video_that_lasts_longer_than_the_world(tmp_path):
+    """In fragments, of which none says how many frames there are: decord makes room for its duration's."""
+    options = {"movflags": "frag_keyframe+empty_moov", "options": {"g": "4"}}
+    content = bytearray(encode(tmp_path / "a.mp4", counter_frames(12), **options).read_bytes())
+    assert probe(tmp_path / "a.mp4").n_frames == 12
+    at = content.rindex(b"tfdt") + 8  # when the last fragment begins
+    content[at : at + 8] = (2**42).to_bytes(8, "big")
+    (tmp_path / "a.mp4").write_bytes(content)
+    assert probe(tmp_path / "a.mp4").reader == "pyav"
+
+
 def test_an_index_that_comes_with_the_videos(tmp_path, caplog):
     """One that is none counts for nothing."""
     encode(tmp_path / "a.mp4", counter_frames(6))

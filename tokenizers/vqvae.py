@@ -45,7 +45,8 @@ class ConvolutionalVQ(FrameTokenizer):
         output_activation, padding_mode, stride = config.output_activation, config.padding_mode, config.stride
         hidden_channels, residual_channels = config.hidden_channels, config.residual_channels
         check_reconstruction_options(config.reconstruction_loss, config.lpips_weight)
-        check_counts(in_channels=config.in_channels, residual_channels=residual_channels)
+        check_counts(in_channels=config.in_channels, embedding_dim=config.embedding_dim)
+        check_counts(residual_channels=residual_channels)
         check_counts(2, hidden_channels=hidden_channels)  # half of them after the first convolution
         check_counts(0, n_residual_blocks=config.n_residual_blocks)
         if output_activation not in ("tanh", "linear"):

@@ -48,6 +48,7 @@ GAP = 10.0  # seconds between two frames, and 20 times the usual step, past whic
 HELD = 1 << 23  # bytes of packets that are kept to be decoded; larger files are read a second time
 MOST_PIXELS = 1 << 26  # of a frame, twice those of 8K film: a file of some kilobytes may state billions
 FEW_PACKETS, LEAST_PACKET = 1000, 8  # beyond so many packets each has so many bytes, on average
+MANY_FRAMES = 10**6  # that decord may make room for in vain
 PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # boxes of an MP4 that hold boxes
 SAMPLE_COUNTS = {b"stsz": 8, b"stz2": 8, b"trun": 4}  # box -> where in it the number of samples stands
 KEPT_LOOKS = 64  # files whose packet tables are kept: 8 bytes a frame
@@ -685,8 +686,11 @@ class _Scan:
     def __init__(self, container, stream, packets):
         self.format, self.index, self.base = container.format.name, stream.index, float(stream.time_base)
         self.alone = len(container.streams.video) == 1
-        # Decord makes room for as many frames as are stated, and ends the process where there is none.
-        self.counted = 0 <= stream.frames <= 2 * len(packets) + FEW_PACKETS
+        # Decord makes room for as many frames as are stated, or else follow from the duration, and ends the process
+        # where there is none.
+        timed = (container.duration or 0) / av.time_base * float(stream.average_rate or 0)
+        most = 2 * len(packets) + FEW_PACKETS
+        self.counted = 0 < stream.frames <= most or (stream.frames == 0 and 0 <= timed <= most + MANY_FRAMES)
         self.codec, reorders = stream.codec_context.name, stream.codec_context.has_b_frames
         aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
         self.aspect = float(aspect) if 1 / 16 < aspect < 16 else 1.0
