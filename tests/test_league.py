@@ -128,7 +128,8 @@ def test_a_run_that_is_stopped_goes_on_and_is_rendered(tmp_path):
     state, checkpoint = folder / "league.json", folder / "prior_training" / "last.ckpt"
     state.write_text(json.dumps({"prior": {"max_steps": 10_000, "cpu_seconds": 100.0}}))
     league = started(tmp_path)
-    while not (folder / "metrics" / "prior.csv").is_file() and league.poll() is None:
+    rows = folder / "metrics" / "prior.csv"  # there before the first step is
+    while not (rows.is_file() and "train/loss" in rows.read_text()) and league.poll() is None:
         time.sleep(0.1)
     os.kill(league.pid, signal.SIGTERM)
     status, _, err = finished(league)
