@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from latentcast.evaluation.comparison import paired
+from latentcast.evaluation.markdown import difference
 from latentcast.figures.charts import HEADINGS
 
 OPEN = "open: not all of its runs are finished"
@@ -42,7 +43,7 @@ class Claim:
         for one, other in zip(self.better, self.than):
             found = [_difference(metric, results[other], results[one]) for metric in self.metrics]
             signs += [sign for sign, _ in found]
-            texts.append(", ".join(text for _, text in found))
+            texts.append("; ".join(text for _, text in found))
         if all(sign > 0 for sign in signs):
             told = "**confirmed**"
         elif all(sign < 0 for sign in signs):
@@ -50,7 +51,7 @@ class Claim:
         else:
             told = "**not confirmed**"
         seeds = f"{len(self.better)} seed{'s' * (len(self.better) > 1)}"
-        return f"{told} ({seeds})", "; ".join(texts)
+        return f"{told} ({seeds})", " / ".join(texts)
 
 
 def _difference(metric, before, after):
@@ -58,13 +59,12 @@ def _difference(metric, before, after):
     name, _, arrow = HEADINGS[metric].rpartition(" ")
     name = name.partition(",")[0]
     if metric == "fvd":
-        difference = after["metrics"][metric]["mean"] - before["metrics"][metric]["mean"]
-        low = high = difference
-        text = f"{name} {difference:+.3g}"
+        low = high = after["metrics"][metric]["mean"] - before["metrics"][metric]["mean"]
+        text = f"{name} {low:+.3g}"
     else:
         found = paired(before, after)[metric]
-        (low, high), difference = found["ci95"], found["difference"]
-        text = f"{name} {difference:+.3g} [{low:.3g}, {high:.3g}]"
+        low, high = found["ci95"]
+        text = f"{name} {difference(found)}"
     sign = (low > 0) - (high < 0)
     return (sign if arrow == "↑" else -sign), text
 

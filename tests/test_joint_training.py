@@ -11,7 +11,15 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from tiny import TINY_TOKENIZERS, random_frames, tiny_prior, tiny_tokenizer
-from tiny_experiment import TOOLS, call_tool, run_ranks, run_tool, tiny_config, write_experiment
+from tiny_experiment import (
+    TOOLS,
+    assert_same_checkpoints,
+    call_tool,
+    run_ranks,
+    run_tool,
+    tiny_config,
+    write_experiment,
+)
 
 from latentcast import (
     VQVAE,
@@ -480,11 +488,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(encoded, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(tiny_config(tmp_path, *half), tokenizer, [Stop()])
     resumed, found = fit(tiny_config(tmp_path, *half, "resume=true"), tokenizer)
-    for part in ("state_dict", "current_model_state", "averaging_state"):
-        assert expected[part].keys() == found[part].keys()
-        for name, tensor in expected[part].items():
-            assert torch.equal(tensor, found[part][name]), (part, name)
-    assert str(expected["optimizer_states"]) == str(found["optimizer_states"])
+    assert_same_checkpoints(found, expected)
     assert curves(whole.run_dir)["train/loss"] == curves(resumed.run_dir)["train/loss"]
     moved, average = found["current_model_state"], found["state_dict"]
     assert not torch.equal(moved["tokenizer.decoder.0.weight"], average["tokenizer.decoder.0.weight"])

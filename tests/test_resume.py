@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from test_latent_cache import Noise
 from tiny import TINY_PRIORS, TINY_TOKENIZERS, random_clip, random_frames
-from tiny_experiment import tiny_config
+from tiny_experiment import assert_same_checkpoints, tiny_config
 
 from latentcast import PriorModule, TokenizerModule, VideoDataModule, instantiate
 from latentcast.config import to_container
@@ -92,9 +92,5 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(tmp_path, stage, name
     found, found_rows = fit(resumed, stage, name)
     assert len([row for row in rows if row[1] == "train/loss"]) == SAVED + N_MORE
     assert found_rows == rows
-    for part in ("state_dict", "current_model_state", "averaging_state"):
-        assert expected[part].keys() == found[part].keys()
-        for tensor in expected[part]:
-            assert torch.equal(expected[part][tensor], found[part][tensor]), (part, tensor)
-    assert str(expected["optimizer_states"]) == str(found["optimizer_states"])
+    assert_same_checkpoints(found, expected)
     assert expected["lr_schedulers"] == found["lr_schedulers"]

@@ -336,7 +336,7 @@ def test_a_run_dir_that_is_somebody_elses_is_refused(tmp_path):
 
 
 def test_what_a_class_cannot_be_built_of_is_one_line_that_names_it(tmp_path):
-    for override in ("tokenizer.n_codebooks=null", "prior.subscale=null"):
+    for override in ("tokenizer.n_codebooks=null", "tokenizer.height=null", "prior.subscale=null"):
         config = load_config(write(tmp_path, EXPERIMENT), [override])
         part = override.partition(".")[0]
         arguments = {"latent_spec": instantiate(config.tokenizer).latent_spec} if part == "prior" else {}

@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 import yaml
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -75,6 +76,15 @@ def write_experiment(folder):
 
 def tiny_config(folder, *overrides):
     return load_config(write_experiment(folder), overrides)
+
+
+def assert_same_checkpoints(found, expected):
+    """Weights, their average and the optimiser, bit for bit."""
+    for part in ("state_dict", "current_model_state", "averaging_state"):
+        assert expected[part].keys() == found[part].keys()
+        for name, tensor in expected[part].items():
+            assert torch.equal(tensor, found[part][name]), (part, name)
+    assert str(expected["optimizer_states"]) == str(found["optimizer_states"])
 
 
 def call_tool(tool, folder, *overrides):

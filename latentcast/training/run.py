@@ -234,7 +234,6 @@ class TrainingRun:
             compile_model(module, datamodule, trainer, config.compile)
         for message in NOT_WORTH_SAYING:
             warnings.filterwarnings("ignore", message=message)
-        asked = set()
         try:
             with finishing_steps(trainer) as asked:
                 trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
