@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -245,6 +247,21 @@ def test_a_table_that_unpacks_without_end(tmp_path, monkeypatch):
     parquet.write_table(pyarrow.table({"action": np.zeros(10**4 + 1)}), path)
     assert path.stat().st_size < 10**4
     refused(lambda: read_actions(path), path, "expected a table of at most 10000 rows, found 10001")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit a process's data")
+def test_a_list_that_unpacks_without_end(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path, n = tmp_path / "a.parquet", 30 * 10**6
+    actions = pyarrow.ListArray.from_arrays(pyarrow.array([0, n], pyarrow.int32()), pyarrow.array(np.zeros(n, "f4")))
+    parquet.write_table(pyarrow.table({"action": actions}), path)
+    assert path.stat().st_size < 1000
+    monkeypatch.setattr(action_tables, "MOST_BYTES", 2**26)
+    limit = resource.getrlimit(resource.RLIMIT_DATA)
+    refused(lambda: read_actions(path), path, "expected a table that takes at most 64 MB, found more")
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limit
 
 
 def test_conditions_that_unpack_without_end(tmp_path):

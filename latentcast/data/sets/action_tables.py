@@ -1,11 +1,13 @@
 """Tables of actions that lie beside videos: csv, npy and parquet files, one row a frame."""
 
+import contextlib
 import csv
 import functools
 import importlib.util
 import logging
 import math
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ PLACE = re.compile(r"\{(\w*)\}")  # in the pattern of tables
 SUFFIXES = (".csv", ".npy", ".parquet")
 COLUMN = "action"  # of parquet files, unless other columns are asked for
 MOST_ROWS = 10_000_000  # of a parquet file, in which zeros take no room: 92 hours at 30 frames a second
+MOST_BYTES = 2**31  # that one is read in: lists of numbers take no more room than rows
+LIMITING = threading.Lock()  # the limit is the process's
 WHOLE = re.compile(r"[+-]?\d{1,18}")
 
 
@@ -294,18 +298,42 @@ def _parquet(path, columns):
         missing = [column for column in columns if column not in known]
         if missing:
             raise VideoError(f"{path}: expected the columns {', '.join(columns)}, found {', '.join(known)}")
-        # Rows, and not the numbers in lists: Arrow aborts where the metadata that states these is damaged.
+        # Rows, and not the numbers in lists, which a page may state and the metadata not.
         if (n := file.metadata.num_rows) > MOST_ROWS:
             raise VideoError(f"{path}: expected a table of at most {MOST_ROWS} rows, found {n}")
-        table = file.read(columns=columns)
+        with _memory_limit(MOST_BYTES):
+            table = file.read(columns=columns)
+            found = [_column(path, column, table.column(column).to_pylist()) for column in columns]
     except OSError:
         raise
+    except MemoryError:
+        raise VideoError(f"{path}: expected a table that takes at most {MOST_BYTES >> 20} MB, found more") from None
     except Exception as error:  # Arrow's, and what bytes that are no text lead to
         raise VideoError(f"{path}: not a readable parquet file ({' '.join(str(error).split())})") from None
-    found = [_column(path, column, table.column(column).to_pylist()) for column in columns]
     if len(found) == 1:
         return found[0]
     return np.concatenate([column.reshape(len(column), -1) for column in found], 1)
+
+
+@contextlib.contextmanager
+def _memory_limit(n_bytes):
+    """Raises MemoryError where the process would grow by more; on Linux: elsewhere there is no such limit."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        yield
+        return
+    import resource
+
+    with LIMITING:
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        most = int(re.search(r"VmData:\s*(\d+)", status)[1]) * 1024 + n_bytes
+        others = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min([most, *others]), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _column(path, name, values):
