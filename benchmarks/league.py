@@ -31,10 +31,11 @@ from common import environment, say  # isort: skip  (sets the thread policy befo
 import psutil
 import torch
 import yaml
-from claims import read_claims, section
+from claims import read_claims
+from league_page import COST, PICTURES, RESULT, render, swept
 
 from latentcast.config import instantiate, load_config
-from latentcast.files import read_json, write_json, write_text
+from latentcast.files import read_json, write_json
 from latentcast.pipelines.base import VideoPipeline
 from latentcast.priors.base import no_progress
 from latentcast.zoo import N_EXAMPLES, export
@@ -43,17 +44,6 @@ HERE = Path(__file__).parent
 TOOLS = HERE.parent / "tools"
 CALIBRATION = (20, 120)  # steps of the two short runs whose difference is what a step costs
 SAVED_EVERY = 20  # seconds
-RESULT, COST = "result.json", "cost.json"  # of a run that is kept
-PICTURES = ("best", "random", "worst")  # of evaluate.py
-COLUMNS = {  # metric -> (heading, how its figure is found)
-    "psnr": ("PSNR (dB), best ↑", ".2f"),
-    "ssim": ("SSIM, best ↑", ".3f"),
-    "lpips": ("LPIPS, best ↓", ".4f"),
-    "crps": ("CRPS (of 255) ↓", ".2f"),
-    "ilpips": ("iLPIPS ↑", ".3f"),
-    "fvd": ("FVD ↓", ".0f"),
-    "bits": ("bits per dimension ↓", ".4f"),
-}
 
 
 @dataclass(frozen=True)
@@ -67,6 +57,7 @@ class Run:
         cpu_seconds: the budget.
         zoo, licence: what its pipeline's folder in the zoo begins with (None: it is not kept), and its licence.
         tokenizer, joint: shares of it. tokenizer_of: name of the run that trains its tokenizer.
+        sweep: an option of the prior's sampler -> values for which its pipeline is evaluated, too.
     """
 
     name: str
@@ -80,6 +71,7 @@ class Run:
     tokenizer: float = 0.0
     joint: float = 0.0
     tokenizer_of: str | None = None
+    sweep: dict = field(default_factory=dict)
     zoo: str | None = None
     licence: str = "MIT"
 
@@ -122,9 +114,15 @@ class Trainer:
         self.state = read_json(self.state_file) if self.state_file.is_file() else {}
 
     def work(self):
-        """All stages that are not done yet, the evaluation, and keeping what came out."""
-        if (self.kept / RESULT).is_file():
-            return
+        """All that is not done yet: the stages, the evaluations, and keeping what came out."""
+        if not (self.kept / RESULT).is_file():
+            self._train_all()
+            self._evaluate(self.folder)
+            self._note("cost", **self._cost())
+            self._keep()
+        self._sweep()
+
+    def _train_all(self):
         for stage, share in self.run.stages().items():
             if self.state.get(stage, {}).get("done"):
                 continue
@@ -139,8 +137,6 @@ class Trainer:
             if stage == "tokenizer":
                 self._encode()
             self._note(stage, done=True)
-        self._evaluate()
-        self._keep()
 
     def _fit_again(self, stage, budget):
         """Fewer steps for a stage that goes on, where they have cost more than was measured: beside other work a core
@@ -206,18 +202,39 @@ class Trainer:
             return self.zoo / self.run.zoo_name(other), read_json(cost)["tokenizer"]
         raise SystemExit(f"{self.run.name}: tokenizer_of: {other} has not trained it yet")
 
-    def _evaluate(self):
+    def _evaluate(self, folder, *overrides):
+        """-> the result, whose files go to ``folder``."""
         run = self.run
-        if (self.folder / "metrics" / f"{run.table}.json").is_file():
-            return
-        arguments = ["--pipeline", str(self.folder / "pipeline"), "--data", run.data, f"protocol={run.table}"]
-        self._run("evaluate", [*arguments, f"run_dir={self.folder}", *run.evaluate])
-        self._note("cost", **self._cost())
+        result = folder / "metrics" / f"{run.table}.json"
+        if not result.is_file():
+            arguments = ["--pipeline", str(self.folder / "pipeline"), "--data", run.data, f"protocol={run.table}"]
+            self._run("evaluate", [*arguments, f"run_dir={folder}", *run.evaluate, *overrides])
+        return read_json(result) | {"command": self.command}
+
+    def _sweep(self):
+        """The same with other values of an option of the sampler, without bits, which no option changes."""
+        for option, values in self.run.sweep.items():
+            for value in values:
+                name = swept(option, value)
+                if (kept := self.kept / name).is_file():
+                    continue
+                if not (self.folder / "pipeline").is_dir():
+                    raise SystemExit(f"{self.run.name}: {option}={value}: its pipeline is gone from {self.folder}")
+                if value == self._pipeline().prior.sampler_options()[option].default:
+                    found = read_json(self.kept / RESULT) | {"cost": read_json(self.kept / COST)["cost"]}
+                else:
+                    metrics = [metric for metric in self._protocol().metrics if metric != "bits"]
+                    overrides = f"evaluation.sampler.{option}={value}", f"protocol.metrics=[{','.join(metrics)}]"
+                    found = self._evaluate(
+                        self.folder / name.removesuffix(".json"), *overrides, "evaluation.baselines=[]"
+                    )
+                    found |= {"cost": self._cost(**{option: value})}
+                write_json(kept, found)
 
     def _keep(self):
         """Copy what the tables show, its result last, and export the pipeline."""
         run, metrics = self.run, self.folder / "metrics"
-        result = read_json(metrics / f"{run.table}.json") | {"command": self.command}
+        result = self._evaluate(self.folder)
         self.kept.mkdir(parents=True, exist_ok=True)
         for kind in PICTURES:
             if (picture := metrics / run.table / f"{kind}.png").is_file():
@@ -234,21 +251,27 @@ class Trainer:
         clips = torch.stack([test[i]["frames"] for i in range(N_EXAMPLES)])
         folder = self.zoo / run.zoo_name()
         facts = {"title": f"{run.label}.", "command": self.command}
-        pipe = VideoPipeline.from_pretrained(self.folder / "pipeline")
+        pipe = self._pipeline()
         pipe.register_to_config(n_context=protocol["n_context"])  # it may have been trained with fewer
         found = export(pipe, folder, clips, {run.table: result}, licence=run.licence, **facts)
         say(f"{run.name}: kept in {folder}: {found:.2f} dB on its example clips")
 
-    def _cost(self):
+    def _pipeline(self):
+        return VideoPipeline.from_pretrained(self.folder / "pipeline")
+
+    def _protocol(self):
+        overrides = (o for o in self.run.evaluate if o.startswith("protocol."))
+        return instantiate(load_config("quickstart", [f"protocol={self.run.table}", *overrides]).protocol)
+
+    def _cost(self, **sampler):
         """What a future costs: seconds on one thread and network calls a frame, for one context at a time."""
-        pipe = VideoPipeline.from_pretrained(self.folder / "pipeline")
+        pipe, protocol = self._pipeline(), self._protocol()
         spec = pipe.prior.config.latent_spec
-        protocol = instantiate(load_config("quickstart", [f"protocol={self.run.table}"]).protocol)
         shape = (1, protocol.n_context, spec["frame_channels"], spec["frame_height"], spec["frame_width"])
         context, bar = pipe.encode(torch.zeros(shape)), Counting()
-        pipe.prior.sample(context, protocol.n_predicted, progress=bar)  # warms up, and counts
+        pipe.prior.sample(context, protocol.n_predicted, progress=bar, **sampler)  # warms up, and counts
         began = time.process_time()
-        pipe(torch.zeros(shape), protocol.n_predicted)
+        pipe(torch.zeros(shape), protocol.n_predicted, **sampler)
         parameters = sum(p.numel() for part in (pipe.prior, pipe.tokenizer) if part for p in part.parameters())
         return {
             "seconds_a_future": round(time.process_time() - began, 3),
@@ -321,66 +344,6 @@ def stop(jobs):
                 told.add(child.pid)
                 child.terminate()
         time.sleep(0.1)
-
-
-def render(runs, titles, claims, kept, output):
-    """Write ``output`` (Markdown) of all runs that are in the folder ``kept``."""
-    lines = [f"# {output.stem.capitalize()}", "", "Written by `python benchmarks/league.py --render`.", ""]
-    finished = {}
-    for table, title in titles.items():
-        done = [run for run in runs if run.table == table and (kept / run.name / RESULT).is_file()]
-        results = {run.name: (run, *(read_json(kept / run.name / file) for file in (RESULT, COST))) for run in done}
-        finished |= {name: result for name, (_, result, _) in results.items()}
-        if results:
-            lines += [f"## {title}", "", *_table(results), *_pictures(done, kept)]
-    write_text(output, "\n".join(lines + (section(claims, finished) if claims else [])))
-
-
-def _table(results):
-    first = next(iter(results.values()))[1]
-    metrics = [metric for metric in COLUMNS if any(metric in result["metrics"] for _, result, _ in results.values())]
-    heads = [
-        "",
-        *(COLUMNS[m][0] for m in metrics),
-        "LPIPS, mean ↓",
-        "parameters",
-        "CPU hours",
-        "s a future",
-        "calls a frame",
-    ]
-    rows = []
-    for run, result, state in results.values():
-        hours = sum(part.get("cpu_seconds", 0) for part in state.values()) / 3600
-        cost = state["cost"]
-        rows.append([run.label, *_figures(result["metrics"], metrics), f"{cost['parameters'] / 1e6:.2f}M"])
-        rows[-1] += [f"{hours:.2f}", f"{cost['seconds_a_future']:.2f}", f"{cost['calls_a_frame']:g}"]
-    for who, found in first["baselines"].items():
-        rows.append([who.replace("_", " "), *_figures(found, metrics), "", "", "", ""])
-    protocol = first["protocol"]
-    counts = f"{first['data']['n_clips']} clips, {protocol['n_samples']} samples each, 95 % intervals."
-    grid = [heads, ["---"] * len(heads), *rows]
-    return [counts, "", *("| " + " | ".join(row) + " |" for row in grid), ""]
-
-
-def _figures(metrics, names):
-    def cell(entry, form):
-        if entry is None:
-            return "–"
-        low, high = entry.get("ci95") or (None, None)
-        spread = "" if low is None else f" ± {(high - low) / 2:{form}}"
-        return f"{entry['mean']:{form}}{spread}"
-
-    of_all = metrics.get("lpips", {}).get("mean_of_samples")
-    return [*(cell(metrics.get(name), COLUMNS[name][1]) for name in names), cell(of_all, ".4f")]
-
-
-def _pictures(runs, kept):
-    lines = []
-    for run in runs:
-        lines += [f"### {run.label}", ""]
-        found = [kind for kind in PICTURES if (kept / run.name / f"{kind}.png").is_file()]
-        lines += [line for kind in found for line in (f"![{kind} clips]({kept.name}/{run.name}/{kind}.png)", "")]
-    return lines
 
 
 def main(args):

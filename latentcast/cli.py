@@ -121,7 +121,7 @@ GRACE = 10  # seconds in which a tool that was asked to end may do so by itself
 
 
 @contextlib.contextmanager
-def ending_when_asked(grace=GRACE):
+def ending_when_asked():
     """Inside the block a second ctrl-C ends the process, and so does SIGTERM where it waits for data in vain.
 
     Handlers in Python do not run while the main thread is in native code, which a decoder may never leave. The
@@ -133,7 +133,7 @@ def ending_when_asked(grace=GRACE):
     ours, writer = socket.socketpair()
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_end_when_asked, args=(ours, grace), daemon=True).start()
+    threading.Thread(target=_end_when_asked, args=(ours,), daemon=True).start()
     try:
         yield
     finally:
@@ -141,7 +141,7 @@ def ending_when_asked(grace=GRACE):
         writer.close()  # ends the thread
 
 
-def _end_when_asked(signals, grace):
+def _end_when_asked(signals):
     interrupts = 0
     with signals:
         while number := signals.recv(1):
@@ -152,7 +152,7 @@ def _end_when_asked(signals, grace):
                 status = 128 + signal.SIGTERM
             else:
                 continue
-            ready, _, _ = select.select([signals], [], [], grace)
+            ready, _, _ = select.select([signals], [], [], GRACE)
             if not ready and (reading is None or _waits_for() is reading):
                 _end(status, reading)
 

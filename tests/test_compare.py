@@ -478,6 +478,16 @@ def test_ablation_shows_the_best_of_each_number_of_samples():
     assert [text.get_text() for text in frames.get_legend().get_texts()] == ["mine, 1", "mine, 2", "mine, 4"]
 
 
+def test_quality_over_cost_joins_the_points_of_a_label():
+    lines = {"lpips": {"steps": [(4.0, 0.1), (1.0, 0.3)], "one": [(2.0, 0.2)]}, "fvd": {"steps": [(1, 60)], "one": []}}
+    lpips, fvd = figures.tradeoff(lines, "seconds").chart.axes
+    assert lpips.lines[0].get_xydata().tolist() == [[1, 0.3], [4, 0.1]] and lpips.get_xscale() == "log"
+    assert [text.get_text() for text in lpips.get_legend().get_texts()] == ["steps", "one"]
+    assert len(fvd.lines) == 1 and fvd.get_xlabel() == "seconds" and fvd.get_ylabel() == "FVD ↓"
+    with pytest.raises(ValueError, match="expected points with costs above 0, found 0"):
+        figures.tradeoff({"fvd": {"free": [(0, 1)]}}, "seconds")
+
+
 def test_maps_of_crps_are_darker_where_they_are_larger_on_one_scale():
     values = np.zeros((16, 16))
     values[:, 8:] = 5

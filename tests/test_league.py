@@ -49,8 +49,8 @@ def test_what_papers_say_beside_what_runs_say(league, benchmark_module, tmp_path
     good["metrics"]["fvd"], bad["metrics"]["fvd"] = ({"mean": value, "ci95": None} for value in (50.0, 60.0))
     results = {"good": good, "bad": bad, "same": good}
 
-    def told(better, than, metrics=("psnr", "ssim")):
-        claim = claims.Claim("A paper", "it is better", list(better), list(than), list(metrics))
+    def told(better, than, metrics=("psnr", "ssim"), **options):
+        claim = claims.Claim("A paper", "it is better", list(better), list(than), list(metrics), **options)
         return claim.verdict(results)
 
     verdict, differences = told(["good"], ["bad"])
@@ -60,6 +60,8 @@ def test_what_papers_say_beside_what_runs_say(league, benchmark_module, tmp_path
     assert told(["good"], ["bad"], ["fvd"]) == ("**confirmed** (1 seed)", "FVD -10")
     assert told(["good", "bad"], ["bad", "good"])[0] == "**not confirmed** (2 seeds)"  # the second seed
     assert told(["good"], ["missing"]) == (claims.OPEN, "")
+    for pair, verdict in ((("same", "good"), "confirmed"), (("bad", "good"), "the opposite")):
+        assert told(*([name] for name in pair), no_worse=True)[0] == f"**{verdict}** (1 seed)"
     lines = claims.section([claims.Claim("A paper", "a word", why="it is large")], results)
     assert "| A paper | a word | not decidable here: it is large |  |" in lines
     (tmp_path / "table.yaml").write_text(yaml.safe_dump({"claims": [{"paper": "A", "says": "B", "better": ["no"]}]}))
@@ -77,6 +79,7 @@ def write_table(folder):
     run = {"experiment": str(folder / "tiny.yaml"), "label": "Tiny"}
     run["evaluate"] = ["protocol.n_clips=2", "protocol.n_samples=2", "protocol.frame_size=32", "protocol.best_of=[]"]
     run["evaluate"] += ["protocol.metrics=[psnr]"]
+    run["sweep"] = {"batch_statistics": [False, True]}
     run["evaluate"] += ["evaluation.baselines=[copy_last_frame]", *(f"data.{k}={v}" for k, v in data.items())]
     table = {"title": "A digit", "data": "moving_digits", "zoo": "digits", "licence": "MIT (data: drawn)"}
     tables = {"one_digit": table | {"runs": {"tiny": run}}}
@@ -149,6 +152,13 @@ def test_a_run_that_is_stopped_goes_on_and_is_rendered(tmp_path):
     assert after["cost"]["calls_a_frame"] == 1 and after["cost"]["parameters"] > 1000
     clips = read_examples(tmp_path / "zoo" / "digits-tiny")
     assert clips.shape == (8, 15, 1, 32, 32)
+    assert "### Tiny: batch_statistics" in text and "| `batch_statistics=True` | " in text
+    kept = [
+        json.loads((tmp_path / "league/tiny" / name).read_text())
+        for name in ("result.json", *map(lambda value: f"batch_statistics_{value}.json", (False, True)))
+    ]
+    assert kept[1]["metrics"] == kept[0]["metrics"] != kept[2]["metrics"] and kept[2]["cost"]["seconds_a_future"] > 0
+    assert (tmp_path / "league" / "one_digit_tradeoff.png").is_file()
     assert "license: mit" in (tmp_path / "zoo" / "digits-tiny" / "README.md").read_text()
 
     shutil.rmtree(tmp_path / "runs")  # what is kept is all that the tables need

@@ -18,6 +18,7 @@ from .charts import (
     latents,
     losses,
     motion_spread,
+    tradeoff,
     training_curves,
     usage,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "reconstructions",
     "residual",
     "rollout",
+    "tradeoff",
     "training_curves",
     "usage",
     "z_groups",

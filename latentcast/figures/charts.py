@@ -118,6 +118,32 @@ def ablation(named, metric):
     return _drawing("ablation", figure, caption)
 
 
+def tradeoff(lines, cost, title=""):
+    """Quality over cost, on a logarithmic scale: where the lower left is best.
+
+    Args:
+        lines: metric -> label -> pairs (cost, value), a point each, joined in order of cost. A panel a metric; labels
+            without points are left out.
+        cost: what the cost is, for the axis.
+    Raises:
+        ValueError: no point, or a cost that is not above 0.
+    """
+    costs = [at for named in lines.values() for line in named.values() for at, _ in line]
+    if not costs or min(costs) <= 0:
+        raise ValueError(f"tradeoff: expected points with costs above 0, found {min(costs) if costs else 'none'}")
+    figure, panels = _figure(len(lines), title, columns=3, xlabel=cost)
+    places = {label: number for number, label in enumerate(dict.fromkeys(x for named in lines.values() for x in named))}
+    for axes, (metric, named) in zip(panels, lines.items()):
+        axes.set_ylabel(HEADINGS.get(metric, metric))
+        for label, line in named.items():
+            if line:
+                at, values = zip(*sorted(line))
+                axes.plot(at, values, marker="o", label=_text(label), color=colour_of(places[label]))
+        _log(axes, "x")
+    _legend(panels[0], most=20)
+    return _drawing("tradeoff", figure, "")
+
+
 def crps_maps(named, title="", frames=None):
     """CRPS of each pixel, 0 to 255, a panel each, all on one scale: the darker, the farther from the truth.
 
