@@ -50,21 +50,17 @@ def benchmark_module(monkeypatch):
 @pytest.fixture(autouse=True)
 def nothing_goes_on():
     """What a test started does not outlive it, also where it fails."""
+    checked_calls.begin()
     yield
     Started.end_all()
 
 
 LONGEST = [  # files, from the longest; of the others those of most tests take longest
-    *(
-        "test_swap_matrix",
-        "test_docs",
-        "test_training",
-        "test_residual_diffusion",
-        "test_joint_training",
-        "test_evaluate",
-    ),
-    *("test_flow_dataset", "test_packaging", "test_league", "test_encode_dataset", "test_wandb", "test_train_tools"),
-    *("test_console", "test_contributing", "test_notebooks"),
+    *("test_swap_matrix", "test_training", "test_resume", "test_long_rollouts", "test_shares", "test_packaging"),
+    *("test_evaluate", "test_docs", "test_conditions", "test_loading", "test_flow_dataset", "test_ranks"),
+    *("test_residual_diffusion", "test_compiling", "test_league", "test_playground", "test_joint_training"),
+    *("test_train_tools", "test_contributing", "test_gpu_day", "test_encode_dataset", "test_lattice_boltzmann"),
+    *("test_prepared", "test_notebooks", "test_chunked_tokenizers", "test_fvd", "test_console", "test_wandb"),
 ]
 
 

@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 import torch
-from checked_calls import PACKAGES
+from checked_calls import MOST_CALLS, PACKAGES, begin
 from jaxtyping import TypeCheckError
 from tiny_experiment import ROOT
 
@@ -30,6 +30,15 @@ def test_so_is_what_does_not_fit_together():
 def test_functions_refuse_in_their_own_words():
     with pytest.raises(ValueError, match=r"frames: expected a tensor of shape \(B, T, C, H, W\), found \(2, 3\)"):
         check_frames(torch.zeros(2, 3))
+
+
+def test_of_a_function_the_first_calls_of_a_test_are_checked():
+    for _ in range(MOST_CALLS):
+        shifted(torch.zeros(1, 1, 2, 2), axis=2)
+    shifted(torch.zeros(2, 3, 4), axis=0)
+    begin()
+    with pytest.raises(TypeCheckError, match="shifted"):
+        shifted(torch.zeros(2, 3, 4), axis=0)
 
 
 def test_programs_do_not_check():

@@ -86,7 +86,7 @@ def test_runs_and_splits_differ(tiny):
 
 
 def test_inflow_noise_keeps_test_frames_away_from_training_frames(tiny, monkeypatch):
-    monkeypatch.setitem(module.STREAMS, "smoke", Stream(64, 5, 16, 0.05, 5000, 1, 40, 10, {1: 11.0}))
+    monkeypatch.setitem(module.STREAMS, "smoke", Stream(64, 5, 16, 0.05, 3500, 1, 32, 6, {1: 11.0}))
     nearest = {}
     for noise in (0.0, module.GUSTS):
         monkeypatch.setattr(module, "GUSTS", noise)

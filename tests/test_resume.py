@@ -77,7 +77,8 @@ PIXELS = ("pixel", "continuous_pixel")  # nothing to train
 VARIANTS = {  # of models that are trained in another form
     *("sliced_vqvae", "sliced_fsq", "diffusers_kl", "diffusers_tiny", "video_transformer_spatial"),
     *("video_transformer_spatiotemporal", "st_pixelcnn", "st_pixelcnn_windowed", "masked_transformer_flat"),
-    *("svg_lp_vgg", "recurrent_vae_latents", "recurrent_vae_vectors", "residual_diffusion", "flow_transformer_latents"),
+    *("svg_lp_vgg", "recurrent_vae_latents", "recurrent_vae_vectors", "residual_diffusion", "ode_diffusion_latents"),
+    "flow_transformer_latents",
 }
 TRAINED = [("tokenizer", name) for name in TINY_TOKENIZERS if name not in (*PIXELS, *VARIANTS)]
 TRAINED += [("prior", name) for name in TINY_PRIORS if name not in VARIANTS]

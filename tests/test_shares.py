@@ -120,7 +120,7 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path, command, monkeypatch, ad
     assert status == 1 and err.splitlines()[-1].startswith(f"error: RAY_ADDRESS={address}: no Ray answers there")
 
 
-def test_ray_prepares_and_evaluates_what_one_process_does(tmp_path):
+def test_ray_prepares_and_evaluates_what_one_process_does(tmp_path, command):
     pytest.importorskip("ray", reason="the extra latentcast[ray] is not installed")
     source = tmp_path / "videos"
     for i, split in enumerate(("train", "val", "test")):
@@ -135,11 +135,15 @@ def test_ray_prepares_and_evaluates_what_one_process_does(tmp_path):
     for name, how in (("here", []), ("ray", ["--engine", "ray", "--ray-shares", "2"])):
         made = tmp_path / name
         tools = [
-            Started(TOOLS / "prepare_dataset.py", *prepared, "--output", made / "set", *how, cwd=tmp_path),
-            Started(TOOLS / "evaluate.py", *evaluated, f"run_dir={made}", *how, cwd=tmp_path),
+            ("prepare_dataset", *prepared, "--output", made / "set", *how),
+            ("evaluate", *evaluated, f"run_dir={made}", *how),
         ]
-        for tool in tools:
-            status, _, err = finished(tool)
+        if how:
+            started = [Started(TOOLS / f"{tool}.py", *typed, cwd=tmp_path) for tool, *typed in tools]
+            done = [finished(tool) for tool in started]
+        else:
+            done = [command(*tool) for tool in tools]
+        for status, _, err in done:
             assert status == 0, err
         (result,) = made.glob("metrics/*.json")
         written = json.loads(result.read_text())
