@@ -82,7 +82,10 @@ def _tradeoff(results, kept, table):
             for label, line in points.items()
         }
         for metric in TRADED
+        if any(metric in found for line in points.values() for _, found in line)
     }
+    if not drawn:
+        return lines
     tradeoff(drawn, "seconds a future, on one thread").save(kept / picture)
     return [*lines, f"![quality over time]({kept.name}/{picture})", ""]
 

@@ -78,8 +78,8 @@ def write_table(folder):
     (folder / "tiny.yaml").write_text(yaml.safe_dump(EXPERIMENT | settings))
     run = {"experiment": str(folder / "tiny.yaml"), "label": "Tiny"}
     run["evaluate"] = ["protocol.n_clips=2", "protocol.n_samples=2", "protocol.frame_size=32", "protocol.best_of=[]"]
-    run["evaluate"] += ["protocol.metrics=[psnr]"]
-    run["sweep"] = {"batch_statistics": [False, True]}
+    run["evaluate"] += ["protocol.metrics=[psnr,crps]"]
+    run["sweep"] = {"sample_batch": [1, 128]}
     run["evaluate"] += ["evaluation.baselines=[copy_last_frame]", *(f"data.{k}={v}" for k, v in data.items())]
     table = {"title": "A digit", "data": "moving_digits", "zoo": "digits", "licence": "MIT (data: drawn)"}
     tables = {"one_digit": table | {"runs": {"tiny": run}}}
@@ -152,12 +152,11 @@ def test_a_run_that_is_stopped_goes_on_and_is_rendered(tmp_path):
     assert after["cost"]["calls_a_frame"] == 1 and after["cost"]["parameters"] > 1000
     clips = read_examples(tmp_path / "zoo" / "digits-tiny")
     assert clips.shape == (8, 15, 1, 32, 32)
-    assert "### Tiny: batch_statistics" in text and "| `batch_statistics=True` | " in text
-    kept = [
-        json.loads((tmp_path / "league/tiny" / name).read_text())
-        for name in ("result.json", *map(lambda value: f"batch_statistics_{value}.json", (False, True)))
-    ]
-    assert kept[1]["metrics"] == kept[0]["metrics"] != kept[2]["metrics"] and kept[2]["cost"]["seconds_a_future"] > 0
+    assert "### Tiny: sample_batch" in text and "| `sample_batch=1` | " in text
+    named = ("result", "sample_batch_1", "sample_batch_128")  # the last is the default
+    row, one, same = (json.loads((tmp_path / f"league/tiny/{name}.json").read_text()) for name in named)
+    assert same["metrics"] == row["metrics"] and one["cost"]["seconds_a_future"] > 0
+    assert one["metrics"]["psnr"]["mean"] == pytest.approx(row["metrics"]["psnr"]["mean"], abs=0.1)
     assert (tmp_path / "league" / "one_digit_tradeoff.png").is_file()
     assert "license: mit" in (tmp_path / "zoo" / "digits-tiny" / "README.md").read_text()
 
