@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from latentcast.config import check_counts
 from latentcast.layers.adaptive import AdaptiveSoftmax, AdaptiveTable, TiedSoftmax, cluster_bounds
 from latentcast.layers.masked_convolutions import CausalConv3d
+from latentcast.layers.packed import packed_linears
 from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
 from latentcast.shapes import Codes, Conditions
 from latentcast.sizes import nearest_divisors
@@ -765,22 +766,25 @@ class VideoTransformer(Prior):
         shared, vectors = num_samples, []  # of the frames in ``video``
         if self.conditioner is not None and not self.single_frame:
             vectors = [told(t) for t in range(n_seen)]
-        while True:
-            known = n_seen if n_seen < length else self._overlap
-            new = 1 if self.single_frame else length - known
-            window_vectors = None
-            if self.conditioner is not None:
-                if self.single_frame:  # a slice sees what is told of its own frame
-                    window_vectors = told(n_seen)[:, None].expand(-1, length, -1)
-                else:
-                    vectors += [told(n_seen + i) for i in range(new)]
-                    window_vectors = torch.stack(vectors[-length:], 1)
-                window_vectors = window_vectors.repeat_interleave(num_samples, 0)
-            plan = self._plan(known, new)
-            window = self._sample_window(video[:, -known:], plan, shared, generator, stepper, bar, window_vectors)
-            yield from (frame.clone() for frame in window[:, known : known + new].unbind(1))  # not all of the window
-            n_seen, shared = n_seen + new, 1
-            video, vectors = torch.cat([video, window[:, known : known + new]], 1)[:, -length:], vectors[-length:]
+        with packed_linears(self.decoder, self.head, rows=len(video)):
+            while True:
+                known = n_seen if n_seen < length else self._overlap
+                new = 1 if self.single_frame else length - known
+                window_vectors = None
+                if self.conditioner is not None:
+                    if self.single_frame:  # a slice sees what is told of its own frame
+                        window_vectors = told(n_seen)[:, None].expand(-1, length, -1)
+                    else:
+                        vectors += [told(n_seen + i) for i in range(new)]
+                        window_vectors = torch.stack(vectors[-length:], 1)
+                    window_vectors = window_vectors.repeat_interleave(num_samples, 0)
+                plan = self._plan(known, new)
+                window = self._sample_window(video[:, -known:], plan, shared, generator, stepper, bar, window_vectors)
+                yield from (
+                    frame.clone() for frame in window[:, known : known + new].unbind(1)
+                )  # not all of the window
+                n_seen, shared = n_seen + new, 1
+                video, vectors = torch.cat([video, window[:, known : known + new]], 1)[:, -length:], vectors[-length:]
 
     def _plan(self, known, new):
         """(slice, first position) to generate from, when ``known`` frames are given and ``new`` wanted.

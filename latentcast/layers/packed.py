@@ -1,0 +1,38 @@
+"""Weights laid out as a CPU's bfloat16 products read them, for as long as a model samples."""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def packed_linears(*modules: nn.Module, rows: int = 1) -> Iterator[None]:
+    """Inside the block, linear layers with bfloat16 weights on a CPU multiply by weights that oneDNN has laid out once.
+
+    It otherwise does that in each call, which takes as long as the product where rows are few: a step of an
+    autoregressive sampler is bound by reading weights. The weights are those at the beginning of the block, and are
+    held twice. All other layers are left as they are.
+
+    Args:
+        modules: whose linear layers to pack; rows: how many a call has, about.
+    """
+    found = []
+    if torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():
+        for layer in (layer for module in modules for layer in module.modules()):
+            if type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu":
+                if "forward" not in vars(layer):  # of a sampler that is at work already
+                    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+                    layer.forward = partial(_linear, weight, layer.bias)
+                    found.append(layer)
+    try:
+        yield
+    finally:
+        for layer in found:
+            vars(layer).pop("forward", None)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
