@@ -56,7 +56,7 @@ def _table(results):
 
 
 def _tradeoff(results, kept, table):
-    """Runs that were evaluated with several values of an option: a table each, and quality over time of all runs."""
+    """A table of each run that was evaluated with several values of an option, and quality over time of all runs."""
     lines, sweeps = [], {}
     for name, (run, _, _) in results.items():
         for option, values in run.sweep.items():
@@ -72,8 +72,6 @@ def _tradeoff(results, kept, table):
                 ]
                 lines += [f"### {run.label}: {option}", "", *_grid(["", *_heads(metrics), *COSTS], rows)]
                 sweeps[run.label] = [(result["cost"], result["metrics"]) for result in found.values()]
-    if not sweeps:
-        return []
     points = {run.label: [(state["cost"], result["metrics"])] for run, result, state in results.values()} | sweeps
     picture = f"{table}_tradeoff.png"
     drawn = {
@@ -84,7 +82,7 @@ def _tradeoff(results, kept, table):
         for metric in TRADED
         if any(metric in found for line in points.values() for _, found in line)
     }
-    if not drawn:
+    if not drawn or sum(map(len, points.values())) < 2:
         return lines
     tradeoff(drawn, "seconds a future, on one thread").save(kept / picture)
     return [*lines, f"![quality over time]({kept.name}/{picture})", ""]

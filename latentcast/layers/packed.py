@@ -20,18 +20,28 @@ def packed_linears(*modules: nn.Module, rows: int = 1) -> Iterator[None]:
         modules: whose linear layers to pack; rows: how many a call has, about.
     """
     found = []
-    if torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():
-        for layer in (layer for module in modules for layer in module.modules()):
-            if type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu":
-                if "forward" not in vars(layer):  # of a sampler that is at work already
-                    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-                    layer.forward = partial(_linear, weight, layer.bias)
-                    found.append(layer)
+    for layer in _layers(modules):
+        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+        layer.forward = partial(_linear, weight, layer.bias)
+        found.append(layer)
     try:
         yield
     finally:
         for layer in found:
             vars(layer).pop("forward", None)
+
+
+def _layers(modules):
+    """Those to pack: none of a compiled module, none quantised, sharded, or of a sampler that is at work already."""
+    inner = [each for module in modules for each in module.modules()]
+    compiled = any(each._compiled_call_impl is not None for each in inner)
+    able = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if compiled or torch.is_grad_enabled() or not able:
+        return
+    for layer in inner:
+        if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and "forward" not in vars(layer):
+            if layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu":
+                yield layer
 
 
 def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
