@@ -136,7 +136,7 @@ def test_columns_are_chosen_by_name(tmp_path):
     assert read_actions(path, ["right", "left"]).tolist() == [[2.5, 1], [4, 3]]
     assert read_actions(path, ["left"]).tolist() == [1, 3] and read_actions(path, ["left"]).dtype == torch.int64
     for columns, message in (
-        (["up"], r"a\.csv: expected the columns up, found time, left, right, note"),
+        (["up"], r"a\.csv: expected the columns up, found \['time', 'left', 'right', 'note'\]"),
         (None, r"a\.csv: row 2: expected numbers, found 'x'"),
     ):
         with pytest.raises(VideoError, match=message):
@@ -208,7 +208,7 @@ def test_damaged_tables_of_other_kinds(tmp_path, suffix, content, message):
 def test_a_parquet_file_without_the_column(tmp_path):
     path = tmp_path / "a.parquet"
     write(path, rows("a"))
-    with pytest.raises(VideoError, match=r"expected the columns actions, found action, frame_index"):
+    with pytest.raises(VideoError, match=r"expected the columns actions, found \['action', 'frame_index'\]"):
         read_actions(path, ["actions"])
     assert read_actions(path, ["frame_index", "action"]).shape == (12, 3)
 

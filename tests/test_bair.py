@@ -202,10 +202,10 @@ def without(features, *names):
         (lambda f: example(f)[:-7], "expected a tensorflow.Example, found .* bytes that are none"),
         (
             lambda f: example(without(f, "7/action")),
-            "expected the feature '7/action' with float values, found no values of that name among its 89 features "
-            r"\(0/action, 0/endeffector_pos, 0/image_aux1/encoded, ...\)",
+            "expected the feature '7/action' with float values, found no values of that name among its 89 features, "
+            r"\['0/action', '0/endeffector_pos', '0/image_aux1/encoded', .*\.\.\.",
         ),
-        (lambda f: example({}), r"expected the feature '0/image_aux1/encoded' .* among its 0 features \(none\)"),
+        (lambda f: example({"a\nb": [1.0]}), r"expected the feature '0/image_aux1/encoded' .* features, \['a\\nb'\]"),
         (
             lambda f: example(f | {"3/image_aux1/encoded": bytes(48 * 64 * 3)}),
             r"3/image_aux1/encoded: expected 12288 bytes \(RGB of 64 x 64 pixels\), found 9216 bytes",

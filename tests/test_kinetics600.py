@@ -144,7 +144,10 @@ def test_damaged_video_is_named(copy):
     ("content", "message"),
     [
         ("", "expected the columns label, youtube_id, time_start, time_end, found an empty file"),
-        ("youtube_id,time_start,time_end\n", "expected the columns label.*found youtube_id, time_start, time_end"),
+        (
+            "youtube_id,time_start,time_end\n",
+            r"expected the columns label.*found \['youtube_id', 'time_start', 'time_end'\]",
+        ),
         (
             "label,youtube_id,time_start,time_end\na,b,0,10\na,b,0.5,10\n",
             "row 3: expected whole seconds.*'0.5' and '10'",

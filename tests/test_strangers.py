@@ -186,6 +186,13 @@ def test_hostile_headers_of_archives(content, tmp_path):
     refused(lambda: tar_members(tmp_path / "a.tar"), tmp_path / "a.tar", "expected an uncompressed tar, found none, or")
 
 
+def test_names_in_archives_are_one_line(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("a\nb.tfrecords"))
+    (records,) = tar_members(tmp_path / "a.tar").values()
+    refused(lambda: records.read(0), tmp_path / "a.tar", "a b.tfrecords: cut off")
+
+
 def test_links_in_archives_are_no_files(tmp_path):
     (tmp_path / "secret").write_text("secret")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:

@@ -271,7 +271,7 @@ def _places(path, names, columns, n):
         return range(n)
     missing = [column for column in columns if column not in (names or ())]
     if missing:
-        found = ", ".join(names) if names else "no row of names"
+        found = one_line(names) if names else "no row of names"
         raise VideoError(f"{path}: expected the columns {', '.join(columns)}, found {found}")
     return [names.index(column) for column in columns]
 
@@ -297,7 +297,7 @@ def _parquet(path, columns):
         known = file.schema_arrow.names
         missing = [column for column in columns if column not in known]
         if missing:
-            raise VideoError(f"{path}: expected the columns {', '.join(columns)}, found {', '.join(known)}")
+            raise VideoError(f"{path}: expected the columns {', '.join(columns)}, found {one_line(known)}")
         # Rows, and not the numbers in lists, which a page may state and the metadata not.
         if (n := file.metadata.num_rows) > MOST_ROWS:
             raise VideoError(f"{path}: expected a table of at most {MOST_ROWS} rows, found {n}")

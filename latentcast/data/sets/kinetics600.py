@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from latentcast.config import one_line
+
 from ...files import file_sha256
 from ...sizes import as_size
 from ...urls import Place
@@ -137,7 +139,7 @@ class Kinetics600(Benchmark):
             try:
                 missing = [column for column in COLUMNS if column not in (rows.fieldnames or ())]
                 if missing:
-                    found = ", ".join(rows.fieldnames or ()) or "an empty file"
+                    found = one_line(list(rows.fieldnames)) if rows.fieldnames else "an empty file"
                     raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, found {found}")
                 for number, row in enumerate(rows, 2):
                     try:

@@ -16,6 +16,8 @@ import google_crc32c
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from latentcast.config import one_line
+
 from ...urls import Place
 from ..video.reader import VideoError
 
@@ -40,7 +42,7 @@ class RecordFile:
     member: str | None = None
 
     def __str__(self):
-        return str(self.path) if self.member is None else f"{self.path}: {self.member}"
+        return str(self.path) if self.member is None else f"{self.path}: {' '.join(self.member.split())}"
 
     def offsets(self) -> list[int]:
         """Where the records begin, bytes from the file's start, found without reading their data.
@@ -161,8 +163,7 @@ def feature_values(features: Mapping[str, object], name: str, kind: str, where: 
     found = features[name].WhichOneof("kind") if name in features else None
     if found != f"{kind}_list":
         if found is None:
-            some = ", ".join(sorted(features)[:3]) or "none"
-            found = f"no values of that name among its {len(features)} features ({some}{', ...' * (len(features) > 3)})"
+            found = f"no values of that name among its {len(features)} features, {one_line(sorted(features))}"
         raise VideoError(f"{where}: expected the feature {name!r} with {kind} values, found {found}")
     return getattr(features[name], found).value
 
