@@ -13,10 +13,9 @@ test: $(STAMP) lint
 
 # About an hour on two cores; what it found last is in docs/reliability.md.
 stress: $(STAMP)
-	$(VENV)/bin/python tests/stress/kill_storm.py
-	$(VENV)/bin/python tests/stress/kill_storm.py --full-disk
-	$(VENV)/bin/python tests/stress/fuzz.py --seconds 45
-	$(VENV)/bin/python tests/stress/soak.py
+	status=0; for part in "kill_storm.py" "kill_storm.py --full-disk" "fuzz.py --seconds 45" "soak.py"; do \
+		$(VENV)/bin/python tests/stress/$$part || status=1; \
+	done; exit $$status
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
