@@ -1,5 +1,6 @@
 """Loaders: where their workers come from, and what happens when one never comes back."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
 from latentcast.data.loading import WorkerError, open_loader
 
@@ -48,6 +51,15 @@ PYTHON, NATIVE, HOLDING = "time.sleep(1e6)", "never(ctypes.CDLL(None))", "never(
 
 def module(folder, how, name="hanging_reader"):
     (folder / f"{name}.py").write_text(HANGS.format(how=how))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's list of open files")
+def test_loaders_that_are_gone_leave_nothing_open():
+    for _ in range(2):
+        assert len(list(open_loader(TensorDataset(torch.zeros(4)), num_workers=1))) == 4
+    gc.collect()
+    open_files = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [path for path in open_files if path.startswith("/dev/shm/")]
 
 
 @pytest.mark.parametrize(

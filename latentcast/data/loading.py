@@ -1,12 +1,14 @@
 """Loaders of batches: their processes start where no thread has run, and what one does not come back from is named."""
 
 import contextlib
+import functools
 import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker, util
 
@@ -78,8 +80,7 @@ def open_loader(
     context = None
     if num_workers:
         context = worker_context(*modules_of(dataset))
-        # At the process's end, before multiprocessing waits for them; processes that it started have no "atexit".
-        util.Finalize(None, end_workers, exitpriority=0)
+        _end_workers_at_the_end_of(os.getpid())
     watched = _Watched(dataset, num_workers, read_timeout)
     if kwargs.get("batch_size") and "collate_fn" not in kwargs and hasattr(dataset, "fill"):
         kwargs["collate_fn"] = _as_it_is
@@ -96,10 +97,26 @@ def waits_for() -> object:
 
 def end_workers() -> None:
     """End the workers of all loaders at once, whatever they do."""
-    pids = {int(pid) for notes in _workers for pid in notes[:, 0]}
-    for process in multiprocessing.active_children():
-        if process.pid in pids:
+    for notes in list(_workers):
+        for process in _at_work(notes):
             process.kill()
+
+
+def _at_work(notes):
+    pids = set(notes[:, 0].tolist())
+    return [process for process in multiprocessing.active_children() if process.pid in pids]
+
+
+def _forget(notes):
+    """What a loader that is gone noted, but for workers that did not end with it, which hang."""
+    if not _at_work(notes):
+        _workers[:] = [each for each in _workers if each is not notes]
+
+
+@functools.cache  # once a process
+def _end_workers_at_the_end_of(pid):
+    """Before multiprocessing waits for them; processes that it started have no "atexit"."""
+    util.Finalize(None, end_workers, exitpriority=0)
 
 
 @contextlib.contextmanager
@@ -170,6 +187,7 @@ class _Watched(Dataset):
         self._epoch = torch.full((), -1).share_memory_()  # that of the data set itself
         self._fills, self.room, self._turn, self._turns = False, None, 0, 0
         _workers.append(self.notes)
+        weakref.finalize(self, _forget, self.notes).atexit = False
 
     def __getstate__(self):
         return self.__dict__ | {"_note": None}

@@ -101,12 +101,12 @@ def soak_loader(name, data, args):
     loader = data.train_dataloader()
     for epoch in range(args.epochs):
         loader.sampler.set_epoch(epoch)
-        for number, _ in enumerate(loader):
-            n_batches += 1
+        for number, batch in enumerate(loader):
+            n_batches += len(batch) > 0
             if number % 8 == 0:
                 record.see((epoch + number / len(loader)) / args.epochs, own, *workers_of(own))
     seconds = round(time.monotonic() - began)
-    del loader, data._train_loader
+    del batch, loader, data._train_loader
     data._sets.clear()
     until = time.monotonic() + 10  # workers take a moment to end
     while (left := own.num_fds() - before) > 0 and time.monotonic() < until:
@@ -150,6 +150,9 @@ def warm_up(data):
     data.setup("fit")
     next(iter(data.train_dataloader()))
     del data
+    own, until = psutil.Process(), time.monotonic() + 10
+    while workers_of(own) and time.monotonic() < until:  # until they have ended they hold descriptors, here too
+        time.sleep(0.2)
 
 
 SOAKS = {"sample": soak_sample, "cache": soak_cache, "videos": soak_videos}
