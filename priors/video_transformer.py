@@ -780,9 +780,8 @@ class VideoTransformer(Prior):
                     window_vectors = window_vectors.repeat_interleave(num_samples, 0)
                 plan = self._plan(known, new)
                 window = self._sample_window(video[:, -known:], plan, shared, generator, stepper, bar, window_vectors)
-                yield from (
-                    frame.clone() for frame in window[:, known : known + new].unbind(1)
-                )  # not all of the window
+                for frame in window[:, known : known + new].unbind(1):
+                    yield frame.clone()  # not all of the window
                 n_seen, shared = n_seen + new, 1
                 video, vectors = torch.cat([video, window[:, known : known + new]], 1)[:, -length:], vectors[-length:]
 
