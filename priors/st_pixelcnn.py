@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from latentcast.config import check_counts, one_line
 from latentcast.layers.causal_attention import CausalWindowAttention
 from latentcast.layers.masked_convolutions import AxisCausalConv3d, shifted
-from latentcast.layers.packed import packed_linears
 from latentcast.layers.positions import sinusoidal_positions_3d
 from latentcast.shapes import Codes, Conditions
 from latentcast.sizes import as_size, sides
@@ -488,25 +487,24 @@ class STPixelCNN(Prior):
         sampler = CachedLevel if use_cache else UncachedLevel
         levels = [sampler(self, i, len(window), choose) for i in range(len(self.codebook_sizes))]
         n_shared = num_samples
-        with packed_linears(self, rows=len(window)):
-            while True:
-                if window.shape[1] >= length:
-                    window, vectors = (x if x is None else x[:, -overlap:] for x in (window, vectors))
+        while True:
+            if window.shape[1] >= length:
+                window, vectors = (x if x is None else x[:, -overlap:] for x in (window, vectors))
+            for level in levels:
+                level.start(window, vectors, n_shared)
+            while window.shape[1] < length:
+                if vectors is not None:
+                    vectors = torch.cat([vectors, of_rows(n_seen)], 1)
+                frame = torch.empty_like(window[:, :1])
                 for level in levels:
-                    level.start(window, vectors, n_shared)
-                while window.shape[1] < length:
-                    if vectors is not None:
-                        vectors = torch.cat([vectors, of_rows(n_seen)], 1)
-                    frame = torch.empty_like(window[:, :1])
-                    for level in levels:
-                        uniform = self._uniform(n_rows, generator).repeat(1, 1, n_copies)
-                        level.start_frame(window, frame, vectors)
-                        for y in range(self.grid[1]):
-                            level.fill_row(y, uniform[y])
-                            bar.update(self.grid[2])
-                    window, n_seen = torch.cat([window, frame], 1), n_seen + 1
-                    yield frame[:n_rows, 0] - self.first_row
-                n_shared = 1
+                    uniform = self._uniform(n_rows, generator).repeat(1, 1, n_copies)
+                    level.start_frame(window, frame, vectors)
+                    for y in range(self.grid[1]):
+                        level.fill_row(y, uniform[y])
+                        bar.update(self.grid[2])
+                window, n_seen = torch.cat([window, frame], 1), n_seen + 1
+                yield frame[:n_rows, 0] - self.first_row
+            n_shared = 1
 
     def _uniform(self, n_rows, generator):
         """Random numbers for a level of a frame: (h, w, n_rows)."""

@@ -38,9 +38,8 @@ def test_other_weights_and_training_are_left_alone():
     assert model.weight.grad is not None
 
 
-@pytest.mark.parametrize("name", ["video_transformer", "st_pixelcnn"])
-def test_while_a_model_samples_and_no_longer(name):
-    prior, packed = tiny_prior(name).to(torch.bfloat16), set()
+def test_while_a_model_samples_and_no_longer():
+    prior, packed = tiny_prior("video_transformer").to(torch.bfloat16), set()
     layers = [layer for layer in prior.modules() if type(layer) is nn.Linear]
 
     class Looks(Bar):

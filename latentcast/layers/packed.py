@@ -12,8 +12,8 @@ from torch import Tensor, nn
 def packed_linears(*modules: nn.Module, rows: int = 1) -> Iterator[None]:
     """Inside the block, linear layers with bfloat16 weights on a CPU multiply by weights that oneDNN has laid out once.
 
-    It otherwise does that in each call, which takes as long as the product where rows are few: a step of an
-    autoregressive sampler is bound by reading weights. The weights are those at the beginning of the block, and are
+    It otherwise does that in each call, which takes as long as the product where rows are few: a step of the video
+    transformer's sampler is bound by reading weights. The weights are those at the beginning of the block, and are
     held twice. All other layers are left as they are.
 
     Args:
