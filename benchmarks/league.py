@@ -198,8 +198,8 @@ class Trainer:
         found = read_json(state).get("tokenizer", {}) if state.is_file() else {}
         if found.get("done"):
             return self.root / other / "tokenizer", found
-        if cost.is_file():
-            return self.zoo / self.run.zoo_name(other), read_json(cost)["tokenizer"]
+        if cost.is_file() and (kept := self.zoo / self.run.zoo_name(other)).is_dir():
+            return kept, read_json(cost)["tokenizer"]
         raise SystemExit(f"{self.run.name}: tokenizer_of: {other} has not trained it yet")
 
     def _evaluate(self, folder, *overrides):
