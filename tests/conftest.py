@@ -50,9 +50,13 @@ def benchmark_module(monkeypatch):
 @pytest.fixture(autouse=True)
 def nothing_goes_on():
     """What a test started does not outlive it, also where it fails."""
-    checked_calls.begin()
     yield
     Started.end_all()
+
+
+@pytest.fixture(autouse=True)
+def calls_are_checked_anew():
+    checked_calls.begin()
 
 
 LONGEST = [  # files, from the longest; of the others those of most tests take longest

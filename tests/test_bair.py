@@ -205,6 +205,7 @@ def without(features, *names):
             "expected the feature '7/action' with float values, found no values of that name among its 89 features, "
             r"\['0/action', '0/endeffector_pos', '0/image_aux1/encoded', .*\.\.\.",
         ),
+        (lambda f: example({}), r"expected the feature '0/image_aux1/encoded' .* among its 0 features, \[\]"),
         (lambda f: example({"a\nb": [1.0]}), r"expected the feature '0/image_aux1/encoded' .* features, \['a\\nb'\]"),
         (
             lambda f: example(f | {"3/image_aux1/encoded": bytes(48 * 64 * 3)}),

@@ -79,11 +79,11 @@ def curves(results, metrics, title="", inverse=False):
     caption = "Mean over the clips" + ", with 95 % intervals." * has_ci + "." * (not has_ci)
     caption += not_finite(*map(as_array, values))
     figure, panels = _figure(len(found), title, caption, columns=2, xlabel="predicted frame")
-    places = {label: number for number, label in enumerate(dict.fromkeys(x for named in found.values() for x in named))}
+    colours = _colours(found)
     for axes, (metric, named) in zip(panels, found.items()):
         axes.set_ylabel(f"1 / {metric.upper()} ↑" if inverse else HEADINGS.get(metric, metric))
         for label, entry in named.items():
-            _curve(axes, entry, inverse, label=_text(label), color=colour_of(places[label]))
+            _curve(axes, entry, inverse, label=_text(label), color=colours[label])
         _whole(axes.xaxis)
     _legend(panels[0])
     return _drawing("curves", figure, caption)
@@ -131,17 +131,18 @@ def tradeoff(lines, cost, title=""):
     costs = [at for named in lines.values() for line in named.values() for at, _ in line]
     if not costs or min(costs) <= 0:
         raise ValueError(f"tradeoff: expected points with costs above 0, found {min(costs) if costs else 'none'}")
-    figure, panels = _figure(len(lines), title, columns=3, xlabel=cost)
-    places = {label: number for number, label in enumerate(dict.fromkeys(x for named in lines.values() for x in named))}
+    caption = "A point a measurement, joined where one model has several: the lower left is best of what shall be low."
+    figure, panels = _figure(len(lines), title, caption, columns=3, xlabel=cost)
+    colours = _colours(lines)
     for axes, (metric, named) in zip(panels, lines.items()):
         axes.set_ylabel(HEADINGS.get(metric, metric))
         for label, line in named.items():
             if line:
                 at, values = zip(*sorted(line))
-                axes.plot(at, values, marker="o", label=_text(label), color=colour_of(places[label]))
+                axes.plot(at, values, marker="o", label=_text(label), color=colours[label])
         _log(axes, "x")
     _legend(panels[0], most=20)
-    return _drawing("tradeoff", figure, "")
+    return _drawing("tradeoff", figure, caption)
 
 
 def crps_maps(named, title="", frames=None):
@@ -519,6 +520,12 @@ def training_curves(history, title="", name="training"):
 
 
 # How they are drawn --------------------------------------------------------------------------------------------------
+
+
+def _colours(panels):
+    """name of a panel -> label -> what it shows -> label -> colour, the same in all panels."""
+    labels = dict.fromkeys(label for named in panels.values() for label in named)
+    return {label: colour_of(number) for number, label in enumerate(labels)}
 
 
 def _text(label):

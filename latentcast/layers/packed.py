@@ -31,12 +31,16 @@ def packed_linears(*modules: nn.Module, rows: int = 1) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
+def can_pack() -> bool:
+    """Whether this PyTorch and this CPU have such products."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _layers(modules):
     """Those to pack: none of a compiled module, none quantised, sharded, or of a sampler that is at work already."""
     inner = [each for module in modules for each in module.modules()]
     compiled = any(each._compiled_call_impl is not None for each in inner)
-    able = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if compiled or torch.is_grad_enabled() or not able:
+    if compiled or torch.is_grad_enabled() or not can_pack():
         return
     for layer in inner:
         if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and "forward" not in vars(layer):

@@ -101,12 +101,12 @@ def soak_loader(name, data, args):
     loader = data.train_dataloader()
     for epoch in range(args.epochs):
         loader.sampler.set_epoch(epoch)
-        for number, batch in enumerate(loader):
-            n_batches += len(batch) > 0
+        for number, _batch in enumerate(loader):
+            n_batches += 1
             if number % 8 == 0:
                 record.see((epoch + number / len(loader)) / args.epochs, own, *workers_of(own))
     seconds = round(time.monotonic() - began)
-    del batch, loader, data._train_loader
+    del _batch, loader, data._train_loader
     data._sets.clear()
     until = time.monotonic() + 10  # workers take a moment to end
     while (left := own.num_fds() - before) > 0 and time.monotonic() < until:
