@@ -117,9 +117,9 @@ class Trainer:
         """All that is not done yet: the stages, the evaluations, and keeping what came out."""
         if not (self.kept / RESULT).is_file():
             self._train_all()
-            self._evaluate(self.folder)
+            result = self._evaluate(self.folder)
             self._note("cost", **self._cost())
-            self._keep()
+            self._keep(result)
         self._sweep()
 
     def _train_all(self):
@@ -198,8 +198,9 @@ class Trainer:
         found = read_json(state).get("tokenizer", {}) if state.is_file() else {}
         if found.get("done"):
             return self.root / other / "tokenizer", found
-        if cost.is_file() and (kept := self.zoo / self.run.zoo_name(other)).is_dir():
-            return kept, read_json(cost)["tokenizer"]
+        if cost.is_file():
+            kept = cost.parent / "tokenizer"  # of a pipeline that is too large for the zoo
+            return (kept if kept.is_dir() else self.zoo / self.run.zoo_name(other)), read_json(cost)["tokenizer"]
         raise SystemExit(f"{self.run.name}: tokenizer_of: {other} has not trained it yet")
 
     def _evaluate(self, folder, *overrides):
@@ -214,33 +215,37 @@ class Trainer:
     def _sweep(self):
         """The same with other values of an option of the sampler, without bits, which no option changes."""
         for option, values in self.run.sweep.items():
-            for value in values:
-                name = swept(option, value)
-                if (kept := self.kept / name).is_file():
-                    continue
-                if not (self.folder / "pipeline").is_dir():
-                    raise SystemExit(f"{self.run.name}: {option}={value}: its pipeline is gone from {self.folder}")
-                if value == self._pipeline().prior.sampler_options()[option].default:
+            left = {value: self.kept / swept(option, value) for value in values}
+            left = {value: kept for value, kept in left.items() if not kept.is_file()}
+            if not left:
+                continue
+            if not (self.folder / "pipeline").is_dir():
+                raise SystemExit(
+                    f"{self.run.name}: {option}={next(iter(left))}: its pipeline is gone from {self.folder}"
+                )
+            metrics = ",".join(metric for metric in self._protocol().metrics if metric != "bits")
+            default = self._pipeline().prior.sampler_options()[option].default
+            for value, kept in left.items():
+                if value == default:
                     found = read_json(self.kept / RESULT) | {"cost": read_json(self.kept / COST)["cost"]}
                 else:
-                    metrics = [metric for metric in self._protocol().metrics if metric != "bits"]
-                    overrides = f"evaluation.sampler.{option}={value}", f"protocol.metrics=[{','.join(metrics)}]"
-                    found = self._evaluate(
-                        self.folder / name.removesuffix(".json"), *overrides, "evaluation.baselines=[]"
-                    )
+                    changed = f"evaluation.sampler.{option}={value}", f"protocol.metrics=[{metrics}]"
+                    found = self._evaluate(self.folder / kept.stem, *changed, "evaluation.baselines=[]")
                     found |= {"cost": self._cost(**{option: value})}
                 write_json(kept, found)
 
-    def _keep(self):
-        """Copy what the tables show, its result last, and export the pipeline."""
+    def _keep(self, result):
+        """Copy what the tables show, its result last, and export the pipeline; where that is too large, keep the
+        tokenizer for the runs that share it."""
         run, metrics = self.run, self.folder / "metrics"
-        result = self._evaluate(self.folder)
         self.kept.mkdir(parents=True, exist_ok=True)
         for kind in PICTURES:
             if (picture := metrics / run.table / f"{kind}.png").is_file():
                 shutil.copyfile(picture, self.kept / f"{kind}.png")
         if run.zoo:
             self._export(result)
+        elif run.tokenizer and not run.tokenizer_of:
+            shutil.copytree(self.folder / "tokenizer", self.kept / "tokenizer", dirs_exist_ok=True)
         write_json(self.kept / COST, self.state)
         write_json(self.kept / RESULT, result)
 

@@ -76,7 +76,11 @@ def _tradeoff(results, kept, table):
     picture = f"{table}_tradeoff.png"
     drawn = {
         metric: {
-            label: [(cost["seconds_a_future"], value) for cost, found in line if (value := _value(found, metric))]
+            label: [
+                (cost["seconds_a_future"], value)
+                for cost, found in line
+                if (value := _value(found, metric)) is not None
+            ]
             for label, line in points.items()
         }
         for metric in TRADED

@@ -33,7 +33,8 @@ def test_the_shipped_table_composes(league):
         assert trained == bool(run.tokenizer) and config.protocol.name == run.table
         if run.tokenizer_of:
             (source,) = (other for other in runs if other.name == run.tokenizer_of)
-            assert (source.experiment, source.tokenizer) == (run.experiment, run.tokenizer) and not source.joint
+            assert (source.experiment, source.tokenizer) == (run.experiment, run.tokenizer)
+            assert not source.tokenizer_of and not source.joint  # so that its tokenizer is kept, as it was trained
 
 
 def test_what_papers_say_beside_what_runs_say(league, benchmark_module, tmp_path):
@@ -113,9 +114,10 @@ def test_a_tokenizer_serves_other_runs_as_soon_as_it_is_trained(league, tmp_path
             path.write_text(json.dumps(told))
     with pytest.raises(SystemExit, match="second: tokenizer_of: first has not trained it yet"):
         trainer.work()
-    (tmp_path / "zoo/digits-first").mkdir(parents=True)
     cost.write_text(json.dumps({"tokenizer": {"cpu_seconds": 3}}))
     assert trainer._other_tokenizer() == (tmp_path / "zoo/digits-first", {"cpu_seconds": 3})
+    (tmp_path / "kept/first/tokenizer").mkdir()  # of a pipeline that is too large for the zoo
+    assert trainer._other_tokenizer() == (tmp_path / "kept/first/tokenizer", {"cpu_seconds": 3})
     state.write_text(json.dumps({"tokenizer": {"cpu_seconds": 2, "done": True}}))
     assert trainer._other_tokenizer() == (tmp_path / "runs/first/tokenizer", {"cpu_seconds": 2, "done": True})
 
