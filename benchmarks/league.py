@@ -209,6 +209,7 @@ class Trainer:
         result = folder / "metrics" / f"{run.table}.json"
         if not result.is_file():
             arguments = ["--pipeline", str(self.folder / "pipeline"), "--data", run.data, f"protocol={run.table}"]
+            arguments.append(f"evaluation.references={self.root / 'references'}")
             self._run("evaluate", [*arguments, f"run_dir={folder}", *run.evaluate, *overrides])
         return read_json(result) | {"command": self.command}
 

@@ -59,7 +59,7 @@ def pipe():
 
 
 def evaluation(pipe, folder, **changes):
-    options = {name: changes.pop(name) for name in ("sampler", "futures", "baselines", "weights") if name in changes}
+    options = {name: changes.pop(name) for name in ("sampler", "futures", "baselines", "weights", "references") if name in changes}
     return Evaluation(pipe, dataset(), protocol(**changes), folder, **({"futures": 6} | options))
 
 
@@ -149,6 +149,43 @@ def test_an_interrupted_evaluation_goes_on(tmp_path):
     resumed.measure = lambda group: measured.append(group) or measure_again(group)
     assert resumed.run() == 3 and measured == [1, 2]
     assert resumed.finish() == whole.finish()
+
+
+def test_what_no_model_changes_is_measured_once(tmp_path, monkeypatch):
+    """Figures of a second model are the same with what the first one's evaluation has kept, and without."""
+    features, passed = I3D.forward, []
+    monkeypatch.setattr(I3D, "forward", lambda self, videos: passed.append(len(videos)) or features(self, videos))
+    save_scripted(tmp_path / "i3d_torchscript.pt")
+    tokenizer = PixelTokenizer(1, 16, 16, levels=256)
+    data = MovingDigits("test", 9, size=16, digit_size=12, n_heldout_videos=8, video_length=9, lattice=1)
+
+    def run(seed, name, references="kept", **changes):
+        torch.manual_seed(seed)
+        passed.clear()
+        pipe = VideoPredictionPipeline(RecurrentVAE(tokenizer.latent_spec, **SMALL_RECURRENT_VAE).eval(), tokenizer)
+        fields = {"metrics": ["mse", "crps", "fvd"], "detector": "i3d_torchscript", "n_context": 3, "n_predicted": 6}
+        options = {"weights": tmp_path, "references": references and tmp_path / references}
+        found, results = evaluated(pipe, tmp_path / name, data, **fields | options | changes)
+        return results, found.crps_maps(), sum(passed)
+
+    assert run(0, "first")[2] == 5 * 5  # of five clips the model, the truth, and three baselines
+    results, maps, n_videos = run(1, "second")
+    assert n_videos == 2 * 5  # the model and the reconstruction
+    alone, maps_alone, n_videos = run(1, "alone", references=None)
+    assert n_videos == 5 * 5 and results == alone
+    assert maps.keys() == maps_alone.keys() and all(torch.equal(maps[who], maps_alone[who]) for who in maps)
+    assert run(1, "fewer", baselines=[])[2] == 5  # the model
+    for number, changes in enumerate(({"n_clips": 4}, {"n_predicted": 5, "n_context": 4}, {"metrics": ["mse", "fvd"]})):
+        n_clips = changes.get("n_clips", 5)
+        assert run(1, f"other{number}", **changes)[2] == 5 * n_clips
+
+
+def test_a_damaged_reference_is_named(tmp_path):
+    evaluation(coded(channels=1), tmp_path / "first", references=tmp_path / "kept", metrics=["mse"]).run()
+    part = next(iter((tmp_path / "kept").rglob("group-00001.safetensors")))
+    part.write_bytes(part.read_bytes()[:50])
+    with pytest.raises(OSError, match=f"{part}: cannot be read"):
+        evaluation(coded(channels=1), tmp_path / "second", references=tmp_path / "kept", metrics=["mse"]).run()
 
 
 def test_parts_of_another_protocol_are_not_taken(tmp_path):
@@ -300,7 +337,7 @@ def colour(n_frames=6, video_length=None):
 
 
 def evaluated(pipe, folder, data=None, **changes):
-    names = ("sampler", "baselines", "weights", "crps_map")
+    names = ("sampler", "baselines", "weights", "crps_map", "references")
     options = {name: changes.pop(name) for name in names if name in changes}
     fields = {"metrics": ["mse"], "best_of": []} | changes
     found = Evaluation(pipe, data or colour(), protocol(**fields), folder, futures=6, **options)

@@ -184,6 +184,9 @@ def test_the_network_equals_the_description_of_its_authors():
         assert found.shape == (1, 400) and network.features(videos).shape[2:] == (2, 7, 7)
         expected = reference_i3d(tensors, videos)
         torch.testing.assert_close(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+        grey = videos[:, :1]
+        repeated = network(grey.repeat(1, 3, 1, 1, 1))
+        torch.testing.assert_close(network(grey), repeated, atol=1e-4 * repeated.abs().max().item(), rtol=0)
 
 
 def test_the_published_widths_and_logits(i3d):

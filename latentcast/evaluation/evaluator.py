@@ -66,6 +66,9 @@ class Evaluation:
         conditions: what a prior with conditions is told of a clip: "own"; "shuffled": those of the next clip, which
             shows whether they matter; "none".
         weights: folder of the metric networks; None: see ``latentcast.metrics.weights``.
+        references: folder in which what no model changes (features of the true videos, figures of copies) is kept for
+            evaluations to come of the same clips under the same protocol, and read where it is there; None: measured
+            every time.
     Raises:
         ValueError: pipeline, data and protocol do not belong together; names both sides.
     """
@@ -81,6 +84,7 @@ class Evaluation:
     crps_map: dict | None = None
     conditions: str = "own"
     weights: str | Path | None = None
+    references: str | Path | None = None
 
     def __post_init__(self):
         if not isinstance(self.sampler, (dict, type(None))):
@@ -151,6 +155,19 @@ class Evaluation:
         }
         return json.loads(json.dumps(identity))
 
+    @functools.cached_property
+    def _kept(self) -> dict[str, Parts]:
+        """Whose figures and features no model changes -> where those of these clips are kept."""
+        if self.references is None or not self.draws:
+            return {}
+        whos = [*(name for name in self.baselines if name in BASELINES), *([REAL] if self.scorer.fvd else [])]
+        measured = {key: self.identity[key] for key in ("data", "detector", "version")}
+        measured["protocol"] = self.protocol.describe()
+        measured["protocol"]["metrics"] = sorted({*self.metrics} - {*UNDRAWN, "ilpips"})
+        measured |= {"groups": self.groups, "crps_map": self.crps_map}
+        digest = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
+        return {who: Parts(Path(self.references).expanduser() / digest[:16] / who) for who in whos}
+
     def run(self, share: Share | None = None) -> int:
         """Measure every group that is not measured yet, or a ``latentcast.shares.Share`` of them; -> the number of
         clips that this process did."""
@@ -178,9 +195,14 @@ class Evaluation:
 
     def measure(self, group: int) -> dict[tuple[str, str], Tensor]:
         """What is known of a group of clips: (who, metric), ("maps", who) and ("shown", name) -> tensor."""
+        known = {}
+        for who, kept in self._kept.items():
+            if kept.path(group).is_file():
+                known |= kept.read(group, who, MAPS)
+        whos = {who for who, _ in known}
         while True:
             try:
-                parts = [self._measure(*piece) for piece in self._pieces(group)]
+                parts = [self._measure(*piece, whos) for piece in self._pieces(group)]
                 break
             except torch.OutOfMemoryError:
                 if self._at_once == 1:
@@ -191,10 +213,14 @@ class Evaluation:
             logger.warning(
                 "out of memory: going on with %d futures at once, as evaluation.futures=%d would", *[self._at_once] * 2
             )
-        return {
+        found = {
             key: (_sum if key[0] == MAPS else torch.cat)([part[key] for part in parts if key in part])
             for key in dict.fromkeys(key for part in parts for key in part)
         }
+        for who, kept in self._kept.items():
+            if who not in whos:
+                kept.write(group, {key: tensor for key, tensor in found.items() if who in key})
+        return found | known
 
     def _clips_at_once(self):
         return max(1, self._at_once // self.protocol.n_samples)
@@ -208,13 +234,14 @@ class Evaluation:
             yield clips[start : start + size], own if size < whole else group
 
     @torch.no_grad()
-    def _measure(self, numbers, random):
+    def _measure(self, numbers, random, known):
+        """``known``: whose figures there are already."""
         items = default_collate([self.dataset[i] for i in numbers])
         clips, found = items["frames"].to(self.device), {}
         told = self._told(numbers, items)
         with eval_mode(self.pipe.prior, self.pipe.tokenizer):
             if self.draws:
-                found |= self._measure_futures(numbers, random, clips, told)
+                found |= self._measure_futures(numbers, random, clips, told, known)
             if "clip_mse" in self.metrics and RECONSTRUCTION in self.baselines:
                 both = self._baseline(RECONSTRUCTION, clips, told), self.protocol.divide(clips)
                 found[RECONSTRUCTION, "clip_mse"] = mse(*(self.scorer.seen(torch.cat(parts, 1)) for parts in both))
@@ -234,7 +261,7 @@ class Evaluation:
             items = default_collate([self.dataset[i] for i in following])
         return {name: items["conditions"][name] for name in names}
 
-    def _measure_futures(self, numbers, random, clips, told):
+    def _measure_futures(self, numbers, random, clips, told, known):
         protocol = self.protocol
         context, target = protocol.divide(clips)
         samples = self._draw(context, random, told)
@@ -245,11 +272,13 @@ class Evaluation:
         truth = self.scorer.truth(target)
         found = self._scores(numbers, MODEL, samples, seen(context), truth)
         for name in self.baselines:
+            if name in known:
+                continue
             given, future = self._baseline(name, clips, told)
             still = future.stride(1) == 0  # one picture, as often as there are frames
             future = seen(future[:, :1]).expand_as(future) if still else seen(future)
             found |= self._scores(numbers, name, future[:, None], seen(given), truth)
-        if self.scorer.fvd is not None:
+        if self.scorer.fvd is not None and REAL not in known:
             found[REAL, "fvd"] = self.scorer.video_features(seen(context), target)
         best = found[MODEL, "mse"].mean(-1).argmin(1)
         for name, shown in (("best", samples[torch.arange(len(samples)), best]), ("random", samples[:, 0])):

@@ -55,8 +55,9 @@ class Parts:
         plan.parent.mkdir(parents=True)
         write_json(plan, identity)
 
-    def write(self, group: int, found: dict[tuple[str, str], Tensor], seconds: float) -> None:
+    def write(self, group: int, found: dict[tuple[str, str], Tensor], seconds: float = 0.0) -> None:
         """Keep what was measured of a group, key -> tensor, and how long it took."""
+        self.path(group).parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path(group)) as temporary:
             tensors = {key_to_text(key): tensor for key, tensor in found.items()}
             save_file(tensors, temporary, metadata={"seconds": str(seconds)})

@@ -69,12 +69,14 @@ class I3D(nn.Module):
         frames = videos.flatten(0, 1)
         if frames.shape[-2:] != (SIZE, SIZE):
             frames = F.interpolate(frames, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-        videos = frames.unflatten(0, videos.shape[:2]).expand(-1, -1, 3, -1, -1)
-        return self.network(videos.transpose(1, 2), **self.options)
+        videos = frames.unflatten(0, videos.shape[:2]).transpose(1, 2)
+        if not isinstance(self.network, InceptionI3D):
+            videos = videos.expand(-1, 3, -1, -1, -1)
+        return self.network(videos, **self.options)
 
 
 class InceptionI3D(nn.Module):
-    """The network itself: (B, 3, T, 224, 224) -> (B, 400); widths are those of the arrays.
+    """The network itself: (B, C, T, 224, 224), C 3 or, grey, 1 -> (B, 400); widths are those of the arrays.
 
     Args:
         tensors: name -> array under the names and in the layout (time, height, width, in, out) of the published file.
@@ -125,8 +127,11 @@ class Unit(nn.Module):
         self.kernel, self.stride = tuple(kernel.shape[:3]), (stride,) * 3
 
     def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B out _ _ _"]:
+        weight = self.weight
+        if x.shape[1] == 1 < weight.shape[1]:  # of grey as of three equal channels, in a third of the operations
+            weight = weight.sum(1, keepdim=True)
         x = F.pad(x, same_padding(x, self.kernel, self.stride))
-        return F.relu(F.conv3d(x, self.weight, self.bias, self.stride), inplace=True)
+        return F.relu(F.conv3d(x, weight, self.bias, self.stride), inplace=True)
 
 
 class MaxPool(nn.Module):
