@@ -59,7 +59,11 @@ def pipe():
 
 
 def evaluation(pipe, folder, **changes):
-    options = {name: changes.pop(name) for name in ("sampler", "futures", "baselines", "weights", "references") if name in changes}
+    options = {
+        name: changes.pop(name)
+        for name in ("sampler", "futures", "baselines", "weights", "references")
+        if name in changes
+    }
     return Evaluation(pipe, dataset(), protocol(**changes), folder, **({"futures": 6} | options))
 
 
