@@ -30,6 +30,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from latentcast.config import check_counts, is_whole, one_line
+from latentcast.layers.block_causal import Past
 from latentcast.shapes import Codes, Conditions
 from latentcast.tokenizers.base import LatentSpec, check_codes
 
@@ -288,8 +289,9 @@ class MaskedTransformer(BlockCausalPrior):
         codes, told = self._check_clip(clip, n_context, conditions)
         none = codes.new_zeros(len(codes), 1)
         clean, target = self.embed_clean(codes[:, :-1]), codes[:, n_context:]
-        vectors = self._both_vectors(none, told, n_context)
-        return lambda depth: self.trunk(clean, self.embed(target, depth), *vectors), target
+        clean_vectors, vectors = self._both_vectors(none, told, n_context)
+        past = self.trunk.remember(Past(), clean, clean_vectors, n_targets=target.shape[1])
+        return lambda depth: self.trunk.predict(past, self.embed(target, depth), vectors), target
 
     def _level_nats(self, levels, features, codes):
         """What the codes of these levels cost: features (..., d), codes (..., n) -> (..., len(levels))."""

@@ -97,6 +97,9 @@ def test_what_is_remembered_frame_by_frame_is_what_a_pass_sees(window):
             assert past.blocks[0][0].shape[2] == min(t + 1, window - 1) * 6  # and no more is kept
     together = trunk.remember(Past(), clean, clean_vectors)
     torch.testing.assert_close(together.blocks, past.blocks)
+    read_once = trunk.remember(Past(), clean, clean_vectors, n_targets=target.shape[1])
+    assert read_once.blocks[0][0].shape[2] == min(clean.shape[1], window - 2 + target.shape[1]) * 6
+    torch.testing.assert_close(trunk.predict(read_once, target, target_vectors), expected)
 
 
 def test_a_target_sees_itself_and_what_was_before_it():

@@ -95,18 +95,20 @@ class BlockCausalTransformer(nn.Module):
         """
         return self.norm(self._run(Past(), clean, target, clean_vectors, target_vectors)[0].x)
 
-    def remember(self, past: Past, clean: Float[Tensor, "B t P d"], vectors: Float[Tensor, " B #t d"]) -> Past:
+    def remember(
+        self, past: Past, clean: Float[Tensor, "B t P d"], vectors: Float[Tensor, " B #t d"], n_targets: int = 1
+    ) -> Past:
         """``past`` with the clean frames that come next, and their vectors; no more is left in it than what the next
-        frame sees."""
+        frame sees, and the ``n_targets`` - 1 frames before that."""
         past = self._run(past, clean, None, vectors, None)[1]
-        n_kept = (self.window - 1) * clean.shape[2]
+        n_kept = (self.window - 2 + n_targets) * clean.shape[2]
         past.blocks = [[x[:, :, max(x.shape[2] - n_kept, 0) :] for x in pair] for pair in past.blocks]
         return past
 
     def predict(
-        self, past: Past, target: Float[Tensor, "B 1 P d"], vectors: Float[Tensor, "B 1 d"]
-    ) -> Float[Tensor, "B 1 P d"]:
-        """As ``forward``, of the frame that comes after ``past``, and its vector."""
+        self, past: Past, target: Float[Tensor, "B s P d"], vectors: Float[Tensor, " B #s d"]
+    ) -> Float[Tensor, "B s P d"]:
+        """As ``forward``, of the frame that comes after ``past``, or the last s up to it, and their vectors."""
         return self.norm(self._run(past, None, target, None, vectors)[0].x)
 
     def _run(self, past, clean, target, clean_vectors, target_vectors):
