@@ -7,9 +7,10 @@ A slow side that is extrapolated from a measured slice of it is labelled so.
 
 from common import run_parts  # isort: skip  (sets the thread policy before torch loads)
 
+from sampling_compiled import compiled
 from sampling_dtypes import dtypes
 from sampling_flow import flow
-from sampling_lvt import lvt
+from sampling_lvt import attention, lvt
 from sampling_masked import masked
 from sampling_recurrent_vae import recurrent_vae
 from sampling_rvd import rvd
@@ -18,6 +19,7 @@ from sampling_stdiff import stdiff
 
 PARTS = {
     "lvt": lvt,
+    "attention": attention,
     "st_pixelcnn": st_pixelcnn,
     "recurrent_vae": recurrent_vae,
     "stdiff": stdiff,
@@ -25,6 +27,7 @@ PARTS = {
     "masked": masked,
     "flow": flow,
     "dtypes": dtypes,
+    "compiled": compiled,
 }
 
 if __name__ == "__main__":

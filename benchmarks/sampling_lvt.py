@@ -1,11 +1,11 @@
 """Sampling of the Latent Video Transformer: with its caches against without. See ``sampling.py``."""
 
-from common import say, seconds  # isort: skip  (sets the thread policy before torch loads)
+from common import compare, say, seconds  # isort: skip  (sets the thread policy before torch loads)
 
 import torch
 
 from latentcast import VideoTransformer
-from latentcast.priors.video_transformer import FullStepper
+from latentcast.priors.video_transformer import ATTENTION_FORMS, FullStepper
 
 LVT_SPEC = {"kind": "discrete", "channels": 256, "height": 16, "width": 16, "codebook_sizes": [512] * 4}
 
@@ -22,6 +22,30 @@ def lvt():
         ratios |= {f"{name}_gpu": ratio for name, ratio in lvt_ratios(model, "cuda", measured=64).items()}
         time = lvt_cached(model, 64, "cuda")
         say(f"  batch 64: {time:.2f} s, {64 / time:.2f} videos/s, {64 * 11 / time:.1f} frames/s")
+    return ratios
+
+
+def attention():
+    """The paper's three forms of attention (Table 7), at its size: the first frame of one future, untrained.
+
+    ``attention_NAME``: seconds with queries and keys over seconds with this form.
+    """
+    device, ratios = "cuda" if torch.cuda.is_available() else "cpu", {}
+    context = torch.randint(512, (1, 5, 16, 16, 4), device=device)
+
+    def sampler(form):
+        torch.manual_seed(0)
+        model = VideoTransformer(LVT_SPEC | {"scaling_factor": 1.0}, attention=form).to(device).eval()
+        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        return size, lambda: model.sample(context, 1)
+
+    first, *others = ATTENTION_FORMS
+    size, whole = sampler(first)
+    for form in others:
+        smaller, cheaper = sampler(form)
+        ratio, slow, fast = compare(whole, cheaper, device, rounds=3)
+        say(f"{first} ({size:.2f}M): {slow:.3f} s; {form} ({smaller:.2f}M): {fast:.3f} s: {ratio:.2f} times as fast")
+        ratios[f"attention_{form}"] = ratio
     return ratios
 
 

@@ -1,5 +1,6 @@
 """What the samplers of autoregressive priors share: drawing codes, sliding windows, recorded steps."""
 
+import logging
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -11,6 +12,8 @@ from torch import Tensor
 from latentcast.config import one_line
 
 from .base import Prior
+
+logger = logging.getLogger("latentcast")
 
 GUIDANCE = {"guidance_scale": {"least": 0, "most": 100}}  # ``Prior.sampler_ranges`` of what ``check_guidance`` checks
 DRAWING = {  # ... and of what ``check_sampling`` checks
@@ -71,6 +74,14 @@ def check_switches(**switches: bool) -> None:
             raise ValueError(f"{name}: expected true or false, found {one_line(value)}")
 
 
+def check_steps(use_cache: bool, compile: bool) -> None:
+    """Refuse switches of a sampler that caches, which has steps of its own to compile, and of its reference, which has
+    none."""
+    check_switches(use_cache=use_cache, compile=compile)
+    if compile and not use_cache:
+        raise ValueError("compile: expected false with use_cache=False, found True")
+
+
 def draw(
     logits: Float[Tensor, "*rows K"],
     uniform: Float[Tensor, "*rows"],
@@ -120,6 +131,38 @@ def sliding_windows(n_context: int, n_frames: int, length: int, overlap: int) ->
     while (done := sum(new for _, new in windows)) < n_frames:
         windows.append((overlap, min(n_frames - done, length - overlap)))
     return windows
+
+
+def fixed_step(step: Callable[[], object], device: torch.device, compiled: bool) -> Callable[[], object] | None:
+    """What does as ``step``, whose inputs and outputs are fixed buffers, in few operations: on a GPU a CUDA graph,
+    elsewhere what torch.compile makes of it; None where nothing of the kind is wanted."""
+    if device.type == "cuda":
+        return record_graph(torch.compile(step, dynamic=False) if compiled else step, device).replay
+    return CompiledStep(step) if compiled else None
+
+
+class CompiledStep:
+    """``step()`` fused by torch.compile, for a CPU; where that fails, as it is, and the log says why.
+
+    The first call in a process compiles, for tens of seconds, or reads what torch has kept on the disk; steps of
+    the same shapes share it.
+    """
+
+    def __init__(self, step: Callable[[], object]) -> None:
+        self._step = step
+        # By the wrapper in C++ many small operations follow each other faster.
+        self._compiled = torch.compile(step, dynamic=False, options={"cpp_wrapper": True})
+
+    def __call__(self) -> None:
+        try:
+            self._compiled()
+        except Exception as error:  # of any of torch's compilers, or of the one for C++ that they call
+            if self._compiled is self._step:
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            logger.warning("compile: sampling goes on uncompiled, torch.compile failed: %s", reason)
+            self._compiled = self._step
+            self._step()
 
 
 def record_graph(step: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:

@@ -17,6 +17,7 @@ Shape letters: B clips, M rows of a sampler (samples of all contexts; with guida
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -37,10 +38,10 @@ from .sampling import (
     GUIDANCE,
     check_guidance,
     check_sampling,
-    check_switches,
+    check_steps,
     draw,
+    fixed_step,
     guided,
-    record_graph,
 )
 
 ATTENTION_FORMS = ("full", "factorised", "windowed", "none")
@@ -410,6 +411,7 @@ class STPixelCNN(Prior):
         overlap: int | None = None,
         guidance_scale: float = 1.0,
         use_cache: bool = True,
+        compile: bool = False,
     ) -> Int[Tensor, "B {num_samples} {n_frames} h w n"]:
         """Continue codes.
 
@@ -427,13 +429,14 @@ class STPixelCNN(Prior):
             overlap: frames that the model sees when it slides, 1 to T - 1; more cost more time. None: T // 2.
             guidance_scale: moves the logits away from those without conditions (above 1), or towards them.
             use_cache: False runs the network over the whole clip for each code (a reference for tests and benchmarks).
+            compile: fuse the many small operations of a code by torch.compile, see ``CompiledStep``.
         """
         check_counts(n_frames=n_frames)
         choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-        self._check_sampling(context, num_samples, overlap, use_cache, choose)
+        self._check_sampling(context, num_samples, overlap, use_cache, compile, choose)
         told = self._told(conditions, len(context), context.shape[1] + n_frames)
         with (progress or no_progress)(total=n_frames * math.prod(self.grid[1:]) * len(self.codebook_sizes)) as bar:
-            frames = self._stream(context, told, num_samples, generator, overlap, use_cache, choose, bar)
+            frames = self._stream(context, told, num_samples, generator, overlap, use_cache, compile, choose, bar)
             future = torch.stack([next(frames) for _ in range(n_frames)], 1)
         return future.unflatten(0, (-1, num_samples))
 
@@ -446,17 +449,18 @@ class STPixelCNN(Prior):
         generator: torch.Generator | None,
         overlap: int | None,
         use_cache: bool,
+        compile: bool,
         **choose: float | None,
     ) -> Iterator[Int[Tensor, "B {num_samples} h w n"]]:
         """As Prior's; the last T frames are kept."""
-        self._check_sampling(context, num_samples, overlap, use_cache, choose)
-        frames = self._stream(context, told, num_samples, generator, overlap, use_cache, choose, no_progress())
+        self._check_sampling(context, num_samples, overlap, use_cache, compile, choose)
+        frames = self._stream(context, told, num_samples, generator, overlap, use_cache, compile, choose, no_progress())
         return (frame.unflatten(0, (-1, num_samples)) for frame in frames)
 
-    def _check_sampling(self, context, num_samples, overlap, use_cache, choose):
+    def _check_sampling(self, context, num_samples, overlap, use_cache, compile, choose):
         check_sampling(**{name: choose[name] for name in DRAWING})
         check_guidance(choose["guidance_scale"], self)
-        check_switches(use_cache=use_cache)
+        check_steps(use_cache, compile)
         check_codes(context, self.codebook_sizes, self.grid[1:], name="context")
         check_counts(num_samples=num_samples)
         self.check_context(context.shape[1], context.shape[1] + 1)
@@ -466,7 +470,7 @@ class STPixelCNN(Prior):
                 most = self.grid[0] - 1
                 raise ValueError(f"overlap: expected 1 to {most} (n_frames - 1), found {one_line(overlap)}")
 
-    def _stream(self, context, told, num_samples, generator, overlap, use_cache, choose, bar):
+    def _stream(self, context, told, num_samples, generator, overlap, use_cache, compile, choose, bar):
         """Yield predicted frames (B * num_samples, h, w, n), without an end.
 
         With guidance every row is there twice, and the second time is told nothing, see ``guided``.
@@ -484,7 +488,7 @@ class STPixelCNN(Prior):
         vectors = None  # of the frames in the window, (M, t, d)
         if self.conditioner is not None:
             vectors = torch.cat([of_rows(t) for t in range(n_seen)], 1)
-        sampler = CachedLevel if use_cache else UncachedLevel
+        sampler = partial(CachedLevel, compiled=compile) if use_cache else UncachedLevel
         levels = [sampler(self, i, len(window), choose) for i in range(len(self.codebook_sizes))]
         n_shared = num_samples
         while True:
@@ -555,12 +559,18 @@ class CachedLevel:
     """Sampler of level i for M rows: each stack runs once for what it looks at, and what comes later finds it kept.
 
     What a step touches lives in fixed buffers, and where it is in tensors, so that on CUDA it is recorded once as a
-    graph and replayed: launching its many small kernels one by one would take longer than running them.
+    graph and replayed, and elsewhere can be compiled: launching its many small kernels one by one would take longer
+    than running them.
     """
 
-    def __init__(self, model: STPixelCNN, i: int, n_rows: int, choose: dict[str, float | None]) -> None:
+    def __init__(
+        self, model: STPixelCNN, i: int, n_rows: int, choose: dict[str, float | None], compiled: bool = False
+    ) -> None:
         self.network, self.i, self.grid, self.choose = model.network(i), i, model.grid, choose
         self.first_row = model.first_row[i]
+        # What differs from level to level is modules and tensors, no numbers: a step is compiled once for all of them.
+        self.logits = self.network.logits[i - self.network.levels[0]]
+        self.own_row = self.first_row - self.network.first_own_row
         dim, dtype, device = self.network.own.embedding_dim, self.network.own.weight.dtype, model.device
 
         def zeros(*shape, dtype=dtype):
@@ -579,7 +589,7 @@ class CachedLevel:
         self.left = zeros(n_rows, dim)
         self.past_columns = [zeros(n_rows, (layer.conv.taps - 1) * dim) for layer in layers]
         self.column, self.position = (zeros(1, dtype=torch.int64) for _ in range(2))
-        self.graph = record_graph(self._step, device) if device.type == "cuda" else None
+        self.replay = fixed_step(self._step, device, compiled)
 
     def start(self, window: Int[Tensor, "M t h w n"], vectors: Float[Tensor, "M t d"] | None, n_shared: int) -> None:
         """Begin a window with known frames and what is told of them, the same for ``n_shared`` neighbouring rows."""
@@ -610,8 +620,8 @@ class CachedLevel:
         for x in range(self.grid[2]):
             self.column.fill_(x)
             self.position.fill_(start + x)
-            if self.graph is not None:
-                self.graph.replay()
+            if self.replay is not None:
+                self.replay()
             else:
                 self._step(start + x)
         self.frame[:, 0, y, :, self.i] = self.row
@@ -642,6 +652,6 @@ class CachedLevel:
             for module, cache in zip(modules, self.caches[number]):
                 x = module.step(x, cache, self.position, None if index is None else module.span(index))
         uniform = self.uniform.index_select(0, self.column)[0]
-        code = choose_codes(network.predict(x, self.i), uniform, **self.choose) + self.first_row
-        self.row.index_copy_(1, self.column, code[:, None])
-        self.left.copy_(network.embed_own(code))
+        code = choose_codes(self.logits(network.head(x)), uniform, **self.choose)
+        self.row.index_copy_(1, self.column, (code + self.first_row)[:, None])
+        self.left.copy_(network.own(code + self.own_row))

@@ -8,9 +8,11 @@ the current one code by code.
 Shape letters: B clips, M slices (a batch of (clip, slice) pairs), N positions of a slice in raster order, d width.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +36,10 @@ from .sampling import (
     GUIDANCE,
     check_guidance,
     check_sampling,
-    check_switches,
+    check_steps,
     draw,
+    fixed_step,
     guided,
-    record_graph,
     sliding_windows,
 )
 
@@ -684,6 +686,7 @@ class VideoTransformer(Prior):
         top_p: float | None = None,
         guidance_scale: float = 1.0,
         use_cache: bool = True,
+        compile: bool = False,
     ) -> Int[Tensor, "B {num_samples} {n_frames} h w n"]:
         """Continue codes.
 
@@ -700,9 +703,10 @@ class VideoTransformer(Prior):
             guidance_scale: moves the logits away from those without conditions (above 1), or towards them.
             use_cache: False re-runs the decoder over the whole slice for each position, as the published sampler does
                 (a reference for tests and benchmarks).
+            compile: fuse the operations of a position by torch.compile, see ``CompiledStep``.
         """
         choose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        self._check_sampling(context, num_samples, guidance_scale, use_cache, choose)
+        self._check_sampling(context, num_samples, guidance_scale, use_cache, compile, choose)
         check_counts(n_frames=n_frames)
         batch, n_context = context.shape[:2]
         self.check_context(n_context, n_context + n_frames)
@@ -713,7 +717,7 @@ class VideoTransformer(Prior):
             frames = self._stream(
                 context,
                 lambda t: vectors[:, t] if t < vectors.shape[1] else self.conditioner.null.expand_as(vectors[:, 0]),
-                *(num_samples, generator, guidance_scale, use_cache, bar),
+                *(num_samples, generator, guidance_scale, use_cache, compile, bar),
                 choose=choose,
             )
             future = torch.stack([next(frames) for _ in range(n_frames)], 1)
@@ -728,25 +732,26 @@ class VideoTransformer(Prior):
         generator: torch.Generator | None,
         guidance_scale: float,
         use_cache: bool,
+        compile: bool,
         **choose: float | None,
     ) -> Iterator[Int[Tensor, "B {num_samples} h w n"]]:
         """As Prior's. A model whose slices span several frames generates a window of frames together: told what leads
         to each, it would have to know so beforehand, which is refused."""
-        self._check_sampling(context, num_samples, guidance_scale, use_cache, choose)
+        self._check_sampling(context, num_samples, guidance_scale, use_cache, compile, choose)
         if self.conditioner is not None and not self.single_frame:
             raise ValueError(
                 f"rollout: expected subscale=[{self.grid[0]}, 1, 1], a frame at a time, of a prior with conditions, "
                 f"found {list(self.subscale)}"
             )
         frames = self._stream(
-            context, told, num_samples, generator, guidance_scale, use_cache, no_progress(), choose=choose
+            *(context, told, num_samples, generator, guidance_scale, use_cache, compile, no_progress()), choose=choose
         )
         return (frame.unflatten(0, (-1, num_samples)) for frame in frames)
 
-    def _check_sampling(self, context, num_samples, guidance_scale, use_cache, choose):
+    def _check_sampling(self, context, num_samples, guidance_scale, use_cache, compile, choose):
         check_sampling(**choose)
         check_guidance(guidance_scale, self)
-        check_switches(use_cache=use_cache)
+        check_steps(use_cache, compile)
         check_codes(context, self.codebook_sizes, self.grid[1:], name="context")
         check_counts(num_samples=num_samples)
 
@@ -755,18 +760,19 @@ class VideoTransformer(Prior):
         """Frames of the window before that the next one begins with."""
         return self.grid[0] - 1 if self.single_frame else max(1, self.grid[0] // 2)
 
-    def _stream(self, context, told, num_samples, generator, guidance_scale, use_cache, bar, choose):
+    def _stream(self, context, told, num_samples, generator, guidance_scale, use_cache, compile, bar, choose):
         """Yield predicted frames (B * num_samples, h, w, n_codebooks), without an end.
 
         Single frames are a window each, since nothing after them has to be generated.
         """
         n_seen, length = context.shape[1], self.grid[0]  # n_seen: frames there are, the context's and those predicted
         video = context.repeat_interleave(num_samples, 0)
-        stepper = (CachedStepper if use_cache else FullStepper)(self, len(video), choose, guidance_scale)
+        make = partial(CachedStepper, compiled=compile) if use_cache else FullStepper
+        stepper = make(self, len(video), choose, guidance_scale)
         shared, vectors = num_samples, []  # of the frames in ``video``
         if self.conditioner is not None and not self.single_frame:
             vectors = [told(t) for t in range(n_seen)]
-        with packed_linears(self.decoder, self.head, rows=len(video)):
+        with contextlib.nullcontext() if compile else packed_linears(self.decoder, self.head, rows=len(video)):
             while True:
                 known = n_seen if n_seen < length else self._overlap
                 new = 1 if self.single_frame else length - known
@@ -877,11 +883,17 @@ class CachedStepper(Stepper):
     """Key/value cache: a position costs one column of work.
 
     Everything a step touches lives in fixed buffers and its position in a tensor, so on CUDA the step is recorded once
-    as a graph and replayed: at this size, launching the kernels one by one would take longer than running them.
+    as a graph and replayed, and elsewhere can be compiled: at this size, launching the kernels one by one would take
+    longer than running them.
     """
 
     def __init__(
-        self, model: VideoTransformer, n_rows: int, choose: dict[str, float | None], guidance_scale: float = 1.0
+        self,
+        model: VideoTransformer,
+        n_rows: int,
+        choose: dict[str, float | None],
+        guidance_scale: float = 1.0,
+        compiled: bool = False,
     ) -> None:
         super().__init__(model, n_rows, choose, guidance_scale)
         self.device = model.device
@@ -890,7 +902,7 @@ class CachedStepper(Stepper):
         self.own = torch.zeros(n_rows * self.n_copies, n, n_codebooks, dtype=torch.int64, device=self.device)
         self.uniform = torch.zeros(n, n_rows, n_codebooks, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.graph = record_graph(lambda: self._step(n), self.device) if self.device.type == "cuda" else None
+        self.replay = fixed_step(partial(self._step, n), self.device, compiled)
 
     def start_slice(
         self, memory: Float[Tensor, "M N d"], own: Int[Tensor, "_ N n"], start: int, uniform: Float[Tensor, "N _ n"]
@@ -905,8 +917,8 @@ class CachedStepper(Stepper):
 
     def step(self, position: int) -> None:
         self.position.fill_(position)
-        if self.graph is not None:
-            self.graph.replay()
+        if self.replay is not None:
+            self.replay()
         else:
             self._step(position + 1)
 

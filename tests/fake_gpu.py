@@ -237,7 +237,7 @@ class FakeGPU(TorchDispatchMode):
 
             synchronize = record
 
-        from latentcast.priors import st_pixelcnn, video_transformer
+        from latentcast.priors import sampling
 
         yield torch.cuda, "_lazy_init", lambda: None
         yield torch.cuda, "is_available", lambda: True
@@ -260,8 +260,7 @@ class FakeGPU(TorchDispatchMode):
         yield torch._C, "_group_tensors_by_device_and_dtype", grouped
         for module in (torch, torch.amp):
             yield module, "autocast", Autocast
-        for module in (st_pixelcnn, video_transformer):
-            yield module, "record_graph", Graph
+        yield sampling, "record_graph", Graph
 
 
 def tensors_in(x):

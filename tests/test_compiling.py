@@ -1,10 +1,24 @@
-"""What torch.compile takes whole: one graph, without a break for a check of values."""
+"""What torch.compile takes whole: one graph, without a break for a check of values; and steps of samplers, compiled."""
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
-from tiny import TINY_PRIORS, random_clip, random_conditions, random_frames, tiny_tokenizer, told_prior
+from tiny import (
+    CODES_SPEC,
+    SMALL_PIXELCNN,
+    SMALL_TRANSFORMER,
+    TINY_PRIORS,
+    random_clip,
+    random_conditions,
+    random_frames,
+    tiny_tokenizer,
+    told_prior,
+)
+
+from latentcast import STPixelCNN, VideoTransformer
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -65,3 +79,40 @@ def test_a_vqvaes_training_is_one_graph_once_its_codes_are_placed(name):
     assert all(torch.allclose(a, b) for a, b in zip(eager.buffers(), model.buffers(), strict=True))
     found.loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def drawn(name, **options):
+    """Codes of two futures of two contexts, by a model of two codebooks of one size."""
+    torch.manual_seed(0)
+    spec = CODES_SPEC | {"codebook_sizes": [6, 6]}
+    if name == "st_pixelcnn":
+        model = STPixelCNN(spec, **SMALL_PIXELCNN).eval()
+    else:
+        model = VideoTransformer(spec, subscale=[4, 1, 1], **SMALL_TRANSFORMER).eval()
+    context, generator = random_clip(model)[:, :2], torch.Generator().manual_seed(1)
+    return model.sample(context, 3, num_samples=2, generator=generator, top_p=0.9, **options)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no compiler for C++")
+@pytest.mark.parametrize("name", ["video_transformer", "st_pixelcnn"])
+def test_a_compiled_step_draws_the_same_codes(name, caplog):
+    """The levels of ST-PixelCNN, a network each, share one graph."""
+    expected = drawn(name)
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(drawn(name, compile=True), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert "uncompiled" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["video_transformer", "st_pixelcnn"])
+def test_where_compiling_fails_sampling_goes_on_as_it_is(name, caplog, monkeypatch):
+    def fails():
+        raise RuntimeError("no compiler\nfor C++")
+
+    monkeypatch.setattr(torch, "compile", lambda step, **options: fails)
+    expected, found = drawn(name), drawn(name, compile=True)
+    assert torch.equal(found, expected)
+    warning = "compile: sampling goes on uncompiled, torch.compile failed: no compiler for C++"
+    assert {record.getMessage() for record in caplog.records} == {warning}
+    with pytest.raises(ValueError, match=r"^compile: expected false with use_cache=False, found True$"):
+        drawn(name, compile=True, use_cache=False)

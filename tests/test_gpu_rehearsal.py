@@ -138,7 +138,7 @@ def test_waits_are_counted(gpu, function, waits):
 
 
 def test_a_graph_cannot_hold_a_wait(gpu):
-    from latentcast.priors.video_transformer import record_graph
+    from latentcast.priors.sampling import record_graph
 
     x = torch.zeros(1, device="cuda")
     record_graph(lambda: x.add_(1), GPU).replay()

@@ -349,7 +349,7 @@ def test_the_progress_bar_follows_the_sampler(frames, capfd):
         ({"output_type": "npy"}, "output_type: expected one of pt, np, pil, latent, found 'npy'"),
         ({"frame_times": [1.0, 2.0]}, "VideoTransformer predicts whole frame steps: it takes no frame_times"),
         ({"temperatur": 1.0}, "unknown sampler option 'temperatur'; did you mean 'temperature'"),
-        ({"steps": 3}, r"unknown sampler option 'steps' \(known: temperature, top_k, top_p, use_cache\)"),
+        ({"steps": 3}, r"unknown sampler option 'steps' \(known: compile, temperature, top_k, top_p, use_cache\)"),
         ({"decode_batch": 0}, "decode_batch: expected a whole number of at least 1, found 0"),
     ],
 )

@@ -120,6 +120,8 @@ class CausalWindowAttention(nn.Module):
         slots = None
         if span is not None:
             seen = cache[:, :, span[0] : span[1]]
+        elif self.window_length == self.n_slots:
+            seen, slots = cache, torch.arange(self.window_length, device=x.device)
         else:
             slots = slot // self.window_length * self.window_length
             slots = slots + torch.arange(self.window_length, device=x.device)
