@@ -51,7 +51,8 @@ class Run:
     """One row of a table.
 
     Attributes:
-        name, table, label: of the row, its table (the protocol's name), and what the table calls it.
+        name, table, label: of the row, its table, and what the table calls it.
+        protocol: that it is evaluated under; pictures: whether the page shows its clips.
         experiment, overrides: what the tools are given.
         data: name of the data set that is evaluated on; evaluate: overrides of the evaluation alone.
         cpu_seconds: the budget.
@@ -65,6 +66,7 @@ class Run:
     label: str
     experiment: str
     data: str
+    protocol: str
     cpu_seconds: float
     overrides: list = field(default_factory=list)
     evaluate: list = field(default_factory=list)
@@ -74,6 +76,7 @@ class Run:
     sweep: dict = field(default_factory=dict)
     zoo: str | None = None
     licence: str = "MIT"
+    pictures: bool = True
 
     def stages(self):
         """Stage -> its share of the budget, in the order they run."""
@@ -91,9 +94,10 @@ def read_table(path):
     runs, titles = [], {}
     for table, described in content["tables"].items():
         titles[table] = described["title"]
-        shared = {"table": table} | {k: v for k, v in described.items() if k not in ("title", "runs")}
+        shared = {"table": table, "protocol": table, "cpu_hours": content["cpu_hours"]}
+        shared |= {k: v for k, v in described.items() if k not in ("title", "runs")}
         for name, run in described["runs"].items():
-            run = shared | {"cpu_hours": content["cpu_hours"]} | run
+            run = shared | run
             runs.append(Run(name=name, cpu_seconds=3600 * run.pop("cpu_hours"), **run))
     return runs, titles
 
@@ -206,9 +210,9 @@ class Trainer:
     def _evaluate(self, folder, *overrides):
         """-> the result, whose files go to ``folder``."""
         run = self.run
-        result = folder / "metrics" / f"{run.table}.json"
+        result = folder / "metrics" / f"{run.protocol}.json"
         if not result.is_file():
-            arguments = ["--pipeline", str(self.folder / "pipeline"), "--data", run.data, f"protocol={run.table}"]
+            arguments = ["--pipeline", str(self.folder / "pipeline"), "--data", run.data, f"protocol={run.protocol}"]
             arguments.append(f"evaluation.references={self.root / 'references'}")
             self._run("evaluate", [*arguments, f"run_dir={folder}", *run.evaluate, *overrides])
         return read_json(result) | {"command": self.command}
@@ -241,7 +245,7 @@ class Trainer:
         run, metrics = self.run, self.folder / "metrics"
         self.kept.mkdir(parents=True, exist_ok=True)
         for kind in PICTURES:
-            if (picture := metrics / run.table / f"{kind}.png").is_file():
+            if (picture := metrics / run.protocol / f"{kind}.png").is_file():
                 shutil.copyfile(picture, self.kept / f"{kind}.png")
         if run.zoo:
             self._export(result)
@@ -259,7 +263,7 @@ class Trainer:
         facts = {"title": f"{run.label}.", "command": self.command}
         pipe = self._pipeline()
         pipe.register_to_config(n_context=protocol["n_context"])  # it may have been trained with fewer
-        found = export(pipe, folder, clips, {run.table: result}, licence=run.licence, **facts)
+        found = export(pipe, folder, clips, {run.protocol: result}, licence=run.licence, **facts)
         say(f"{run.name}: kept in {folder}: {found:.2f} dB on its example clips")
 
     def _pipeline(self):
@@ -267,7 +271,7 @@ class Trainer:
 
     def _protocol(self):
         overrides = (o for o in self.run.evaluate if o.startswith("protocol."))
-        return instantiate(load_config("quickstart", [f"protocol={self.run.table}", *overrides]).protocol)
+        return instantiate(load_config("quickstart", [f"protocol={self.run.protocol}", *overrides]).protocol)
 
     def _cost(self, **sampler):
         """What a future costs: seconds on one thread and network calls a frame, for one context at a time."""

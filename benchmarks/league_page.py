@@ -34,7 +34,13 @@ def render(runs, titles, claims, kept, output):
         results = {run.name: (run, *(read_json(kept / run.name / file) for file in (RESULT, COST))) for run in done}
         finished |= {name: result for name, (_, result, _) in results.items()}
         if results:
-            lines += [f"## {title}", "", *_table(results), *_tradeoff(results, kept, table), *_pictures(done, kept)]
+            lines += [
+                f"## {title}",
+                "",
+                *_table(results),
+                *_tradeoff(results, kept, table),
+                *_pictures([run for run in done if run.pictures], kept),
+            ]
     write_text(output, "\n".join(lines + (section(claims, finished) if claims else [])))
 
 
