@@ -74,7 +74,7 @@ def check_switches(**switches: bool) -> None:
             raise ValueError(f"{name}: expected true or false, found {one_line(value)}")
 
 
-def check_steps(use_cache: bool, compile: bool) -> None:
+def check_caching(use_cache: bool, compile: bool) -> None:
     """Refuse switches of a sampler that caches, which has steps of its own to compile, and of its reference, which has
     none."""
     check_switches(use_cache=use_cache, compile=compile)

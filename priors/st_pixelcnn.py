@@ -36,9 +36,9 @@ from .base import Prior, PriorOutput, Progress, Told, code_nats, need_codes, no_
 from .sampling import (
     DRAWING,
     GUIDANCE,
+    check_caching,
     check_guidance,
     check_sampling,
-    check_steps,
     draw,
     fixed_step,
     guided,
@@ -460,7 +460,7 @@ class STPixelCNN(Prior):
     def _check_sampling(self, context, num_samples, overlap, use_cache, compile, choose):
         check_sampling(**{name: choose[name] for name in DRAWING})
         check_guidance(choose["guidance_scale"], self)
-        check_steps(use_cache, compile)
+        check_caching(use_cache, compile)
         check_codes(context, self.codebook_sizes, self.grid[1:], name="context")
         check_counts(num_samples=num_samples)
         self.check_context(context.shape[1], context.shape[1] + 1)

@@ -34,9 +34,9 @@ from .base import Prior, PriorOutput, Progress, Told, need_codes, no_progress
 from .sampling import (
     DRAWING,
     GUIDANCE,
+    check_caching,
     check_guidance,
     check_sampling,
-    check_steps,
     draw,
     fixed_step,
     guided,
@@ -751,7 +751,7 @@ class VideoTransformer(Prior):
     def _check_sampling(self, context, num_samples, guidance_scale, use_cache, compile, choose):
         check_sampling(**choose)
         check_guidance(guidance_scale, self)
-        check_steps(use_cache, compile)
+        check_caching(use_cache, compile)
         check_codes(context, self.codebook_sizes, self.grid[1:], name="context")
         check_counts(num_samples=num_samples)
 

@@ -19,6 +19,7 @@ from tiny import (
 )
 
 from latentcast import STPixelCNN, VideoTransformer
+from latentcast.priors.sampling import CompiledStep
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -100,6 +101,11 @@ def test_a_compiled_step_draws_the_same_codes(name, caplog):
     expected = drawn(name)
     torch._dynamo.utils.counters.clear()
     assert torch.equal(drawn(name, compile=True), expected)
+    if "uncompiled" in caplog.text:  # the machine's fault, or the step's
+        works = CompiledStep(lambda: torch.ones(1) + 1)
+        works()
+        if works._compiled is works._step:
+            pytest.skip("torch.compile does not work on this machine")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert "uncompiled" not in caplog.text
 
