@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from latentcast import schemas
 from latentcast.config import one_line
 
 from .base import Prior
@@ -149,20 +150,23 @@ class CompiledStep:
     """
 
     def __init__(self, step: Callable[[], object]) -> None:
-        self._step = step
-        # By the wrapper in C++ many small operations follow each other faster.
-        self._compiled = torch.compile(step, dynamic=False, options={"cpp_wrapper": True})
+        self._step, self._run = step, None  # _run: what is called once it has worked
 
     def __call__(self) -> None:
+        if self._run is not None:
+            self._run()
+            return
+        # By the wrapper in C++ many small operations follow each other faster.
+        compiled = torch.compile(self._step, dynamic=False, options={"cpp_wrapper": True})
         try:
-            self._compiled()
+            compiled()
         except Exception as error:  # of any of torch's compilers, or of the one for C++ that they call
-            if self._compiled is self._step:
-                raise
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = schemas.one_line(error, 200) or type(error).__name__
             logger.warning("compile: sampling goes on uncompiled, torch.compile failed: %s", reason)
-            self._compiled = self._step
-            self._step()
+            self._run = self._step
+            self._run()
+        else:
+            self._run = compiled
 
 
 def record_graph(step: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:

@@ -1,8 +1,6 @@
 """What torch.compile takes whole: one graph, without a break for a check of values; and steps of samplers, compiled."""
 
 import copy
-import os
-import shutil
 
 import pytest
 import torch
@@ -94,7 +92,6 @@ def drawn(name, **options):
     return model.sample(context, 3, num_samples=2, generator=generator, top_p=0.9, **options)
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no compiler for C++")
 @pytest.mark.parametrize("name", ["video_transformer", "st_pixelcnn"])
 def test_a_compiled_step_draws_the_same_codes(name, caplog):
     """The levels of ST-PixelCNN, a network each, share one graph."""
@@ -104,7 +101,7 @@ def test_a_compiled_step_draws_the_same_codes(name, caplog):
     if "uncompiled" in caplog.text:  # the machine's fault, or the step's
         works = CompiledStep(lambda: torch.ones(1) + 1)
         works()
-        if works._compiled is works._step:
+        if works._run is works._step:
             pytest.skip("torch.compile does not work on this machine")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert "uncompiled" not in caplog.text

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import default_collate
 
 from latentcast.cli import UserError
+from latentcast.schemas import one_line
 
 logger = logging.getLogger("latentcast")
 
@@ -36,7 +37,7 @@ def compile_model(module, data, trainer, backend):
             loss = module.compute(module.transfer_batch_to_device(batch, device, 0)).loss
         loss.backward()
     except Exception as error:  # of any of torch's compilers, or of the one for C++ that they call
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200) or type(error).__name__
         logger.warning("compile: %s is trained uncompiled, torch.compile failed: %s", type(own).__name__, reason)
     else:
         own.compile(**options)
