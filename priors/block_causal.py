@@ -30,11 +30,12 @@ class BlockCausalPrior(Prior):
         head_dim: int,
         n_frames: int,
         window: int | None,
+        kernel_size: int,
     ) -> None:
         """Add the trunk over frames of ``grid`` (h, w) positions, and what all priors on it have beside it."""
         window = n_frames if window is None else window
         check_counts(least=2, n_frames=n_frames, window=window)
-        self.trunk = BlockCausalTransformer(dim, n_layers, n_heads, head_dim, grid, window)
+        self.trunk = BlockCausalTransformer(dim, n_layers, n_heads, head_dim, grid, window, kernel_size)
         self.places = nn.Parameter(torch.randn(grid[0] * grid[1], dim))
         self.as_clean, self.as_target = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
         self.corrupt = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim))

@@ -59,7 +59,7 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
         patch: side of the square patches of pixels or latents that are one position each, or [height, width]; must
             divide the grid. None: the smallest with at most ``max_positions`` in a frame.
         max_positions: see ``patch``.
-        dim, n_layers, n_heads, head_dim: of the transformer.
+        dim, n_layers, n_heads, head_dim, kernel_size: of the transformer.
         prediction_type: what the network says: "sample", the frame, or "velocity"; the loss is the velocity's.
         time_mean, time_std: of the normal numbers of which the logistic function gives the times of training: a larger
             mean means more noise.
@@ -83,6 +83,7 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
         n_heads: int = 4,
         head_dim: int = 64,
         window: int | None = None,
+        kernel_size: int = 3,
         prediction_type: str = "sample",
         time_mean: float = 0.0,
         time_std: float = 1.0,
@@ -105,7 +106,7 @@ class FlowTransformer(ContinuousPrior, BlockCausalPrior):
         self.patch = _smallest_patch(size, max_positions) if patch is None else _checked_patch(size, patch)
         self.grid = tuple(side // part for side, part in zip(size, self.patch))
         n_numbers = latent_spec["channels"] * self.patch[0] * self.patch[1]
-        self.make_trunk(self.grid, dim, n_layers, n_heads, head_dim, n_frames, window)
+        self.make_trunk(self.grid, dim, n_layers, n_heads, head_dim, n_frames, window, kernel_size)
         self.from_patch = nn.Linear(n_numbers, dim)
         self.sinusoids = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time = TimestepEmbedding(TIME_CHANNELS, dim)

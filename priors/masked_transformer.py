@@ -19,7 +19,9 @@ Shape letters: B clips, s frames predicted, P positions of a frame in raster ord
 width.
 """
 
+import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -62,7 +64,9 @@ class MaskedTransformer(BlockCausalPrior):
         n_frames: of the longest clip in training, at least 2.
         window: frames that each layer sees, the one being predicted among them, at least 2; None: ``n_frames``. Few
             make a step cheaper, and through several layers more are seen.
-        dim, n_layers, n_heads, head_dim: of the transformer.
+        dim, n_layers, n_heads, head_dim, kernel_size: of the transformer.
+        max_paths: below a code of a tree each number means something else, so a code is embedded as the path down to
+            it, of its own level and all above it; at levels with more paths than this, alone.
         masking: "tree", level after level; "flat", where a position is masked all of its levels are.
         corruption: in training a share of the codes before the predicted frame is replaced by random ones, as its own
             mistakes will be. The share is drawn for each clip, from 0 to this, and told to the model.
@@ -84,6 +88,8 @@ class MaskedTransformer(BlockCausalPrior):
         n_heads: int = 4,
         head_dim: int = 64,
         window: int | None = None,
+        kernel_size: int = 3,
+        max_paths: int = 4096,
         masking: str = "tree",
         corruption: float = 0.2,
         conditions: dict[str, dict] | None = None,
@@ -99,14 +105,17 @@ class MaskedTransformer(BlockCausalPrior):
         self.grid = latent_spec["height"], latent_spec["width"]
         self.n_positions, self.n_levels = math.prod(self.grid), len(sizes)
         self.register_buffer("sizes", torch.tensor(sizes), persistent=False)
-        self.make_trunk(self.grid, dim, n_layers, n_heads, head_dim, n_frames, window)
+        self.make_trunk(self.grid, dim, n_layers, n_heads, head_dim, n_frames, window, kernel_size)
+        check_counts(max_paths=max_paths)
+        paths = list(itertools.accumulate(sizes, operator.mul))
+        n_rows = [n if n <= max_paths else size for n, size in zip(paths, sizes)]
         # Of a position stand in its place the sum of its known codes, and a vector for how many are known.
-        self.codes = nn.ModuleList(nn.Embedding(size, dim) for size in sizes)
+        self.codes = nn.ModuleList(nn.Embedding(n, dim) for n in n_rows)
         self.depths = nn.Embedding(self.n_levels + 1, dim)
         for weight, n_summed in ((self.depths.weight, 1), *((table.weight, self.n_levels) for table in self.codes)):
             nn.init.normal_(weight, std=n_summed**-0.5)
         # The logits of a level, from the features and the path down to it.
-        self.path = nn.ModuleList(nn.Embedding(size, dim) for size in sizes[:-1])
+        self.path = nn.ModuleList(nn.Embedding(n, dim) for n in n_rows[:-1])
         self.heads = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, size)) for size in sizes
         )
@@ -117,9 +126,16 @@ class MaskedTransformer(BlockCausalPrior):
         """Codes of which ``depth`` levels are known."""
         known = depth[..., None] > torch.arange(self.n_levels, device=depth.device)  # (..., P, n)
         x = self.depths(depth) + self.places
-        for i, table in enumerate(self.codes):
-            x = x + table(codes[..., i]) * known[..., i, None]
+        for i, (table, row) in enumerate(zip(self.codes, self._rows(codes))):
+            x = x + table(row) * known[..., i, None]
         return x
+
+    def _rows(self, codes):
+        """Of each level in turn the rows of its codes in its embedding: codes (..., n) -> (...)."""
+        path = torch.zeros_like(codes[..., 0])
+        for code, size, table in zip(codes.unbind(-1), self.codebook_sizes, self.codes):
+            path = path * size + code
+            yield path if table.num_embeddings > size else code
 
     def embed_clean(self, codes: Int[Tensor, "*frames P n"]) -> Float[Tensor, "*frames P d"]:
         """Codes that are all known."""
@@ -129,8 +145,8 @@ class MaskedTransformer(BlockCausalPrior):
         self, features: Float[Tensor, "*rows d"], i: int, codes: Int[Tensor, "*rows n"]
     ) -> Float[Tensor, "*rows K"]:
         """Logits of level i; of the codes those above level i count."""
-        for j in range(i):
-            features = features + self.path[j](codes[..., j])
+        for table, row in zip(self.path[:i], self._rows(codes)):
+            features = features + table(row)
         return self.heads[i](features)
 
     # Training -----------------------------------------------------------------------------------------------------

@@ -43,9 +43,9 @@ def small(sizes=(3, 4), height=2, width=2, **options):
 # The trunk --------------------------------------------------------------------------------------------------------
 
 
-def trunk_and_streams(window, n_frames=6, n_targets=3):
+def trunk_and_streams(window, n_frames=6, n_targets=3, kernel_size=3):
     torch.manual_seed(0)
-    trunk = BlockCausalTransformer(12, 2, 2, 6, (2, 3), window).double()
+    trunk = BlockCausalTransformer(12, 2, 2, 6, (2, 3), window, kernel_size).double()
     shapes = [(2, n_frames - 1, 6, 12), (2, n_targets, 6, 12), (2, n_frames - 1, 12), (2, n_targets, 12)]
     return trunk, [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
@@ -65,6 +65,7 @@ def slow(trunk, clean, target, clean_vectors, target_vectors):
     x = (torch.cat([clean, target], 1) + vectors[:, :, None]).flatten(1, 2)
     vectors = trunk.modulate(vectors).unflatten(-1, (6, -1))
     for block in trunk.blocks:
+        x = x + around(x, block.around, trunk.grid)
         shift, scale, gate, *others = (vectors + block.modulation).repeat_interleave(p, 1).unbind(2)
         y = F.rms_norm(x, (d,)) * (1 + scale) + shift
         q, k, v = block.to_qkv(y).view(b, -1, 3, block.n_heads, trunk.head_dim).permute(2, 0, 3, 1, 4)
@@ -76,9 +77,24 @@ def slow(trunk, clean, target, clean_vectors, target_vectors):
     return trunk.norm(x[:, t * p :]).view(target.shape)
 
 
-@pytest.mark.parametrize("window", [2, 3, 9])
-def test_streams_are_one_sequence_with_a_mask(window):
-    trunk, streams = trunk_and_streams(window)
+def around(x, convolution, grid):
+    """Position by position: of each channel the weighted sum of what is near in the same frame."""
+    if convolution is None:
+        return 0
+    out, (h, w) = torch.zeros_like(x), grid
+    reach = convolution.kernel_size[0] // 2
+    for here, (i, j) in enumerate(itertools.product(range(h), range(w))):
+        out[:, here :: h * w] += convolution.bias
+        for di, dj in itertools.product(range(-reach, reach + 1), repeat=2):
+            if 0 <= i + di < h and 0 <= j + dj < w:
+                weight = convolution.weight[:, 0, reach + di, reach + dj]
+                out[:, here :: h * w] += x[:, (i + di) * w + j + dj :: h * w] * weight
+    return out
+
+
+@pytest.mark.parametrize(("window", "kernel_size"), [(2, 3), (3, 5), (9, 1)])
+def test_streams_are_one_sequence_with_a_mask(window, kernel_size):
+    trunk, streams = trunk_and_streams(window, kernel_size=kernel_size)
     torch.testing.assert_close(trunk(*streams), slow(trunk, *streams))
 
 
@@ -111,6 +127,26 @@ def test_a_target_sees_itself_and_what_was_before_it():
         # Through two blocks it reaches twice as far back as its window.
         assert seen == [t < 3 + place for t in range(5)]
         assert [bool(target[:, s].any()) for s in range(3)] == [s == place for s in range(3)]
+
+
+@pytest.mark.parametrize("max_paths", [1, 12, 60])
+def test_a_code_is_embedded_as_the_path_down_to_it_where_paths_are_few(max_paths):
+    """Two codes of one number below different parents differ there, and nowhere else."""
+    prior = small((3, 4, 5), max_paths=max_paths)
+    codes = torch.cartesian_prod(*[torch.arange(size) for size in (3, 4, 5)])
+    everywhere = codes[:, None].expand(-1, 4, -1)
+    found = prior.embed_clean(everywhere) - prior.embed(everywhere, torch.zeros(60, 4, dtype=torch.long))
+    depths = prior.depths.weight[3] - prior.depths.weight[0]
+    counts = {1: (3, 4, 5), 12: (3, 12, 5), 60: (3, 12, 60)}[max_paths]
+    assert tuple(table.num_embeddings for table in prior.codes) == counts
+    assert tuple(table.num_embeddings for table in prior.path) == counts[:2]
+    for (a, b, c), each in zip(codes.tolist(), found[:, 0]):
+        rows = a, 4 * a + b if counts[1] == 12 else b, 20 * a + 5 * b + c if counts[2] == 60 else c
+        expected = depths + sum(table.weight[row] for table, row in zip(prior.codes, rows))
+        torch.testing.assert_close(each, expected)
+        above = prior.logits(torch.zeros(1, 16), 2, torch.tensor([[a, b, c]]))
+        by_hand = prior.heads[2](prior.path[0].weight[rows[0]] + prior.path[1].weight[rows[1]])
+        torch.testing.assert_close(above[0], by_hand)
 
 
 # Training ---------------------------------------------------------------------------------------------------------

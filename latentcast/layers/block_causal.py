@@ -6,9 +6,10 @@ predicted (codes masked, numbers noised); a frame there sees itself and the clea
 the prediction of every frame of a clip, each given the true past, in the place of a pass a frame. When futures are
 drawn, the keys and values of the clean stream are cached frame by frame.
 
-Rotary positions on the three axes (Su et al. 2021), RMS norm (Zhang and Sennrich 2019). A vector of each frame (its
-noise, its conditions) is added to its positions, and shifts, scales and gates every block by one map that all blocks
-share (PixArt's adaLN-single, Chen et al. 2023).
+Rotary positions on the three axes (Su et al. 2021), RMS norm (Zhang and Sennrich 2019). Each block begins with a
+depthwise convolution over the positions of a frame, which shows it what is next to what (conditional positional
+encoding, Chu et al. 2021). A vector of each frame (its noise, its conditions) is added to its positions, and shifts,
+scales and gates every block by one map that all blocks share (PixArt's adaLN-single, Chen et al. 2023).
 
 Shape letters: B clips, t clean frames, s target frames, P positions of a frame in raster order, d width, m heads.
 """
@@ -61,20 +62,34 @@ class BlockCausalTransformer(nn.Module):
         grid: (h, w), positions of a frame.
         window: frames that a frame sees, itself among them. Clips of at most so many are seen whole; in longer ones the
             past is forgotten frame by frame.
+        kernel_size: side of the convolutions, odd; 1: none.
         expansion: of the feed-forward network.
     Raises:
-        ValueError: a size that is no whole number of at least 1, or heads of an odd width.
+        ValueError: a size that is no whole number of at least 1, heads of an odd width, or an even kernel.
     """
 
     def __init__(
-        self, dim: int, n_layers: int, n_heads: int, head_dim: int, grid: Sequence[int], window: int, expansion: int = 4
+        self,
+        dim: int,
+        n_layers: int,
+        n_heads: int,
+        head_dim: int,
+        grid: Sequence[int],
+        window: int,
+        kernel_size: int = 3,
+        expansion: int = 4,
     ) -> None:
         super().__init__()
         check_counts(dim=dim, n_layers=n_layers, n_heads=n_heads, head_dim=head_dim, window=window, expansion=expansion)
+        check_counts(kernel_size=kernel_size)
         if head_dim % 2:
             raise ValueError(f"head_dim: expected an even number, found {head_dim}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: expected an odd number, found {kernel_size}")
         self.grid, self.window, self.head_dim = tuple(grid), window, head_dim
-        self.blocks = nn.ModuleList(Block(dim, n_heads, head_dim, expansion, n_layers) for _ in range(n_layers))
+        self.blocks = nn.ModuleList(
+            Block(dim, n_heads, head_dim, kernel_size, expansion, n_layers) for _ in range(n_layers)
+        )
         self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         nn.init.normal_(self.modulate[1].weight, std=0.02)
         nn.init.zeros_(self.modulate[1].bias)
@@ -120,6 +135,9 @@ class BlockCausalTransformer(nn.Module):
         for index, block in enumerate(self.blocks):
             keys, values = past.blocks[index] if past.blocks else (None, None)
             query = None
+            for stream in (clean, target):
+                if stream is not None:
+                    block.look_around(stream, self.grid)
             if clean is not None:
                 query, key, value = block.project(clean)
                 keys = key if keys is None else torch.cat([keys, key], 2)
@@ -159,11 +177,16 @@ class BlockCausalTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward network, each after a norm that the frame's vector shifts and scales."""
+    """A convolution, then attention and a feed-forward network, these after a norm that the frame's vector shifts and
+    scales."""
 
-    def __init__(self, dim: int, n_heads: int, head_dim: int, expansion: int, n_layers: int) -> None:
+    def __init__(self, dim: int, n_heads: int, head_dim: int, kernel_size: int, expansion: int, n_layers: int) -> None:
         super().__init__()
         self.n_heads = n_heads
+        self.around = None
+        if kernel_size > 1:
+            self.around = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+            nn.init.zeros_(self.around.bias)
         self.norms = nn.ModuleList(nn.RMSNorm(dim, elementwise_affine=False) for _ in range(2))
         self.to_qkv = nn.Linear(dim, 3 * n_heads * head_dim, bias=False)
         self.to_out = nn.Linear(n_heads * head_dim, dim, bias=False)
@@ -174,6 +197,14 @@ class Block(nn.Module):
             nn.init.normal_(layer.weight, std=(2 * n_layers * layer.in_features) ** -0.5)
         # Shift, scale and gate of either half, to which the vector adds; at first every gate is open.
         self.modulation = nn.Parameter(torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])[:, None].repeat(1, dim))
+
+    def look_around(self, stream: Stream, grid: Sequence[int]) -> None:
+        """Add to each position of a frame's ``grid`` (h, w) what the convolution sees there."""
+        if self.around is not None:
+            h, w = grid
+            images = rearrange(stream.x, "b s (h w) d -> (b s) d h w", h=h, w=w)
+            near = rearrange(self.around(images), "(b s) d h w -> b s (h w) d", b=len(stream.x))
+            stream.x = stream.x + near
 
     def project(
         self, stream: Stream
