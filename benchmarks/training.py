@@ -32,7 +32,8 @@ from latentcast.data.datamodules import LatentDataModule
 from latentcast.sizes import sides
 from latentcast.training.run import TrainingRun
 
-# name -> stage, experiment of the paper's size, clips a batch on a CPU and on a GPU. An experiment's own clip length.
+# name -> stage, experiment of the paper's size (and overrides), clips a batch on a CPU and on a GPU. An experiment's own
+# clip length.
 MODELS = {
     "lvt": ("prior", "lvt_bair", 2, 32),
     "vqvae": ("tokenizer", "lvt_bair", 16, 512),
@@ -42,6 +43,7 @@ MODELS = {
     "rvd": ("prior", "rvd_kth", 1, 8),
     "st_pixelcnn": ("prior", "shrvqvae_moving_mnist", 1, 16),
     "flow": ("prior", "small/flow_transformer", 4, 64),
+    "masked": ("prior", "small/st_pixelcnn prior=masked_transformer", 4, 64),
 }
 STEPS, WARM = 7, 2  # of which the first are left out
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,7 +88,8 @@ class Clock(pl.Callback):
 
 def measure(name, side):
     """One side of a model -> figures, JSON-able."""
-    stage, experiment, on_cpu, on_gpu = MODELS[name]
+    stage, what, on_cpu, on_gpu = MODELS[name]
+    experiment, *own = what.split()
     batch_size = on_cpu if DEVICE == "cpu" else on_gpu
     with tempfile.TemporaryDirectory() as folder:
         overrides = (
@@ -98,7 +101,7 @@ def measure(name, side):
         )
         shown = ("trainer.enable_progress_bar=false", "trainer.limit_val_batches=0", "num_workers=0")
         config = load_config(
-            experiment, [*overrides, *shown, f"batch_size={batch_size}", *SIDES[side]], tool=f"train_{stage}"
+            experiment, [*own, *overrides, *shown, f"batch_size={batch_size}", *SIDES[side]], tool=f"train_{stage}"
         )
         tokenizer = instantiate(config.tokenizer)
         arguments = (instantiate(config.optimizer), to_container(config.lr_scheduler))
