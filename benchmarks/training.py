@@ -32,8 +32,8 @@ from latentcast.data.datamodules import LatentDataModule
 from latentcast.sizes import sides
 from latentcast.training.run import TrainingRun
 
-# name -> stage, experiment of the paper's size (and overrides), clips a batch on a CPU and on a GPU. An experiment's own
-# clip length.
+# name -> stage, experiment of the paper's size and overrides, clips a batch on a CPU and on a GPU. Clips have the
+# experiment's own length.
 MODELS = {
     "lvt": ("prior", "lvt_bair", 2, 32),
     "vqvae": ("tokenizer", "lvt_bair", 16, 512),

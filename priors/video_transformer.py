@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from latentcast.config import check_counts
 from latentcast.layers.adaptive import AdaptiveSoftmax, AdaptiveTable, TiedSoftmax, cluster_bounds
+from latentcast.layers.attention import attention
 from latentcast.layers.masked_convolutions import CausalConv3d
 from latentcast.layers.packed import packed_linears
 from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
@@ -145,7 +146,7 @@ class Attention(nn.Module):
         if key is None:
             out = bias.softmax(-1) @ value
         else:
-            out = F.scaled_dot_product_attention(self._query(x, value.dtype), key, value, attn_mask=bias[None])
+            out = attention(self._query(x, value.dtype), key, value, bias[None])
         return self.to_out(rearrange(out, "b m l e -> b l (m e)"))
 
     def step(

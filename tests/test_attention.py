@@ -9,7 +9,7 @@ from latentcast.layers import attention as module
 
 
 @pytest.mark.parametrize("most", [2**20, 0], ids=["unfused", "fused"])
-@pytest.mark.parametrize("options", [{}, {"scale": 1.0}, {"is_causal": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"scale": 1.0}, {"is_causal": True}, {"bias": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_attention_is_the_closed_form(monkeypatch, most, options, dtype):
     monkeypatch.setattr(module, "MOST_PAIRS", most)
@@ -21,8 +21,15 @@ def test_attention_is_the_closed_form(monkeypatch, most, options, dtype):
     logits = exact[0] @ exact[1].transpose(2, 3) * options.get("scale", 1 / math.sqrt(8))
     if options.get("is_causal"):
         logits = logits.masked_fill(torch.arange(5)[:, None] < torch.arange(5), -torch.inf)
+    if options.get("bias"):
+        bias = torch.randn(1, 3, 5, n_keys, dtype=dtype)
+        bias[..., 1, 2] = -torch.inf
+        options = {"bias": bias.requires_grad_()}
+        parts.append(bias)
+        exact.append(bias.detach().double().requires_grad_())
+        logits = logits + exact[3]
     expected = logits.softmax(-1) @ exact[2]
-    found = module.attention(*parts, **options)
+    found = module.attention(*parts[:3], **options)
     assert found.dtype == dtype
     close = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(found, expected.to(dtype), **close)
