@@ -359,7 +359,7 @@ STEERED = {
         lambda: FlowTransformer(
             RING_OF_PIXELS, patch=2, conditions=STEER, **SMALL_FLOW | {"n_layers": 2}, past_dropout=0.0
         ),
-        *(240, 6e-3),
+        *(480, 4e-3),
     ),
     "sde_diffusion": (
         lambda: SDEDiffusion(

@@ -46,6 +46,10 @@ def small(sizes=(3, 4), height=2, width=2, **options):
 def trunk_and_streams(window, n_frames=6, n_targets=3, kernel_size=3):
     torch.manual_seed(0)
     trunk = BlockCausalTransformer(12, 2, 2, 6, (2, 3), window, kernel_size).double()
+    for block in trunk.blocks:
+        if block.around is not None:  # which begins as nothing
+            torch.nn.init.normal_(block.around.weight, std=0.3)
+            torch.nn.init.normal_(block.around.bias)
     shapes = [(2, n_frames - 1, 6, 12), (2, n_targets, 6, 12), (2, n_frames - 1, 12), (2, n_targets, 12)]
     return trunk, [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 

@@ -186,7 +186,8 @@ class Block(nn.Module):
         self.around = None
         if kernel_size > 1:
             self.around = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-            nn.init.zeros_(self.around.bias)
+            for parameter in self.around.parameters():  # at first nothing is added
+                nn.init.zeros_(parameter)
         self.norms = nn.ModuleList(nn.RMSNorm(dim, elementwise_affine=False) for _ in range(2))
         self.to_qkv = nn.Linear(dim, 3 * n_heads * head_dim, bias=False)
         self.to_out = nn.Linear(n_heads * head_dim, dim, bias=False)
