@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from latentcast.config import check_counts
 from latentcast.layers.adaptive import AdaptiveSoftmax, AdaptiveTable, TiedSoftmax, cluster_bounds
-from latentcast.layers.attention import attention
+from latentcast.layers.attention import attention, plain_attention
 from latentcast.layers.masked_convolutions import CausalConv3d
 from latentcast.layers.packed import packed_linears
 from latentcast.layers.positions import RelativeBias3D, sinusoidal_positions_3d
@@ -161,10 +161,11 @@ class Attention(nn.Module):
             if new is not None:
                 kept.index_copy_(2, positions, new.to(kept.dtype))
         keys, values = (kept[:, :, :n_seen] for kept in cache)
-        logits = bias = bias.to(values.dtype)
-        if self.form != "relative":  # for the few queries of a step, plain products are faster than the fused kernel
-            logits = self._query(x, values.dtype) * self.head_dim**-0.5 @ keys.transpose(2, 3) + bias
-        out = logits.softmax(-1) @ values
+        bias = bias.to(values.dtype)
+        if self.form == "relative":
+            out = bias.softmax(-1) @ values
+        else:
+            out = plain_attention(self._query(x, values.dtype), keys, values, bias)
         return self.to_out(rearrange(out, "b m l e -> b l (m e)"))
 
 
